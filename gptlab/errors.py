@@ -1,0 +1,57 @@
+"""What can go wrong for a user, as one tree of exceptions, each with the exit code it ends a command with.
+
+    GptlabError
+    ├── UsageError          2   a wrong option or argument on the command line
+    ├── DataError           3   a corpus, shard or token that is missing, damaged or out of range
+    ├── ConfigError         3   a config file, preset or combination of options that cannot be run
+    ├── CheckpointError     3   a checkpoint or run folder that is missing, damaged or another run's
+    ├── DivergedError       4   a loss or gradient that is no longer finite
+    └── Stopped            75   a stop that was asked for, with a checkpoint saved: run again to go on
+
+A message is one line: what was expected, what was found, what to do. Our own faults are `assert`s, not these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GptlabError(Exception):
+    """Base of every error that is the user's to mend; `exit_code` is what the process ends with."""
+
+    exit_code = 3
+
+
+class UsageError(GptlabError):
+    exit_code = 2
+
+
+class DataError(GptlabError):
+    exit_code = 3
+
+
+class ConfigError(GptlabError):
+    exit_code = 3
+
+
+class CheckpointError(GptlabError):
+    exit_code = 3
+
+
+class DivergedError(GptlabError):
+    exit_code = 4
+
+
+class Stopped(GptlabError):
+    exit_code = 75
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the known word nearest to `word`, else an empty string.
+
+    >>> did_you_mean("lerning_rate", ["learning_rate", "seed"])
+    "; did you mean 'learning_rate'?"
+    """
+    nearest = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
