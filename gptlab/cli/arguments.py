@@ -1,0 +1,102 @@
+"""Command lines: parsers whose mistakes are errors of ours, and options made from a config's fields."""
+
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gptlab.errors import ConfigError, UsageError, did_you_mean
+from gptlab.options import Option, flatten_table, options_of, typed
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError, names the nearest option, and takes `-` and `_` in names alike."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse everything or raise UsageError."""
+        words = [_underscored(word) for word in argv]
+        parsed, unknown = self.parse_known_args(words)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            hint = did_you_mean(word, known) if word.startswith("-") else ""
+            raise UsageError(f"unknown argument {word!r}{hint}; see `{self.prog} --help`")
+        return parsed
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def add_options(parser: Parser, config: type, skip: Iterable[str] = ()) -> None:
+    """One `--key` for every option of a config, grouped, with help, unit and default; none is set unless given."""
+    group: Any = parser
+    title = ""
+    for option in options_of(config):
+        if option.key in skip:
+            continue
+        heading = "Signal" if option.key.startswith("signal.") else option.group
+        if heading != title:
+            title, group = heading, parser.add_argument_group(heading)
+        is_bool = option.type is bool
+        group.add_argument(
+            f"--{option.key}",
+            default=argparse.SUPPRESS,
+            metavar=_metavar(option),
+            help=_help(option).replace("%", "%%"),
+            **({"nargs": "?", "const": "true"} if is_bool else {}),
+        )
+
+
+def _metavar(option: Option) -> str:
+    if option.choices and len(option.choices) <= 4:
+        return "|".join(option.choices)
+    if option.type is bool:
+        return "true|false"
+    text = str(option.type)
+    return "N" if text.startswith("<class 'int") or text == "int | None" else "X" if "float" in text else "TEXT"
+
+
+def _help(option: Option) -> str:
+    unit = f", {option.unit}" if option.unit else ""
+    return f"{option.help} [{option.default_shown}{unit}]"
+
+
+def given_options(parsed: argparse.Namespace, config: type) -> dict[str, Any]:
+    """The options that stood on the command line, in their own types; raises UsageError."""
+    words = vars(parsed)
+    try:
+        return {o.key: typed(o, words[o.key]) for o in options_of(config) if o.key in words}
+    except ConfigError as error:
+        raise UsageError(f"--{error}") from None
+
+
+def file_options(path: str | Path, config: type) -> dict[str, Any]:
+    """The options of a TOML file, in their own types; raises ConfigError naming the nearest key."""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"--config: no file {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
+    known = {o.key: o for o in options_of(config)}
+    flat = flatten_table(table)
+    for key in flat:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}")
+    try:
+        return {key: typed(known[key], value) for key, value in flat.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,76 @@
+"""The corpus that a command names: a folder of shards, or a known corpus that is prepared where it is missing."""
+
+from __future__ import annotations
+
+import fcntl
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gptlab.data.corpus import Corpus, open_corpus, wait_for_shard
+from gptlab.data.prepare import LOCK, default_folder, prepare
+from gptlab.distributed import World
+from gptlab.errors import ConfigError, DataError, did_you_mean
+
+SMALL = ("shakespeare",)
+LARGE = ("fineweb-edu",)
+
+
+def open_or_prepare(
+    data: str, tokenizer: str, world: World, note: Callable[[str], None]
+) -> tuple[Corpus, Callable[[], bool]]:
+    """The corpus, and whether somebody still prepares it.
+
+    A small known corpus is prepared here, a large one by a process of its own, and this returns as soon as its first
+    shards are there. Every rank may call it: preparation holds a lock. Raises DataError for a corpus that is unknown,
+    ConfigError for one of another tokenizer.
+    """
+    folder = Path(data) if Path(data).is_dir() else default_folder(data, tokenizer)
+    alive: Callable[[], bool] = lambda: False  # noqa: E731
+    if data in SMALL and not (folder / "corpus.json").exists():
+        note(f"preparing {data} in {folder}")
+        prepare(data, folder, tokenizer)
+    elif data in LARGE and not (folder / "corpus.json").exists():
+        alive = _start_preparing(data, folder, tokenizer, world, note)
+        wait_for_shard(folder, "val", 0, 3600.0, alive)
+        wait_for_shard(folder, "train", 0, 3600.0, alive)
+    elif not folder.is_dir():
+        raise DataError(
+            f"no corpus {data!r}: expected a folder of shards or one of {', '.join((*SMALL, *LARGE))}"
+            f"{did_you_mean(data, (*SMALL, *LARGE))}; make one with `gptlab data prepare text --input FILE --out {data}`"
+        )
+    corpus = open_corpus(folder)
+    if corpus.tokenizer != tokenizer:
+        raise ConfigError(
+            f"{folder} holds {corpus.tokenizer} tokens, the run is set for {tokenizer}; "
+            f"add --tokenizer {corpus.tokenizer}"
+        )
+    return corpus, alive
+
+
+def _start_preparing(
+    data: str, folder: Path, tokenizer: str, world: World, note: Callable[[str], None]
+) -> Callable[[], bool]:
+    """Start `gptlab data prepare` beside the run (one process a machine), and tell whether it still works."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if world.local_rank == 0:
+        note(f"preparing {data} in {folder}; training starts with the first shard (progress in {folder}/prepare.txt)")
+        command = [sys.executable, "-m", "gptlab", "data", "prepare", data, "--tokenizer", tokenizer]
+        with (folder / "prepare.txt").open("ab") as log:
+            process = subprocess.Popen([*command, "--out", str(folder)], stdout=log, stderr=log)
+        return lambda: process.poll() is None
+    started = time.monotonic()
+
+    def somebody_works() -> bool:
+        if time.monotonic() - started < 60:  # the first rank's process may not have taken the lock yet
+            return True
+        with (folder / LOCK).open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    return somebody_works

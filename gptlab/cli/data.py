@@ -1,0 +1,191 @@
+"""`gptlab data`: prepare a corpus, or look at one. The work is done in gptlab/data; here are options and words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from gptlab.data import prepare as preparation
+from gptlab.data.corpora import CORPORA, default_tokenizer
+from gptlab.data.corpus import SPLITS, Corpus, open_corpus
+from gptlab.data.prepare import default_folder
+from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
+from gptlab.errors import UsageError, did_you_mean
+
+SUMMARY = "prepare a corpus, or look at one"
+
+EXCERPT_TOKENS = 120
+
+
+def main(argv: list[str]) -> int:
+    """Run `gptlab data ...` with the words after `data`; returns the exit code. Raises GptlabError."""
+    options = _parse(argv)
+    return options.run(options)
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    tokenizer = options.tokenizer or default_tokenizer(options.name)
+    out = options.out or default_folder(options.name, tokenizer)
+    console = Console(stderr=True)
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
+        _TokensPerSecond(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task(options.name, total=None, documents=0, tokens=0, tokens_before=None)
+
+        def show(progress: preparation.Progress) -> None:
+            # What an earlier preparation had done is no speed of this one's.
+            before = bar.tasks[0].fields["tokens_before"]
+            bar.update(
+                task,
+                total=progress.total_documents,
+                completed=progress.documents,
+                documents=progress.documents,
+                tokens=progress.tokens,
+                tokens_before=progress.tokens if before is None else before,
+            )
+
+        corpus = preparation.prepare(
+            options.name,
+            out,
+            tokenizer,
+            inputs=options.input,
+            shard_tokens=options.shard_tokens,
+            val_fraction=options.val_fraction,
+            workers=options.workers,
+            progress=show,
+        )
+    if options.json:
+        print(json.dumps(_summary(corpus), indent=1))
+    else:
+        print(_counts(corpus))
+        print(f"look at it with: gptlab data info {corpus.folder}")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    corpus = open_corpus(_folder(options.corpus))
+    excerpts = {split: _excerpt(corpus, split) for split in SPLITS}
+    if options.json:
+        summary = _summary(corpus)
+        for split, text in excerpts.items():
+            summary["splits"][split]["excerpt"] = text
+        print(json.dumps(summary, indent=1))
+        return 0
+    print(_counts(corpus))
+    for split in SPLITS:
+        for shard in corpus.splits[split]:
+            print(f"{split}  {shard.name}  {shard.tokens:,} tokens  sha256 {shard.sha256}")
+    for split, text in excerpts.items():
+        print(f"\n--- {split} begins ---\n{text}")
+    return 0
+
+
+def _folder(given: str) -> Path:
+    """The folder itself, or where a corpus of that name is by default."""
+    if given in CORPORA and not Path(given).is_dir():
+        folders = [default_folder(given, tokenizer) for tokenizer in (default_tokenizer(given), *TOKENIZERS)]
+        return next((folder for folder in folders if folder.is_dir()), folders[0])
+    return Path(given)
+
+
+def _excerpt(corpus: Corpus, split: str) -> str:
+    """The first words of a split, its first document's beginning."""
+    if not corpus.splits[split]:
+        return ""
+    tokenizer = get_tokenizer(corpus.tokenizer)
+    tokens = corpus.read(split, 0)[:EXCERPT_TOKENS]
+    return tokenizer.decode(tokens[tokens != tokenizer.document_start]).strip()
+
+
+def _summary(corpus: Corpus) -> dict[str, Any]:
+    return {
+        "folder": str(corpus.folder),
+        "name": corpus.name,
+        "tokenizer": corpus.tokenizer,
+        "vocab_size": corpus.vocab_size,
+        "complete": corpus.complete,
+        "splits": {
+            split: {
+                "tokens": corpus.tokens(split),
+                "shards": [
+                    {"file": shard.name, "tokens": shard.tokens, "sha256": shard.sha256}
+                    for shard in corpus.splits[split]
+                ],
+            }
+            for split in SPLITS
+        },
+    }
+
+
+def _counts(corpus: Corpus) -> str:
+    state = "" if corpus.complete else ", still being prepared"
+    splits = ", ".join(
+        f"{corpus.tokens(split):,} {split} tokens in {len(corpus.splits[split])} shard(s)" for split in SPLITS
+    )
+    return f"{corpus.name} in {corpus.folder} (tokenizer {corpus.tokenizer}{state}): {splits}"
+
+
+class _TokensPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        before, seconds = task.fields["tokens_before"], task.elapsed
+        if before is None or not seconds or task.fields["tokens"] == before:
+            return Text("")
+        return Text(f"{(task.fields['tokens'] - before) / seconds:,.0f}/s")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help shows the options)")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="gptlab data", description=SUMMARY, allow_abbrev=False)
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    prepare = commands.add_parser("prepare", help="make a corpus, or go on making it", allow_abbrev=False)
+    prepare.set_defaults(run=_prepare)
+    prepare.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {what}" for name, what in CORPORA.items()))
+    prepare.add_argument("--input", metavar="PATH", action="append", default=[], help="a file or folder; repeatable")
+    prepare.add_argument(
+        "--tokenizer", metavar="NAME", help="bytes or gpt2 (default: bytes for shakespeare, else gpt2)"
+    )
+    prepare.add_argument("--out", metavar="DIR", type=Path, help="default: data/NAME-TOKENIZER")
+    prepare.add_argument("--workers", metavar="N", type=int, help="tokenising processes (default: half the processors)")
+    prepare.add_argument("--shard_tokens", metavar="N", type=int, default=100_000_000, help="default: 100000000")
+    prepare.add_argument("--val_fraction", metavar="F", type=float, default=0.05, help="of corpus text (default: 0.05)")
+    info = commands.add_parser("info", help="counts, hashes and an excerpt of a corpus", allow_abbrev=False)
+    info.set_defaults(run=_info)
+    info.add_argument("corpus", metavar="FOLDER|NAME", help="a folder of shards, or the name of a corpus made here")
+    for command in (prepare, info):
+        command.add_argument("--json", action="store_true", help="machine-readable, on standard output")
+
+    if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
+        raise UsageError(f"expected prepare or info, found {argv[0]!r}{did_you_mean(argv[0], commands.choices)}")
+    options, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
+    if not hasattr(options, "run"):
+        parser.error("expected a command, prepare or info, found none")
+    if unknown:
+        nearest = did_you_mean(unknown[0].split("=")[0].lstrip("-"), vars(options).keys() - {"run"})
+        parser.error(f"expected a known option, found {unknown[0]!r}{nearest}")
+    if options.run is _prepare:
+        for given, known in ((options.name, CORPORA), (options.tokenizer, TOKENIZERS)):
+            if given is not None and given not in known:
+                parser.error(f"expected one of {', '.join(known)}, found {given!r}{did_you_mean(given, known)}")
+    return options
+
+
+def _with_underscores(word: str) -> str:
+    """`--shard-tokens=5` as `--shard_tokens=5`: both spellings of an option are one."""
+    option, equals, value = word.partition("=")
+    return "--" + option[2:].replace("-", "_") + equals + value if option.startswith("--") else word

@@ -1,0 +1,84 @@
+"""The `gptlab` command: finds the subcommand, and turns an error of ours into one line and its exit code."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import gptlab
+from gptlab.errors import GptlabError, UsageError, did_you_mean
+
+COMMANDS = {
+    "train": "train GPT-2, with or without a block loss",
+    "data": "prepare a corpus, or look at one",
+    "sample": "write on from a prompt, each block's guess beside it",
+    "digest": "SHA-256 over a run's weights, moments, RNG and data cursor",
+    "verify": "check a run's files against their checksums",
+    "export": "write a run as a Hugging Face GPT-2 folder",
+    "bench": "measure training speed against the matmul limit and peers",
+    "doctor": "what this machine has, and what a run would use and why",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `gptlab ARGV` and give its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if argv[0] == "--version":
+        print(f"gptlab {gptlab.__version__}")
+        return 0
+    name = argv[0]
+
+    def command(rest: list[str]) -> int:
+        if name not in COMMANDS:
+            raise UsageError(f"no command {name!r}{did_you_mean(name, COMMANDS)}; see `gptlab --help`")
+        return importlib.import_module(f"gptlab.cli.{name}").main(rest)
+
+    return guarded(command, argv[1:])
+
+
+def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; an error of ours, a full disk or Ctrl-C becomes one line on standard error and an exit code.
+
+    `--debug` shows the traceback too. With `--json` the error also stands on standard output, as JSON.
+    """
+    rest = [a for a in argv if a != "--debug"]
+    try:
+        return command(rest)
+    except GptlabError as error:
+        code, text = error.exit_code, str(error)
+        shown = not getattr(error, "told", False)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        code, text, shown = 3, f"{error.strerror}: {error.filename or 'a file'}; check the path and the disk", True
+    except KeyboardInterrupt:
+        code, text, shown = 130, "interrupted", True
+    if shown:
+        print(f"gptlab: {text}", file=sys.stderr)
+    if "--debug" in argv:
+        traceback.print_exc()
+    if "--json" in argv and shown:
+        print(json.dumps({"error": text, "exit_code": code}))
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: gptlab COMMAND [options]",
+            "",
+            "A laboratory for pretraining GPT-2 in which every block is judged by the confidence of the next.",
+            "",
+            *lines,
+            "",
+            "`gptlab COMMAND --help` shows a command's options. Each takes --json and --debug.",
+        ]
+    )

@@ -1,0 +1,138 @@
+"""Which windows of a corpus an update reads: a pure function of (seed, step), the same for any ranks and micro-batches.
+
+A window is block_size tokens and the token after them; windows of a shard do not overlap but for that token. Sequence n
+of a run (counted from its start) is the n-th window in the order of its epoch: shard by shard, the windows of a shard
+shuffled. In the first epoch the shards come in their own order, so that training can start while later shards are still
+being written; in later epochs they are shuffled too. Every window comes once an epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptlab.data.corpus import Corpus
+from gptlab.data.shards import check_tokens
+from gptlab.errors import DataError
+from gptlab.randomness import permutation
+
+PATIENCE = 3600.0
+"""Seconds to wait for a shard that is being prepared."""
+
+
+class TrainingWindows:
+    """The training windows of a corpus in the order of a seed."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        block_size: int,
+        vocab_size: int,
+        seed: int,
+        alive: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """vocab_size: the model's; a token beyond it is refused by name. alive: whether somebody is still preparing a
+        corpus that is not complete."""
+        self.corpus, self.block_size, self.vocab_size, self.seed = corpus, block_size, vocab_size, seed
+        self.alive = alive
+        self._order = lru_cache(maxsize=4)(self._shuffled)
+        self._wait_for(0)
+        if self._windows(0) < 1:
+            raise DataError(
+                f"{corpus.folder} has no training window of {block_size} tokens and one more; "
+                "shorten --block_size or add text"
+            )
+
+    def _wait_for(self, shard: int) -> bool:
+        """Whether the corpus has this training shard, waiting for it while it is being prepared."""
+        if shard >= len(self.corpus.train) and not self.corpus.complete:
+            self.corpus = self.corpus.wait_for("train", shard, timeout=PATIENCE, alive=self.alive)
+        return shard < len(self.corpus.train)
+
+    def _windows(self, shard: int) -> int:
+        return max(0, (self.corpus.train[shard].tokens - 1) // self.block_size)
+
+    def _shuffled(self, epoch: int, shard: int) -> np.ndarray:
+        return permutation(self._windows(shard), "windows", self.seed, epoch, shard)
+
+    def _shards(self, epoch: int) -> np.ndarray:
+        count = len(self.corpus.train)
+        return np.arange(count) if epoch == 0 else permutation(count, "shards", self.seed, epoch)
+
+    def locate(self, n: int) -> tuple[int, int, int]:
+        """(epoch, shard, window of the shard) of sequence n of the run."""
+        epoch, place = 0, n
+        while True:
+            shards = self._shards(epoch) if epoch else iter(range(2**31))
+            for shard in shards:
+                shard = int(shard)
+                if epoch == 0 and not self._wait_for(shard):
+                    break
+                if place < self._windows(shard):
+                    return epoch, shard, int(self._order(epoch, shard)[place])
+                place -= self._windows(shard)
+            per_epoch = sum(self._windows(s) for s in range(len(self.corpus.train)))
+            epoch, place = epoch + 1 + place // per_epoch, place % per_epoch
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, (count, T) int64 each, of sequences first..first+count-1 of the run."""
+        T = self.block_size
+        windows = np.empty((count, T + 1), dtype=np.int64)
+        for row in range(count):
+            _, shard, window = self.locate(first + row)
+            windows[row] = self.corpus.read("train", shard)[window * T : window * T + T + 1]
+            if windows[row].max() >= self.vocab_size:
+                check_tokens(windows[row], self.vocab_size, self.corpus.train[shard].name)
+        both = torch.from_numpy(windows)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def window_ids(self, first: int, count: int) -> list[tuple[int, int]]:
+        """(shard, window) of the same sequences: what draws that belong to a window are keyed by."""
+        return [self.locate(first + row)[1:] for row in range(count)]
+
+    def cursor(self, step: int, sequences: int) -> dict[str, Any]:
+        """Where the data stands after `step` updates of `sequences` each; derived, recorded for the reader."""
+        epoch, shard, window = self.locate(step * sequences)
+        return {"sequence": step * sequences, "epoch": epoch, "shard": shard, "window": window}
+
+
+class ValidationWindows:
+    """The pinned validation set: the first tokens of the validation stream, whatever its shards, cut into windows."""
+
+    def __init__(self, corpus: Corpus, block_size: int, vocab_size: int, tokens: int) -> None:
+        parts, have = [], 0
+        for shard in range(len(corpus.val)):
+            if have > tokens:
+                break
+            parts.append(np.asarray(corpus.read("val", shard)[: tokens + 1 - have]))
+            check_tokens(parts[-1], vocab_size, corpus.val[shard].name)
+            have += len(parts[-1])
+        count = (have - 1) // block_size
+        if count < 1:
+            raise DataError(
+                f"{corpus.folder} has {max(have, 0)} validation tokens, too few for one window of {block_size} and "
+                "one more; shorten --block_size or add text"
+            )
+        stream = np.concatenate(parts)[: count * block_size + 1]
+        self.block_size, self.count = block_size, count
+        self.sha256 = hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, (count, T) int64 each; rows beyond the last window are zeros (one shape for all)."""
+        T = self.block_size
+        tokens, targets = np.zeros((count, T), dtype=np.int64), np.zeros((count, T), dtype=np.int64)
+        for row in range(min(count, self.count - first)):
+            start = (first + row) * T
+            tokens[row] = self.stream[start : start + T]
+            targets[row] = self.stream[start + 1 : start + T + 1]
+        return torch.from_numpy(tokens), torch.from_numpy(targets)

@@ -1,0 +1,198 @@
+"""An opened corpus: a folder of shards, what they hold, and whether it is the corpus a run began with.
+
+Ours carry a manifest (corpus.json, or corpus.partial.json while they are being prepared). Folders of nanoGPT,
+build-nanogpt and llm.c carry none and are told by their files' names. How a corpus is made is told in prepare.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptlab.data.shards import ShardInfo, open_shard, sha256_of
+from gptlab.data.tokenizers import get_tokenizer
+from gptlab.errors import DataError
+
+MANIFEST = "corpus.json"
+PARTIAL_MANIFEST = "corpus.partial.json"
+FORMAT = 1
+SPLITS = ("train", "val")
+TOKENIZER_FILE = "tokenizer.txt"  # in a folder of another program's shards: the name of their tokenizer, if not gpt2
+
+_FOREIGN_SHARD = re.compile(r"(?:.*_)?(train|val)(?:_\d{6})?\.(?:bin|npy)")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder of shards as it was when opened; `complete` is False while more are being prepared."""
+
+    folder: Path
+    name: str
+    tokenizer: str
+    vocab_size: int
+    complete: bool
+    train: tuple[ShardInfo, ...]
+    val: tuple[ShardInfo, ...]
+    _verified: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def splits(self) -> dict[str, tuple[ShardInfo, ...]]:
+        """The shards of "train" and of "val", in order."""
+        return {"train": self.train, "val": self.val}
+
+    def tokens(self, split: str) -> int:
+        """Tokens in a split, of the shards there are."""
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def identity(self) -> dict[str, Any]:
+        """What a run writes down of its data, JSON-able; `grew_from` compares with it."""
+        hashes = {split: [shard.sha256 for shard in self.splits[split]] for split in SPLITS}
+        return {"tokenizer": self.tokenizer, **hashes, "complete": self.complete}
+
+    def grew_from(self, recorded: Mapping[str, Any]) -> list[str]:
+        """Empty if this is the corpus whose `identity()` was recorded, or that one with more shards prepared since.
+
+        Otherwise what differs, one line each.
+        """
+        differences = []
+        if self.tokenizer != recorded["tokenizer"]:
+            differences.append(f"tokenizer: recorded {recorded['tokenizer']}, found {self.tokenizer}")
+        for split in SPLITS:
+            before, now = recorded[split], [shard.sha256 for shard in self.splits[split]]
+            changed = [index for index, (old, new) in enumerate(zip(before, now, strict=False)) if old != new]
+            if changed:
+                old, new = before[changed[0]], now[changed[0]]
+                differences.append(f"{split} shard {changed[0]}: recorded SHA-256 {old[:12]}…, found {new[:12]}…")
+            if len(now) < len(before) or (recorded["complete"] and len(now) > len(before)):
+                differences.append(f"{split}: recorded {len(before)} shards, found {len(now)}")
+        if recorded["complete"] and not self.complete:
+            differences.append("recorded a complete corpus, found one still being prepared")
+        return differences
+
+    def read(self, split: str, index: int) -> np.ndarray:
+        """Tokens of one shard, (n,) uint16, mapped. Its checksum is verified the first time; raises DataError."""
+        shard = self.splits[split][index]
+        if shard.sha256 not in self._verified:
+            self._verified[shard.sha256] = open_shard(self.folder / shard.name, shard.sha256)
+        return self._verified[shard.sha256]
+
+    def reload(self) -> Corpus:
+        """The corpus as it is now, with the shards finished since; itself where it was complete."""
+        return self if self.complete else replace(open_corpus(self.folder), _verified=self._verified)
+
+    def wait_for(self, split: str, index: int, *, alive: Callable[[], bool], timeout: float = math.inf) -> Corpus:
+        """The corpus once it has that shard, or is complete; see `wait_for_shard`."""
+        if self.complete or index < len(self.splits[split]):
+            return self
+        return replace(
+            wait_for_shard(self.folder, split, index, alive=alive, timeout=timeout), _verified=self._verified
+        )
+
+
+def open_corpus(folder: str | Path) -> Corpus:
+    """The corpus in `folder`, finished or not, ours or another program's (see the top of this file).
+
+    Raises DataError where there is none, or where its manifest or a shard is damaged, missing or of another size.
+    Other programs' shards are hashed here, which takes a second per gigabyte or two.
+    """
+    folder = Path(folder)
+    # The finished one is looked for twice, as a preparation may end between the first two looks.
+    for manifest in (MANIFEST, PARTIAL_MANIFEST, MANIFEST):
+        if (content := read_manifest(folder / manifest)) is not None:
+            return _open_ours(folder, content)
+    return _open_foreign(folder)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """A manifest's content, checked for shape, or None where there is no such file. Raises DataError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}: look at the folder's rights") from error
+    except ValueError:
+        content = None
+    if content is None or not _well_formed(content):
+        raise DataError(f"{path} is damaged: expected a corpus manifest: remove the folder and prepare it again")
+    if content["format"] != FORMAT:
+        raise DataError(f"{path}: expected manifest format {FORMAT}, found {content['format']}: update gptlab")
+    return content
+
+
+def _well_formed(content: Any) -> bool:
+    try:
+        return {"format", "name", "source", "tokenizer", "vocab_size", "complete"} <= content.keys() and all(
+            # A name without folders: a manifest from elsewhere must not reach out of its own.
+            Path(shard["file"]).name == shard["file"] and int(shard["tokens"]) > 0 and len(shard["sha256"]) == 64
+            for split in SPLITS
+            for shard in content["splits"][split]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def wait_for_shard(
+    folder: str | Path, split: str, index: int, *, alive: Callable[[], bool], timeout: float = math.inf
+) -> Corpus:
+    """The corpus in `folder` as soon as it has shard `index` of `split`, or is complete without it.
+
+    The folder need not exist yet. `alive` tells whether anyone is still preparing it. Raises DataError after `timeout`
+    seconds, or when nobody prepares it and the shard is not there.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        running = alive()  # asked before looking, so that a shard finished just before the end is seen
+        corpus = open_corpus(folder) if _has_manifest(Path(folder)) else None
+        if corpus and (corpus.complete or index < len(corpus.splits[split])):
+            return corpus
+        if not running:
+            raise DataError(f"{folder}: expected {split} shard {index}, but its preparation ended: start it again")
+        if time.monotonic() > deadline:
+            raise DataError(
+                f"{folder}: expected {split} shard {index} within {timeout:g} seconds, found none: try later"
+            )
+        time.sleep(min(0.5, timeout / 10))
+
+
+def _open_ours(folder: Path, content: dict[str, Any]) -> Corpus:
+    train, val = (
+        tuple(ShardInfo(shard["file"], shard["tokens"], shard["sha256"]) for shard in content["splits"][split])
+        for split in SPLITS
+    )
+    for shard in (*train, *val):
+        if (found := len(open_shard(folder / shard.name))) != shard.tokens:  # header and size; checksums in read()
+            raise DataError(f"{folder / shard.name}: expected {shard.tokens} tokens, found {found}: prepare it again")
+    return Corpus(folder, content["name"], content["tokenizer"], content["vocab_size"], content["complete"], train, val)
+
+
+def _open_foreign(folder: Path) -> Corpus:
+    if not folder.is_dir():
+        raise DataError(f"expected a corpus at {folder}, found no folder: make one with `gptlab data prepare`")
+    matches = [match for path in sorted(folder.iterdir()) if (match := _FOREIGN_SHARD.fullmatch(path.name))]
+    names = {split: [match.string for match in matches if match[1] == split] for split in SPLITS}
+    if not all(names.values()):
+        found = ", ".join(split for split in SPLITS if names[split]) or "neither"
+        raise DataError(
+            f"expected a corpus in {folder} ({MANIFEST}, or files such as train.bin and val.bin), found {found}: "
+            "make one with `gptlab data prepare`"
+        )
+    train, val = (
+        tuple(ShardInfo(name, len(open_shard(folder / name)), sha256_of(folder / name)) for name in names[split])
+        for split in SPLITS
+    )
+    named = folder / TOKENIZER_FILE
+    tokenizer = get_tokenizer(named.read_text(encoding="utf-8").strip() if named.exists() else "gpt2")
+    return Corpus(folder, folder.resolve().name, tokenizer.name, tokenizer.vocab_size, True, train, val)
+
+
+def _has_manifest(folder: Path) -> bool:
+    return (folder / MANIFEST).exists() or (folder / PARTIAL_MANIFEST).exists()

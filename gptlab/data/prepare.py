@@ -1,0 +1,357 @@
+"""Documents to shards: tokenised by several processes, written whole, gone on with after a kill.
+
+After each shard the partial manifest is replaced by one that lists it and says where to go on; the last step writes
+corpus.json. So a preparation killed at any moment leaves finished shards, a place to go on from and
+nothing that looks complete; and because documents come and are packed in a fixed order, the corpus is the same bytes
+for any number of kills and workers. Sources are in corpora.py, the file format in shards.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptlab.data.corpora import Documents, Position, Source, get_source
+from gptlab.data.corpus import FORMAT, MANIFEST, PARTIAL_MANIFEST, SPLITS, Corpus, open_corpus, read_manifest
+from gptlab.data.shards import TEMPORARY_FILES, open_shard, write_atomically, write_shard
+from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
+from gptlab.errors import ConfigError, DataError, GptlabError
+
+LOCK = ".lock"
+CHUNK_CHARACTERS = 1 << 19  # what a worker gets at a time: about a tenth of a second of work for GPT-2's tokenizer
+CHUNKS_BEFORE_WORKERS = 8  # a smaller stream is done before a process has started
+
+_OUR_SHARD = re.compile(r"(?:train|val)_\d{6}\.bin")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is: documents and tokens so far, and how many documents there will be, where known."""
+
+    documents: int
+    tokens: int
+    total_documents: int | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some documents to tokenise together, and the source's position before them."""
+
+    texts: list[str]
+    position: Position
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where to go on: a stream, the position of a chunk in it, how many of the chunk's tokens are in finished shards,
+
+    and how many documents came before the chunk. After a stream's end, the start of the next.
+    """
+
+    stream: int = 0
+    position: Position = None
+    skip: int = 0
+    documents: int = 0
+
+
+def default_folder(name: str, tokenizer: str, root: Path = Path("data")) -> Path:
+    """Where a corpus is prepared unless told otherwise: data/<name>-<tokenizer>."""
+    return root / f"{name}-{tokenizer}"
+
+
+def prepare(
+    name: str,
+    out: Path,
+    tokenizer: str,
+    *,
+    inputs: Sequence[str | Path] = (),
+    shard_tokens: int = 100_000_000,
+    val_fraction: float = 0.05,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    limit_shards: int | None = None,
+) -> Corpus:
+    """Make corpus `name` in folder `out`, or go on making it, and return it; a finished one is returned as it is.
+
+    `shard_tokens` is the size of a shard, `workers` the tokenising processes (default: half the processors).
+    `limit_shards` stops once there are so many training shards and leaves the corpus unfinished, to go on later.
+    Waits while another process prepares the same folder. Raises ConfigError for options that cannot be, DataError for
+    documents that cannot be read, a disk that refuses, or a finished corpus made with other settings.
+    """
+    if not 1 <= shard_tokens < 2**31:
+        raise ConfigError(f"expected shard_tokens from 1 to 2147483647, found {shard_tokens}")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"expected workers of 1 or more, found {workers}")
+    out = Path(out)
+    try:
+        source = get_source(name, inputs, val_fraction)
+        settings = {"name": name, "source": source.settings(), "tokenizer": tokenizer, "shard_tokens": shard_tokens}
+        get_tokenizer(tokenizer)  # an unknown name is an error before anything is written
+        if not (out / PARTIAL_MANIFEST).exists() and (corpus := _finished(out, settings)):
+            return corpus
+        with _only_one(out):
+            corpus = _finished(out, settings)  # perhaps by the one that was waited for
+            if corpus is None:
+                manifest = _begin(out, settings)
+                _sweep(out)
+                _write_shards(out, source, manifest, workers or _default_workers(), progress, limit_shards)
+            _sweep(out)
+    except OSError as error:
+        raise DataError(f"cannot use {error.filename or out}: {error.strerror or error}: look at its rights") from error
+    return open_corpus(out)
+
+
+def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
+    """The tokens of some documents on end, (n,) uint16, each after a `document_start`. Raises DataError."""
+    start = np.array([tokenizer.document_start], dtype=np.uint16)
+    parts: list[Tokens] = []
+    for text in texts:
+        try:
+            parts += start, tokenizer.encode(text)
+        except DataError as error:
+            raise DataError(f"the document that begins {text[:40]!r}: {error}") from error
+    return np.concatenate(parts)
+
+
+def _write_shards(
+    out: Path,
+    source: Source,
+    manifest: dict[str, Any],
+    workers: int,
+    progress: Callable[[Progress], None] | None,
+    limit_shards: int | None,
+) -> None:
+    """Write the shards that `manifest` lacks, keeping it up to date on disk, and corpus.json after the last one."""
+    splits = manifest["splits"]
+    total_documents = source.count()
+
+    def report(documents: int, tokens_in_hand: int) -> None:
+        if progress:
+            finished = sum(shard["tokens"] for split in SPLITS for shard in splits[split])
+            progress(Progress(documents, finished + tokens_in_hand, total_documents))
+
+    def may_stop() -> bool:
+        unfinished = resume.stream < len(source.streams)
+        return unfinished and limit_shards is not None and len(splits["train"]) >= limit_shards
+
+    resume = Resume(**manifest["resume"])
+    if may_stop():
+        return
+    while resume.stream < len(source.streams):
+        stream = source.streams[resume.stream]
+        with (
+            contextlib.closing(source.documents(stream, resume.position)) as documents,
+            contextlib.closing(_chunks(documents, resume.position)) as chunks,
+            contextlib.closing(_encode_in_order(chunks, manifest["tokenizer"], workers)) as encoded,
+            contextlib.closing(_pack(encoded, resume, manifest["shard_tokens"], report)) as packed,
+        ):
+            for tokens, resume in packed:  # where to go on replaces where this stream was begun
+                if len(tokens):
+                    split = "val" if stream == "val" or (stream == "all" and not splits["val"]) else "train"
+                    shard = write_shard(out / f"{split}_{len(splits[split]):06d}.bin", tokens)
+                    splits[split].append({"file": shard.name, "tokens": shard.tokens, "sha256": shard.sha256})
+                manifest.update(documents=resume.documents, resume=asdict(resume))
+                _write_manifest(out / PARTIAL_MANIFEST, manifest)
+                if may_stop():
+                    return
+    if not all(splits.values()):
+        raise DataError(
+            f"expected documents for training and for validation, found too few in corpus {manifest['name']!r}: "
+            "give more of them with --input, or lower --shard_tokens"
+        )
+    del manifest["resume"]
+    _write_manifest(out / MANIFEST, {**manifest, "complete": True})
+
+
+def _pack(
+    encoded: Iterable[tuple[Chunk, Tokens]], resume: Resume, shard_tokens: int, report: Callable[[int, int], None]
+) -> Generator[tuple[Tokens, Resume], None, None]:
+    """Tokens cut into shards, each with where to go on after it; last the stream's rest, which may be empty.
+
+    The array is one buffer, filled anew for the next shard.
+    """
+    buffer, filled = np.empty(shard_tokens, dtype=np.uint16), 0
+    skip, documents = resume.skip, resume.documents
+    for chunk, tokens in encoded:
+        taken = min(skip, len(tokens))
+        skip -= taken
+        while taken < len(tokens):
+            count = min(shard_tokens - filled, len(tokens) - taken)
+            buffer[filled : filled + count] = tokens[taken : taken + count]
+            filled, taken = filled + count, taken + count
+            if filled == shard_tokens:
+                yield buffer, Resume(resume.stream, chunk.position, taken, documents)
+                filled = 0
+        documents += len(chunk.texts)
+        report(documents, filled)
+    yield buffer[:filled], Resume(resume.stream + 1, None, 0, documents)
+
+
+def _chunks(documents: Documents, position: Position) -> Generator[Chunk, None, None]:
+    texts: list[str] = []
+    characters = 0
+    for text, after in documents:
+        texts.append(text)
+        characters += len(text) + 1  # a document is work even if empty
+        if characters >= CHUNK_CHARACTERS:
+            yield Chunk(texts, position)
+            texts, characters, position = [], 0, after
+    if texts:
+        yield Chunk(texts, position)
+
+
+def _encode_in_order(
+    chunks: Iterator[Chunk], tokenizer: str, workers: int
+) -> Generator[tuple[Chunk, Tokens], None, None]:
+    """Each chunk with its tokens, in order, tokenised by `workers` processes in turn.
+
+    Turns, rather than first come first served, keep the order without a queue, and a worker has one chunk at a time,
+    so that neither side can block the other; chunks are alike in length, so little time is lost. Small streams, and
+    bytes, which need no work, are tokenised here.
+    """
+    first = list(itertools.islice(chunks, CHUNKS_BEFORE_WORKERS))
+    chunks = itertools.chain(first, chunks)
+    if workers == 1 or len(first) < CHUNKS_BEFORE_WORKERS or tokenizer == "bytes":
+        for chunk in chunks:
+            yield chunk, encode_documents(chunk.texts, get_tokenizer(tokenizer))
+        return
+    with contextlib.ExitStack() as stack:
+        pool = [stack.enter_context(_worker(tokenizer)) for _ in range(workers)]
+        given: deque[tuple[Connection, Chunk]] = deque()
+        for worker, chunk in zip(itertools.cycle(pool), chunks, strict=False):
+            done = _receive(given.popleft()) if len(given) == workers else None
+            with _expecting_a_worker():
+                worker.send(chunk.texts)
+            given.append((worker, chunk))
+            if done:
+                yield done
+        while given:
+            yield _receive(given.popleft())
+
+
+def _receive(given: tuple[Connection, Chunk]) -> tuple[Chunk, Tokens]:
+    worker, chunk = given
+    with _expecting_a_worker():
+        result = worker.recv()
+    if isinstance(result, GptlabError):
+        raise result
+    return chunk, result
+
+
+@contextlib.contextmanager
+def _expecting_a_worker() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        raise DataError(
+            "expected a tokenising process to answer, but it has ended (killed, or out of memory?): "
+            "run again to go on, with fewer --workers"
+        ) from error
+
+
+@contextlib.contextmanager
+def _worker(tokenizer: str) -> Iterator[Connection]:
+    """A tokenising process at the other end of a pipe. It alone has that end, so it ends when ours is gone."""
+    context = multiprocessing.get_context("spawn")  # a fork would hold our ends of the other workers' pipes open
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_tokenise, args=(tokenizer, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join()
+
+
+def _tokenise(tokenizer: str, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of us; the parent closes the pipe
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            texts = pipe.recv()
+            try:
+                answer = encode_documents(texts, get_tokenizer(tokenizer))
+            except GptlabError as error:
+                answer = error
+            pipe.send(answer)
+
+
+def _default_workers() -> int:
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, waiting for it; the kernel lets go of it however the holder ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> Corpus | None:
+    """The finished corpus in `out`, or None; one whose shards are gone is none. Raises DataError for another corpus."""
+    manifest = read_manifest(out / MANIFEST)
+    if manifest is None:
+        return None
+    if differing := [key for key, value in settings.items() if manifest.get(key) != value]:
+        raise DataError(
+            f"{out} holds a finished corpus of another {' and '.join(differing)}: choose another --out, or remove it"
+        )
+    try:
+        return open_corpus(out)
+    except DataError:
+        return None
+
+
+def _begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the unfinished preparation in `out` if it has these settings and its shards, else a fresh one."""
+    (out / MANIFEST).unlink(missing_ok=True)  # there only if its shards are not
+    manifest = read_manifest(out / PARTIAL_MANIFEST)
+    if manifest is not None and all(manifest.get(key) == value for key, value in settings.items()):
+        with contextlib.suppress(DataError):
+            for shard in (shard for split in SPLITS for shard in manifest["splits"][split]):
+                open_shard(out / shard["file"])
+            return manifest
+    manifest = {
+        "format": FORMAT,
+        **settings,
+        "vocab_size": get_tokenizer(settings["tokenizer"]).vocab_size,
+        "complete": False,
+        "documents": 0,
+        "splits": {split: [] for split in SPLITS},
+        "resume": asdict(Resume()),
+    }
+    _write_manifest(
+        out / PARTIAL_MANIFEST, manifest
+    )  # first, so that the shards to come never look like a corpus without one
+    return manifest
+
+
+def _sweep(out: Path) -> None:
+    """Remove what interrupted or superseded preparations left; only the holder of the lock may."""
+    if (out / MANIFEST).exists():
+        (out / PARTIAL_MANIFEST).unlink(missing_ok=True)
+    corpus = open_corpus(out)
+    kept = {shard.name for split in SPLITS for shard in corpus.splits[split]}
+    for path in [*out.glob(TEMPORARY_FILES), *out.glob("*.bin")]:
+        if path.suffix == ".tmp" or (_OUR_SHARD.fullmatch(path.name) and path.name not in kept):
+            path.unlink()
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    write_atomically(path, [(json.dumps(manifest, indent=1) + "\n").encode()])

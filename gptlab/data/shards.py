@@ -1,0 +1,169 @@
+"""Token files: llm.c's shards written and read, build-nanogpt's .npy and nanoGPT's raw .bin read.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, token count, the rest 0), then that many little-endian
+uint16 tokens. A file is mapped, never loaded, and its size is checked before a token is touched. Which shards make a
+corpus is corpus.py's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gptlab.errors import DataError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+TOKEN = np.dtype("<u2")
+TEMPORARY_FILES = ".*.tmp"  # what an interrupted write leaves, as a glob pattern
+
+_NUMBERED = re.compile(r"_\d{6}\.bin$")  # llm.c's names: always with a header
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """A finished shard: its file name, its tokens, and the SHA-256 of the whole file."""
+
+    name: str
+    tokens: int
+    sha256: str
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> ShardInfo:
+    """Write (n,) uint16 `tokens` to `path`, whole or not at all. Raises DataError where the disk refuses."""
+    assert tokens.dtype == np.uint16, tokens.dtype
+    assert tokens.ndim == 1, tokens.shape
+    assert 0 < len(tokens) < 2**31, len(tokens)
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    parts = (header.data.cast("B"), np.ascontiguousarray(tokens, dtype=TOKEN).data.cast("B"))
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    write_atomically(path, parts)
+    return ShardInfo(path.name, len(tokens), digest.hexdigest())
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write `parts` to `path` by way of a temporary file beside it: flushed, then renamed, so never half there.
+
+    Raises DataError where the disk is full or may not be written, and leaves no debris then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise DataError(
+                f"cannot write {path.name} in {path.parent}: {error.strerror or error}: make room there, or choose "
+                "another folder, then run again to go on"
+            ) from error
+        raise
+
+
+def open_shard(path: Path, sha256: str | None = None) -> np.ndarray:
+    """The tokens of a file, (n,) uint16, read-only and mapped.
+
+    `.npy` is build-nanogpt's. A `.bin` whose name ends in six digits, or that starts with the magic number, is llm.c's;
+    any other is nanoGPT's, tokens from the first byte on. With `sha256` the whole file is read and compared once.
+    Raises DataError naming the file where it is missing, damaged, of another size or kind, or not what was hashed.
+    """
+    try:
+        tokens = _open_npy(path) if path.suffix == ".npy" else _open_bin(path)
+        found = sha256_of(path) if sha256 else None
+    except OSError as error:
+        raise DataError(f"cannot read shard {path}: {error.strerror or error}: prepare the corpus again") from error
+    if found != sha256:
+        raise DataError(f"{path} is damaged: expected SHA-256 {sha256}, found {found}: prepare the corpus again")
+    return tokens
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, name: str | Path) -> None:
+    """Raise DataError, naming the file, the position and the token, if one is not below `vocab_size`."""
+    if len(tokens) == 0 or tokens.max() < vocab_size:
+        return
+    window = 1 << 22  # a comparison over the whole shard would take a byte a token
+    for start in range(0, len(tokens), window):
+        outside = np.flatnonzero(tokens[start : start + window] >= vocab_size)
+        if len(outside):
+            position = start + int(outside[0])
+            raise DataError(
+                f"{name}: token out of range: expected tokens below the model's vocab_size {vocab_size}, found "
+                f"{int(tokens[position])} at position {position}: choose a model or a corpus of the other's tokenizer"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_bin(path: Path) -> np.ndarray:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(HEADER_BYTES)
+    header = np.frombuffer(start[: len(start) // 4 * 4], dtype="<i4")
+    # No raw file of GPT-2 tokens starts with the magic number: its first half would be token 55496.
+    if not _NUMBERED.search(path.name) and (len(header) == 0 or header[0] != MAGIC):
+        return _open_raw(path, size)
+    if size < HEADER_BYTES:
+        raise DataError(f"{path} is truncated: expected a header of {HEADER_BYTES} bytes, found {size} bytes in all")
+    if header[0] != MAGIC:
+        raise DataError(f"{path} is no shard: expected magic number {MAGIC}, found {header[0]}")
+    if header[1] != VERSION:
+        raise DataError(f"{path}: expected shard version {VERSION}, found {header[1]}")
+    count = int(header[2])
+    if count < 1:
+        raise DataError(f"{path}: expected a token count above 0 in the header, found {count}")
+    _check_size(path, size, HEADER_BYTES + count * TOKEN.itemsize, f"for {count} tokens")
+    return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def _open_raw(path: Path, size: int) -> np.ndarray:
+    if size == 0 or size % TOKEN.itemsize:
+        raise DataError(f"{path}: expected uint16 tokens, so an even number of bytes above 0, found {size} bytes")
+    return np.memmap(path, dtype=TOKEN, mode="r")
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: expected a whole .npy file of uint16 tokens, found: {error}") from error
+    if not isinstance(tokens, np.memmap) or tokens.dtype != TOKEN or tokens.ndim != 1:
+        found = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
+        raise DataError(f"{path}: expected a one-dimensional array of little-endian uint16, found {found}")
+    _check_size(path, path.stat().st_size, tokens.offset + tokens.nbytes, f"for {len(tokens)} tokens")
+    return tokens
+
+
+def _check_size(path: Path, found: int, expected: int, what: str) -> None:
+    if found != expected:
+        state = "truncated" if found < expected else "padded"
+        raise DataError(f"{path} is {state}: expected {expected} bytes {what}, found {found}: prepare the corpus again")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; the folder's entry is data of its own."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

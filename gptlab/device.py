@@ -1,0 +1,170 @@
+"""What the machine can do, and what a run makes of it: device, dtype, threads, compile, each with its reason.
+
+`decide` is a pure function of `Machine`, so that its choices for hardware that is not at hand are tested with faked
+capabilities. The environment is read here and in distributed.py only.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gptlab.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BF16_MIN_WIDTH = 256
+"""Below this width casts cost more than bf16 matmuls save on a CPU (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Capabilities of the machine as far as the choices need them."""
+
+    cores: int
+    processor: str
+    cpu_bf16: bool
+    """The processor multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
+    gpus: tuple[str, ...] = ()
+    gpu_bf16: bool = False
+    gpu_capability: tuple[int, int] = (0, 0)
+    compiler: bool = True
+    """Whether torch.compile finds what it needs on this GPU."""
+
+    @staticmethod
+    def probe() -> Machine:
+        """Ask this machine."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        capabilities = torch.cpu.get_capabilities()
+        cuda = torch.cuda.is_available()
+        return Machine(
+            cores=cores,
+            processor=str(capabilities.get("cpu_name") or platform.processor() or platform.machine()),
+            cpu_bf16=bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")),
+            gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else (),
+            gpu_bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+            gpu_capability=torch.cuda.get_device_capability() if cuda else (0, 0),
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a process computes. autocast: dtype of the matmuls, None for the parameters' own (fp32)."""
+
+    device: torch.device
+    autocast: torch.dtype | None
+    threads: int
+    compile: bool
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == (self.autocast or torch.float32))
+
+    def apply(self) -> None:
+        """Make this process compute so."""
+        torch.set_num_threads(self.threads)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+
+
+def decide(
+    machine: Machine,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 0,
+    compile: str = "auto",
+    n_embd: int = 768,
+    local_rank: int = 0,
+    local_size: int = 1,
+) -> Placement:
+    """The placement of one process; raises ConfigError for a device that is not there."""
+    reasons: dict[str, str] = {}
+    where = _device(machine, device, local_rank, local_size, reasons)
+    gpu = where.type == "cuda"
+    if dtype == "auto":
+        if gpu:
+            fast = machine.gpu_bf16
+            reasons["dtype"] = "this GPU computes bf16 natively" if fast else "this GPU has no native bf16"
+        elif not machine.cpu_bf16:
+            fast = False
+            reasons["dtype"] = "this processor has no bf16 instructions"
+        else:
+            fast = n_embd >= BF16_MIN_WIDTH
+            gains = "gains from" if fast else "is too small to gain from"
+            reasons["dtype"] = f"a model {n_embd} wide {gains} this processor's bf16"
+        dtype = "bf16" if fast else "fp32"
+    else:
+        reasons["dtype"] = "as asked"
+    if threads:
+        reasons["threads"] = "as asked"
+    else:
+        threads = max(1, machine.cores // local_size)
+        reasons["threads"] = f"{machine.cores} cores over {local_size} process{'es' * (local_size > 1)}"
+    if compile == "auto":
+        compiled = gpu and machine.gpu_capability >= (7, 0) and machine.compiler
+        reasons["compile"] = "pays on a GPU" if compiled else "eager measured faster" if not gpu else "GPU too old"
+    else:
+        compiled = compile == "on"
+        reasons["compile"] = "as asked"
+    return Placement(where, torch.bfloat16 if dtype == "bf16" else None, threads, compiled, reasons)
+
+
+def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reasons: dict[str, str]) -> torch.device:
+    name, _, index = asked.partition(":")
+    if name == "auto":
+        name = "cuda" if machine.gpus else "cpu"
+        reasons["device"] = f"{len(machine.gpus)} GPU(s) found" if machine.gpus else "no GPU found"
+    else:
+        reasons["device"] = "as asked"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, found {asked!r}")
+    chosen = int(index) if index.isdigit() else local_rank
+    if chosen >= len(machine.gpus):
+        raise ConfigError(
+            f"device cuda:{chosen} is not there: this machine has {len(machine.gpus)} GPU(s) for {local_size} "
+            "process(es); lower --nproc_per_node or use --device cpu"
+        )
+    return torch.device("cuda", chosen)
+
+
+def matmul_peak(placement: Placement, size: int | None = None) -> float:
+    """The machine's matmul rate in FLOP/s for this process: the best of a few square products, measured now."""
+    gpu = placement.device.type == "cuda"
+    n = size or (8192 if gpu else 1024)
+    dtype = placement.autocast or torch.float32
+    a = torch.ones(n, n, dtype=dtype, device=placement.device)
+    best = float("inf")
+    for _ in range(6):
+        if gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def environment(placement: Placement, machine: Machine) -> dict[str, Any]:
+    """What environment.json records of machine and software; no variable of the environment is among it."""
+    return {
+        "machine": {"processor": machine.processor, "cores": machine.cores, "gpus": list(machine.gpus)},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "device": str(placement.device),
+        "dtype": placement.dtype_name,
+        "threads": placement.threads,
+        "compile": placement.compile,
+        "reasons": placement.reasons,
+    }

@@ -1,0 +1,172 @@
+"""The processes of one run: who this one is, sums over all of them, one decision for all of them.
+
+torchrun's variables are read here and nowhere else. Gradients are summed here too, instead of by
+DistributedDataParallel: the backward pass goes down block by block and visits a judged block more than once, which
+DDP's hooks, made for one backward call a step, do not allow. The sum is the same, once a step, over flat buckets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from gptlab import errors
+
+if TYPE_CHECKING:
+    import torch
+
+BUCKET_BYTES = 25 * 2**20
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run; a single process without torchrun is rank 0 of 1."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    launched: bool = False
+    """Whether torchrun started this process."""
+
+    @staticmethod
+    def from_environment() -> World:
+        def number(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        return World(
+            number("RANK", 0),
+            number("WORLD_SIZE", 1),
+            number("LOCAL_RANK", 0),
+            number("LOCAL_WORLD_SIZE", 1),
+            "TORCHELASTIC_RUN_ID" in os.environ,
+        )
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def connect(self, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+        """Join the process group: nccl between GPUs, gloo between CPUs; nothing for a single process."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+
+    def disconnect(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace every tensor by its sum over all ranks, in buckets, in the order given (the same on all ranks)."""
+        if self.size == 1:
+            return
+        import torch
+        import torch.distributed as dist
+
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.reshape(-1) for t in bucket])
+            dist.all_reduce(flat)
+            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                t.copy_(part.view_as(t))
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, one shape for all, in the order of ranks."""
+        if self.size == 1:
+            return [tensor]
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+    def agree(self, action: Callable[[], Any], device: torch.device) -> Any:
+        """What `action` gives on rank 0 (JSON values), on every rank; an error of ours there is raised everywhere."""
+        if self.size == 1:
+            return action()
+        import torch
+        import torch.distributed as dist
+
+        message = b""
+        if self.main:
+            try:
+                answer = {"value": action()}
+            except errors.GptlabError as error:
+                answer = {"error": type(error).__name__, "text": str(error)}
+            message = json.dumps(answer).encode()
+        length = torch.tensor([len(message)], device=device)
+        dist.broadcast(length, 0)
+        text = torch.zeros(int(length), dtype=torch.uint8)
+        if self.main:
+            text = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        text = text.to(device)
+        dist.broadcast(text, 0)
+        answer = json.loads(bytes(text.cpu().tolist()))
+        if "error" in answer:
+            raise getattr(errors, answer["error"])(answer["text"])
+        return answer["value"]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def share(self, sequences: int, batch_size: int) -> int:
+        """Sequences of a micro-batch: the most that divide this rank's part of an update and exceed no batch_size."""
+        if sequences % self.size:
+            raise errors.ConfigError(
+                f"an update of {sequences} sequences cannot be shared equally by {self.size} processes; "
+                f"make total_batch_tokens a multiple of {self.size} x block_size"
+            )
+        mine = sequences // self.size
+        return next(b for b in range(min(batch_size, mine), 0, -1) if mine % b == 0)
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
+    """Consecutive tensors of one dtype, up to BUCKET_BYTES together."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for t in tensors:
+        if bucket and (size + t.nbytes > BUCKET_BYTES or t.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(t)
+        size += t.nbytes
+    if bucket:
+        yield bucket
+
+
+def end_with_launcher() -> None:
+    """Make this process end when the torchrun that started it is gone, so that no orphan writes on.
+
+    On Linux the kernel sends SIGKILL at once; elsewhere, and for a torchrun that died before this call, a thread
+    looks every second whether the parent is still the same.
+    """
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent and parent != 1:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()

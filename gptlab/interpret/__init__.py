@@ -1,0 +1,1 @@
+"""Looking into a trained model: what it writes, and what each of its blocks would have said."""

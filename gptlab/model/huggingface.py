@@ -1,0 +1,113 @@
+"""GPT-2 to and from Hugging Face: the same logits, under transformers' names and layout.
+
+transformers' linear layers are `Conv1D`: their weights are (in, out), ours (out, in). Its vocabulary is GPT-2's own
+50,257 tokens, so rows that pad ours are cut on the way out. `share_blocks` is written out as L equal blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gptlab.errors import CheckpointError, DataError
+from gptlab.model.gpt import GPT, GPTConfig
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+GPT2_VOCABULARY = 50257
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise DataError(
+            "Hugging Face models need the package transformers, which is not installed; pip install 'gptlab[eval]'"
+        ) from None
+    return transformers
+
+
+def to_huggingface(model: GPT) -> GPT2LMHeadModel:
+    """A `GPT2LMHeadModel` on the CPU that gives the same logits; `save_pretrained` makes its folder."""
+    transformers = _transformers()
+    config = model.config
+    vocabulary = min(config.vocab_size, GPT2_VOCABULARY)
+    small = vocabulary < GPT2_VOCABULARY  # a byte model: token 0 starts a document
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=config.block_size,
+            n_ctx=config.block_size,
+            n_embd=config.n_embd,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            activation_function="gelu_new",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0 if small else GPT2_VOCABULARY - 1,
+            eos_token_id=0 if small else GPT2_VOCABULARY - 1,
+        )
+    )
+    ours = model.state_dict()
+    weights = {}
+    for name, target in theirs.state_dict().items():
+        weight = ours[name]
+        weight = weight.t() if name.endswith(TRANSPOSED) else weight[: target.shape[0]]
+        weights[name] = weight.detach().to("cpu", torch.float32).contiguous()
+    theirs.load_state_dict(weights)
+    return theirs.eval()
+
+
+def from_huggingface(path_or_model: str | Path | GPT2LMHeadModel) -> GPT:
+    """A `GPT` with the weights of a GPT-2 folder (safetensors) or of a loaded `GPT2LMHeadModel`.
+
+    Raises CheckpointError where the folder is missing or is not a GPT-2 that this model can be equal to.
+    """
+    transformers = _transformers()
+    theirs = path_or_model
+    if isinstance(theirs, str | Path):
+        folder = Path(theirs)
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"expected a Hugging Face folder with config.json, found none at {folder}")
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
+    _check(theirs.config)
+    model = GPT(
+        GPTConfig(
+            block_size=theirs.config.n_positions,
+            vocab_size=theirs.config.vocab_size,
+            n_layer=theirs.config.n_layer,
+            n_head=theirs.config.n_head,
+            n_embd=theirs.config.n_embd,
+        )
+    )
+    source = theirs.state_dict()
+    weights = {
+        name: (source[name].t() if name.endswith(TRANSPOSED) else source[name]).detach().to("cpu", torch.float32)
+        for name in model.state_dict()
+    }
+    model.load_state_dict(weights)
+    return model
+
+
+def _check(config: Any) -> None:
+    """Refuse a Hugging Face GPT-2 whose arithmetic differs from GPT-2's own."""
+    expected = {
+        "model_type": ("gpt2", None),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "n_inner": (None, 4 * config.n_embd),
+        "scale_attn_weights": (True, True),
+        "scale_attn_by_inverse_layer_idx": (False, None),
+        "tie_word_embeddings": (True, True),
+        "layer_norm_epsilon": (1e-5, 1e-05),
+    }
+    for key, allowed in expected.items():
+        found = getattr(config, key, None)
+        if found not in allowed:
+            raise CheckpointError(f"expected a GPT-2 with {key} {allowed[0]!r}, found {found!r}; it cannot be imported")

@@ -1,0 +1,172 @@
+"""Options as dataclass fields: a default, one line of help, a unit; read from text or TOML with clear refusals.
+
+The same fields serve `--help`, the command line, TOML files and the record of a run, so an option is written once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptlab.errors import ConfigError, did_you_mean
+
+
+def option(
+    default: Any, help: str, *, unit: str = "", choices: Sequence[str] = (), shown: str = "", group: str = ""
+) -> Any:
+    """A dataclass field that is an option; `shown` stands in `--help` for a default that is derived."""
+    metadata = {"help": help, "unit": unit, "choices": tuple(choices), "shown": shown, "group": group}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One leaf field of a config: its dotted key, type and what `--help` says of it."""
+
+    key: str
+    type: Any
+    default: Any
+    help: str
+    unit: str
+    choices: tuple[str, ...]
+    shown: str
+    group: str
+
+    @property
+    def default_shown(self) -> str:
+        if self.shown:
+            return self.shown
+        if self.default is None:
+            return "none"
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+
+
+def options_of(config: type, prefix: str = "") -> Iterator[Option]:
+    """The options of a config class in the order of its fields; a nested config's keys are dotted."""
+    hints = typing.get_type_hints(config)
+    group = ""
+    for field in dataclasses.fields(config):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            yield from options_of(typing.cast(type, kind), prefix + field.name + ".")
+            continue
+        meta = field.metadata
+        group = meta.get("group") or group
+        choices = meta.get("choices") or _literals(kind)
+        yield Option(
+            prefix + field.name,
+            kind,
+            field.default,
+            meta.get("help", ""),
+            meta.get("unit", ""),
+            choices,
+            meta.get("shown", ""),
+            group,
+        )
+
+
+def build(config: type, values: Mapping[str, Any]) -> Any:
+    """An instance of `config` from dotted keys and typed values; what is not named keeps its default."""
+    known = {o.key: o for o in options_of(config)}
+    nested: dict[str, dict[str, Any]] = {}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"unknown option {key!r}{did_you_mean(key, known)}")
+        head, dot, rest = key.partition(".")
+        if dot:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            flat[key] = value
+    hints = typing.get_type_hints(config)
+    return config(**flat, **{name: build(hints[name], inner) for name, inner in nested.items()})
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The config's values under dotted keys, in the order of its fields: the inverse of `build`."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, prefix + field.name + ".")
+        else:
+            flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def flatten_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A TOML table under dotted keys; `-` and `_` are alike."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        key = prefix + key.replace("-", "_")
+        flat |= flatten_table(value, key + ".") if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def typed(option: Option, value: Any) -> Any:
+    """`value`, as text from a command line or as a TOML value, in the option's own type.
+
+    Raises ConfigError that says which key, what was expected and what was found.
+
+    >>> typed(Option("steps", int, 0, "", "steps", (), "", ""), "1_000")
+    1000
+    """
+    for kind in _alternatives(option.type):
+        converted = _as(kind, value)
+        if converted is not _NO:
+            if option.choices and isinstance(converted, str) and converted not in option.choices:
+                break
+            return converted
+    expected = f"one of {', '.join(option.choices)}" if option.choices else _describe(option.type)
+    hint = did_you_mean(str(value), option.choices)
+    raise ConfigError(f"{option.key}: expected {expected}, found {value!r}{hint}")
+
+
+_NO = object()
+_WORDS = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return sorted(typing.get_args(kind), key=lambda k: k is str)  # text matches anything: tried last
+    return [kind]
+
+
+def _literals(kind: Any) -> tuple[str, ...]:
+    return tuple(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else ()
+
+
+def _as(kind: Any, value: Any) -> Any:
+    text = isinstance(value, str)
+    if kind is types.NoneType:
+        return None if value is None or (text and value.lower() == "none") else _NO
+    if kind is bool:
+        return value if isinstance(value, bool) else _WORDS.get(value.lower(), _NO) if text else _NO
+    if kind is int or kind is float:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            return _NO
+        try:
+            number = float(value) if kind is float else int(value) if text else value
+        except ValueError:
+            return _NO
+        if kind is int and not isinstance(number, int):
+            return int(number) if number == int(number) else _NO
+        return number if number == number and abs(number) != float("inf") else _NO
+    if typing.get_origin(kind) is tuple:
+        items = [part for part in value.split(",") if part.strip()] if text else value
+        if not isinstance(items, list | tuple):
+            items = [items]
+        converted = tuple(_as(typing.get_args(kind)[0], item) for item in items)
+        return _NO if _NO in converted or not converted else converted
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return value if text else _NO
+    return _NO
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+    return " or ".join(names.get(k, "a list of whole numbers") for k in _alternatives(kind))

@@ -1,0 +1,1 @@
+"""Run folders, checkpoints and exact resume: what a run was, written down."""

@@ -1,0 +1,81 @@
+"""How a run begins: in a new folder, where it was stopped, or not at all because it is finished or another run's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gptlab
+from gptlab.data.corpus import Corpus
+from gptlab.errors import CheckpointError
+from gptlab.options import flatten
+from gptlab.runs import checkpoint
+from gptlab.runs.folder import RunFolder, differences
+from gptlab.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """folder: the run's; checkpoint: where to go on from; finished: the summary row of a run that needs nothing more."""
+
+    folder: str
+    checkpoint: str | None = None
+    finished: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]) -> tuple[RunFolder, Beginning]:
+    """Take the run's folder as its only writer and find where to start.
+
+    Raises CheckpointError if the folder holds another run (with the difference), if `--resume must` finds nothing to
+    go on with, or if no checkpoint of it is whole.
+    """
+    folder = RunFolder(_free(Path(config.folder)) if config.resume == "never" else config.folder)
+    begun = folder.exists()
+    if config.resume == "must" and not begun:
+        raise CheckpointError(f"--resume must: expected a run in {folder.path}, found none; check --out")
+    if begun:
+        _refuse_another(folder, config, corpus)
+        if summary := folder.finished(config.steps):
+            return folder, Beginning(str(folder.path), finished=summary)
+    folder.lock()
+    found, notes = folder.load_newest()
+    if config.resume == "must" and found is None:
+        raise CheckpointError(f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it anew")
+    folder.record("config.json", {"gptlab": gptlab.__version__, "options": flatten(config), "data": corpus.identity()})
+    folder.record("environment.json", environment)
+    lengths = found.state["records"] if found else {}
+    folder.open_records(**lengths)
+    return folder, Beginning(str(folder.path), str(found.folder) if found else None, notes=tuple(notes))
+
+
+def _refuse_another(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> None:
+    """Raise CheckpointError with the difference if the folder's run is not the one asked for."""
+    lines = differences(folder.config(), config)
+    lines += [f"data: {line}" for line in corpus.grew_from(folder.recorded("config.json")["data"])]
+    if lines:
+        listed = "\n  ".join(lines)
+        raise CheckpointError(
+            f"{folder.path} holds another run; use --resume never for a new folder, or give --out:\n  {listed}"
+        )
+
+
+def _free(path: Path) -> Path:
+    """`path`, or with -2, -3, ... the first that holds no run."""
+    candidate, n = path, 1
+    while RunFolder(candidate).exists():
+        n += 1
+        candidate = path.with_name(f"{path.name}-{n}")
+    return candidate
+
+
+def restore(path: str) -> checkpoint.Checkpoint:
+    """The checkpoint that rank 0 chose, read and verified by every rank."""
+    return checkpoint.load(Path(path))
+
+
+def as_json(beginning: Beginning) -> dict[str, Any]:
+    return dataclasses.asdict(beginning)

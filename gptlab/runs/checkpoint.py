@@ -1,0 +1,187 @@
+"""Checkpoints: whole or absent. Weights and moments in safetensors, the rest in JSON, checksums over all of it.
+
+A checkpoint is written into a hidden folder, flushed, its MANIFEST.json last, and then renamed to step_%08d; a crash at
+any moment leaves either the whole of it or a hidden folder that the next save removes. MANIFEST.json holds the SHA-256
+of every file and of its own content. The checksums catch accidents; they do not stop an attacker.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptlab.errors import CheckpointError
+
+WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
+FORMAT = 1
+KEPT = 2
+_NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A file of a checkpoint that is not as it was written."""
+
+    file: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was loaded from `folder`, verified."""
+
+    folder: Path
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.state["scalars"]["step"]
+
+
+def save(
+    checkpoints: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> Path:
+    """Save as checkpoints/step_%08d and keep the newest two; raises CheckpointError, with the older ones intact."""
+    step = state["scalars"]["step"]
+    target, building = checkpoints / f"step_{step:08d}", checkpoints / f".saving_step_{step:08d}"
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        _remove_debris(checkpoints)
+        building.mkdir()
+        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, building / WEIGHTS)
+        save_file({k: v.contiguous().cpu() for k, v in moments.items()}, building / MOMENTS)
+        (building / STATE).write_text(_canonical(state), encoding="utf-8")
+        manifest = {"format": FORMAT, "step": step, "files": {n: _fingerprint(building / n) for n in _FILES}}
+        manifest["sha256"] = hashlib.sha256(_canonical(manifest).encode()).hexdigest()
+        (building / MANIFEST).write_text(_canonical(manifest), encoding="utf-8")
+        for name in (*_FILES, MANIFEST):
+            _flush(building / name)
+        _flush(building)
+        if target.exists():  # a damaged one that training fell back from
+            _discard(target)
+        building.rename(target)
+        _flush(checkpoints)
+        for old in complete(checkpoints)[KEPT:]:
+            _discard(old)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        what = "the disk is full" if full else str(error)
+        raise CheckpointError(
+            f"could not save {target}: {what}; earlier checkpoints are intact; make room and run again"
+        ) from error
+    return target
+
+
+_FILES = (WEIGHTS, MOMENTS, STATE)
+
+
+def complete(checkpoints: Path) -> list[Path]:
+    """The checkpoint folders that were finished, newest first (their content is not verified here)."""
+    if not checkpoints.is_dir():
+        return []
+    found = [p for p in checkpoints.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: p.name, reverse=True)
+
+
+def verify(folder: Path) -> list[Problem]:
+    """What is wrong with a checkpoint folder; empty if every file is as it was written."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        stated = manifest.pop("sha256")
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if hashlib.sha256(_canonical(manifest).encode()).hexdigest() != stated:
+            return [Problem(str(path), "its content does not match its own checksum")]
+    except FileNotFoundError:
+        return [Problem(str(path), "missing")]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return [Problem(str(path), f"cannot be read ({type(error).__name__})")]
+    problems = []
+    for name in _FILES:
+        file = folder / name
+        expected = files.get(name, {})
+        if not file.is_file():
+            problems.append(Problem(str(file), "missing"))
+        elif file.stat().st_size != expected.get("bytes"):
+            problems.append(Problem(str(file), f"expected {expected.get('bytes')} bytes, found {file.stat().st_size}"))
+        elif _sha256(file) != expected.get("sha256"):
+            problems.append(Problem(str(file), "its content does not match its checksum"))
+    return problems
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a checkpoint after verifying it; raises CheckpointError naming the first damaged file."""
+    if problems := verify(folder):
+        raise CheckpointError(f"damaged checkpoint: {problems[0].file}: {problems[0].problem}")
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(folder, _tensors(folder / WEIGHTS), _tensors(folder / MOMENTS), state)
+
+
+def digest(folder: Path) -> tuple[str, int]:
+    """(SHA-256 over weights, moments, RNG and data cursor, step) of a checkpoint: equal only for equal states."""
+    checkpoint = load(folder)
+    h = hashlib.sha256()
+    for part in (checkpoint.weights, checkpoint.moments):
+        for name, tensor in sorted(part.items()):
+            h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            h.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
+    scalars = {k: checkpoint.state["scalars"][k] for k in ("step", "clipped", "weight")}
+    rest = {"scalars": scalars, "cursor": checkpoint.state["cursor"], "rng": checkpoint.state["rng"]}
+    h.update(_canonical(rest).encode())
+    return h.hexdigest(), checkpoint.step
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
+def _canonical(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False, indent=1) + "\n"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint so that a crash half-way leaves no folder that looks finished."""
+    hidden = folder.with_name(f".removing_{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _remove_debris(checkpoints: Path) -> None:
+    for path in checkpoints.iterdir():
+        if path.name.startswith((".saving_", ".removing_")):
+            shutil.rmtree(path)

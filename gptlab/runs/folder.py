@@ -1,0 +1,186 @@
+"""A run's folder: config.json, environment.json, metrics.jsonl, log.txt, checkpoints/, and one writer at a time.
+
+Rows are appended and a checkpoint records how long the files were, so that a resume cuts off what came after it and
+writes it anew: no row twice, none missing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from gptlab.errors import CheckpointError
+from gptlab.options import build, flatten
+from gptlab.runs import checkpoint
+from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
+
+LOCK_PATIENCE = 30.0
+
+
+class RunFolder:
+    """The folder of one run, opened for reading; `lock` makes this process its writer."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+        self._log: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def exists(self) -> bool:
+        """Whether a run was ever begun here."""
+        return (self.path / "config.json").is_file()
+
+    def lock(self, patience: float = LOCK_PATIENCE) -> None:
+        """Become the only writer; raises CheckpointError naming the holder if it does not let go in `patience` s."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("a+", encoding="utf-8")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    file.close()
+                    raise CheckpointError(
+                        f"{self.path} is being written by {holder}; wait for it, stop it, or give another --out"
+                    ) from None
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    def config(self) -> TrainingConfig:
+        """The recorded config; raises CheckpointError where it is missing or damaged."""
+        return build(TrainingConfig, self.recorded("config.json")["options"])
+
+    def recorded(self, name: str) -> dict[str, Any]:
+        """A JSON file of the folder."""
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"expected a run folder, found no {name} in {self.path}") from None
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path / name} is damaged: {error}; remove the folder or take a new one"
+            ) from None
+
+    def record(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write a JSON file of the folder, whole or not at all."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(self.path / name)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def finished(self, steps: int) -> dict[str, Any] | None:
+        """The summary of a run that reached `steps`, else None."""
+        last = None
+        for last in self.rows():
+            pass
+        done = last is not None and last.get("event") == "finished" and last["step"] >= steps
+        return last if done else None
+
+    def open_records(self, metrics_bytes: int = 0, log_bytes: int = 0) -> None:
+        """Open metrics.jsonl and log.txt for appending after so many bytes; what stood behind is cut off."""
+        self._metrics = _open_at(self.path / "metrics.jsonl", metrics_bytes)
+        self._log = _open_at(self.path / "log.txt", log_bytes)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append a row to metrics.jsonl, and build-nanogpt's line to log.txt for train and val rows."""
+        if self._metrics is None or self._log is None:
+            return
+        row = {"step": step, "kind": kind, **values}
+        try:
+            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self._metrics.flush()
+            if kind == "train":
+                self._log.write(f"{step} train {values['loss']:.6f}\n")
+            elif kind == "val":
+                self._log.write(f"{step} val {values['loss']:.4f}\n")
+            self._log.flush()
+        except OSError as error:
+            self._metrics = None
+            raise CheckpointError(
+                f"could not write {self.path / 'metrics.jsonl'}: {error.strerror}; "
+                "make room and run the same command again"
+            ) from error
+
+    def written(self) -> dict[str, int]:
+        """The lengths of the record files, flushed to disk: what a checkpoint keeps to cut them back to."""
+        lengths = {}
+        for name, file in (("metrics_bytes", self._metrics), ("log_bytes", self._log)):
+            assert file is not None, "records are opened before a checkpoint is saved"
+            file.flush()
+            os.fsync(file.fileno())
+            lengths[name] = file.tell()
+        return lengths
+
+    def load_newest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+        """The newest checkpoint that is whole, and what was said of newer ones that are not.
+
+        Raises CheckpointError if there are checkpoints and none of them is whole.
+        """
+        notes: list[str] = []
+        for folder in checkpoint.complete(self.checkpoints):
+            try:
+                return checkpoint.load(folder), notes
+            except CheckpointError as error:
+                notes.append(f"{error}; falling back to the checkpoint before it")
+        if notes:
+            raise CheckpointError(f"no checkpoint in {self.checkpoints} is whole: {notes[0].partition(';')[0]}")
+        return None, notes
+
+
+def _open_at(path: Path, length: int) -> IO[str]:
+    path.touch()
+    if path.stat().st_size < length:
+        raise CheckpointError(f"{path} is shorter than its checkpoint says: expected at least {length} bytes")
+    os.truncate(path, length)
+    file = path.open("a", encoding="utf-8")
+    file.seek(0, os.SEEK_END)
+    return file
+
+
+def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
+    """What makes `now` another run than `before`, one line an option; more steps and FREE_ON_RESUME are no difference."""
+    old, new = flatten(before), flatten(now)
+    lines = []
+    for key in old:
+        if key in FREE_ON_RESUME or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
+            continue
+        lines.append(f"{key}: the run has {old[key]!r}, you ask for {new[key]!r}")
+    return lines
+
+
+def newest(run: str | Path) -> Path:
+    """The checkpoint folder that `run` names: a run's newest, or itself; raises CheckpointError where there is none."""
+    path = Path(run)
+    if (path / checkpoint.MANIFEST).exists() or (path / checkpoint.WEIGHTS).exists():
+        return path
+    found = checkpoint.complete(path / "checkpoints")
+    if not found:
+        raise CheckpointError(f"expected a run or a checkpoint, found none at {path}; train one or check the path")
+    return found[0]

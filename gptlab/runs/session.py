@@ -1,0 +1,127 @@
+"""One sitting of a run: a model built or restored, the loop's records written as they come, checkpoints saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gptlab.data.batches import TrainingWindows, ValidationWindows
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.errors import DivergedError, GptlabError, Stopped
+from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.options import flatten
+from gptlab.runs import checkpoint
+from gptlab.runs.begin import restore
+from gptlab.runs.folder import RunFolder
+from gptlab.runs.initial import initial_model
+from gptlab.training.compilation import compile_blocks
+from gptlab.training.config import TrainingConfig
+from gptlab.training.loop import Record, train
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.state import TrainingState
+
+
+class Session:
+    """folder: where to write, None on ranks that do not; compiled: what became of torch.compile, in words."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        folder: RunFolder | None,
+        checkpoint_path: str | None,
+        placement: Placement,
+        data: dict[str, Any],
+    ) -> None:
+        self.config, self.folder, self.placement, self.data = config, folder, placement, data
+        shape = GPTConfig(
+            config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
+        )
+        model = initial_model(config.init_from, shape, config.seed) if config.init_from else GPT(shape, config.seed)
+        model.to(placement.device)
+        self.state = TrainingState(model, build_optimizer(model, config))
+        self._saved = -1
+        if checkpoint_path:
+            found = restore(checkpoint_path)
+            self.state.restore(found.weights, found.moments, found.state["scalars"])
+            self._saved = self.state.step
+        self.compiled = compile_blocks(model, placement)
+        self._final: dict[str, Any] = {}
+        self._speeds: list[float] = []
+
+    def records(
+        self,
+        windows: TrainingWindows,
+        validation: ValidationWindows,
+        world: World,
+        *,
+        peak: float,
+        bytes_per_token: float,
+        stop: Callable[[], bool],
+        sample: Callable[[TrainingState], dict[str, Any]],
+    ) -> Iterator[Record]:
+        """Train, writing every record before it is handed on; the last event row of a run that fails is its error.
+
+        sample: makes a sample's row, on the rank that writes.
+        """
+        try:
+            for record in train(
+                self.state, self.config, windows, validation, world, self.placement,
+                peak=peak, bytes_per_token=bytes_per_token, stop=stop,
+            ):  # fmt: skip
+                if record.kind == "checkpoint":
+                    self._save(record)
+                    continue
+                if record.kind == "sample":
+                    if self.folder is None:
+                        continue
+                    record = Record("sample", record.step, sample(self.state))
+                elif record.kind == "val":
+                    self._final = record.values
+                else:
+                    self._speeds.append(record.values["tokens_per_second"])
+                if self.folder:
+                    self.folder.write(record.kind, record.step, record.values)
+                yield record
+        except GptlabError as error:
+            if self.folder:
+                self.folder.write("event", self.state.step, {"event": type(error).__name__, "text": str(error)})
+            error.everywhere = isinstance(error, Stopped | DivergedError)  # type: ignore[attr-defined]
+            raise
+
+    def _save(self, record: Record) -> None:
+        if self.folder is None or self._saved == record.step:
+            return
+        weights, moments = self.state.tensors()
+        state = {
+            "format": checkpoint.FORMAT,
+            "scalars": self.state.scalars(),
+            "cursor": record.values["cursor"],
+            "rng": {"seed": self.config.seed, "scheme": "keyed by purpose, seed and step"},
+            "options": flatten(self.config),
+            "data": self.data,
+            "records": self.folder.written(),
+        }
+        checkpoint.save(self.folder.checkpoints, weights, moments, state)
+        self._saved = record.step
+
+    def finish(self, validation_hash: str, seconds: float, first_step: int, peak: float) -> dict[str, Any]:
+        """Write the summary as the run's last row and give it."""
+        config, steps = self.config, self.state.step - first_step
+        speeds = sorted(self._speeds)
+        speed = speeds[len(speeds) // 2] if speeds else None
+        summary: dict[str, Any] = {
+            "event": "finished",
+            "loss": self._final.get("loss"),
+            "bits_per_byte": self._final.get("bits_per_byte"),
+            "validation_sha256": validation_hash,
+            "clipped_share": self.state.clipped / max(1, self.state.step),
+            "tokens": self.state.step * config.total_batch_tokens,
+            "tokens_per_second": speed,
+            "mfu": speed * self.state.model.config.flops_per_token / peak if speed else None,
+            "seconds": seconds,
+            "steps_in_this_session": steps,
+        }
+        if self.folder:
+            self.folder.write("event", self.state.step, summary)
+        return {"step": self.state.step, "kind": "event", **summary}

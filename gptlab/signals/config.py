@@ -1,0 +1,78 @@
+"""What is asked of a signal: which, how strong, judged by whom, reaching how far. DESIGN: 'Judging' and 'Controls'."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gptlab.errors import ConfigError, did_you_mean
+from gptlab.options import option
+from gptlab.randomness import uniform_index
+from gptlab.signals.registry import SIGNALS, Signal
+
+
+@dataclass(frozen=True)
+class SignalConfig:
+    """One signal and its options. Judges are counted from 1; judge j reads z_j and teaches h_{j-1}."""
+
+    name: str = option(
+        "none", "the signal that judges the blocks; none is the plain baseline", choices=["none", *SIGNALS]
+    )
+    weight: float | None = option(None, "factor of the signal in the total loss", shown="1/n_layer")
+    dose: float | None = option(None, "hold |weight·g_signal|/|g_CE| at this by setting the weight")
+    layers: str | tuple[int, ...] = option("all", "the judges: all, rotate (one a step, drawn), or a list such as 1,3")
+    positions: float = option(1.0, "share of each sequence's positions that are read")
+    evaluator: Literal["frozen", "live"] = option("frozen", "whether judge and head learn from their own verdict")
+    reach: Literal["full", "local"] = option("full", "gradient flows on below the taught block, or stops there")
+    embeddings: bool = option(True, "whether the signal moves the embeddings")
+    threshold: float = option(0.9, "τ of the signals that have one")
+    start: int = option(0, "the signal's first step", unit="steps")
+    anneal: int | None = option(None, "the weight falls to 0 over so many steps after start", unit="steps", shown="off")
+    control: Literal["none", "placebo", "shuffled", "flipped"] = option(
+        "none", "turn the signal into its own control", choices=["none"]
+    )
+
+    def __post_init__(self) -> None:
+        if self.name != "none" and self.name not in SIGNALS:
+            raise ConfigError(f"unknown signal {self.name!r}{did_you_mean(self.name, SIGNALS)}")
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.layers, str) and self.layers not in ("all", "rotate"):
+            raise ConfigError(f"signal.layers must be all, rotate or a list such as 1,3, found {self.layers!r}")
+        self._within("positions", self.positions, 0, 1)
+        self._within("threshold", self.threshold, 0, 1)
+        for name in ("start", "anneal", "dose"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"signal.{name} must be at least 0, found {value}")
+
+    @staticmethod
+    def _within(name: str, value: float, low: float, high: float) -> None:
+        if not low < value <= high:
+            raise ConfigError(f"signal.{name} must lie above {low} and at most {high}, found {value}")
+
+    @property
+    def signal(self) -> Signal:
+        return SIGNALS[self.name]
+
+    def weight_at(self, step: int, n_layer: int) -> float:
+        """The weight of update `step` (counted from 0) in a model of n_layer blocks; 0 is out of the graph."""
+        if self.name == "none" or step < self.start:
+            return 0.0
+        weight = 1 / n_layer if self.weight is None else self.weight
+        return weight if self.anneal is None else weight * max(0.0, 1 - (step - self.start) / max(1, self.anneal))
+
+    def judges_at(self, step: int, n_layer: int, seed: int) -> tuple[tuple[int, ...], int]:
+        """The judges that speak in update `step`, and the factor that keeps their sum unbiased."""
+        everyone = tuple(range(1, n_layer))
+        if self.layers == "all":
+            return everyone, 1
+        if self.layers == "rotate":
+            if not everyone:
+                return (), 1
+            return (everyone[uniform_index(len(everyone), "rotate", seed, step)],), len(everyone)
+        for judge in self.layers:
+            assert isinstance(judge, int)
+            if judge not in everyone:
+                raise ConfigError(f"signal.layers lists judges 1 to {n_layer - 1} of this model, found {judge}")
+        return self.layers, 1

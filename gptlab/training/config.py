@@ -1,0 +1,127 @@
+"""Every option of a run, with default and unit: what `--help` shows, a TOML file may set and config.json records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptlab.errors import ConfigError
+from gptlab.options import option
+from gptlab.signals.config import SignalConfig
+
+Interval = int
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A run. The defaults are the preset shakespeare-tiny's; other presets are in training/presets.py."""
+
+    preset: str = option(
+        "shakespeare-tiny",
+        "where the other options' defaults come from",
+        group="Run",
+        shown="shakespeare-tiny; gpt2-124m with a GPU",
+    )
+    out: str | None = option(None, "the run's folder", shown="log/<preset>-<signal>-<seed>")
+    seed: int = option(1, "decides initial weights, data order and every draw")
+    resume: Literal["auto", "never", "must"] = option(
+        "auto", "go on with an unfinished run, start a new folder, or insist"
+    )
+    init_from: str | None = option(None, "start from the weights of a run or a Hugging Face GPT-2 folder")
+
+    data: str = option("shakespeare", "a corpus by name, or a folder of shards", group="Data")
+    tokenizer: Literal["bytes", "gpt2"] = option("bytes", "how text becomes tokens")
+    block_size: int = option(128, "length of a training window", unit="tokens")
+    batch_size: int = option(16, "the most sequences per micro-batch and process", unit="sequences")
+    total_batch_tokens: int = option(2048, "one update's batch over all processes and micro-batches", unit="tokens")
+
+    n_layer: int = option(4, "blocks", group="Model")
+    n_head: int = option(4, "attention heads a block")
+    n_embd: int = option(128, "width of the hidden states", unit="channels")
+    share_blocks: bool = option(False, "use one block n_layer times over")
+
+    steps: int = option(700, "updates to make", unit="updates", group="Optimisation")
+    optimizer: Literal["adamw"] = option("adamw", "AdamW with betas 0.9 and 0.95")
+    learning_rate: float = option(1e-3, "the peak, after warmup")
+    min_lr: float | None = option(None, "where the schedule ends", shown="learning_rate/10")
+    warmup_steps: int = option(50, "linear rise of the learning rate; may exceed steps", unit="updates")
+    schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "fall of the learning rate after warmup")
+    weight_decay: float = option(0.1, "on matrices only")
+    grad_clip: float = option(1.0, "longest gradient, over all parameters; 0 = never clipped")
+    gradient_noise: float = option(0.0, "Gaussian noise on the gradient, as a share of |g_CE|")
+    target_flip: float = option(0.0, "share of the true loss's targets that are made wrong")
+    target_flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is")
+
+    signal: SignalConfig = field(default_factory=SignalConfig)
+
+    log_every: Interval = option(10, "print a line; 0 = never, as for all intervals", unit="updates", group="Records")
+    eval_every: Interval = option(100, "validation loss; also after the last step", unit="updates")
+    eval_tokens: int = option(131072, "validation tokens that are read, the first of the pinned set", unit="tokens")
+    checkpoint_every: Interval = option(100, "save; also after the last step", unit="updates")
+    sample_every: Interval = option(350, "write a sample, with each block's best next token", unit="updates")
+    dose_every: Interval = option(50, "measure the signal's dose", unit="updates")
+    noise_every: Interval = option(0, "measure gradient noise", unit="updates")
+
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="Machine")
+    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of the matmuls; weights and moments stay fp32")
+    threads: int = option(0, "threads a process", unit="threads", shown="its share of the cores")
+    compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto = only where it pays")
+
+    def __post_init__(self) -> None:
+        for name in (
+            "block_size",
+            "batch_size",
+            "total_batch_tokens",
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "steps",
+            "eval_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in (
+            "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every", "checkpoint_every", "sample_every",
+            "dose_every", "noise_every", "threads", "learning_rate", "gradient_noise",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, found {getattr(self, name)}")
+        if not 0 <= self.target_flip < 1:
+            raise ConfigError(f"target_flip must be at least 0 and below 1, found {self.target_flip}")
+        if self.total_batch_tokens % self.block_size:
+            nearest = max(1, round(self.total_batch_tokens / self.block_size)) * self.block_size
+            raise ConfigError(
+                f"total_batch_tokens must be a multiple of block_size {self.block_size}, "
+                f"found {self.total_batch_tokens}; try {nearest}"
+            )
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_embd must be a multiple of n_head {self.n_head}, found {self.n_embd}")
+        if self.signal.name != "none":
+            if self.n_layer < 2:
+                raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
+            self.signal.judges_at(0, self.n_layer, self.seed)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one update, over all ranks and micro-batches."""
+        return self.total_batch_tokens // self.block_size
+
+    @property
+    def final_learning_rate(self) -> float:
+        return self.learning_rate / 10 if self.min_lr is None else self.min_lr
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: GPT-2's 50,257 are padded to a multiple of 128, which matmuls like."""
+        return {"bytes": 256, "gpt2": 50304}[self.tokenizer]
+
+    @property
+    def folder(self) -> str:
+        return self.out or f"log/{self.preset}-{self.signal.name}-{self.seed}"
+
+
+FREE_ON_RESUME = frozenset(
+    {"out", "resume", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
+    | {"device", "threads", "compile"}
+)
+"""What may change when a run goes on; `steps` may grow. Everything else makes it another run."""

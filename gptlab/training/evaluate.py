@@ -1,0 +1,87 @@
+"""Validation on the pinned windows: the same figure for any batch size, rank count or shard layout.
+
+Every window's loss is computed at one fixed batch shape and summed in float64 in the order of windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptlab.data.batches import ValidationWindows
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.model.gpt import GPT
+from gptlab.signals.reader import Reader, true_loss
+
+SHAPE = 8
+"""Windows of a validation batch, whatever the run's batch size is."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """windows: mean loss of every window (n,), float64 nats; block_loss and block_confidence: of z_1..z_L on the first
+    batch, mean over its tokens, nats and probability."""
+
+    windows: Tensor
+    block_loss: list[float]
+    block_confidence: list[float]
+
+    @property
+    def loss(self) -> float:
+        return float(self.windows.sum() / len(self.windows))
+
+
+@torch.no_grad()
+def validate(
+    model: GPT,
+    windows: ValidationWindows,
+    world: World,
+    placement: Placement,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Validation | None:
+    """The validation of a model; None where any rank was interrupted."""
+    reader = Reader(model, placement.autocast)
+    batches = range(0, len(windows), SHAPE)
+    losses = torch.zeros(len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
+    by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=placement.device)
+    stopped = torch.zeros(1, device=placement.device)
+    for first in batches[world.rank :: world.size]:
+        if interrupted():
+            stopped += 1
+            break
+        tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
+        states = _states(model, tokens, placement)
+        losses[first : first + SHAPE] = window_losses(reader, states[-1], targets)
+        if first == 0:
+            rows = min(SHAPE, len(windows))
+            for j, h in enumerate(states[1:]):
+                flat, y = h[:rows].flatten(0, 1), targets[:rows].flatten()
+                by_block[0, j] = reader.values(flat, y, true_loss).double().mean()
+                by_block[1, j] = reader.values(flat, y, top_probability).double().mean()
+    world.sum_([losses, by_block])
+    world.sum_([stopped])
+    if stopped.item():
+        return None
+    return Validation(losses[: len(windows)].cpu(), *by_block.tolist())
+
+
+def window_losses(reader: Reader, h: Tensor, targets: Tensor) -> Tensor:
+    """Mean loss (B,) of every sequence of hidden states h (B, T, C), float64 nats."""
+    return reader.values(h.flatten(0, 1), targets.flatten(), true_loss).view(targets.shape).double().mean(1)
+
+
+def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
+    """p_m (n,) of logits (n, V)."""
+    return F.softmax(logits, 1).amax(1)
+
+
+def _states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
+    cast = torch.autocast(tokens.device.type, placement.autocast) if placement.autocast else nullcontext()
+    with cast:
+        return model.hidden_states(tokens)

@@ -1,0 +1,115 @@
+"""The loop: updates, and what is due between them. It yields records and touches no disk.
+
+At the end of a step come, in this order, its train row, validation, a sample, a checkpoint. The caller writes rows,
+draws samples and saves checkpoints as they are yielded; the state is whole at every yield.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from gptlab.data.batches import TrainingWindows, ValidationWindows
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.errors import Stopped
+from gptlab.training.config import TrainingConfig
+from gptlab.training.evaluate import validate
+from gptlab.training.state import TrainingState
+from gptlab.training.step import Update, update
+
+
+@dataclass(frozen=True)
+class Record:
+    """What happened, or (sample, checkpoint) what the caller is to do now, after `step` finished updates."""
+
+    kind: Literal["train", "val", "sample", "checkpoint"]
+    step: int
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    state: TrainingState,
+    config: TrainingConfig,
+    windows: TrainingWindows,
+    validation: ValidationWindows,
+    world: World,
+    placement: Placement,
+    *,
+    peak: float,
+    bytes_per_token: float,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Record]:
+    """Train from `state.step` to `config.steps`.
+
+    peak: the process's matmul rate in FLOP/s, for MFU. stop: asked between updates and validation batches; when it
+    says yes on any rank, a checkpoint is due on all and Stopped is raised after it.
+    """
+
+    def checkpoint_and_stop() -> Iterator[Record]:
+        yield Record("checkpoint", state.step, {"cursor": windows.cursor(state.step, config.sequences)})
+        raise Stopped(f"stopped at step {state.step} of {config.steps} with a checkpoint saved")
+
+    while True:
+        step, last = state.step, state.step == config.steps
+        if _due(config.eval_every, step, last) and state.validated != step:
+            result = validate(state.model, validation, world, placement, stop)
+            if result is None:
+                yield from checkpoint_and_stop()
+                return
+            state.validated = step
+            yield Record("val", step, {
+                "loss": result.loss,
+                "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
+                "block_loss": result.block_loss,
+                "block_confidence": result.block_confidence,
+            })  # fmt: skip
+        if _due(config.sample_every, step, last) and state.sampled != step:
+            state.sampled = step
+            yield Record("sample", step)
+        if _due(config.checkpoint_every, step, last):
+            yield Record("checkpoint", step, {"cursor": windows.cursor(step, config.sequences)})
+        if last:
+            return
+        start = time.perf_counter()
+        measure = _due(config.dose_every, step, False, first=True)
+        done = update(state, config, windows, world, placement, measure_dose=measure, stop=stop())
+        yield Record("train", state.step, _train_row(state, config, done, time.perf_counter() - start, peak, world))
+        if done.stop:
+            yield from checkpoint_and_stop()
+
+
+def _due(every: int, step: int, last: bool, first: bool = False) -> bool:
+    """Whether an interval falls on `step`; 0 is never, the last step always, step 0 only where `first`."""
+    return every > 0 and (last or (step % every == 0 and (step > 0 or first)))
+
+
+def _train_row(
+    state: TrainingState, config: TrainingConfig, done: Update, seconds: float, peak: float, world: World
+) -> dict[str, Any]:
+    speed = config.total_batch_tokens / seconds
+    row: dict[str, Any] = {
+        "loss": done.loss,
+        "signal_loss": done.signal_loss,
+        "grad_norm": done.grad_norm,
+        "clipped": done.clipped,
+        "lr": done.learning_rate,
+        "tokens": state.step * config.total_batch_tokens,
+        "tokens_per_second": speed,
+        "mfu": speed * state.model.config.flops_per_token / (peak * world.size),
+    }
+    if done.dose is not None:
+        row |= {"dose": done.dose, "weight": state.weight or config.signal.weight_at(state.step - 1, config.n_layer)}
+        row["signal_by_judge"] = [done.by_judge[j] for j in sorted(done.by_judge)]
+    return row
+
+
+def device_synchronise(placement: Placement) -> None:
+    """Wait for a GPU's work, so that a clock measures it; nothing on a CPU."""
+    if placement.device.type == "cuda":
+        torch.cuda.synchronize(placement.device)

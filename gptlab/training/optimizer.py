@@ -1,0 +1,42 @@
+"""The optimizer and its schedule: AdamW with decay on matrices only, and three shapes of learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gptlab.model.gpt import GPT
+from gptlab.training.config import TrainingConfig
+
+WSD_DECAY = 0.2
+"""Share of the steps over which wsd falls."""
+
+
+def build_optimizer(model: GPT, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW (0.9, 0.95), fused; matrices and embeddings decay, biases and norms do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """The learning rate of update `step`, counted from 0.
+
+    Warmup rises in equal steps to the peak. Then cosine falls to min_lr at the end, constant stays, and wsd
+    (warmup, stable, decay; 2404.06395) stays and falls linearly over the last fifth.
+    """
+    peak, low = config.learning_rate, config.final_learning_rate
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return low + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (peak - low)
+    if config.schedule == "wsd":
+        falling = (step - config.steps * (1 - WSD_DECAY)) / (config.steps * WSD_DECAY)
+        return peak + min(1.0, max(0.0, falling)) * (low - peak)
+    return peak

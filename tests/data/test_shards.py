@@ -1,0 +1,134 @@
+"""The three formats, written here byte by byte, and every way in which a file can be wrong."""
+
+import hashlib
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptlab.data.shards import check_tokens, open_shard, write_shard
+from gptlab.errors import DataError
+
+TOKENS = [50256, 31373, 995, 0, 65535]
+LLM_C = struct.pack("<3i", 20240520, 1, len(TOKENS)) + bytes(253 * 4) + struct.pack("<5H", *TOKENS)
+NPY_HEADER = b"{'descr': '<u2', 'fortran_order': False, 'shape': (5,), }".ljust(117) + b"\n"
+NPY = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(NPY_HEADER)) + NPY_HEADER + struct.pack("<5H", *TOKENS)
+RAW = struct.pack("<5H", *TOKENS)
+
+FORMATS = {
+    "fineweb_train_000001.bin": LLM_C,  # llm.c
+    "tiny_shakespeare_train.bin": LLM_C,  # llm.c again, told by its first bytes
+    "edufineweb_train_000001.npy": NPY,  # build-nanogpt
+    "train.bin": RAW,  # nanoGPT
+}
+
+
+def llm_c(**changes: int) -> bytes:
+    """The shard with some of its header changed."""
+    values = {"magic": 20240520, "version": 1, "count": len(TOKENS), **changes}
+    return struct.pack("<3i", *values.values()) + LLM_C[12:]
+
+
+@pytest.mark.parametrize(("name", "content"), FORMATS.items())
+def test_each_format_is_read(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    tokens = open_shard(path, hashlib.sha256(content).hexdigest())
+    assert tokens.tolist() == TOKENS
+    assert tokens.dtype == np.uint16
+    assert isinstance(tokens, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        tokens[0] = 1
+
+
+def test_a_shard_is_written_as_llm_c_writes_it(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "train_000000.bin", np.array(TOKENS, dtype=np.uint16))
+    assert (tmp_path / "train_000000.bin").read_bytes() == LLM_C
+    assert (shard.name, shard.tokens) == ("train_000000.bin", 5)
+    assert shard.sha256 == hashlib.sha256(LLM_C).hexdigest()
+    assert [path.name for path in tmp_path.iterdir()] == ["train_000000.bin"]
+
+
+def test_a_part_of_a_larger_array_is_written(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train_000000.bin", np.arange(100, dtype=np.uint16)[10:20:3])
+    assert open_shard(tmp_path / "train_000000.bin").tolist() == [10, 13, 16, 19]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a_000000.bin", LLM_C[:-1], "truncated: expected 1034 bytes for 5 tokens, found 1033"),
+        ("a_000000.bin", LLM_C + b"\0\0", "padded: expected 1034 bytes for 5 tokens, found 1036"),
+        ("a_000000.bin", LLM_C[:700], "truncated: expected a header of 1024 bytes, found 700"),
+        ("a_000000.bin", b"", "truncated: expected a header of 1024 bytes, found 0"),
+        ("a_000000.bin", llm_c(count=2**31 - 1), "truncated: expected 4294968318 bytes for 2147483647 tokens"),
+        ("a_000000.bin", llm_c(count=-1), "token count above 0 in the header, found -1"),
+        ("a_000000.bin", llm_c(count=0), "token count above 0 in the header, found 0"),
+        ("a_000000.bin", llm_c(magic=20240801), "no shard: expected magic number 20240520, found 20240801"),
+        ("a_000000.bin", llm_c(version=7), "expected shard version 1, found 7"),
+        ("train.bin", llm_c(version=7), "expected shard version 1, found 7"),
+        ("train.bin", RAW[:-1], "even number of bytes above 0, found 9"),
+        ("train.bin", b"", "even number of bytes above 0, found 0"),
+        ("a.npy", NPY[:-1], r"whole \.npy file of uint16 tokens, found: mmap length is greater"),
+        ("a.npy", NPY + b"\0\0", "padded: expected 138 bytes for 5 tokens, found 140"),
+        ("a.npy", NPY[:5], r"whole \.npy file"),
+        ("a.npy", b"", r"whole \.npy file"),
+        ("a.npy", NPY.replace(b"'<u2'", b"'<i2'"), "little-endian uint16, found int16"),
+        ("a.npy", NPY.replace(b"'<u2'", b"'>u2'"), "little-endian uint16, found >u2"),
+        ("a.npy", NPY.replace(b"(5,), ", b"(5,1),"), r"one-dimensional array .* found uint16 of shape \(5, 1\)"),
+        ("a.npy", NPY.replace(b"'<u2'", b"'|O8'"), r"whole \.npy file"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        open_shard(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "content"), FORMATS.items())
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path, name: str, content: bytes, place: float) -> None:
+    path = tmp_path / name
+    flipped = bytearray(content)
+    flipped[int(place * (len(content) - 1))] ^= 16
+    path.write_bytes(flipped)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        open_shard(path, hashlib.sha256(content).hexdigest())
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read shard .*gone_000000\.bin: No such file"):
+        open_shard(tmp_path / "gone_000000.bin")
+
+
+def test_a_disk_that_refuses_leaves_no_debris(tmp_path: Path) -> None:
+    script = (
+        "import sys, resource, pathlib, numpy as np\n"
+        "from gptlab.data.shards import write_shard\n"
+        "from gptlab.errors import DataError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: write_shard(pathlib.Path(sys.argv[1]), np.zeros(100_000, dtype=np.uint16))\n"
+        "except DataError as error: print(error)\n"
+    )
+    path = tmp_path / "train_000000.bin"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"cannot write train_000000.bin in {tmp_path}: File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_token_out_of_range_is_named() -> None:
+    tokens = np.zeros(5_000_000, dtype=np.uint16)
+    check_tokens(tokens, 1, "train_000000.bin")
+    tokens[[4_500_000, 4_900_000]] = 300, 301
+    check_tokens(tokens, 302, "train_000000.bin")
+    expected = (
+        "train_000000.bin: token out of range: .* below the model's vocab_size 256, found 300 at position 4500000"
+    )
+    with pytest.raises(DataError, match=expected):
+        check_tokens(tokens, 256, "train_000000.bin")

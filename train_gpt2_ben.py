@@ -1,0 +1,10 @@
+"""Train GPT-2 with the block loss: the same trainer as train_gpt2.py, with the notes' signal (N4) switched on."""
+
+import sys
+from functools import partial
+
+from gptlab.cli.main import guarded
+from gptlab.cli.train import main
+
+if __name__ == "__main__":
+    sys.exit(guarded(partial(main, defaults={"signal.name": "confidence"}), sys.argv[1:]))
