@@ -36,7 +36,7 @@ install() { pip install -qq --no-compile "$@"; } # compiling all of it takes as 
 # requirements.txt without what `pip freeze -l` writes into it that no other machine could install: gptlab itself,
 # local paths, the build of torch ("+cpu") and, where there is no GPU, the libraries of the CUDA build.
 read_lock() {
-    local cuda='^(nvidia-|cuda-|triton)'
+    local cuda='^(nvidia[-_]|cuda[-_]|triton|pytorch[-_]triton)'
     if [ $gpu = yes ]; then cuda='^$'; fi
     sed -E -e '/^gptlab( @|==)/d' -e '/^-e .*egg=gptlab(&|$)/d' -e '/^-e (git|hg|svn|bzr)\+/!{/^-e /d;}' \
         -e 's/^(torch==[^+]*)\+.*/\1/' -e "/$cuda/d" -e '/^[[:space:]]*(#|$)/d' requirements.txt

@@ -34,12 +34,13 @@ def open_or_prepare(
         prepare(data, folder, tokenizer)
     elif data in LARGE and not (folder / "corpus.json").exists():
         alive = _start_preparing(data, folder, tokenizer, world, note)
-        wait_for_shard(folder, "val", 0, 3600.0, alive)
-        wait_for_shard(folder, "train", 0, 3600.0, alive)
+        wait_for_shard(folder, "val", 0, alive=alive, timeout=3600.0)
+        wait_for_shard(folder, "train", 0, alive=alive, timeout=3600.0)
     elif not folder.is_dir():
         raise DataError(
             f"no corpus {data!r}: expected a folder of shards or one of {', '.join((*SMALL, *LARGE))}"
-            f"{did_you_mean(data, (*SMALL, *LARGE))}; make one with `gptlab data prepare text --input FILE --out {data}`"
+            f"{did_you_mean(data, (*SMALL, *LARGE))}; "
+            f"make one with `gptlab data prepare text --input FILE --out {data}`"
         )
     corpus = open_corpus(folder)
     if corpus.tokenizer != tokenizer:

@@ -30,7 +30,7 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     """Train; `defaults` are a launcher's own, under a config file's values and the command line's."""
     parser = Parser(
         prog="gptlab train",
-        description="Train GPT-2 from scratch. Values come from the preset, over it --config, over it the options here.",
+        description="Train GPT-2 from scratch. Values come from the preset, over it --config, over that the options.",
         epilog=f"presets: {', '.join(PRESETS)}. Exit codes: 0 done, 2 usage, 3 data, config or checkpoint, "
         "4 diverged, 75 stopped with a checkpoint saved: run the same command again.",
     )

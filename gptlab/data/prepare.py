@@ -1,9 +1,9 @@
 """Documents to shards: tokenised by several processes, written whole, gone on with after a kill.
 
 After each shard the partial manifest is replaced by one that lists it and says where to go on; the last step writes
-corpus.json. So a preparation killed at any moment leaves finished shards, a place to go on from and
-nothing that looks complete; and because documents come and are packed in a fixed order, the corpus is the same bytes
-for any number of kills and workers. Sources are in corpora.py, the file format in shards.py.
+corpus.json. So a preparation killed at any moment leaves finished shards, a place to go on from, and nothing that looks
+complete; and as documents come and are packed in a fixed order, the corpus is the same bytes for any number of kills
+and workers. Sources are in corpora.py, the file format in shards.py.
 """
 
 from __future__ import annotations
@@ -57,15 +57,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to go on: a stream, the position of a chunk in it, how many of the chunk's tokens are in finished shards,
-
-    and how many documents came before the chunk. After a stream's end, the start of the next.
-    """
+    """Where to go on after a shard: in the midst of a chunk, whose documents are tokenised again."""
 
     stream: int = 0
-    position: Position = None
-    skip: int = 0
-    documents: int = 0
+    position: Position = None  # before the chunk
+    skip: int = 0  # tokens of the chunk that are in finished shards
+    documents: int = 0  # before the chunk
 
 
 def default_folder(name: str, tokenizer: str, root: Path = Path("data")) -> Path:
@@ -104,8 +101,7 @@ def prepare(
         if not (out / PARTIAL_MANIFEST).exists() and (corpus := _finished(out, settings)):
             return corpus
         with _only_one(out):
-            corpus = _finished(out, settings)  # perhaps by the one that was waited for
-            if corpus is None:
+            if _finished(out, settings) is None:  # it may be by now, through the one that was waited for
                 manifest = _begin(out, settings)
                 _sweep(out)
                 _write_shards(out, source, manifest, workers or _default_workers(), progress, limit_shards)

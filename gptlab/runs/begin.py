@@ -19,7 +19,7 @@ from gptlab.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Beginning:
-    """folder: the run's; checkpoint: where to go on from; finished: the summary row of a run that needs nothing more."""
+    """folder: the run's; checkpoint: where to go on from; finished: the summary of a run that needs nothing more."""
 
     folder: str
     checkpoint: str | None = None

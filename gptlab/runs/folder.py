@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -97,9 +98,7 @@ class RunFolder:
 
     def finished(self, steps: int) -> dict[str, Any] | None:
         """The summary of a run that reached `steps`, else None."""
-        last = None
-        for last in self.rows():
-            pass
+        last = next(iter(deque(self.rows(), maxlen=1)), None)
         done = last is not None and last.get("event") == "finished" and last["step"] >= steps
         return last if done else None
 
@@ -165,7 +164,7 @@ def _open_at(path: Path, length: int) -> IO[str]:
 
 
 def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """What makes `now` another run than `before`, one line an option; more steps and FREE_ON_RESUME are no difference."""
+    """What makes `now` another run than `before`, a line an option; more steps and FREE_ON_RESUME are no difference."""
     old, new = flatten(before), flatten(now)
     lines = []
     for key in old:

@@ -39,6 +39,8 @@ class SignalConfig:
             object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, str) and self.layers not in ("all", "rotate"):
             raise ConfigError(f"signal.layers must be all, rotate or a list such as 1,3, found {self.layers!r}")
+        if len(set(self.layers)) < len(self.layers) and isinstance(self.layers, tuple):
+            raise ConfigError(f"signal.layers must list a judge once, found {','.join(map(str, self.layers))}")
         self._within("positions", self.positions, 0, 1)
         self._within("threshold", self.threshold, 0, 1)
         for name in ("start", "anneal", "dose"):

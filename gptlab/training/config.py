@@ -9,8 +9,6 @@ from gptlab.errors import ConfigError
 from gptlab.options import option
 from gptlab.signals.config import SignalConfig
 
-Interval = int
-
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -54,13 +52,13 @@ class TrainingConfig:
 
     signal: SignalConfig = field(default_factory=SignalConfig)
 
-    log_every: Interval = option(10, "print a line; 0 = never, as for all intervals", unit="updates", group="Records")
-    eval_every: Interval = option(100, "validation loss; also after the last step", unit="updates")
+    log_every: int = option(10, "print a line; 0 = never, as for all intervals", unit="updates", group="Records")
+    eval_every: int = option(100, "validation loss; also after the last step", unit="updates")
     eval_tokens: int = option(131072, "validation tokens that are read, the first of the pinned set", unit="tokens")
-    checkpoint_every: Interval = option(100, "save; also after the last step", unit="updates")
-    sample_every: Interval = option(350, "write a sample, with each block's best next token", unit="updates")
-    dose_every: Interval = option(50, "measure the signal's dose", unit="updates")
-    noise_every: Interval = option(0, "measure gradient noise", unit="updates")
+    checkpoint_every: int = option(100, "save; also after the last step", unit="updates")
+    sample_every: int = option(350, "write a sample, with each block's best next token", unit="updates")
+    dose_every: int = option(50, "measure the signal's dose", unit="updates")
+    noise_every: int = option(0, "measure gradient noise", unit="updates")
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="Machine")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of the matmuls; weights and moments stay fp32")

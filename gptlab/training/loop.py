@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
-
 from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.device import Placement
 from gptlab.distributed import World
@@ -21,7 +19,7 @@ from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import validate
 from gptlab.training.state import TrainingState
-from gptlab.training.step import Update, update
+from gptlab.training.step import Update, micro_batches, update
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,10 @@ def train(
 
     def checkpoint_and_stop() -> Iterator[Record]:
         yield Record("checkpoint", state.step, {"cursor": windows.cursor(state.step, config.sequences)})
-        raise Stopped(f"stopped at step {state.step} of {config.steps} with a checkpoint saved")
+        raise Stopped(
+            f"stopped at step {state.step} of {config.steps} with a checkpoint saved; "
+            "run the same command again to go on"
+        )
 
     while True:
         step, last = state.step, state.step == config.steps
@@ -78,7 +79,8 @@ def train(
             return
         start = time.perf_counter()
         measure = _due(config.dose_every, step, False, first=True)
-        done = update(state, config, windows, world, placement, measure_dose=measure, stop=stop())
+        batches = micro_batches(config, windows, world, step, placement.device)
+        done = update(state, config, batches, world, placement, measure_dose=measure, stop=stop())
         yield Record("train", state.step, _train_row(state, config, done, time.perf_counter() - start, peak, world))
         if done.stop:
             yield from checkpoint_and_stop()
@@ -107,9 +109,3 @@ def _train_row(
         row |= {"dose": done.dose, "weight": state.weight or config.signal.weight_at(state.step - 1, config.n_layer)}
         row["signal_by_judge"] = [done.by_judge[j] for j in sorted(done.by_judge)]
     return row
-
-
-def device_synchronise(placement: Placement) -> None:
-    """Wait for a GPU's work, so that a clock measures it; nothing on a CPU."""
-    if placement.device.type == "cuda":
-        torch.cuda.synchronize(placement.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,15 +42,17 @@ class Update:
 def update(
     state: TrainingState,
     config: TrainingConfig,
-    windows: TrainingWindows,
+    batches: Iterable[Batch],
     world: World,
     placement: Placement,
     *,
     measure_dose: bool = False,
     stop: bool = False,
 ) -> Update:
-    """Make update number `state.step`; raises DivergedError on every rank, before the weights change, if the loss or
-    the gradient is not finite on any."""
+    """Make update number `state.step` from this rank's micro-batches of it (see `micro_batches`).
+
+    Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
+    """
     model, step = state.model, state.step
     parameters = list(model.parameters())
     weight = config.signal.weight_at(step, config.n_layer) if state.weight is None else state.weight
@@ -61,7 +63,7 @@ def update(
     sums = torch.zeros(3 + L, dtype=torch.float64, device=placement.device)  # loss, signal loss, stop, judges
     sums[2] = float(stop)
     alone: list[Tensor] = []
-    for batch in micro_batches(config, windows, world, step, placement.device):
+    for batch in batches:
         losses = accumulate(model, batch, config.signal, weight, placement.autocast)
         sums[0] += losses.loss * batch.share
         sums[1] += losses.signal_loss * batch.share

@@ -1,0 +1,1 @@
+"""Measuring training steps against the arithmetic they need and against peers, interleaved, in one process."""

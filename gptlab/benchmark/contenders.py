@@ -1,0 +1,196 @@
+"""What is measured: whole optimizer steps of ours and of peers, on the same tokens, each a function without arguments.
+
+Peers are run as their users run them: their own model, eager, autocast for bf16, gradient clipping at 1, AdamW as they
+set it. transformers is a package; nanoGPT and build-nanogpt come from a checkout that the caller names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gptlab.device import DTYPES, Placement
+from gptlab.distributed import World
+from gptlab.errors import UsageError
+from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.signals.config import SignalConfig
+from gptlab.training.config import TrainingConfig
+from gptlab.training.gradients import Batch
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.state import TrainingState
+from gptlab.training.step import update
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The step to measure: a model's size and one batch of tokens (B, T)."""
+
+    config: GPTConfig
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.config.block_size
+
+    def data(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch, self.config.block_size + 1)
+        rows = torch.randint(self.config.vocab_size, shape, generator=generator)
+        return rows[:, :-1].contiguous().to(device), rows[:, 1:].contiguous().to(device)
+
+
+def ours(work: Work, placement: Placement, signal: SignalConfig | None = None) -> Step:
+    """A step of this project's trainer, through the same `update` that trains."""
+    c = work.config
+    config = TrainingConfig(
+        block_size=c.block_size,
+        batch_size=work.batch,
+        total_batch_tokens=work.tokens,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        learning_rate=1e-5,
+        signal=signal or SignalConfig(),
+    )
+    model = GPT(c).to(placement.device)
+    state = TrainingState(model, build_optimizer(model, config))
+    tokens, targets = work.data(placement.device)
+    return lambda: update(state, config, [Batch(tokens, targets, state.step, 0, 0)], World(), placement)
+
+
+def transformers_step(work: Work, placement: Placement) -> Step:
+    """A step of transformers' GPT2LMHeadModel with fused AdamW, no dropout, attention through PyTorch's own."""
+    import transformers
+
+    c = work.config
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    ).to(placement.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    tokens, targets = work.data(placement.device)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
+
+    return _plain_step(model, optimizer, loss, placement)
+
+
+def nanogpt_step(work: Work, placement: Placement, checkout: Path) -> Step:
+    """A step of nanoGPT's model.py, its optimizer as it configures it (on a CPU: not fused)."""
+    module = _module(checkout / "model.py", "nanogpt_model")
+    c = work.config
+    model = module.GPT(
+        module.GPTConfig(
+            block_size=c.block_size,
+            vocab_size=c.vocab_size,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_embd=c.n_embd,
+            dropout=0.0,
+            bias=True,
+        )
+    ).to(placement.device)
+    optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), placement.device.type)
+    tokens, targets = work.data(placement.device)
+    return _plain_step(model, optimizer, lambda: model(tokens, targets)[1], placement)
+
+
+def build_nanogpt_step(work: Work, placement: Placement, checkout: Path) -> Step:
+    """A step of build-nanogpt's model: its file is a script, so only its definitions are executed."""
+    module = _definitions(checkout / "train_gpt2.py", "build_nanogpt_model")
+    c = work.config
+    model = module.GPT(
+        module.GPTConfig(
+            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd
+        )
+    ).to(placement.device)
+    optimizer = model.configure_optimizers(0.1, 1e-5, placement.device.type)
+    tokens, targets = work.data(placement.device)
+    return _plain_step(model, optimizer, lambda: model(tokens, targets)[1], placement)
+
+
+PEERS: dict[str, Callable[[Work, Placement, Path], Step]] = {
+    "nanogpt": nanogpt_step,
+    "build-nanogpt": build_nanogpt_step,
+}
+
+
+def _plain_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], placement: Placement
+) -> Step:
+    """One step as nanoGPT-like trainers make it: autocast forward, backward, clip, update."""
+    parameters = list(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        cast = torch.autocast(placement.device.type, placement.autocast) if placement.autocast else nullcontext()
+        with cast:
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def _module(path: Path, name: str) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"--peer: expected a checkout with {path.name}, found none at {path.parent}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _definitions(path: Path, name: str) -> ModuleType:
+    """A script's imports and class definitions as a module, without running the rest of it."""
+    import ast
+    import tempfile
+
+    if not path.is_file():
+        raise UsageError(f"--peer: expected a checkout with {path.name}, found none at {path.parent}")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    kept = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.Import) or _safe_import(n)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{name}.py"
+        file.write_text("master_process = False\n" + ast.unparse(ast.Module(kept, [])), encoding="utf-8")
+        return _module(file, name)
+
+
+def _safe_import(node: Any) -> bool:
+    import ast
+
+    return isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("torch", "dataclasses")
+
+
+def placed(placement: Placement, dtype: str) -> Placement:
+    """The same placement in another dtype."""
+    from dataclasses import replace
+
+    return replace(placement, autocast=None if dtype == "fp32" else DTYPES[dtype])

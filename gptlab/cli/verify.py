@@ -1,0 +1,92 @@
+"""`gptlab verify`: whether every file of a run is as it was written. It changes nothing and repairs nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptlab.cli.arguments import Parser
+from gptlab.errors import CheckpointError, GptlabError
+
+if TYPE_CHECKING:
+    from gptlab.runs.checkpoint import Problem
+    from gptlab.runs.folder import RunFolder
+
+
+def main(argv: list[str]) -> int:
+    """Print what is damaged and return 3 if anything is; raises CheckpointError where there is no run."""
+    parser = Parser(
+        prog="gptlab verify",
+        description="Check every checkpoint of a run against its checksums, and that its records can be read. "
+        "Training falls back to the newest checkpoint that is whole. Exit code 3 if anything is damaged.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--json", action="store_true", help='print {"ok", "problems": [{"file", "problem"}]}')
+    options = parser.parse(argv)
+
+    problems = list(_problems(Path(options.run)))
+    if options.json:
+        print(json.dumps({"ok": not problems, "problems": [dataclasses.asdict(p) for p in problems]}, indent=1))
+        return 3 if problems else 0
+    for p in problems:
+        print(f"{p.file}: {p.problem}")
+    if problems:
+        raise CheckpointError(
+            f"expected {options.run} as it was written, found {len(problems)} damaged file(s), listed above; "
+            "training goes on from the newest checkpoint that is whole"
+        )
+    print(f"{options.run}: every file is as it was written")
+    return 0
+
+
+def _problems(path: Path) -> Iterator[Problem]:
+    from gptlab.runs import checkpoint
+    from gptlab.runs.folder import RunFolder
+
+    folder = RunFolder(path)
+    if not folder.exists() and not folder.checkpoints.is_dir():
+        if not path.is_dir() or not any((path / name).exists() for name in (checkpoint.MANIFEST, checkpoint.WEIGHTS)):
+            raise CheckpointError(f"expected a run or a checkpoint, found none at {path}; check the path")
+        yield from checkpoint.verify(path)
+        return
+    needed = {"metrics.jsonl": 0, "log.txt": 0}
+    for saved in checkpoint.complete(folder.checkpoints):
+        damage = checkpoint.verify(saved)
+        yield from damage
+        if not damage:
+            records = json.loads((saved / checkpoint.STATE).read_text(encoding="utf-8"))["records"]
+            lengths = {"metrics.jsonl": records["metrics_bytes"], "log.txt": records["log_bytes"]}
+            needed = {name: max(length, lengths[name]) for name, length in needed.items()}
+    yield from _unreadable(folder, needed)
+
+
+def _unreadable(folder: RunFolder, needed: dict[str, int]) -> Iterator[Problem]:
+    """The records that do not parse, or are shorter than a checkpoint needs to cut them back to."""
+    from gptlab.runs.checkpoint import Problem
+
+    try:
+        folder.config()
+    except (GptlabError, KeyError, TypeError, AttributeError) as error:
+        yield Problem(str(folder.path / "config.json"), _reason(error))
+    try:
+        folder.recorded("environment.json")
+    except CheckpointError as error:
+        yield Problem(str(folder.path / "environment.json"), _reason(error))
+    for name, length in needed.items():
+        path = folder.path / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < length:
+            yield Problem(str(path), f"expected at least {length} bytes, found {found}")
+    try:
+        for number, row in enumerate(folder.rows(), start=1):
+            if not isinstance(row, dict) or not {"step", "kind"} <= row.keys():
+                yield Problem(str(folder.path / "metrics.jsonl"), f"line {number} is no row: it needs step and kind")
+    except ValueError as error:
+        yield Problem(str(folder.path / "metrics.jsonl"), f"cannot be read: {error}")
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"is no run's config: {error}"

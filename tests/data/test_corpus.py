@@ -1,0 +1,199 @@
+"""Opening folders, ours and other programs', and telling whether a corpus is the one a run began with."""
+
+import json
+import pickle
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gptlab.data.corpus import Corpus, open_corpus, wait_for_shard
+from gptlab.data.prepare import prepare
+from gptlab.data.shards import write_shard
+from gptlab.errors import ConfigError, DataError
+
+TOKENS = np.arange(100, dtype=np.uint16)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Corpus:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(40)))
+    return prepare("text", tmp_path / "out", "bytes", inputs=[tmp_path / "in.jsonl"], shard_tokens=2000)
+
+
+def shrunk(corpus: Corpus, shards: int) -> Corpus:
+    """The corpus as it was when so many training shards were there."""
+    return replace(corpus, complete=False, train=corpus.train[:shards])
+
+
+def test_nanogpt_folders_are_read(tmp_path: Path) -> None:
+    TOKENS.tofile(tmp_path / "train.bin")
+    TOKENS[:9].tofile(tmp_path / "val.bin")
+    corpus = open_corpus(tmp_path)
+    assert (corpus.name, corpus.tokenizer, corpus.vocab_size, corpus.complete) == (tmp_path.name, "gpt2", 50257, True)
+    assert corpus.read("train", 0).tolist() == TOKENS.tolist()
+    assert (corpus.tokens("train"), corpus.tokens("val")) == (100, 9)
+
+
+def test_build_nanogpt_folders_are_read(tmp_path: Path) -> None:
+    for index, name in enumerate(["val_000000", "train_000001", "train_000002", "train_000010"]):
+        np.save(tmp_path / f"edufineweb_{name}.npy", TOKENS + np.uint16(index))
+    corpus = open_corpus(tmp_path)
+    assert [int(corpus.read("train", index)[0]) for index in range(3)] == [1, 2, 3]
+    assert int(corpus.read("val", 0)[0]) == 0
+
+
+def test_llm_c_folders_are_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "fineweb_train_000001.bin", TOKENS)
+    write_shard(tmp_path / "fineweb_val_000000.bin", TOKENS[:5])
+    corpus = open_corpus(tmp_path)
+    assert corpus.tokens("train") == 100
+    assert corpus.identity()["val"] == [corpus.val[0].sha256]
+
+
+def test_a_folder_may_name_its_tokenizer(tmp_path: Path) -> None:
+    for name in ("train.bin", "val.bin"):
+        TOKENS.tofile(tmp_path / name)
+    (tmp_path / "tokenizer.txt").write_text("bytes\n")
+    assert open_corpus(tmp_path).vocab_size == 256
+    (tmp_path / "tokenizer.txt").write_text("byte\n")
+    with pytest.raises(ConfigError, match="did you mean 'bytes'"):
+        open_corpus(tmp_path)
+
+
+class _Trap:
+    def __reduce__(self):
+        return Path.touch, (Path("sprung"),)
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train.bin", "val.bin"):
+        TOKENS.tofile(name)
+    Path("meta.pkl").write_bytes(pickle.dumps(_Trap()))
+    np.save("trap_train_000000.npy", np.array([_Trap()], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"trap_train_000000\.npy"):
+        open_corpus(tmp_path)
+    Path("trap_train_000000.npy").unlink()
+    open_corpus(tmp_path)
+    assert not Path("sprung").exists()
+
+
+@pytest.mark.parametrize(("files", "found"), [([], "neither"), (["train.bin"], "train"), (["val.bin"], "val")])
+def test_a_folder_without_a_corpus_says_what_to_do(tmp_path: Path, files: list[str], found: str) -> None:
+    for name in files:
+        TOKENS.tofile(tmp_path / name)
+    with pytest.raises(DataError, match=f"found {found}: make one with `gptlab data prepare`"):
+        open_corpus(tmp_path)
+    with pytest.raises(DataError, match="found no folder: make one with `gptlab data prepare`"):
+        open_corpus(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "damaged: expected a corpus manifest"),
+        (lambda text: "[]", "damaged: expected a corpus manifest"),
+        (
+            lambda text: text.replace('"train_000001.bin"', '"../train_000001.bin"'),
+            "damaged: expected a corpus manifest",
+        ),
+        (lambda text: text.replace('"sha256"', '"md5"'), "damaged: expected a corpus manifest"),
+        (lambda text: text.replace('"format": 1', '"format": 2'), "expected manifest format 1, found 2"),
+        (lambda text: text.replace('"tokens": 2000', '"tokens": 1999'), r"expected 1999 tokens, found 2000"),
+        (lambda text: text.replace('"train_000001.bin"', '"train_000099.bin"'), r"train_000099\.bin: No such file"),
+    ],
+)
+def test_a_damaged_manifest_is_named(prepared: Corpus, change, message: str) -> None:
+    manifest = prepared.folder / "corpus.json"
+    manifest.write_text(change(manifest.read_text()))
+    with pytest.raises(DataError, match=message) as caught:
+        open_corpus(prepared.folder)
+    assert str(prepared.folder) in str(caught.value)
+
+
+def test_a_shard_of_another_size_is_found_on_opening(prepared: Corpus) -> None:
+    shard = prepared.folder / prepared.train[1].name
+    shard.write_bytes(shard.read_bytes() + b"\0\0")
+    with pytest.raises(DataError, match=r"train_000001\.bin is padded: expected 5024 bytes"):
+        open_corpus(prepared.folder)
+
+
+def test_a_flipped_bit_is_found_on_reading(prepared: Corpus) -> None:
+    shard = prepared.folder / prepared.train[1].name
+    content = bytearray(shard.read_bytes())
+    content[3000] ^= 1
+    shard.write_bytes(content)
+    corpus = open_corpus(prepared.folder)
+    assert len(corpus.read("train", 0)) == 2000
+    with pytest.raises(DataError, match=r"train_000001\.bin is damaged: expected SHA-256"):
+        corpus.read("train", 1)
+
+
+def test_a_shard_is_verified_once(prepared: Corpus) -> None:
+    assert prepared.read("train", 0) is prepared.read("train", 0)
+
+
+def test_identity_survives_json_and_knows_itself(prepared: Corpus) -> None:
+    identity = json.loads(json.dumps(prepared.identity()))
+    assert set(identity) == {"tokenizer", "train", "val", "complete"}
+    assert prepared.grew_from(identity) == []
+
+
+def test_a_corpus_may_grow_only_while_it_is_incomplete(prepared: Corpus) -> None:
+    early, late = shrunk(prepared, 1), shrunk(prepared, 3)
+    assert prepared.grew_from(early.identity()) == []
+    assert late.grew_from(early.identity()) == []
+    assert early.grew_from(late.identity()) == ["train: recorded 3 shards, found 1"]
+    closed = replace(early, complete=True)
+    assert prepared.grew_from(closed.identity()) == [f"train: recorded 1 shards, found {len(prepared.train)}"]
+    assert replace(prepared, complete=False).grew_from(prepared.identity()) == [
+        "recorded a complete corpus, found one still being prepared"
+    ]
+
+
+def test_every_difference_is_told(prepared: Corpus) -> None:
+    recorded = prepared.identity()
+    recorded["tokenizer"] = "gpt2"
+    recorded["train"] = [recorded["train"][0], "0" * 64, *recorded["train"][2:]]
+    recorded["val"] = [*recorded["val"], "1" * 64]
+    differences = prepared.grew_from(recorded)
+    assert differences[0] == "tokenizer: recorded gpt2, found bytes"
+    assert differences[1].startswith("train shard 1: recorded SHA-256 000000000000…, found ")
+    assert differences[2] == f"val: recorded {len(prepared.val) + 1} shards, found {len(prepared.val)}"
+
+
+def test_waiting_ends_with_the_shard(prepared: Corpus, tmp_path: Path) -> None:
+    out, options = tmp_path / "slow", {"inputs": [tmp_path / "in.jsonl"], "shard_tokens": 2000}
+
+    def prepare_slowly() -> None:
+        for limit in (1, 2, 1000):
+            time.sleep(0.1)
+            prepare("text", out, "bytes", **options, limit_shards=limit)
+
+    preparing = threading.Thread(target=prepare_slowly)
+    preparing.start()
+    first = wait_for_shard(out, "train", 0, alive=preparing.is_alive, timeout=30)
+    assert first.train[0] == prepared.train[0]
+    verified = first.read("train", 0)
+    second = first.wait_for("train", 1, alive=preparing.is_alive, timeout=30)
+    assert second.train[1] == prepared.train[1]
+    assert second.read("train", 0) is verified
+    whole = second.wait_for("train", 10_000, alive=preparing.is_alive, timeout=30)
+    assert whole.complete
+    assert whole.train == prepared.train
+    preparing.join()
+
+
+def test_waiting_does_not_outlast_hope(prepared: Corpus, tmp_path: Path) -> None:
+    options = {"inputs": [tmp_path / "in.jsonl"], "shard_tokens": 2000, "limit_shards": 1}
+    part = prepare("text", tmp_path / "part", "bytes", **options)
+    with pytest.raises(DataError, match="expected train shard 1, but its preparation ended: start it again"):
+        part.wait_for("train", 1, alive=lambda: False)
+    with pytest.raises(DataError, match=r"expected train shard 1 within 0\.05 seconds, found none"):
+        part.wait_for("train", 1, alive=lambda: True, timeout=0.05)
+    assert part.wait_for("train", 0, alive=lambda: False) is part
+    assert prepared.wait_for("train", 10_000, alive=lambda: False) is prepared

@@ -1,0 +1,171 @@
+"""Reading in chunks gives what autograd gives on all logits at once, and never holds them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from gptlab.model import GPT, GPTConfig
+from gptlab.signals import SIGNALS
+from gptlab.signals.reader import Reader, Value, true_loss
+
+N, V, C = 11, 61, 12
+SCALE = 0.37
+
+
+def model(dtype: torch.dtype = torch.float64) -> GPT:
+    """A model whose norm has a bias and whose head is strong enough to be sure of itself."""
+    built = GPT(GPTConfig(block_size=8, vocab_size=V, n_layer=1, n_head=1, n_embd=C))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in (built.wte.weight, built.ln_f.weight, built.ln_f.bias):
+            parameter.normal_(0.3, 1.0, generator=generator)
+    return built.to(dtype)
+
+
+def states(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (N, C), another block's, and true tokens (N,)."""
+    generator = torch.Generator().manual_seed(6)
+    h, other = (torch.randn(N, C, dtype=torch.float64, generator=generator).to(dtype) for _ in range(2))
+    return h, other, torch.randint(V, (N,), generator=generator)
+
+
+def signal(name: str) -> Value:
+    def value(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
+        return SIGNALS[name](z, y, other=other, threshold=0.3)
+
+    return value
+
+
+VALUES: dict[str, Value] = {"true_loss": true_loss} | {name: signal(name) for name in SIGNALS}
+NEEDY = [name for name in SIGNALS if SIGNALS[name].needs]
+
+
+@pytest.mark.parametrize("learn", [False, True])
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_reading_equals_autograd_on_all_logits(name: str, learn: bool) -> None:
+    value, (h, other, y) = VALUES[name], states()
+    needs = other if name in NEEDY else None
+
+    naive = model()
+    leaf = h.clone().requires_grad_()
+    others = None if needs is None else naive.read(needs).detach()
+    values = value(naive.read(leaf), y, others).sum()
+    (SCALE * values).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.abs().max() > 1e-3
+
+    for chunk in (1, 4, 100):
+        read = model()
+        reading = Reader(read, chunk=chunk).read(h, y, value, SCALE, learn=learn, other=needs)
+        torch.testing.assert_close(reading.values, values.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(reading.gradient, leaf.grad, rtol=1e-11, atol=1e-12)
+        for ours, theirs in ((read.wte, naive.wte), (read.ln_f, naive.ln_f)):
+            for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+                if learn:
+                    torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-11, atol=1e-12)
+                else:
+                    assert parameter.grad is None
+
+
+def test_learning_adds_to_the_gradient_that_is_there() -> None:
+    (h, _, y), once, twice = states(), model(), model()
+    Reader(once).read(h, y, true_loss, 2.0, learn=True)
+    for _ in range(2):
+        Reader(twice).read(h, y, true_loss, 1.0, learn=True)
+    for a, b in zip(once.parameters(), twice.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_reading_leaves_the_hidden_states_alone() -> None:
+    (h, other, y), read = states(), model()
+    before = h.clone()
+    h.requires_grad_()
+    Reader(read).read(h, y, signal("advantage"), 1.0, learn=True, other=other)
+    assert torch.equal(h.detach(), before)
+    assert h.grad is None
+
+
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_values_alone_are_each_tokens(name: str) -> None:
+    value, (h, other, y), read = VALUES[name], states(), model()
+    needs = other if name in NEEDY else None
+    others = None if needs is None else read.read(needs)
+    expected = value(read.read(h), y, others).detach()
+    for chunk in (1, 4, 100):
+        found = Reader(read, chunk=chunk).values(h, y, value, needs)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize("name", ["true_loss", "confidence"])
+def test_bfloat16_matmuls_are_close(name: str) -> None:
+    (h, _, y), (exact, rough) = states(torch.float32), (model(torch.float32), model(torch.float32))
+    expected = Reader(exact).read(h, y, VALUES[name], 1.0, learn=True)
+    found = Reader(rough, torch.bfloat16).read(h, y, VALUES[name], 1.0, learn=True)
+    assert found.gradient.dtype == torch.float32
+    assert found.values.item() == pytest.approx(expected.values.item(), rel=0.02)
+    for a, b in ((found.gradient, expected.gradient), (rough.wte.weight.grad, exact.wte.weight.grad)):
+        assert a is not None
+        assert b is not None
+        assert 0 < ((a - b).norm() / b.norm()).item() < 0.05
+
+
+def test_a_reading_where_no_token_passes_the_gate_is_zero() -> None:
+    (h, _, y), read = states(), model()
+
+    def closed(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
+        return SIGNALS["gated_confidence"](z, y, threshold=1.0) * 0.0
+
+    reading = Reader(read, chunk=5).read(h, y, closed, 1.0, learn=True)
+    assert reading.values.item() == 0.0
+    assert torch.equal(reading.gradient, torch.zeros_like(h))
+
+
+class LargestReading(TorchDispatchMode):
+    """The most rows of any tensor made that has the vocabulary as a dimension and is not the head's own size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and V in tensor.shape and C not in tensor.shape:
+                self.rows = max(self.rows, tensor.numel() // V)
+        return out
+
+
+@pytest.mark.parametrize("name", sorted(VALUES))
+def test_no_logits_of_more_than_a_chunk_are_ever_held(name: str) -> None:
+    (h, other, y), read = states(), model()
+    needs = other if name in NEEDY else None
+    for action in ("read", "values"):
+        reader = Reader(read, chunk=4)
+        with LargestReading() as largest:
+            if action == "read":
+                reader.read(h, y, VALUES[name], 1.0, learn=True, other=needs)
+            else:
+                reader.values(h, y, VALUES[name], needs)
+        assert largest.rows == 4, action
+
+
+def test_the_measure_of_the_test_above_sees_whole_logits() -> None:
+    (h, _, y), read = states(), model()
+    with LargestReading() as largest:
+        true_loss(read.read(h), y).sum().backward()
+    assert largest.rows == N
+
+
+def test_chunks_of_a_large_vocabulary_are_bounded_by_memory() -> None:
+    large = GPT(GPTConfig(block_size=1, vocab_size=50304, n_layer=1, n_head=1, n_embd=4))
+    assert 64 <= Reader(large).chunk <= 64 * 2**20 // 4 // 50304
