@@ -18,9 +18,13 @@ from collections.abc import Iterable
 
 
 class GptlabError(Exception):
-    """Base of every error that is the user's to mend; `exit_code` is what the process ends with."""
+    """Base of every error that is the user's to mend; `exit_code` is what the process ends with.
+
+    everywhere: whether all processes of a run meet it alike, so that one on each machine tells of it
+    """
 
     exit_code = 3
+    everywhere = True
 
 
 class UsageError(GptlabError):

@@ -6,6 +6,7 @@ The same fields serve `--help`, the command line, TOML files and the record of a
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +52,9 @@ def options_of(config: type, prefix: str = "") -> Iterator[Option]:
     group = ""
     for field in dataclasses.fields(config):
         kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
+        if not field.metadata:  # not an option of its own (TrainingConfig.also)
+            if not dataclasses.is_dataclass(kind):
+                continue
             yield from options_of(typing.cast(type, kind), prefix + field.name + ".")
             continue
         meta = field.metadata
@@ -74,7 +77,11 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
     known = {o.key: o for o in options_of(config)}
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
+    listed = _lists_of_configs(config)
     for key, value in values.items():
+        if key in listed:
+            flat[key] = tuple(build(listed[key], v) if isinstance(v, Mapping) else v for v in value)
+            continue
         if key not in known:
             raise ConfigError(f"unknown option {key!r}{did_you_mean(key, known)}")
         head, dot, rest = key.partition(".")
@@ -86,6 +93,16 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
     return config(**flat, **{name: build(hints[name], inner) for name, inner in nested.items()})
 
 
+def _lists_of_configs(config: type) -> dict[str, type]:
+    """The fields that hold several configs of one class, with that class."""
+    found = {}
+    for name, kind in typing.get_type_hints(config).items():
+        arguments = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(arguments[0]):
+            found[name] = typing.cast(type, arguments[0])
+    return found
+
+
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """The config's values under dotted keys, in the order of its fields: the inverse of `build`."""
     flat: dict[str, Any] = {}
@@ -93,6 +110,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             flat |= flatten(value, prefix + field.name + ".")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            flat[prefix + field.name] = [flatten(item) for item in value]
         else:
             flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
     return flat
@@ -151,11 +170,13 @@ def _as(kind: Any, value: Any) -> Any:
             return _NO
         try:
             number = float(value) if kind is float else int(value) if text else value
-        except ValueError:
+        except (ValueError, OverflowError):
+            return _NO
+        if isinstance(number, float) and not math.isfinite(number):
             return _NO
         if kind is int and not isinstance(number, int):
             return int(number) if number == int(number) else _NO
-        return number if number == number and abs(number) != float("inf") else _NO
+        return number
     if typing.get_origin(kind) is tuple:
         items = [part for part in value.split(",") if part.strip()] if text else value
         if not isinstance(items, list | tuple):

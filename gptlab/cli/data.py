@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gptlab.cli.terminal import printable
 from gptlab.data import prepare as preparation
 from gptlab.data.corpora import CORPORA, default_tokenizer
 from gptlab.data.corpus import SPLITS, Corpus, open_corpus
@@ -88,7 +89,7 @@ def _info(options: argparse.Namespace) -> int:
         for shard in corpus.splits[split]:
             print(f"{split}  {shard.name}  {shard.tokens:,} tokens  sha256 {shard.sha256}")
     for split, text in excerpts.items():
-        print(f"\n--- {split} begins ---\n{text}")
+        print(f"\n--- {split} begins ---\n{printable(text)}")
     return 0
 
 

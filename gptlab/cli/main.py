@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 import gptlab
+from gptlab.distributed import World
 from gptlab.errors import GptlabError, UsageError, did_you_mean
 
 COMMANDS = {
@@ -52,7 +54,10 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         return command(rest)
     except GptlabError as error:
         code, text = error.exit_code, str(error)
-        shown = not getattr(error, "told", False)
+        shown = not error.everywhere or World.from_environment().local_rank == 0
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from typing import Any
@@ -13,14 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from gptlab.cli.terminal import printable
 from gptlab.data.corpus import Corpus
 from gptlab.device import Placement
+from gptlab.options import build, flatten
 from gptlab.runs.begin import Beginning
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record
+from gptlab.training.presets import PRESETS
 
 SHOWN_TOKENS = 12
 """Tokens of a sample whose blocks are shown; the row in metrics.jsonl has all of them."""
+LONGEST_TOKEN = 8
 
 
 class Display:
@@ -52,9 +57,9 @@ class Display:
                 f"reads {config.block_size} tokens\n",
                 f"  data    {corpus.folder}: {corpus.tokens('train'):,} training tokens"
                 f"{'' if corpus.complete else ' so far'}\n",
-                f"  machine {placement.device}, {placement.dtype_name} ({placement.reasons['dtype']}), "
-                f"{placement.threads} thread{'s' * (placement.threads > 1)} a process, "
+                f"  machine {placement.device}, {placement.threads} thread{'s' * (placement.threads > 1)} a process, "
                 f"matmul peak {peak / 1e9:,.0f} GFLOP/s\n",
+                f"  dtype   {placement.dtype_name} ({placement.reasons['dtype']})\n",
                 f"  run     {beginning.folder}, {verb}",
             )
         )  # fmt: skip
@@ -77,17 +82,19 @@ class Display:
             self._train(record)
         elif record.kind == "val":
             v = record.values
-            blocks = "  ".join(f"{x:.2f}" for x in v["block_loss"])
-            sure = "  ".join(f"{x:.2f}" for x in v["block_confidence"])
+            shown = evenly(len(v["block_loss"]), 4)
+            blocks = " ".join(f"{v['block_loss'][j - 1]:.2f}" for j in shown)
+            sure = " ".join(f"{v['block_confidence'][j - 1]:.2f}" for j in shown)
             self.console.print(
                 Text.assemble(
                     (f"{record.step:>6} val   loss {v['loss']:.4f}", "bold"),
                     f"  {v['bits_per_byte']:.3f} bits/byte",
-                    (f"   by block: loss {blocks}; p_max {sure}", "dim"),
-                )
+                    (f"  blocks {','.join(map(str, shown))}: loss {blocks}, p_max {sure}", "dim"),
+                ),
+                soft_wrap=True,
             )
         elif record.kind == "sample":
-            self.console.print(sample_panel(record.step, record.values))
+            self.console.print(sample_panel(record.step, record.values, self.console.width))
 
     def _train(self, record: Record) -> None:
         v, config = record.values, self.config
@@ -109,8 +116,6 @@ class Display:
     def finished(self, folder: str, summary: dict[str, Any], *, again: bool) -> None:
         """The summary of a run that is done, and what to try next."""
         self.close()
-        if self.quiet:
-            return
         table = Table.grid(padding=(0, 2))
         loss = summary["loss"]
         if loss is not None:
@@ -120,14 +125,12 @@ class Display:
                 "speed", f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['mfu']:.0%} of the matmul peak"
             )
         table.add_row("clipped", f"{summary['clipped_share']:.0%} of the updates")
-        table.add_row("run folder", escape(folder))
-        other = "train_gpt2_ben.py" if self.config.signal.name == "none" else "train_gpt2.py"
-        script = f"torchrun --standalone --nproc_per_node=1 {other}"
-        table.add_row("try next", f"{script}  # the same without the other's signal, to compare")
-        table.add_row("", f'gptlab sample --checkpoint {folder} --prompt "ROMEO:"')
-        table.add_row("", f"gptlab verify {folder}")
+        table.add_row("run folder", Text(folder))
         title = f"step {summary['step']}: " + ("this run was finished before" if again else "finished")
         self.console.print(Panel(table, title=title, title_align="left", expand=False))
+        self.console.print("try next:")
+        for command in next_commands(self.config, folder):
+            self.console.print(f"  {command}", markup=False, soft_wrap=True)  # never cut, so that it can be copied
 
     def close(self) -> None:
         if self._live:
@@ -135,26 +138,65 @@ class Display:
             self._live = None
 
 
-def sample_panel(step: int, sample: dict[str, Any]) -> Panel:
-    """A sample as text, and a table of the last tokens: what each block would have said, and how sure it was."""
+def next_commands(config: TrainingConfig, folder: str) -> list[str]:
+    """Commands that suit a finished run: the same run of the other launcher, to compare, and looks at this one."""
+    other, what = ("train_gpt2.py", "without") if config.signal.name != "none" else ("train_gpt2_ben.py", "with")
+    usual = flatten(build(TrainingConfig, PRESETS[config.preset]))
+    changed = {key: value for key, value in flatten(config).items() if value != usual[key]}
+    words = [
+        f"--{key} {shlex.quote(','.join(map(str, value)) if isinstance(value, list) else str(value).lower())}"
+        for key, value in changed.items()
+        if key not in ("out", "resume", "preset") and not key.startswith("signal.")
+    ]
+    if config.preset != "shakespeare-tiny":
+        words.insert(0, f"--preset {config.preset}")
+    run = shlex.quote(folder)
+    return [
+        " ".join(["torchrun --standalone --nproc_per_node=1", other, *words]) + f"  # the same {what} the block loss",
+        f'gptlab sample --checkpoint {run} --prompt "ROMEO:" --show_blocks',
+        f"gptlab verify {run}",
+    ]
+
+
+def sample_panel(step: int, sample: dict[str, Any], width: int) -> Panel:
+    """A sample as text, and a table of its first tokens: what each block would have said, and how sure it was.
+
+    width: of the terminal, in characters; where not all blocks have room, some are left out, evenly.
+    """
     body = Table.grid(padding=(0, 0))
-    body.add_row(Text.assemble((sample["prompt"], "dim"), sample["text"]))
-    steps = sample["blocks"][:SHOWN_TOKENS]
+    body.add_row(Text.assemble((printable(sample["prompt"]), "dim"), printable(sample["text"])))
+    steps = [[(visible(word), p) for word, p in blocks] for blocks in sample["blocks"][:SHOWN_TOKENS]]
     if steps:
+        longest = max(len(word) for blocks in steps for word, _ in blocks)
+        shown = evenly(len(steps[0]), (width - 16) // (max(longest, 3) + 7))
         table = Table(box=None, padding=(0, 1), header_style="dim")
         table.add_column("written")
-        for j in range(1, len(steps[0]) + 1):
+        for j in shown:
             table.add_column(f"block {j}")
-        for i, blocks in enumerate(steps):
-            cells = [Text(f"{_visible(word):<3} {p:4.0%}", style=_shade(p)) for word, p in blocks]
-            table.add_row(Text(_visible(sample["written"][i]), style="bold"), *cells)
+        for written, blocks in zip(sample["written"], steps, strict=False):
+            guesses = [blocks[j - 1] for j in shown]
+            cells = [Text(f"{word:<{max(longest, 3)}} {p:4.0%}", style=_shade(p)) for word, p in guesses]
+            table.add_row(Text(visible(written), style="bold"), *cells)
         body.add_row(table)
     return Panel(body, title=f"sample at step {step}: each block's best next token and its probability",
                  title_align="left", expand=False)  # fmt: skip
 
 
-def _visible(token: str) -> str:
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣").replace("\0", "∅") or "·"
+def evenly(blocks: int, most: int) -> list[int]:
+    """At most so many (two at least) of the blocks 1..blocks, evenly spread, first and last among them.
+
+    >>> evenly(12, 5)
+    [1, 4, 7, 9, 12]
+    """
+    count = min(blocks, max(2, most))
+    return [1 + round(i * (blocks - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def visible(token: str) -> str:
+    """A token in at most LONGEST_TOKEN characters, with a sign for every blank."""
+    shown = token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣").replace("\0", "∅")
+    shown = printable(shown) or "·"
+    return shown if len(shown) <= LONGEST_TOKEN else shown[: LONGEST_TOKEN - 1] + "…"
 
 
 def _shade(p: float) -> str:

@@ -8,10 +8,10 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
+from gptlab.cli.terminal import printable
 from gptlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,27 +91,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _open(source: str) -> tuple[GPT, str]:
     """The model that `source` names, and the name of its tokenizer."""
-    from gptlab.runs.folder import RunFolder
-    from gptlab.runs.initial import model_of
+    from gptlab.runs.initial import any_model
 
-    path = Path(source)
-    if (path / "config.json").is_file() and not RunFolder(path).checkpoints.exists():
-        from gptlab.model.huggingface import from_huggingface
-
-        model = from_huggingface(path)
+    model, config = any_model(source)
+    if config is None:
         return model, "bytes" if model.config.vocab_size <= 256 else "gpt2"
-    model, config = model_of(path)
     return model, config.tokenizer
 
 
 def _text(prompt: list[int], steps: Iterator[Step], tokenizer: Tokenizer) -> Iterator[str]:
     """The prompt, dimmed on a terminal, then every piece of text as soon as its tokens make whole characters."""
-    given = tokenizer.decode(prompt)
+    given = printable(tokenizer.decode(prompt))
     yield f"\033[2m{given}\033[0m" if sys.stdout.isatty() else given
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for step in steps:
-        yield decoder.decode(tokenizer.token_bytes(step.token))
-    yield decoder.decode(b"", final=True)
+        yield printable(decoder.decode(tokenizer.token_bytes(step.token)))
+    yield printable(decoder.decode(b"", final=True))
 
 
 def _blocks(steps: Iterator[Step], tokenizer: Tokenizer) -> Iterator[str]:

@@ -5,6 +5,7 @@ Options are checked before torch is imported; everything that needs it is import
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser, add_options, file_options, given_options
-from gptlab.errors import GptlabError, UsageError, did_you_mean
+from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
 from gptlab.options import build
+from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
 
@@ -36,20 +38,37 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="a TOML file of options; tables or dotted keys")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on standard output")
+    parser.add_argument("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
     add_options(parser, TrainingConfig)
     parsed = parser.parse(argv)
     given = given_options(parsed, TrainingConfig)
-    if given.get("preset", "shakespeare-tiny") not in PRESETS:
-        raise UsageError(f"--preset: unknown preset {given['preset']!r}{did_you_mean(given['preset'], PRESETS)}")
-    values = {**(defaults or {}), **(file_options(parsed.config, TrainingConfig) if parsed.config else {}), **given}
+    filed = file_options(parsed.config, TrainingConfig) if parsed.config else {}
+    for values, where, kind in ((given, "--preset", UsageError), (filed, parsed.config, ConfigError)):
+        preset = values.get("preset", "shakespeare-tiny")
+        if preset not in PRESETS:
+            raise kind(
+                f"{where}: unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; presets are {', '.join(PRESETS)}"
+            )
+    values = {**(defaults or {}), **filed, **given}
+    check_signals(given, allow_code=parsed.allow_code, kind=UsageError)
+    check_signals(values, allow_code=parsed.allow_code, kind=ConfigError)
     return _run(values, as_json=parsed.json)
+
+
+def check_signals(values: Mapping[str, Any], *, allow_code: bool, kind: type[GptlabError]) -> None:
+    """Refuse, as an error of this kind, an unknown signal, and a user's own function without --allow_code."""
+    for name in (values.get("signal.name", "none"), *(s.get("name", "none") for s in values.get("also", ()))):
+        try:
+            code = SignalConfig(name).is_code
+        except ConfigError as error:
+            raise kind(str(error)) from None
+        if code and not allow_code:
+            raise UsageError(f"signal.name {name} is a function in a file: it runs as your code; add --allow_code")
 
 
 def resolve(values: Mapping[str, Any], gpus: int) -> TrainingConfig:
     """The config of a run: preset, then values; without a preset the one that suits the machine."""
     preset = values.get("preset") or ("gpt2-124m" if gpus else "shakespeare-tiny")
-    if preset not in PRESETS:
-        raise UsageError(f"unknown preset {preset!r}{did_you_mean(preset, PRESETS)}")
     return build(TrainingConfig, {**PRESETS[preset], **values, "preset": preset})
 
 
@@ -76,9 +95,6 @@ def _run(values: Mapping[str, Any], *, as_json: bool) -> int:
     world.share(config.sequences, config.batch_size)  # refuses what cannot be shared, before any waiting
     try:
         summary = _train(config, machine, placement, world)
-    except GptlabError as error:
-        error.told = not world.main and getattr(error, "everywhere", False)  # type: ignore[attr-defined]
-        raise
     finally:
         world.disconnect()
     if world.main and as_json:
@@ -99,6 +115,10 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
 
     display = Display(config, quiet=not world.main)
     corpus, alive = open_or_prepare(config.data, config.tokenizer, world, display.note)
+    windows = TrainingWindows(corpus, config.block_size, config.vocab_size, config.seed, alive)
+    validation = ValidationWindows(corpus, config.block_size, config.vocab_size, config.eval_tokens)
+    tokenizer = get_tokenizer(config.tokenizer)
+    bytes_per_token = tokenizer.count_bytes(validation.stream) / len(validation.stream)
     world.connect(placement.device)
     folder: RunFolder | None = None
 
@@ -107,31 +127,30 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
         folder, beginning = begin(config, corpus, environment(placement, machine))
         return as_json(beginning)
 
-    beginning = Beginning(**world.agree(start, placement.device))
-    if beginning.finished:
-        display.finished(beginning.folder, beginning.finished, again=True)
-        return {**beginning.finished, "folder": beginning.folder}
-    for note in beginning.notes:
-        display.note(note)
-
-    windows = TrainingWindows(corpus, config.block_size, config.vocab_size, config.seed, alive)
-    validation = ValidationWindows(corpus, config.block_size, config.vocab_size, config.eval_tokens)
-    tokenizer = get_tokenizer(config.tokenizer)
-    peak = matmul_peak(placement)
-    display.opening(config, placement, corpus, peak * world.size, beginning)
-    session = Session(config, folder if world.main else None, beginning.checkpoint, placement, corpus.identity())
-    display.note(session.compiled)
-    bytes_per_token = tokenizer.count_bytes(validation.stream) / len(validation.stream)
-    stop = StopRequest()
-    began, first = time.perf_counter(), session.state.step
-    sample = partial(_sample, config, validation.stream[: config.block_size // 4].tolist(), tokenizer)
-    for record in session.records(
-        windows, validation, world, peak=peak, bytes_per_token=bytes_per_token, stop=stop, sample=sample
-    ):
-        display.show(record)
-    summary = session.finish(validation.sha256, time.perf_counter() - began, first, peak * world.size)
-    display.finished(beginning.folder, summary, again=False)
-    return {**summary, "folder": beginning.folder}
+    with contextlib.ExitStack() as ends:
+        ends.callback(display.close)
+        beginning = Beginning(**world.agree(start, placement.device))
+        if folder:
+            ends.callback(folder.close)
+        if beginning.finished:
+            display.finished(beginning.folder, beginning.finished, again=True)
+            return {**beginning.finished, "folder": beginning.folder}
+        for note in beginning.notes:
+            display.note(note)
+        peak = matmul_peak(placement)
+        display.opening(config, placement, corpus, peak * world.size, beginning)
+        session = Session(config, folder, beginning.checkpoint, placement, corpus.identity())
+        display.note(f"  compile {session.compiled}")
+        stop = ends.enter_context(StopRequest(echo=1.0 if world.launched else 0.0))
+        began, first = time.perf_counter(), session.state.step
+        sample = partial(_sample, config, validation.stream[: config.block_size // 4].tolist(), tokenizer)
+        for record in session.records(
+            windows, validation, world, peak=peak, bytes_per_token=bytes_per_token, stop=stop, sample=sample
+        ):
+            display.show(record)
+        summary = session.finish(validation.sha256, time.perf_counter() - began, first, peak * world.size)
+        display.finished(beginning.folder, summary, again=False)
+        return {**summary, "folder": beginning.folder}
 
 
 def _sample(config: TrainingConfig, prompt: list[int], tokenizer: Tokenizer, state: TrainingState) -> dict[str, Any]:

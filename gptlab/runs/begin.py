@@ -34,14 +34,14 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
     go on with, or if no checkpoint of it is whole.
     """
     folder = RunFolder(_free(Path(config.folder)) if config.resume == "never" else config.folder)
-    begun = folder.exists()
-    if config.resume == "must" and not begun:
+    if config.resume == "must" and not folder.exists():
         raise CheckpointError(f"--resume must: expected a run in {folder.path}, found none; check --out")
-    if begun:
-        _refuse_another(folder, config, corpus)
-        if summary := folder.finished(config.steps):
-            return folder, Beginning(str(folder.path), finished=summary)
+    if summary := _finished(folder, config, corpus):
+        return folder, Beginning(str(folder.path), finished=summary)
     folder.lock()
+    if summary := _finished(folder, config, corpus):  # by the process that the lock was waited for
+        folder.close()
+        return folder, Beginning(str(folder.path), finished=summary)
     found, notes = folder.load_newest()
     if config.resume == "must" and found is None:
         raise CheckpointError(f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it anew")
@@ -52,15 +52,21 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
     return folder, Beginning(str(folder.path), str(found.folder) if found else None, notes=tuple(notes))
 
 
-def _refuse_another(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> None:
-    """Raise CheckpointError with the difference if the folder's run is not the one asked for."""
+def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> dict[str, Any] | None:
+    """The summary if the folder's run is the one asked for and finished, None if there is none or not so far.
+
+    Raises CheckpointError with the difference if it is another. A run that never made a step can be any.
+    """
+    if not folder.begun():
+        return None
     lines = differences(folder.config(), config)
-    lines += [f"data: {line}" for line in corpus.grew_from(folder.recorded("config.json")["data"])]
+    lines += [f"data: {line}" for line in corpus.grew_from(folder.recorded("config.json", "data")["data"])]
     if lines:
         listed = "\n  ".join(lines)
         raise CheckpointError(
             f"{folder.path} holds another run; use --resume never for a new folder, or give --out:\n  {listed}"
         )
+    return folder.finished(config.steps)
 
 
 def _free(path: Path) -> Path:

@@ -56,7 +56,10 @@ class Checkpoint:
 def save(
     checkpoints: Path, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], state: Mapping[str, Any]
 ) -> Path:
-    """Save as checkpoints/step_%08d and keep the newest two; raises CheckpointError, with the older ones intact."""
+    """Save as checkpoints/step_%08d and keep the newest two; raises CheckpointError, with the older ones intact.
+
+    Later steps' checkpoints are damaged ones that training fell back from; they go, so that the newest is the best.
+    """
     step = state["scalars"]["step"]
     target, building = checkpoints / f"step_{step:08d}", checkpoints / f".saving_step_{step:08d}"
     try:
@@ -76,8 +79,10 @@ def save(
             _discard(target)
         building.rename(target)
         _flush(checkpoints)
-        for old in complete(checkpoints)[KEPT:]:
-            _discard(old)
+        saved = complete(checkpoints)
+        at = saved.index(target)
+        for stale in saved[:at] + saved[at + KEPT :]:
+            _discard(stale)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
@@ -141,7 +146,7 @@ def digest(folder: Path) -> tuple[str, int]:
         for name, tensor in sorted(part.items()):
             h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             h.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.dim() else tensor.numpy().tobytes())
-    scalars = {k: checkpoint.state["scalars"][k] for k in ("step", "clipped", "weight")}
+    scalars = {k: checkpoint.state["scalars"][k] for k in ("step", "clipped", "weights")}
     rest = {"scalars": scalars, "cursor": checkpoint.state["cursor"], "rng": checkpoint.state["rng"]}
     h.update(_canonical(rest).encode())
     return h.hexdigest(), checkpoint.step

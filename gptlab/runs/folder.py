@@ -11,12 +11,11 @@ import json
 import os
 import platform
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from gptlab.errors import CheckpointError
+from gptlab.errors import CheckpointError, ConfigError
 from gptlab.options import build, flatten
 from gptlab.runs import checkpoint
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
@@ -38,8 +37,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def exists(self) -> bool:
-        """Whether a run was ever begun here."""
+        """Whether a run was ever set up here."""
         return (self.path / "config.json").is_file()
+
+    def begun(self) -> bool:
+        """Whether the run has made a step; one that failed before (options, memory) leaves nothing to keep."""
+        return self.exists() and (
+            bool(checkpoint.complete(self.checkpoints)) or any(row["kind"] == "train" for row in self.rows())
+        )
 
     def lock(self, patience: float = LOCK_PATIENCE) -> None:
         """Become the only writer; raises CheckpointError naming the holder if it does not let go in `patience` s."""
@@ -64,20 +69,34 @@ class RunFolder:
         file.flush()
         self._lock = file
 
-    def config(self) -> TrainingConfig:
-        """The recorded config; raises CheckpointError where it is missing or damaged."""
-        return build(TrainingConfig, self.recorded("config.json")["options"])
+    def close(self) -> None:
+        """Write no more, and let go of the lock."""
+        for file in (self._metrics, self._log, self._lock):
+            if file is not None:
+                file.close()
+        self._metrics = self._log = self._lock = None
 
-    def recorded(self, name: str) -> dict[str, Any]:
-        """A JSON file of the folder."""
+    def config(self) -> TrainingConfig:
+        """The recorded config; raises CheckpointError where it is missing, damaged or of another version."""
+        recorded = self.recorded("config.json", "options")["options"]
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
+            return build(TrainingConfig, recorded)
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{self.path / 'config.json'} is no config of this version: {error}") from None
+
+    def recorded(self, name: str, *keys: str) -> dict[str, Any]:
+        """A JSON file of the folder: an object that has an object for each of `keys`; raises CheckpointError."""
+        path = self.path / name
+        damage = "expected a JSON object" + f" with {' and '.join(keys)}" * bool(keys)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in keys):
+                return content
         except FileNotFoundError:
             raise CheckpointError(f"expected a run folder, found no {name} in {self.path}") from None
         except ValueError as error:
-            raise CheckpointError(
-                f"{self.path / name} is damaged: {error}; remove the folder or take a new one"
-            ) from None
+            damage += f", found one that cannot be read ({error})"
+        raise CheckpointError(f"{path} is damaged: {damage}; give another --out, or remove the folder")
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file of the folder, whole or not at all."""
@@ -87,18 +106,30 @@ class RunFolder:
         temporary.replace(self.path / name)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
+        """The rows of metrics.jsonl; a last line that was cut off by a kill is left out.
+
+        Raises CheckpointError naming the first line that is no row.
+        """
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                row = _row(line)
+                if row is None:
+                    raise CheckpointError(
+                        f"{path} is damaged: expected a row with step and kind in line {number}, "
+                        f"found {line[:40].decode(errors='replace')!r}; remove that line to read the rest"
+                    )
+                yield row
 
     def finished(self, steps: int) -> dict[str, Any] | None:
         """The summary of a run that reached `steps`, else None."""
-        last = next(iter(deque(self.rows(), maxlen=1)), None)
+        path = self.path / "metrics.jsonl"
+        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
+        last = _row(whole.rpartition(b"\n")[2])  # None for a damaged tail: that run is not finished
         done = last is not None and last.get("event") == "finished" and last["step"] >= steps
         return last if done else None
 
@@ -151,6 +182,15 @@ class RunFolder:
         if notes:
             raise CheckpointError(f"no checkpoint in {self.checkpoints} is whole: {notes[0].partition(';')[0]}")
         return None, notes
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds, or None."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"step", "kind"} <= row.keys() else None
 
 
 def _open_at(path: Path, length: int) -> IO[str]:

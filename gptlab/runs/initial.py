@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,8 +10,11 @@ import torch
 from gptlab.errors import CheckpointError
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.runs import checkpoint
-from gptlab.runs.folder import RunFolder, newest
+from gptlab.runs.folder import newest
 from gptlab.training.config import TrainingConfig
+
+GPT2_VOCABULARY = 50257
+_OPTION = {"transformer.wpe.weight": "--block_size and --n_embd", "transformer.wte.weight": "--tokenizer and --n_embd"}
 
 
 def model_of(run: str | Path) -> tuple[GPT, TrainingConfig]:
@@ -29,30 +33,50 @@ def model_of(run: str | Path) -> tuple[GPT, TrainingConfig]:
     return model, config
 
 
+def any_model(source: str | Path) -> tuple[GPT, TrainingConfig | None]:
+    """The model of a run, of a checkpoint or of a Hugging Face GPT-2 folder, with the run's config where it is one's.
+
+    Raises CheckpointError where there is none.
+    """
+    if _is_huggingface(Path(source)):
+        from gptlab.model.huggingface import from_huggingface
+
+        return from_huggingface(source), None
+    return model_of(source)
+
+
+def _is_huggingface(folder: Path) -> bool:
+    """Whether the folder's config.json is of transformers: a run's own has no model_type."""
+    try:
+        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def initial_model(source: str, shape: GPTConfig, seed: int) -> GPT:
     """A model of `shape` with the weights of `source`; raises CheckpointError where the sizes differ.
 
-    A vocabulary that is padded in one and not in the other is no difference: missing rows keep their drawn weights.
+    A GPT-2 vocabulary that is padded in one and not in the other is no difference: missing rows keep their drawn
+    weights.
     """
-    path = Path(source)
-    if (path / "config.json").is_file() and not RunFolder(path).checkpoints.exists():
-        from gptlab.model.huggingface import from_huggingface
-
-        theirs = from_huggingface(path)
-    else:
-        theirs, _ = model_of(path)
+    given = dict(any_model(source)[0].named_parameters())
     model = GPT(shape, seed)
-    given = dict(theirs.named_parameters())
+    parameters = dict(model.named_parameters())
+    for name in (*parameters, *given):
+        if name not in given or name not in parameters:
+            where = "here" if name in given else "there"
+            raise CheckpointError(
+                f"--init_from {source}: {name} is missing {where}; give that model's --n_layer and --share_blocks"
+            )
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name not in given:
-                raise CheckpointError(f"--init_from {source}: has no {name}; it has another number of blocks")
-            w = given[name]
-            rows = min(len(p), len(w)) if name == "transformer.wte.weight" else len(p)
+        for name, p in parameters.items():
+            w, rows = given[name], len(p)
+            if name == "transformer.wte.weight" and min(len(p), len(w)) >= GPT2_VOCABULARY:
+                rows = min(len(p), len(w))
             if w[:rows].shape != p[:rows].shape:
                 raise CheckpointError(
                     f"--init_from {source}: {name} is {tuple(w.shape)} there and {tuple(p.shape)} here; "
-                    "give the sizes of that model"
+                    f"give that model's {_OPTION.get(name, '--n_embd')}"
                 )
             p[:rows] = w[:rows]
     return model

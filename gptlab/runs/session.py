@@ -23,7 +23,10 @@ from gptlab.training.state import TrainingState
 
 
 class Session:
-    """folder: where to write, None on ranks that do not; compiled: what became of torch.compile, in words."""
+    """folder: where to write, None on ranks that do not; compiled: what became of torch.compile, in words.
+
+    Raises CheckpointError where the weights to start from, or to go on from, do not fit.
+    """
 
     def __init__(
         self,
@@ -37,7 +40,12 @@ class Session:
         shape = GPTConfig(
             config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
         )
-        model = initial_model(config.init_from, shape, config.seed) if config.init_from else GPT(shape, config.seed)
+        drawn = checkpoint_path or not config.init_from  # a run that goes on needs its first source no more
+        try:
+            model = GPT(shape, config.seed) if drawn else initial_model(str(config.init_from), shape, config.seed)
+        except GptlabError as error:
+            self._write_error(0, error)
+            raise
         model.to(placement.device)
         self.state = TrainingState(model, build_optimizer(model, config))
         self._saved = -1
@@ -84,10 +92,13 @@ class Session:
                     self.folder.write(record.kind, record.step, record.values)
                 yield record
         except GptlabError as error:
-            if self.folder:
-                self.folder.write("event", self.state.step, {"event": type(error).__name__, "text": str(error)})
-            error.everywhere = isinstance(error, Stopped | DivergedError)  # type: ignore[attr-defined]
+            self._write_error(self.state.step, error)
+            error.everywhere = isinstance(error, Stopped | DivergedError)
             raise
+
+    def _write_error(self, step: int, error: GptlabError) -> None:
+        if self.folder:
+            self.folder.write("event", step, {"event": type(error).__name__, "text": str(error)})
 
     def _save(self, record: Record) -> None:
         if self.folder is None or self._saved == record.step:
@@ -108,6 +119,12 @@ class Session:
     def finish(self, validation_hash: str, seconds: float, first_step: int, peak: float) -> dict[str, Any]:
         """Write the summary as the run's last row and give it."""
         config, steps = self.config, self.state.step - first_step
+        if self.folder and not steps:  # killed before its summary was written: the rows tell of the session before
+            for row in self.folder.rows():
+                if row["kind"] == "val":
+                    self._final = row
+                elif row["kind"] == "train":
+                    self._speeds.append(row["tokens_per_second"])
         speeds = sorted(self._speeds)
         speed = speeds[len(speeds) // 2] if speeds else None
         summary: dict[str, Any] = {
