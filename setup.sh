@@ -50,10 +50,10 @@ fingerprint() {
 
 find_python() {
     local name found=
-    for name in python3 python3.13 python3.12 python3.11; do
+    for name in python3 python3.14 python3.13 python3.12 python3.11; do
         "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
-        found=$(command -v "$name")
         "$name" -c 'import ensurepip, venv' 2>/dev/null && python=$name && return
+        found=${found:-$(command -v "$name")}
     done
     [ -z "$found" ] || fail "$found has no venv module: install it (Debian: apt install python3-venv), then try again"
     found=$(python3 -V 2>/dev/null) || found="no python3"
