@@ -95,6 +95,10 @@ def prepare(
         raise ConfigError(f"expected workers of 1 or more, found {workers}")
     out = Path(out)
     try:
+        if file := next((path for path in [out, *out.parents] if path.is_file()), None):
+            raise DataError(
+                f"expected a folder to prepare {name!r} in, found {out}, and {file} is a file: change --out"
+            )
         source = get_source(name, inputs, val_fraction)
         settings = {"name": name, "source": source.settings(), "tokenizer": tokenizer, "shard_tokens": shard_tokens}
         get_tokenizer(tokenizer)  # an unknown name is an error before anything is written

@@ -190,9 +190,17 @@ def test_a_document_that_cannot_be_encoded_is_quoted(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "corpus.json").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named(jsonl: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read .*in\.jsonl/out/corpus\.json: Not a directory"):
-        prepare("text", jsonl / "out", "bytes", inputs=[jsonl])
+@pytest.mark.parametrize("below", ["", "out", "deep/out"])
+def test_a_file_where_the_folder_should_be_is_named(jsonl: Path, tmp_path: Path, below: str) -> None:
+    with pytest.raises(DataError, match=rf"found {jsonl / below}, and {jsonl} is a file: change --out"):
+        prepare("text", jsonl / below, "bytes", inputs=[jsonl])
+    assert list(tmp_path.iterdir()) == [jsonl]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="only in /proc can not even root make a folder")
+def test_a_folder_that_cannot_be_made_is_named(jsonl: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot use /proc/gptlab: No such file or directory: look at its rights"):
+        prepare("text", Path("/proc/gptlab"), "bytes", inputs=[jsonl])
 
 
 def test_the_default_folder_is_named_for_corpus_and_tokenizer() -> None:
