@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,12 +91,24 @@ def file_options(path: str | Path, config: type) -> dict[str, Any]:
         raise ConfigError(f"--config: no file {path}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
-    known = {o.key: o for o in options_of(config)}
-    flat = flatten_table(table)
-    for key in flat:
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}{did_you_mean(key, known)}")
     try:
-        return {key: typed(known[key], value) for key, value in flat.items()}
+        return table_options(table, config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def table_options(table: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """The options of a TOML table; of several [[signal]] tables the first is `signal`, the others are `also`."""
+    table, also = dict(table), []
+    if isinstance(table.get("signal"), list) and table["signal"]:
+        table["signal"], *also = table["signal"]
+    flat = flatten_table(table)
+    known = {o.key: o for o in options_of(config)}
+    for key in flat:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
+    found = {key: typed(known[key], value) for key, value in flat.items()}
+    if also:
+        further = [table_options({"signal": one}, config) for one in also]
+        found["also"] = tuple({key.removeprefix("signal."): value for key, value in one.items()} for one in further)
+    return found

@@ -14,6 +14,7 @@ from gptlab.errors import CheckpointError
 from gptlab.options import flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import RunFolder, differences
+from gptlab.signals.user import file_hash
 from gptlab.training.config import TrainingConfig
 
 
@@ -45,7 +46,8 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
     found, notes = folder.load_newest()
     if config.resume == "must" and found is None:
         raise CheckpointError(f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it anew")
-    folder.record("config.json", {"gptlab": gptlab.__version__, "options": flatten(config), "data": corpus.identity()})
+    what = {"gptlab": gptlab.__version__, "options": flatten(config), "data": corpus.identity(), "code": _code(config)}
+    folder.record("config.json", what)
     folder.record("environment.json", environment)
     lengths = found.state["records"] if found else {}
     folder.open_records(**lengths)
@@ -60,6 +62,8 @@ def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> dict
     if not folder.begun():
         return None
     lines = differences(folder.config(), config)
+    if folder.recorded("config.json").get("code", {}) != _code(config):
+        lines.append("code: a signal's file has changed since the run began")
     lines += [f"data: {line}" for line in corpus.grew_from(folder.recorded("config.json", "data")["data"])]
     if lines:
         listed = "\n  ".join(lines)
@@ -67,6 +71,11 @@ def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> dict
             f"{folder.path} holds another run; use --resume never for a new folder, or give --out:\n  {listed}"
         )
     return folder.finished(config.steps)
+
+
+def _code(config: TrainingConfig) -> dict[str, str]:
+    """SHA-256 of the file of every signal that is a user's own."""
+    return {signal.name: file_hash(signal.name) for signal in config.signals if signal.is_code}
 
 
 def _free(path: Path) -> Path:

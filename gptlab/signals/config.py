@@ -9,6 +9,7 @@ from gptlab.errors import ConfigError, did_you_mean
 from gptlab.options import option
 from gptlab.randomness import uniform_index
 from gptlab.signals.registry import SIGNALS, Signal
+from gptlab.signals.user import user_signal
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class SignalConfig:
     """One signal and its options. Judges are counted from 1; judge j reads z_j and teaches h_{j-1}."""
 
     name: str = option(
-        "none", "the signal that judges the blocks; none is the plain baseline", choices=["none", *SIGNALS]
+        "none", "the signal that judges the blocks (none: the baseline), or FILE.py:FUNCTION with --allow_code"
     )
     weight: float | None = option(None, "factor of the signal in the total loss", shown="1/n_layer")
     dose: float | None = option(None, "hold |weight·g_signal|/|g_CE| at this by setting the weight")
@@ -28,13 +29,14 @@ class SignalConfig:
     threshold: float = option(0.9, "τ of the signals that have one")
     start: int = option(0, "the signal's first step", unit="steps")
     anneal: int | None = option(None, "the weight falls to 0 over so many steps after start", unit="steps", shown="off")
-    control: Literal["none", "placebo", "shuffled", "flipped"] = option(
-        "none", "turn the signal into its own control", choices=["none"]
-    )
+    control: Literal["none", "placebo", "shuffled", "flipped"] = option("none", "turn the signal into its own control")
+    flip: float = option(1.0, "share of wrong targets that the control flipped shows the signal")
+    flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is: any, or the likeliest")
 
     def __post_init__(self) -> None:
-        if self.name != "none" and self.name not in SIGNALS:
-            raise ConfigError(f"unknown signal {self.name!r}{did_you_mean(self.name, SIGNALS)}")
+        if self.name != "none" and self.name not in SIGNALS and not self.is_code:
+            known = ["none", *SIGNALS]
+            raise ConfigError(f"unknown signal {self.name!r}{did_you_mean(self.name, known)}")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         if isinstance(self.layers, str) and self.layers not in ("all", "rotate"):
@@ -43,6 +45,8 @@ class SignalConfig:
             raise ConfigError(f"signal.layers must list a judge once, found {','.join(map(str, self.layers))}")
         self._within("positions", self.positions, 0, 1)
         self._within("threshold", self.threshold, 0, 1)
+        if not 0 <= self.flip <= 1:
+            raise ConfigError(f"signal.flip must be at least 0 and at most 1, found {self.flip}")
         for name in ("start", "anneal", "dose"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -55,14 +59,22 @@ class SignalConfig:
 
     @property
     def signal(self) -> Signal:
-        return SIGNALS[self.name]
+        return user_signal(self.name) if self.is_code else SIGNALS[self.name]
+
+    @property
+    def is_code(self) -> bool:
+        """Whether the signal is a user's own function, FILE.py:FUNCTION."""
+        return ".py:" in self.name
+
+    def schedule_at(self, step: int) -> float:
+        """The share of the weight that update `step` (counted from 0) uses, from 1 down to 0."""
+        if self.name == "none" or step < self.start:
+            return 0.0
+        return 1.0 if self.anneal is None else max(0.0, 1 - (step - self.start) / max(1, self.anneal))
 
     def weight_at(self, step: int, n_layer: int) -> float:
         """The weight of update `step` (counted from 0) in a model of n_layer blocks; 0 is out of the graph."""
-        if self.name == "none" or step < self.start:
-            return 0.0
-        weight = 1 / n_layer if self.weight is None else self.weight
-        return weight if self.anneal is None else weight * max(0.0, 1 - (step - self.start) / max(1, self.anneal))
+        return (1 / n_layer if self.weight is None else self.weight) * self.schedule_at(step)
 
     def judges_at(self, step: int, n_layer: int, seed: int) -> tuple[tuple[int, ...], int]:
         """The judges that speak in update `step`, and the factor that keeps their sum unbiased."""

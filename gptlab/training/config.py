@@ -51,6 +51,8 @@ class TrainingConfig:
     target_flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is")
 
     signal: SignalConfig = field(default_factory=SignalConfig)
+    also: tuple[SignalConfig, ...] = ()
+    """Further signals, each with its own weight: the second and later [[signal]] tables of a TOML file."""
 
     log_every: int = option(10, "print a line; 0 = never, as for all intervals", unit="updates", group="Records")
     eval_every: int = option(100, "validation loss; also after the last step", unit="updates")
@@ -94,10 +96,17 @@ class TrainingConfig:
             )
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd must be a multiple of n_head {self.n_head}, found {self.n_embd}")
-        if self.signal.name != "none":
+        for signal in self.signals:
             if self.n_layer < 2:
                 raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
-            self.signal.judges_at(0, self.n_layer, self.seed)
+            signal.judges_at(0, self.n_layer, self.seed)
+            if signal.dose is not None and not self.dose_every:
+                raise ConfigError("signal.dose is held by measuring it: dose_every must be at least 1, found 0")
+
+    @property
+    def signals(self) -> tuple[SignalConfig, ...]:
+        """The signals that are switched on; none for the baseline."""
+        return tuple(s for s in (self.signal, *self.also) if s.name != "none")
 
     @property
     def sequences(self) -> int:

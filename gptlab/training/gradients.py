@@ -1,234 +1,59 @@
-"""The gradient of one micro-batch: the true loss from the top, and every judge's verdict on the block below it.
+"""The gradient of CE + weight·Σ_j signal: one micro-batch added to what is there, whole or in parts.
 
-The forward is cut at the block boundaries. Going down again, block j carries two things. The *flow* is the gradient at
-h_j from everything above; it teaches the weights of f_j and passes on to h_{j-1}. The *verdict* is the gradient of
-judge j's own reading at h_j; a frozen judge only passes it on, which is one input-gradient of f_j through the graph
-that is already there: no second forward, no weight gradients. A live judge's verdict simply joins the flow.
-
-DESIGN: 'Judging'. Nothing here loops over steps or knows of optimizers.
+Whole is what trains: one descent for everything, added to `.grad`. In parts, a `Ledger` keeps the true loss's, each
+signal's and each placebo's gradient apart, where a control, a dose or noise is measured against one of them. Nothing
+here loops over steps or knows of optimizers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gptlab.errors import DataError
 from gptlab.model.gpt import GPT
-from gptlab.randomness import permutation
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.reader import Reader, Reading, add_gradient, true_loss
+from gptlab.signals.reader import Reader, Reading, true_loss
+from gptlab.training.controls import flipped, named, permuted
+from gptlab.training.trace import Lesson, Trace, descend, trace
+from gptlab.training.verdicts import Batch, Voice, hear, placebo
 
 
-@dataclass
+@dataclass(frozen=True)
 class Losses:
     """What one batch gave, detached, float64 scalars.
 
     loss: the true loss, mean over tokens, nats
     signal_loss: the weighted sum of the signals' means, as it stands in the total loss
-    by_judge: judge -> unweighted mean of its signal over the tokens it read
+    by_judge: for every signal, judge -> unweighted mean of the signal over the tokens it read
     """
 
     loss: Tensor
     signal_loss: Tensor
-    by_judge: dict[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Trace:
-    """A forward pass cut at the block boundaries: inputs[j-1] is h_{j-1} as a leaf, outputs[j-1] is f_j of it."""
-
-    tokens: Tensor
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-    @property
-    def final(self) -> Tensor:
-        return self.outputs[-1].detach()
-
-    def hidden(self, j: int) -> Tensor:
-        """h_j (B, T, C), detached."""
-        return self.outputs[j - 1].detach() if j else self.inputs[0].detach()
-
-
-def trace(model: GPT, tokens: Tensor, autocast: torch.dtype | None) -> Trace:
-    """Run the model's blocks on tokens (B, T), keeping each block's graph apart from the others'."""
-    cast = torch.autocast(tokens.device.type, autocast) if autocast else nullcontext()
-    inputs, outputs = [], []
-    with cast:
-        with torch.no_grad():
-            h = model.embed(tokens)
-        for block in model.blocks:
-            inputs.append(h.detach().requires_grad_())
-            outputs.append(block(inputs[-1]))
-            h = outputs[-1]
-    return Trace(tokens, inputs, outputs)
+    by_judge: tuple[dict[int, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One micro-batch and where it stands in the update: its first sequence's index, its share of the tokens."""
+class TargetFlip:
+    """A known share of wrong targets in the true loss (`--target_flip`)."""
 
-    tokens: Tensor
-    targets: Tensor
-    step: int
-    seed: int
-    first_sequence: int
-    share: float = 1.0
+    share: float = 0.0
+    to: Literal["uniform", "argmax"] = "uniform"
 
 
-class Verdict:
-    """Judge j's reading of h_j under one signal, for one micro-batch."""
-
-    def __init__(self, config: SignalConfig, judge: int, weight: float, batch: Batch) -> None:
-        self.config, self.judge, self.weight, self.batch = config, judge, weight, batch
-
-    def read(self, trace: Trace, reader: Reader) -> Reading:
-        """The mean value over the tokens read, and the gradient (B, T, C) with the weight and the batch's share."""
-        h, other = trace.hidden(self.judge), self._other(trace)
-        B, T, C = h.shape
-        rows = self._rows(B, T, h.device)
-        n = B * T if rows is None else len(rows)
-        h, targets = h.view(-1, C), self.batch.targets.reshape(-1)
-        if rows is not None:
-            h, targets = h[rows], targets[rows]
-            other = None if other is None else other[rows]
-        signal = self.config.signal
-        options = {"threshold": self.config.threshold}
-
-        def value(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
-            return signal(z, y, other=other, **options)
-
-        scale = self.weight * self.batch.share / n
-        reading = reader.read(h, targets, value, scale, learn=self.config.evaluator == "live", other=other)
-        gradient = reading.gradient
-        if rows is not None:
-            gradient = torch.zeros(B * T, C, dtype=h.dtype, device=h.device).index_copy_(0, rows, gradient)
-        return Reading(reading.values / n, gradient.view(B, T, C))
-
-    def _other(self, trace: Trace) -> Tensor | None:
-        needs = self.config.signal.needs
-        if needs is None:
-            return None
-        j = {"previous": self.judge - 1, "next": self.judge + 1, "final": len(trace.outputs)}[needs]
-        return trace.hidden(j).flatten(0, 1)
-
-    def _rows(self, B: int, T: int, device: torch.device) -> Tensor | None:
-        """The flat positions that are read: round(f·T) of every sequence, without replacement; None for all."""
-        count = max(1, round(self.config.positions * T))
-        if count == T:
-            return None
-        key = partial(permutation, T, "positions", self.batch.seed, self.batch.step)
-        chosen = [key(self.batch.first_sequence + b, self.judge)[:count] for b in range(B)]
-        return torch.cat([torch.from_numpy(rows).sort().values + b * T for b, rows in enumerate(chosen)]).to(device)
-
-
-def verdicts(config: SignalConfig, weight: float, n_layer: int, batch: Batch) -> list[Verdict]:
-    """The verdicts that `config` asks for in this update; none where the weight is 0."""
-    if weight == 0.0:
-        return []
-    judges, factor = config.judges_at(batch.step, n_layer, batch.seed)
-    return [Verdict(config, judge, weight * factor, batch) for judge in judges]
-
-
-def read_true_loss(trace: Trace, reader: Reader, batch: Batch) -> Reading:
-    """The final block's cross-entropy, learning: mean over tokens, and its gradient (B, T, C) at h_L."""
-    B, T, C = trace.final.shape
-    n = B * T
-    reading = reader.read(trace.final.view(n, C), batch.targets.reshape(-1), true_loss, batch.share / n, learn=True)
-    return Reading(reading.values / n, reading.gradient.view(B, T, C))
-
-
-def descend(
-    model: GPT, trace: Trace, reader: Reader, flow: Tensor | None, spoken: Sequence[Verdict], *, keep: bool
-) -> dict[int, Tensor]:
-    """Send the flow and the verdicts from h_L down to the embeddings, adding to `.grad`; give each judge's mean value.
-
-    flow: gradient at h_L, or None for the verdicts alone
-    keep: leave the trace's graphs for another descent
-    """
-    stays: Tensor | None = None  # gradient that teaches the block it arrives at and goes no further (reach local)
-    means: dict[int, Tensor] = {}
-    for j in range(len(trace.outputs), 0, -1):
-        x, y = trace.inputs[j - 1], trace.outputs[j - 1]
-        weights = list(model.blocks[j - 1].parameters())
-        onward: Tensor | None = None
-        halting: Tensor | None = None
-        for verdict in (v for v in spoken if v.judge == j):
-            reading = verdict.read(trace, reader)
-            means[j] = means.get(j, 0) + reading.values
-            live, full = verdict.config.evaluator == "live", verdict.config.reach == "full"
-            if live and full:
-                flow = _sum(flow, reading.gradient)
-                continue
-            passed = _backward(x, y, reading.gradient, weights if live else [], keep=True)
-            if full:
-                onward = _sum(onward, passed)
-            else:
-                halting = _sum(halting, passed)
-        if stays is not None:
-            torch.autograd.backward(y, stays, inputs=weights, retain_graph=keep or flow is not None)
-        flow = None if flow is None else _backward(x, y, flow, weights, keep=keep)
-        flow, stays = _sum(flow, onward), halting
-    flow = _sum(flow, stays)
-    if flow is not None and all(v.config.embeddings for v in spoken):
-        _teach_embeddings(model, trace.tokens, flow)
-    return means
-
-
-def _backward(x: Tensor, y: Tensor, gradient: Tensor, weights: list[Tensor], *, keep: bool) -> Tensor:
-    """Gradient at x of y's gradient; the weights, where there are any, add theirs to `.grad`."""
-    if not weights:
-        return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
-    torch.autograd.backward(y, gradient, inputs=[x, *weights], retain_graph=keep)
-    passed, x.grad = x.grad, None
-    assert passed is not None
-    return passed
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
-def _teach_embeddings(model: GPT, tokens: Tensor, gradient: Tensor) -> None:
-    """Add the gradient (B, T, C) at h_0 to both embeddings.
-
-    The token embedding is the head: on a CPU its rows are added into the head's gradient, which is there already,
-    instead of into a (V, C) tensor of zeros. On a GPU that addition has no fixed order, so PyTorch's own is used.
-    """
-    table, places = model.wte.weight, model.wpe.weight
-    T = tokens.shape[1]
-    flat = gradient.flatten(0, 1)
-    if table.grad is not None and not table.is_cuda:
-        table.grad.index_add_(0, tokens.flatten(), flat.to(table.dtype))
-    else:
-        dense = torch.ops.aten.embedding_dense_backward(flat, tokens.flatten(), len(table), -1, False)
-        add_gradient(table, dense)
-    if places.grad is None:
-        places.grad = torch.zeros_like(places)
-    places.grad[:T] += gradient.sum(0)
-
-
-def check_tokens(model: GPT, tokens: Tensor, targets: Tensor) -> None:
-    """Refuse token ids that the model has no row for: an index error deep inside would not say which."""
-    highest = max(int(tokens.max()), int(targets.max()))
-    if highest >= model.config.vocab_size or min(int(tokens.min()), int(targets.min())) < 0:
-        raise DataError(
-            f"token out of range: expected ids from 0 to {model.config.vocab_size - 1}, found {highest}; "
-            "was the corpus made with another tokenizer?"
-        )
+CLEAN = TargetFlip()
 
 
 def backward(
     model: GPT,
     tokens: Tensor,
     targets: Tensor,
-    signal_config: SignalConfig | None = None,
+    signal_config: SignalConfig | Sequence[SignalConfig] | None = None,
     *,
     step: int = 0,
     seed: int = 0,
@@ -237,31 +62,182 @@ def backward(
 ) -> Losses:
     """Fill `.grad` with the gradient of CE + weight·Σ_j signal, of tokens and targets (B, T), adding to what is there.
 
-    step, seed, first_sequence: keys of the draws (rotate, positions); first_sequence is the index of the first row in
-    the update's total batch. autocast: dtype of the matmuls; without it, the parameters' own. Raises DataError for a
-    token the model has no row for.
+    step, seed, first_sequence: keys of the draws (rotate, positions, controls); first_sequence is the index of the
+    first row in the update's total batch. autocast: dtype of the matmuls; without it, the parameters' own. A placebo
+    is scaled to its signal's length on this batch. Raises DataError for a token the model has no row for.
     """
     check_tokens(model, tokens, targets)
-    config = signal_config or SignalConfig()
+    configs = [signal_config] if isinstance(signal_config, SignalConfig) else signal_config or []
     batch = Batch(tokens, targets, step, seed, first_sequence)
-    weight = config.weight_at(step, model.config.n_layer)
-    return accumulate(model, batch, config, weight, autocast)
+    voices = voices_of(configs, [c.weight_at(step, model.config.n_layer) for c in configs])
+    if not needs_parts(voices):
+        return accumulate(model, batch, voices, autocast)
+    ledger = Ledger(model, voices, seed)
+    losses = accumulate(model, batch, voices, autocast, ledger=ledger)
+    ledger.settle()
+    ledger.combine([1.0] * len(voices), add=True)
+    return losses
+
+
+def voices_of(configs: Sequence[SignalConfig], weights: Sequence[float]) -> list[Voice]:
+    """The signals that speak: weight 0 takes a signal out of the graph."""
+    return [Voice(config, weight) for config, weight in zip(configs, weights, strict=True) if weight != 0.0]
+
+
+def needs_parts(voices: Sequence[Voice]) -> bool:
+    """Whether the gradient must be kept in parts: a placebo is as long as what it stands for."""
+    return any(voice.config.control == "placebo" for voice in voices)
 
 
 def accumulate(
-    model: GPT, batch: Batch, config: SignalConfig, weight: float, autocast: torch.dtype | None = None
+    model: GPT,
+    batch: Batch,
+    voices: Sequence[Voice] = (),
+    autocast: torch.dtype | None = None,
+    *,
+    flip: TargetFlip = CLEAN,
+    ledger: Ledger | None = None,
 ) -> Losses:
-    """Add one micro-batch's gradient to `.grad`, scaled by its share of the update's tokens."""
+    """Add one micro-batch's gradient, scaled by its share of the update's tokens, to `.grad` or to a ledger."""
     run = trace(model, batch.tokens, autocast)
     reader = Reader(model, autocast)
-    spoken = verdicts(config, weight, model.config.n_layer, batch)
-    true = read_true_loss(run, reader, batch)
-    apart = bool(spoken) and not config.embeddings
-    if apart:  # the signal must not reach the embeddings, so it cannot share the true loss's descent
-        descend(model, run, reader, true.gradient, [], keep=True)
-        means = descend(model, run, reader, None, spoken, keep=False)
+    L = model.config.n_layer
+    if ledger is None:
+        true = _read_true_loss(model, run, reader, batch, flip)
+        said = [hear(model, run, reader, voice, batch) for voice in voices]
+        lessons = [Lesson(L, true.gradient)]
+        apart = []
+        for voice, what in zip(voices, said, strict=True):
+            (lessons if voice.config.embeddings else apart).extend(what.lessons)
+        descend(model, run, lessons, keep=bool(apart))
+        if apart:
+            descend(model, run, apart, embeddings=False, keep=False)
     else:
-        means = descend(model, run, reader, true.gradient, spoken, keep=False)
-    factor = spoken[0].weight if spoken else 0.0
-    signal_loss = sum((m * factor for m in means.values()), torch.zeros_like(true.values))
-    return Losses(true.values, signal_loss, means)
+        with ledger.entry(ledger.true):
+            true = _read_true_loss(model, run, reader, batch, flip)
+            descend(model, run, [Lesson(L, true.gradient)], keep=bool(voices))
+        said = []
+        for k, voice in enumerate(voices):
+            with ledger.entry(ledger.judges[k]):
+                said.append(hear(model, run, reader, voice, batch))
+            taught, embeddings = said[-1].lessons, voice.config.embeddings
+            with ledger.entry(ledger.signals[k]):
+                descend(model, run, taught, embeddings=embeddings, keep=True)
+            if voice.config.control == "placebo":
+                with ledger.entry(ledger.placebos[k]):
+                    descend(model, run, placebo(taught, batch.seed), embeddings=embeddings, keep=True)
+    signal_loss = torch.zeros_like(true.values)
+    for voice, what in zip(voices, said, strict=True):
+        for mean in what.means.values():
+            signal_loss += voice.weight * what.factor * mean
+    return Losses(true.values, signal_loss, tuple(what.means for what in said))
+
+
+def _read_true_loss(model: GPT, run: Trace, reader: Reader, batch: Batch, flip: TargetFlip) -> Reading:
+    """The final block's cross-entropy, learning: mean over tokens, and its gradient (B, T, C) at h_L."""
+    h, targets, value = run.hidden(len(run.outputs)), batch.targets, true_loss
+    if flip.share:
+        vocab = model.config.vocab_size
+        targets = flipped(targets, flip.share, flip.to, vocab, batch.seed, batch.names, "target flip")
+        value = _named_true_loss if flip.to == "argmax" else true_loss
+    B, T, C = h.shape
+    n = B * T
+    reading = reader.read(h.view(n, C), targets.reshape(-1), value, batch.share / n, learn=True)
+    return Reading(reading.values / n, reading.gradient.view(B, T, C))
+
+
+def _named_true_loss(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
+    return true_loss(logits, named(logits, targets))
+
+
+Gradients = list[Tensor]
+"""One gradient for each of the model's parameters, in their order."""
+
+
+class Ledger:
+    """An update's gradient in parts.
+
+    true: of the true loss. For every voice: signals, of its lessons; judges, of live judges' own verdicts; placebos, of
+    its lessons rotated (only with that control). After `settle`, parts[k] is what voice k puts into the update.
+    """
+
+    def __init__(self, model: GPT, voices: Sequence[Voice], seed: int) -> None:
+        self.names = [name for name, _ in model.named_parameters()]
+        self.parameters = list(model.parameters())
+        self.voices, self.seed = voices, seed
+        self.true = self._empty()
+        self.signals = [self._empty() for _ in voices]
+        self.judges = [self._empty() if v.config.control == "placebo" else s for v, s in zip(voices, self.signals)]
+        self.placebos = [self._empty() if v.config.control == "placebo" else [] for v in voices]
+        self.parts: list[Gradients] = []
+
+    def _empty(self) -> Gradients:
+        return [torch.zeros_like(p) for p in self.parameters]
+
+    @contextmanager
+    def entry(self, gradients: Gradients) -> Iterator[None]:
+        """Inside, `.grad` is this entry's."""
+        kept = [p.grad for p in self.parameters]
+        for p, g in zip(self.parameters, gradients, strict=True):
+            p.grad = g
+        try:
+            yield
+        finally:
+            for p, before in zip(self.parameters, kept, strict=True):
+                p.grad = before
+
+    def tensors(self) -> list[Tensor]:
+        """All entries, for the sum over ranks."""
+        apart = [own for own, taught in zip(self.judges, self.signals, strict=True) if own is not taught]
+        return [g for gradients in [self.true, *self.signals, *apart, *self.placebos] for g in gradients]
+
+    def settle(self) -> None:
+        """Make the parts, once the whole batch (and every rank) is in: a placebo is scaled to its signal's length."""
+        for voice, taught, own, turned in zip(self.voices, self.signals, self.judges, self.placebos, strict=True):
+            if voice.config.control != "placebo":
+                self.parts.append(taught)
+                continue
+            signal = length([t + o for t, o in zip(taught, own, strict=True)])
+            part = [t + permuted(o, self.seed, n) for t, o, n in zip(turned, own, self.names, strict=True)]
+            found = length(part)
+            for g in part:
+                g.mul_(signal / found if found else 0.0)
+            self.parts.append(part)
+
+    def doses(self) -> list[float]:
+        """|weight·g_signal| / |g_CE| of every voice, after `settle`."""
+        true = length(self.true)
+        return [length(part) / true for part in self.parts]
+
+    def dose(self, factors: Sequence[float]) -> float:
+        """The same of all voices together, each times its factor."""
+        return length(self._sum(factors)) / length(self.true)
+
+    def _sum(self, factors: Sequence[float]) -> Gradients:
+        total = self._empty()
+        for part, factor in zip(self.parts, factors, strict=True):
+            torch._foreach_add_(total, part, alpha=factor)
+        return total
+
+    def combine(self, factors: Sequence[float], *, add: bool = False) -> None:
+        """Set `.grad` to the true loss's gradient and every voice's, times its factor; or add that to it."""
+        total = self._sum(factors)
+        torch._foreach_add_(total, self.true)
+        for p, g in zip(self.parameters, total, strict=True):
+            p.grad = p.grad + g if add and p.grad is not None else g
+
+
+def length(gradients: Sequence[Tensor]) -> float:
+    """The Euclidean length over all of them."""
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def check_tokens(model: GPT, tokens: Tensor, targets: Tensor) -> None:
+    """Refuse token ids that the model has no row for: an index error deep inside would not say which."""
+    lowest = min(int(tokens.min()), int(targets.min()))
+    highest = max(int(tokens.max()), int(targets.max()))
+    if highest >= model.config.vocab_size or lowest < 0:
+        raise DataError(
+            f"token out of range: expected ids from 0 to {model.config.vocab_size - 1}, "
+            f"found {lowest if lowest < 0 else highest}; was the corpus made with another tokenizer?"
+        )

@@ -106,6 +106,9 @@ def _train_row(
         "mfu": speed * state.model.config.flops_per_token / (peak * world.size),
     }
     if done.dose is not None:
-        row |= {"dose": done.dose, "weight": state.weight or config.signal.weight_at(state.step - 1, config.n_layer)}
-        row["signal_by_judge"] = [done.by_judge[j] for j in sorted(done.by_judge)]
+        row["dose"] = done.dose
+        if len(done.weights) == 1:
+            row |= {"weight": done.weights[0], "signal_by_judge": done.by_judge[0]}
+        else:
+            row |= {"doses": done.doses, "weights": done.weights, "signals_by_judge": done.by_judge}
     return row

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from gptlab.model.gpt import GPT
 class TrainingState:
     """The state after `step` updates. Draws are keyed by (seed, step, ...), so no generator is part of it.
 
-    weight: the signal's weight where `signal.dose` sets it, else None
+    weights: the weight (before start and anneal) of every signal, where `signal.dose` sets it; else None
     validated, sampled: the last step that was validated or sampled, so that a stop in between redoes it
     """
 
@@ -22,7 +22,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     clipped: int = 0
-    weight: float | None = None
+    weights: list[float | None] = field(default_factory=list)
     validated: int = 0
     sampled: int = 0
 
@@ -37,7 +37,7 @@ class TrainingState:
 
     def scalars(self) -> dict[str, Any]:
         """The rest, as JSON values."""
-        names = ("step", "clipped", "weight", "validated", "sampled")
+        names = ("step", "clipped", "weights", "validated", "sampled")
         return {name: getattr(self, name) for name in names}
 
     def restore(

@@ -1,32 +1,33 @@
-"""One update: micro-batches to a gradient, dose, clipping, AdamW. State goes in and out; nothing is written."""
+"""One update: micro-batches to a gradient, dose, noise, clipping, AdamW. State goes in and out; nothing is written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import isfinite
 
 import torch
-from torch import Tensor
 
 from gptlab.data.batches import TrainingWindows
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
-from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
-from gptlab.training.gradients import Batch, accumulate
+from gptlab.training.controls import add_noise
+from gptlab.training.gradients import Ledger, TargetFlip, accumulate, length, needs_parts, voices_of
 from gptlab.training.optimizer import learning_rate_at
 from gptlab.training.state import TrainingState
-
-NO_SIGNAL = SignalConfig()
+from gptlab.training.verdicts import Batch, Voice
 
 
 @dataclass(frozen=True)
 class Update:
     """What one update gave, over the total batch: losses in nats, the gradient's length before clipping.
 
-    dose: |weight·g_signal| / |g_CE|, where it was measured in this update
     stop: whether any rank was asked to stop
+    by_judge: for every signal, the mean of each judge, in their order
+    dose, doses: |weight·g_signal| / |g_CE| of all signals together and of each, where it was measured in this update
+    weights: of every signal, as used
     """
 
     loss: float
@@ -35,8 +36,10 @@ class Update:
     learning_rate: float
     clipped: bool
     stop: bool
+    by_judge: list[list[float]]
+    weights: list[float]
     dose: float | None = None
-    by_judge: dict[int, float] = field(default_factory=dict)
+    doses: list[float] | None = None
 
 
 def update(
@@ -54,50 +57,62 @@ def update(
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
     model, step = state.model, state.step
-    parameters = list(model.parameters())
-    weight = config.signal.weight_at(step, config.n_layer) if state.weight is None else state.weight
-    measure_dose = measure_dose and weight > 0
+    voices = _voices(state, config)
+    flip = TargetFlip(config.target_flip, config.target_flip_to)
+    noisy = config.gradient_noise > 0
+    apart = needs_parts(voices) or (noisy and bool(voices))
+    held = any(v.config.dose is not None for v in voices)
+    measure = bool(voices) and (measure_dose or (held and not state.weights))
+    ledger = Ledger(model, voices, config.seed) if apart or measure else None
 
     model.zero_grad(set_to_none=True)
-    L = config.n_layer
-    sums = torch.zeros(3 + L, dtype=torch.float64, device=placement.device)  # loss, signal loss, stop, judges
-    sums[2] = float(stop)
-    alone: list[Tensor] = []
+    sums = _Sums(len(voices), config.n_layer, placement.device)
+    sums.stop += stop
     for batch in batches:
-        losses = accumulate(model, batch, config.signal, weight, placement.autocast)
-        sums[0] += losses.loss * batch.share
-        sums[1] += losses.signal_loss * batch.share
-        for judge, value in losses.by_judge.items():
-            sums[2 + judge] += value * batch.share
-        if measure_dose:
-            alone = _true_gradient(state, batch, placement, alone)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    world.sum_([*gradients, *alone])
-    world.sum_([sums])
+        losses = accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger if apart else None)
+        sums.loss += losses.loss * batch.share
+        sums.signal += losses.signal_loss * batch.share
+        for k, means in enumerate(losses.by_judge):
+            for judge, mean in means.items():
+                sums.judges[k, judge] += mean * batch.share
+        if ledger and not apart:  # a second pass, so that measuring changes nothing of what is learnt
+            accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger)
+    if not apart:
+        world.sum_([p.grad for p in model.parameters() if p.grad is not None])
+    world.sum_([*(ledger.tensors() if ledger else []), sums.all])
 
-    dose = None
-    if measure_dose:
-        dose = _dose(gradients, alone)
-        if config.signal.dose is not None and dose > 0:
-            state.weight = weight * config.signal.dose / dose
-            _rescale_signal(gradients, alone, config.signal.dose / dose)
-            sums[1] *= config.signal.dose / dose
-            dose = config.signal.dose
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    if not (torch.isfinite(sums).all() and norm < float("inf")):
-        raise DivergedError(_what_diverged(state, sums.tolist()))
+    dose, doses, weights = None, None, [v.weight for v in voices]
+    if ledger:
+        ledger.settle()
+        doses = ledger.doses()
+        factors = _hold(state, config, voices, doses) if measure else [1.0] * len(voices)
+        if apart or any(factor != 1.0 for factor in factors):
+            ledger.combine(factors)
+        if held and measure:
+            weights = [w * f for w, f in zip(weights, factors, strict=True)]
+            doses = [d * f for d, f in zip(doses, factors, strict=True)]
+            sums.signal.fill_(sum(w * s for w, s in zip(weights, _unweighted(voices, sums), strict=True)))
+        dose = ledger.dose(factors)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if noisy:
+        true = length(ledger.true if ledger and voices else list(gradients.values()))
+        add_noise(gradients, config.gradient_noise * true, config.seed, step)
+    norm = length(list(gradients.values()))
+    if not (torch.isfinite(sums.all).all() and isfinite(norm)):
+        raise DivergedError(_what_diverged(state, sums, voices))
     clipped = bool(config.grad_clip) and norm > config.grad_clip
     if clipped:
-        torch._foreach_mul_(gradients, config.grad_clip / norm)
+        torch._foreach_mul_(list(gradients.values()), config.grad_clip / norm)
     learning_rate = learning_rate_at(step, config)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
     state.step += 1
     state.clipped += clipped
-    values = sums.tolist()
-    by_judge = {j: values[2 + j] for j in range(1, L)} if weight > 0 else {}
-    return Update(values[0], values[1], norm, learning_rate, clipped, values[2] > 0, dose, by_judge)
+    by_judge = [row[1:-1] for row in sums.judges.tolist()]
+    return Update(
+        float(sums.loss), float(sums.signal), norm, learning_rate, clipped, bool(sums.stop), by_judge, weights, dose, doses
+    )  # fmt: skip
 
 
 def micro_batches(
@@ -107,56 +122,72 @@ def micro_batches(
     size = world.share(config.sequences, config.batch_size)
     mine = config.sequences // world.size
     for first in range(world.rank * mine, (world.rank + 1) * mine, size):
-        tokens, targets = windows.rows(step * config.sequences + first, size)
+        place = step * config.sequences + first
+        tokens, targets = windows.rows(place, size)
         tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        yield Batch(tokens, targets, step, config.seed, first, size / config.sequences)
+        names = windows.window_ids(place, size)
+        yield Batch(tokens, targets, step, config.seed, first, size / config.sequences, names)
 
 
-def _true_gradient(state: TrainingState, batch: Batch, placement: Placement, before: list[Tensor]) -> list[Tensor]:
-    """Add the true loss's own gradient of a micro-batch to `before`, leaving `.grad` as it is.
+class _Sums:
+    """What is summed over the update and all ranks, in one tensor of float64."""
 
-    A second pass, in dose_every-th updates only: so measuring changes nothing of what is learnt.
-    """
-    parameters = list(state.model.parameters())
-    kept = [p.grad for p in parameters]
-    for i, p in enumerate(parameters):
-        p.grad = before[i] if before else None
-    accumulate(state.model, batch, NO_SIGNAL, 0.0, placement.autocast)
-    alone = [p.grad for p in parameters if p.grad is not None]
-    for p, gradient in zip(parameters, kept, strict=True):
-        p.grad = gradient
-    return alone
+    def __init__(self, voices: int, n_layer: int, device: torch.device) -> None:
+        self.all = torch.zeros(3 + voices * (n_layer + 1), dtype=torch.float64, device=device)
+        self.loss, self.signal, self.stop = self.all[0], self.all[1], self.all[2]
+        self.judges = self.all[3:].view(voices, n_layer + 1)  # a signal's judge j in column j
 
 
-def _dose(gradients: list[Tensor], alone: list[Tensor]) -> float:
-    """|g - g_CE| / |g_CE|."""
-    signal = torch._foreach_sub(gradients, alone)
-    return float(torch.nn.utils.get_total_norm(signal) / torch.nn.utils.get_total_norm(alone))
+def _voices(state: TrainingState, config: TrainingConfig) -> list[Voice]:
+    """The signals of this update with their weights, set by dose where one is held."""
+    weights = []
+    for k, signal in enumerate(config.signals):
+        held = state.weights[k] if state.weights else None
+        weight = signal.weight_at(state.step, config.n_layer)
+        weights.append(weight if held is None else held * signal.schedule_at(state.step))
+    return voices_of(config.signals, weights)
 
 
-def _rescale_signal(gradients: list[Tensor], alone: list[Tensor], factor: float) -> None:
-    """gradients := g_CE + factor·(g - g_CE), in place."""
-    torch._foreach_sub_(gradients, alone)
-    torch._foreach_mul_(gradients, factor)
-    torch._foreach_add_(gradients, alone)
+def _hold(state: TrainingState, config: TrainingConfig, voices: Sequence[Voice], doses: Sequence[float]) -> list[float]:
+    """The factor of each voice that gives it the dose asked for; the state keeps the weights for the next updates."""
+    factors = []
+    held = dict(zip(config.signals, state.weights or [None] * len(config.signals), strict=True))
+    for voice, dose in zip(voices, doses, strict=True):
+        schedule = voice.config.schedule_at(state.step)
+        wanted = voice.config.dose
+        factors.append(1.0 if wanted is None or not 0 < dose < float("inf") else wanted * schedule / dose)
+        if wanted is not None:
+            held[voice.config] = voice.weight * factors[-1] / schedule
+    if any(s.dose is not None for s in config.signals):
+        state.weights = [held[signal] for signal in config.signals]
+    return factors
 
 
-def _what_diverged(state: TrainingState, sums: list[float]) -> str:
-    """One line that names what is not finite: a judge's signal, else the first block with a bad gradient."""
+def _unweighted(voices: Sequence[Voice], sums: _Sums) -> list[float]:
+    """Each signal's sum over its judges as it stands in the loss, before its weight."""
+    columns = sums.judges.shape[1] - 2
+    factors = [columns if v.config.layers == "rotate" else 1 for v in voices]
+    return [float(row.sum()) * f for row, f in zip(sums.judges, factors, strict=True)]
 
-    def finite(x: float) -> bool:
-        return x == x and abs(x) != float("inf")
 
-    judges = [j for j, value in enumerate(sums[3:], start=1) if not finite(value)]
-    if judges:
-        what = f"the signal of judge {judges[0]} (block {judges[0]})"
-    elif not finite(sums[0]):
+def _what_diverged(state: TrainingState, sums: _Sums, voices: Sequence[Voice]) -> str:
+    """One line that names what is not finite: a judge's signal, else the loss, else the first bad gradient."""
+    bad = [
+        (voice.config.name, judge)
+        for voice, row in zip(voices, sums.judges.tolist(), strict=True)
+        for judge, value in enumerate(row)
+        if not isfinite(value)
+    ]
+    if bad:
+        what = f"the signal {bad[0][0]} of judge {bad[0][1]} (block {bad[0][1]})"
+    elif not isfinite(float(sums.loss)):
         what = "the true loss"
     else:
         what = "the gradient"
-    bad = [n for n, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-    where = f", first in {bad[0]}" if bad else ""
+    first = next(
+        (n for n, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), ""
+    )
     return (
-        f"diverged at step {state.step}: {what} is not finite{where}; the weights were not changed; "
-        "lower --learning_rate or --signal.weight and run again"
+        f"diverged at step {state.step}: {what} is not finite{f', first in {first}' if first else ''}; "
+        "the weights were not changed; lower --learning_rate or --signal.weight and run again"
     )

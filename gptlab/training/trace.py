@@ -1,0 +1,104 @@
+"""A forward pass cut at the block boundaries, and the way down again.
+
+Because every block's graph stands alone, a gradient can enter at any hidden state: the true loss's at the top, a
+verdict's at the block it teaches. Nothing here knows where a gradient comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptlab.model.gpt import GPT
+from gptlab.signals.reader import add_gradient
+
+
+@dataclass
+class Trace:
+    """inputs[j-1] is h_{j-1} as a leaf, outputs[j-1] is f_j of it."""
+
+    tokens: Tensor
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def hidden(self, j: int) -> Tensor:
+        """h_j (B, T, C), detached."""
+        return self.outputs[j - 1].detach() if j else self.inputs[0].detach()
+
+
+def trace(model: GPT, tokens: Tensor, autocast: torch.dtype | None) -> Trace:
+    """Run the model's blocks on tokens (B, T), keeping each block's graph apart from the others'."""
+    cast = torch.autocast(tokens.device.type, autocast) if autocast else nullcontext()
+    inputs, outputs = [], []
+    with cast:
+        with torch.no_grad():
+            h = model.embed(tokens)
+        for block in model.blocks:
+            inputs.append(h.detach().requires_grad_())
+            outputs.append(block(inputs[-1]))
+            h = outputs[-1]
+    return Trace(tokens, inputs, outputs)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A gradient (B, T, C) at h_at: it teaches the weights of block `at` and goes on below, unless it stays."""
+
+    at: int
+    gradient: Tensor
+    stays: bool = False
+
+
+def descend(model: GPT, trace: Trace, lessons: Iterable[Lesson], *, embeddings: bool = True, keep: bool) -> None:
+    """Send lessons down to the embeddings, adding to `.grad`.
+
+    embeddings: whether they are taught too. keep: leave the trace's graphs for another descent.
+    """
+    arriving: dict[int, Tensor] = {}
+    staying: dict[int, Tensor] = {}
+    for lesson in lessons:
+        at = staying if lesson.stays and lesson.at else arriving
+        at[lesson.at] = at[lesson.at] + lesson.gradient if lesson.at in at else lesson.gradient
+    for j in range(len(trace.outputs), 0, -1):
+        x, y = trace.inputs[j - 1], trace.outputs[j - 1]
+        weights = list(model.blocks[j - 1].parameters())
+        if j in staying:
+            torch.autograd.backward(y, staying[j], inputs=weights, retain_graph=keep or j in arriving)
+        if j in arriving:
+            onward = pass_through(x, y, arriving.pop(j), weights, keep=keep)
+            arriving[j - 1] = onward + arriving[j - 1] if j - 1 in arriving else onward
+    if embeddings and 0 in arriving:
+        _teach_embeddings(model, trace.tokens, arriving[0])
+
+
+def pass_through(x: Tensor, y: Tensor, gradient: Tensor, weights: list[Tensor], *, keep: bool) -> Tensor:
+    """Gradient at x of y's gradient; the weights, where there are any, add theirs to `.grad`."""
+    if not weights:
+        return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
+    torch.autograd.backward(y, gradient, inputs=[x, *weights], retain_graph=keep)
+    passed, x.grad = x.grad, None
+    assert passed is not None
+    return passed
+
+
+def _teach_embeddings(model: GPT, tokens: Tensor, gradient: Tensor) -> None:
+    """Add the gradient (B, T, C) at h_0 to both embeddings.
+
+    The token embedding is the head: on a CPU its rows are added into the head's gradient, which is there already,
+    instead of into a (V, C) tensor of zeros. On a GPU that addition has no fixed order, so PyTorch's own is used.
+    """
+    table, places = model.wte.weight, model.wpe.weight
+    T = tokens.shape[1]
+    flat = gradient.flatten(0, 1)
+    if table.grad is not None and not table.is_cuda:
+        table.grad.index_add_(0, tokens.flatten(), flat.to(table.dtype))
+    else:
+        dense = torch.ops.aten.embedding_dense_backward(flat, tokens.flatten(), len(table), -1, False)
+        add_gradient(table, dense)
+    if places.grad is None:
+        places.grad = torch.zeros_like(places)
+    places.grad[:T] += gradient.sum(0)
