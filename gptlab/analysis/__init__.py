@@ -1,0 +1,19 @@
+"""What runs say together: verdicts between arms, the statistics under them, and how many seeds they need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gptlab.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from gptlab.analysis.verdicts import compare
+
+__all__ = ["compare"]
+
+# No module here may bear the name of an export: importing it would put the module in the function's place.
+_exports = {"compare": "gptlab.analysis.verdicts"}
+
+
+def __getattr__(name: str) -> Any:
+    return lazy_exports(__name__, _exports, name)

@@ -1,0 +1,101 @@
+"""How many seeds a question needs: the power planner behind `gptlab compare --plan` and behind `more_seeds`.
+
+It plans a paired t test and an equivalence test for a known sigma, the standard deviation of the paired differences
+between seeds. It tells nothing of data that are there already; verdicts.py does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from gptlab.analysis.statistics import critical_t
+
+POWER = 0.8
+MOST_SEEDS = 10_000
+"""Where a search for a number of seeds gives up."""
+
+_QUANTILES = 512
+
+
+def power_of_difference(difference: float, sigma: float, n: int, level: float = 0.05) -> float:
+    """The probability that n seeds show a true `difference` (nats): that the paired t test's p is below `level`."""
+    if sigma == 0:
+        return float(difference != 0)
+    scale, t = _spreads(n), critical_t(level, n - 1)
+    shift = abs(difference) * math.sqrt(n) / sigma
+    return float(np.mean(_normal(shift - t * scale) + _normal(-shift - t * scale)))
+
+
+def power_of_equivalence(difference: float, sigma: float, n: int, delta: float, level: float = 0.10) -> float:
+    """The probability that the interval of level 1 - `level` of n seeds lies within ±delta, at a true `difference`."""
+    if sigma == 0:
+        return float(abs(difference) <= delta)
+    scale, t = _spreads(n), critical_t(level, n - 1)
+    room, shift = delta * math.sqrt(n) / sigma - t * scale, difference * math.sqrt(n) / sigma
+    return float(np.mean(np.where(room > 0, _normal(room - shift) - _normal(-room - shift), 0.0)))
+
+
+def seeds_for_difference(difference: float, sigma: float, level: float = 0.05, power: float = POWER) -> int | None:
+    """The fewest seeds that show a true `difference` with probability `power`; None above MOST_SEEDS."""
+    return _fewest(lambda n: power_of_difference(difference, sigma, n, level) >= power)
+
+
+def seeds_for_equivalence(
+    delta: float, sigma: float, difference: float = 0.0, level: float = 0.10, power: float = POWER
+) -> int | None:
+    """The fewest seeds that show a true `difference` to lie within ±delta with probability `power`; None above
+    MOST_SEEDS, or where it does not lie there."""
+    if abs(difference) > delta:
+        return None
+    return _fewest(lambda n: power_of_equivalence(difference, sigma, n, delta, level) >= power)
+
+
+def smallest_difference(sigma: float, n: int, level: float = 0.05, power: float = POWER) -> float:
+    """The smallest true difference (nats) that n seeds show with probability `power`, to a ten-thousandth of it."""
+    return sigma * _smallest_in_sigmas(n, level, power)
+
+
+@lru_cache(maxsize=1024)
+def _smallest_in_sigmas(n: int, level: float, power: float) -> float:
+    low, high = 0.0, 1.0
+    while power_of_difference(high, 1.0, n, level) < power:
+        low, high = high, 2 * high
+    while high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power_of_difference(middle, 1.0, n, level) >= power else (middle, high)
+    return high
+
+
+def _fewest(enough: Callable[[int], bool]) -> int | None:
+    """The smallest n from 2 on that is enough, where more is never less; None above MOST_SEEDS."""
+    low, high = 1, 2
+    while not enough(high):
+        if high >= MOST_SEEDS:
+            return None
+        low, high = high, min(2 * high, MOST_SEEDS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+@lru_cache(maxsize=1024)
+def _spreads(n: int) -> np.ndarray:
+    """Equally likely values (_QUANTILES,) of s/sigma, the spread that n seeds happen to show.
+
+    The t statistic is a normal number divided by it, so that a mean over them is its distribution, noncentral too.
+    """
+    from scipy.special import gammaincinv
+
+    middle = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
+    return np.sqrt(2 * gammaincinv((n - 1) / 2, middle) / (n - 1))
+
+
+def _normal(z: np.ndarray) -> np.ndarray:
+    from scipy.special import ndtr
+
+    return ndtr(z)

@@ -1,0 +1,147 @@
+"""The statistics under a verdict: paired t, intervals, Wilcoxon, Holm, jackknife. Pure functions of numbers.
+
+What a verdict makes of them is in verdicts.py, levels for repeated looks in sequential.py. scipy (extra `report`) is
+imported when first needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PairedT:
+    """n paired differences: their mean, their standard deviation (n - 1), the two-sided p of mean 0."""
+
+    n: int
+    mean: float
+    deviation: float
+    p: float
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """The two-sided t interval of the mean that covers it with probability `level`."""
+        half = critical_t(1 - level, self.n - 1) * self.deviation / math.sqrt(self.n)
+        return self.mean - half, self.mean + half
+
+
+def paired_t(differences: Sequence[float]) -> PairedT:
+    """The paired t test of differences (n,), n at least 2, all finite; raises ValueError otherwise.
+
+    Differences without any spread have p = 0, or p = 1 where they are all exactly 0: no NaN comes out.
+
+    >>> paired_t([1.0, 2.0, 3.0]).mean
+    2.0
+    """
+    x = np.asarray(differences, dtype=np.float64)
+    if x.ndim != 1 or len(x) < 2 or not np.isfinite(x).all():
+        raise ValueError(f"expected at least 2 finite differences, found {list(differences)!r}")
+    if (x == x[0]).all():  # the rounding of a mean must not look like spread
+        return PairedT(len(x), float(x[0]), 0.0, float(x[0] == 0))
+    mean, deviation = float(x.mean()), float(x.std(ddof=1))
+    error = deviation / math.sqrt(len(x))
+    return PairedT(len(x), mean, deviation, two_sided_p(mean / error if error else math.inf, len(x) - 1))
+
+
+def two_sided_p(t: float, freedom: int) -> float:
+    """P(|T| >= |t|) of Student's T with `freedom` degrees of freedom."""
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(freedom, -abs(t)))
+
+
+def critical_t(level: float, freedom: int) -> float:
+    """The t whose two-sided p is `level`."""
+    from scipy.special import stdtrit
+
+    return float(-stdtrit(freedom, level / 2))
+
+
+def wilcoxon_p(differences: Sequence[float]) -> float:
+    """The two-sided p of Wilcoxon's signed-rank test. Shown beside the paired t, never used for a verdict.
+
+    Differences of 0 are left out, as Wilcoxon did; where all are 0, p is 1. Exact up to 50 differences without ties.
+    """
+    from scipy.stats import wilcoxon
+
+    x = np.asarray(differences, dtype=np.float64)
+    x = x[x != 0]
+    if not len(x):
+        return 1.0
+    ties = len(np.unique(np.abs(x))) < len(x)
+    result: Any = wilcoxon(x, method="approx" if ties or len(x) > 50 else "exact")
+    return float(result.pvalue)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p of every p, in their order (Holm 1979): rejecting those up to 0.05 keeps the family at 5%.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    adjusted = [1.0] * len(p)
+    worst = 0.0
+    for rank, i in enumerate(by_size(p)):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = worst
+    return adjusted
+
+
+def by_size(p: Sequence[float]) -> list[int]:
+    """The indices of `p` from its smallest to its largest; equal ones in their order."""
+    return sorted(range(len(p)), key=lambda i: p[i])
+
+
+def equivalent(test: PairedT, delta: float, level: float = 0.10) -> bool:
+    """Whether the interval of level 1 - `level` lies within ±delta.
+
+    That is to pass two one-sided t tests of `level`/2 (Schuirmann 1987).
+    """
+    low, high = test.interval(1 - level)
+    return -delta <= low and high <= delta
+
+
+def jackknife(estimate: float, left_out: Sequence[float], level: float = 0.95) -> Interval:
+    """The delete-one jackknife interval of `estimate`, with t of n - 1 degrees of freedom.
+
+    left_out: the estimate anew without the first, the second, ... of n groups, (n,), n at least 2.
+
+    >>> low, high = jackknife(2.0, [2.5, 2.0, 1.5])  # the mean of 1, 2, 3: the same as its t interval
+    >>> round(low, 3), round(high, 3)
+    (-0.484, 4.484)
+    """
+    x = np.asarray(left_out, dtype=np.float64)
+    n = len(x)
+    if n < 2:
+        raise ValueError(f"a jackknife needs at least 2 groups, found {n}")
+    error = math.sqrt((n - 1) / n * float(((x - x.mean()) ** 2).sum()))
+    half = critical_t(1 - level, n - 1) * error
+    return estimate - half, estimate + half
+
+
+def binomial_interval(hits: int, trials: int, level: float = 0.95) -> Interval:
+    """The exact interval of a rate from `hits` of `trials` (Clopper and Pearson 1934)."""
+    from scipy.special import betaincinv
+
+    outside = (1 - level) / 2
+    low = float(betaincinv(hits, trials - hits + 1, outside)) if hits else 0.0
+    high = float(betaincinv(hits + 1, trials - hits, 1 - outside)) if hits < trials else 1.0
+    return low, high
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Pearson's correlation of two arms over their seeds; None below 3 pairs or where one has no spread."""
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def spread(x: Sequence[float]) -> float | None:
+    """The standard deviation (n - 1) of finite values; None below 2 of them."""
+    return float(np.std(x, ddof=1)) if len(x) > 1 else None
