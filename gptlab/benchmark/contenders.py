@@ -75,20 +75,20 @@ def transformers_step(work: Work, placement: Placement) -> Step:
     import transformers
 
     c = work.config
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.block_size,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    ).to(placement.device)
+    peer = transformers.GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        **{"attn_implementation": "sdpa"},  # every model's config takes it, though this one's signature does not say so
+    )
+    with placement.device:
+        model = transformers.GPT2LMHeadModel(peer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     tokens, targets = work.data(placement.device)
 

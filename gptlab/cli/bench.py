@@ -62,7 +62,7 @@ def _measure(options: Any, modes: list[str]) -> dict[str, Any]:
     from gptlab.model.gpt import GPTConfig
     from gptlab.signals.config import SignalConfig
 
-    size = dict(SIZES[options.size])
+    size: dict[str, Any] = dict(SIZES[options.size])
     batch = options.batch or size.pop("batch")
     size.pop("batch", None)
     work = Work(GPTConfig(**size), batch)
