@@ -85,10 +85,10 @@ def transformers_step(work: Work, placement: Placement) -> Step:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         use_cache=False,
-        **{"attn_implementation": "sdpa"},  # every model's config takes it, though this one's signature does not say so
     )
     with placement.device:
         model = transformers.GPT2LMHeadModel(peer)
+    model.set_attn_implementation("sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     tokens, targets = work.data(placement.device)
 
