@@ -14,9 +14,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab import errors
@@ -82,7 +84,8 @@ class World:
 
         for bucket in _buckets(tensors):
             flat = torch.cat([t.reshape(-1) for t in bucket])
-            dist.all_reduce(flat)
+            with _others_there():
+                dist.all_reduce(flat)
             for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 t.copy_(part.view_as(t))
 
@@ -94,7 +97,8 @@ class World:
         import torch.distributed as dist
 
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor)
+        with _others_there():
+            dist.all_gather(parts, tensor)
         return parts
 
     def agree(self, action: Callable[[], Any], device: torch.device) -> Any:
@@ -112,12 +116,14 @@ class World:
                 answer = {"error": type(error).__name__, "text": str(error)}
             message = json.dumps(answer).encode()
         length = torch.tensor([len(message)], device=device)
-        dist.broadcast(length, 0)
+        with _others_there():
+            dist.broadcast(length, 0)
         text = torch.zeros(int(length), dtype=torch.uint8)
         if self.main:
             text = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         text = text.to(device)
-        dist.broadcast(text, 0)
+        with _others_there():
+            dist.broadcast(text, 0)
         answer = json.loads(bytes(text.cpu().tolist()))
         if "error" in answer:
             raise getattr(errors, answer["error"])(answer["text"])
@@ -127,7 +133,8 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            with _others_there():
+                dist.barrier()
 
     def share(self, sequences: int, batch_size: int) -> int:
         """Sequences of a micro-batch: the most that divide this rank's part of an update and exceed no batch_size."""
@@ -138,6 +145,18 @@ class World:
             )
         mine = sequences // self.size
         return next(b for b in range(min(batch_size, mine), 0, -1) if mine % b == 0)
+
+
+@contextmanager
+def _others_there() -> Iterator[None]:
+    """Inside, an error of the process group (gloo's and nccl's are RuntimeErrors) becomes LostProcessError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise errors.LostProcessError(
+            "another process of this run has ended or no longer answers; its own message or torchrun's report says "
+            "why; run the same command again to go on from the newest checkpoint"
+        ) from error
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
@@ -161,12 +180,21 @@ def end_with_launcher() -> None:
     looks every second whether the parent is still the same.
     """
     parent = os.getppid()
+    orphan = parent == 1 and not _is_torchrun(1)  # in a container torchrun itself may be process 1
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        while os.getppid() == parent and parent != 1:
+        while os.getppid() == parent and not orphan:
             time.sleep(1.0)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+
+
+def _is_torchrun(process: int) -> bool:
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"torchrun" in command or b"torch.distributed" in command or b"torch/distributed" in command

@@ -5,6 +5,7 @@
     ├── DataError           3   a corpus, shard or token that is missing, damaged or out of range
     ├── ConfigError         3   a config file, preset or combination of options that cannot be run
     ├── CheckpointError     3   a checkpoint or run folder that is missing, damaged or another run's
+    ├── LostProcessError    3   another process of the same run that ended or no longer answers
     ├── DivergedError       4   a loss or gradient that is no longer finite
     └── Stopped            75   a stop that was asked for, with a checkpoint saved: run again to go on
 
@@ -40,6 +41,10 @@ class ConfigError(GptlabError):
 
 
 class CheckpointError(GptlabError):
+    exit_code = 3
+
+
+class LostProcessError(GptlabError):
     exit_code = 3
 
 

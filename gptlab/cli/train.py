@@ -137,11 +137,11 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
             return {**beginning.finished, "folder": beginning.folder}
         for note in beginning.notes:
             display.note(note)
+        stop = ends.enter_context(StopRequest(echo=1.0 if world.launched else 0.0))
         peak = matmul_peak(placement)
         display.opening(config, placement, corpus, peak * world.size, beginning)
         session = Session(config, folder, beginning.checkpoint, placement, corpus.identity())
         display.note(f"  compile {session.compiled}")
-        stop = ends.enter_context(StopRequest(echo=1.0 if world.launched else 0.0))
         began, first = time.perf_counter(), session.state.step
         sample = partial(_sample, config, validation.stream[: config.block_size // 4].tolist(), tokenizer)
         for record in session.records(

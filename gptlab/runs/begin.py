@@ -40,18 +40,33 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
     if summary := _finished(folder, config, corpus):
         return folder, Beginning(str(folder.path), finished=summary)
     folder.lock()
-    if summary := _finished(folder, config, corpus):  # by the process that the lock was waited for
+    try:
+        if summary := _finished(folder, config, corpus):  # by the process that the lock was waited for
+            folder.close()
+            return folder, Beginning(str(folder.path), finished=summary)
+        found, notes = _where_to_go_on(folder, config)
+        data = corpus.identity()
+        folder.record("config.json", {"gptlab": gptlab.__version__, "options": flatten(config), "data": data})
+        folder.record("environment.json", environment)
+        folder.open_records(**(found.state["records"] if found else {}))
+    except BaseException:
         folder.close()
-        return folder, Beginning(str(folder.path), finished=summary)
-    found, notes = folder.load_newest()
-    if config.resume == "must" and found is None:
-        raise CheckpointError(f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it anew")
-    what = {"gptlab": gptlab.__version__, "options": flatten(config), "data": corpus.identity(), "code": _code(config)}
-    folder.record("config.json", what)
-    folder.record("environment.json", environment)
-    lengths = found.state["records"] if found else {}
-    folder.open_records(**lengths)
+        raise
     return folder, Beginning(str(folder.path), str(found.folder) if found else None, notes=tuple(notes))
+
+
+def _where_to_go_on(folder: RunFolder, config: TrainingConfig) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    """The checkpoint and notes of `RunFolder.load_newest`; where that fails the run's last row says why."""
+    try:
+        found, notes = folder.load_newest()
+        if config.resume == "must" and found is None:
+            raise CheckpointError(
+                f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it anew"
+            )
+    except CheckpointError as error:
+        folder.append_event({"event": type(error).__name__, "text": str(error)})
+        raise
+    return found, notes
 
 
 def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> dict[str, Any] | None:

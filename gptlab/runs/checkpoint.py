@@ -64,7 +64,7 @@ def save(
     target, building = checkpoints / f"step_{step:08d}", checkpoints / f".saving_step_{step:08d}"
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        _remove_debris(checkpoints)
+        remove_debris(checkpoints)
         building.mkdir()
         save_file({k: v.contiguous().cpu() for k, v in weights.items()}, building / WEIGHTS)
         save_file({k: v.contiguous().cpu() for k, v in moments.items()}, building / MOMENTS)
@@ -108,10 +108,12 @@ def verify(folder: Path) -> list[Problem]:
     """What is wrong with a checkpoint folder; empty if every file is as it was written."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        as_written = content == _canonical(manifest).encode()  # a space turned into a line break parses alike
         stated = manifest.pop("sha256")
         files: dict[str, dict[str, Any]] = manifest["files"]
-        if hashlib.sha256(_canonical(manifest).encode()).hexdigest() != stated:
+        if not as_written or hashlib.sha256(_canonical(manifest).encode()).hexdigest() != stated:
             return [Problem(str(path), "its content does not match its own checksum")]
     except FileNotFoundError:
         return [Problem(str(path), "missing")]
@@ -186,7 +188,8 @@ def _discard(folder: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _remove_debris(checkpoints: Path) -> None:
-    for path in checkpoints.iterdir():
+def remove_debris(checkpoints: Path) -> None:
+    """Remove what a kill in the middle of a save left; only for the run's writer."""
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
         if path.name.startswith((".saving_", ".removing_")):
             shutil.rmtree(path)

@@ -8,7 +8,7 @@ from typing import Any
 from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.device import Placement
 from gptlab.distributed import World
-from gptlab.errors import DivergedError, GptlabError, Stopped
+from gptlab.errors import DivergedError, GptlabError, LostProcessError, Stopped
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.options import flatten
 from gptlab.runs import checkpoint
@@ -93,7 +93,7 @@ class Session:
                 yield record
         except GptlabError as error:
             self._write_error(self.state.step, error)
-            error.everywhere = isinstance(error, Stopped | DivergedError)
+            error.everywhere = isinstance(error, Stopped | DivergedError | LostProcessError)
             raise
 
     def _write_error(self, step: int, error: GptlabError) -> None:
