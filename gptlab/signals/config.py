@@ -85,8 +85,8 @@ class SignalConfig:
             if not everyone:
                 return (), 1
             return (everyone[uniform_index(len(everyone), "rotate", seed, step)],), len(everyone)
+        assert isinstance(self.layers, tuple)
         for judge in self.layers:
-            assert isinstance(judge, int)
             if judge not in everyone:
                 raise ConfigError(f"signal.layers lists judges 1 to {n_layer - 1} of this model, found {judge}")
         return self.layers, 1

@@ -17,21 +17,13 @@ from gptlab.errors import ConfigError, did_you_mean
 from gptlab.signals.registry import Signal
 
 
-class UserSignal(Signal):
-    """A signal whose function was loaded from a file."""
-
-    @property
-    def function(self) -> Any:  # type: ignore[override]
-        return _function(self.name)
-
-
-def user_signal(name: str) -> UserSignal:
+def user_signal(name: str) -> Signal:
     """The signal named FILE.py:FUNCTION; raises ConfigError where there is none, or where its file does not run."""
     function = _function(name)
     needs = getattr(function, "needs", None)
     if needs not in (None, "previous", "next", "final"):
         raise ConfigError(f"{name}: needs must be previous, next or final, found {needs!r}")
-    return UserSignal(
+    signal = Signal(
         name=name,
         family="user",
         formula=getattr(function, "formula", (function.__doc__ or name).strip().splitlines()[0]),
@@ -40,6 +32,8 @@ def user_signal(name: str) -> UserSignal:
         uses_truth=bool(getattr(function, "uses_truth", True)),
         has_threshold=bool(getattr(function, "has_threshold", False)),
     )
+    signal.__dict__["function"] = function  # in place of the one that `Signal` would look up
+    return signal
 
 
 def file_hash(name: str) -> str:

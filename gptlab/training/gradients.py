@@ -167,7 +167,9 @@ class Ledger:
         self.voices, self.seed = voices, seed
         self.true = self._empty()
         self.signals = [self._empty() for _ in voices]
-        self.judges = [self._empty() if v.config.control == "placebo" else s for v, s in zip(voices, self.signals)]
+        self.judges = [
+            self._empty() if v.config.control == "placebo" else s for v, s in zip(voices, self.signals, strict=True)
+        ]
         self.placebos = [self._empty() if v.config.control == "placebo" else [] for v in voices]
         self.parts: list[Gradients] = []
 

@@ -110,9 +110,9 @@ def update(
     state.step += 1
     state.clipped += clipped
     by_judge = [row[1:-1] for row in sums.judges.tolist()]
-    return Update(
-        float(sums.loss), float(sums.signal), norm, learning_rate, clipped, bool(sums.stop), by_judge, weights, dose, doses
-    )  # fmt: skip
+    stopped = bool(sums.stop)
+    loss, signal_loss = float(sums.loss), float(sums.signal)
+    return Update(loss, signal_loss, norm, learning_rate, clipped, stopped, by_judge, weights, dose, doses)
 
 
 def micro_batches(

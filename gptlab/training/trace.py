@@ -6,7 +6,7 @@ verdict's at the block it teaches. Nothing here knows where a gradient comes fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -75,7 +75,7 @@ def descend(model: GPT, trace: Trace, lessons: Iterable[Lesson], *, embeddings: 
         _teach_embeddings(model, trace.tokens, arriving[0])
 
 
-def pass_through(x: Tensor, y: Tensor, gradient: Tensor, weights: list[Tensor], *, keep: bool) -> Tensor:
+def pass_through(x: Tensor, y: Tensor, gradient: Tensor, weights: Sequence[Tensor], *, keep: bool) -> Tensor:
     """Gradient at x of y's gradient; the weights, where there are any, add theirs to `.grad`."""
     if not weights:
         return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
