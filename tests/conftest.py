@@ -1,12 +1,27 @@
-"""What tests in every folder share: the programs beside Python that some of them drive. No settings, no fakes."""
+"""What tests in every folder share: the programs that some of them drive, and a tiny corpus with a tiny run over it.
+
+No settings, no fakes.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from gptlab.cli.main import main
+from gptlab.data.shards import write_shard
+
+TINY = {
+    "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "total_batch_tokens": 64, "steps": 6,
+    "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 3, "sample_every": 0, "dose_every": 2,
+    "log_every": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +40,42 @@ def requires_program() -> Callable[[str], str]:
         pytest.skip(reason)
 
     return path_of
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4,000 training and 1,000 validation bytes of a text that a model learns a little of in a few steps."""
+    folder = tmp_path_factory.mktemp("tiny") / "corpus"
+    folder.mkdir()
+    (folder / "tokenizer.txt").write_text("bytes\n")
+    text = "".join(f"line {i * i % 97} of the play, and [bold]no[/bold] more\n" for i in range(200)).encode()
+    tokens = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
+    write_shard(folder / "train_000000.bin", tokens[:4000])
+    write_shard(folder / "val_000000.bin", tokens[4000:5000])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_corpus: Path) -> Callable[..., list[str]]:
+    """`tiny(out, steps=3)`: the words of `gptlab train` for a run of a second; `signal_name` means `signal.name`."""
+
+    def words(out: Path, **changes: Any) -> list[str]:
+        values = {**TINY, "data": tiny_corpus, "out": out, **changes}
+        named = {key.replace("signal_", "signal."): value for key, value in values.items()}
+        return ["train", *(f"--{key}={value}" for key, value in named.items())]
+
+    return words
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with the block loss. It is shared: a test that changes it takes `run`."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert main(tiny(out, signal_name="confidence", sample_every=3)) == 0
+    return out
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
