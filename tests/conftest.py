@@ -79,3 +79,11 @@ def finished_run(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPa
 def run(finished_run: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors here are tiny: a second thread only waits, and waits badly where tests run beside other work."""
+    import torch
+
+    torch.set_num_threads(1)
