@@ -44,6 +44,7 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
         if summary := _finished(folder, config, corpus):  # by the process that the lock was waited for
             folder.close()
             return folder, Beginning(str(folder.path), finished=summary)
+        checkpoint.remove_debris(folder.checkpoints)
         found, notes = _where_to_go_on(folder, config)
         data = corpus.identity()
         folder.record("config.json", {"gptlab": gptlab.__version__, "options": flatten(config), "data": data})
