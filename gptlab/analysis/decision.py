@@ -8,13 +8,8 @@ from typing import NamedTuple
 from gptlab.analysis import plan
 from gptlab.analysis.declared import Declared
 from gptlab.analysis.pairing import Losses, Pairing, pair
+from gptlab.analysis.sequential import ALPHA, EQUIVALENCE
 from gptlab.analysis.statistics import by_size, equivalent, holm, spread
-
-ALPHA = 0.05
-"""The rate of 'better' or 'worse', over all arms and looks of an experiment, where there is nothing to find."""
-
-EQUIVALENCE = 0.10
-"""Two one-sided tests of 5% each: at a difference of exactly delta, 'no difference' is said in 5%."""
 
 LEAST_DOSE = 0.01
 FAR = 3.0

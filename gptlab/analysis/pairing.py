@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gptlab.analysis.sequential import reached
 from gptlab.analysis.statistics import PairedT, correlation, paired_t
 
 Seed = Hashable
-Losses = Mapping[str, Mapping[Seed, float | None]]
+Losses = Mapping[str, Mapping[Any, float | None]]
 """{arm: {seed: loss in nats}}; a run that ended without a finite loss is None, NaN or infinite."""
 
 

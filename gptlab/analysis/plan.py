@@ -7,18 +7,55 @@ between seeds. It tells nothing of data that are there already; verdicts.py does
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
+from gptlab.analysis.sequential import ALPHA, EQUIVALENCE, level
 from gptlab.analysis.statistics import critical_t
 
 POWER = 0.8
 MOST_SEEDS = 10_000
 """Where a search for a number of seeds gives up."""
 
+COMMON = (3, 5, 8, 10, 15, 20, 30)
+"""Numbers of seeds whose smallest difference a plan shows."""
+
 _QUANTILES = 512
+
+
+def plan(
+    sigma: float,
+    difference: float,
+    *,
+    delta: float = 0.01,
+    arms: int = 1,
+    power: float = POWER,
+    looks: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """What `gptlab compare --plan` prints: seeds for a question, and what common numbers of seeds can show.
+
+    It plans for the strictest level that Holm may ask of one of `arms`, with looks for the last one's. sigma,
+    difference, delta in nats.
+    """
+    last = looks[-1] if looks else 0
+    strict, equivalence = level(ALPHA / arms, looks, last), level(EQUIVALENCE, looks, last)
+    return {
+        "sigma": sigma,
+        "difference": difference,
+        "delta": delta,
+        "arms": arms,
+        "power": power,
+        "looks": list(looks) if looks else None,
+        "level": strict,
+        "seeds_for_difference": seeds_for_difference(difference, sigma, strict, power),
+        "seeds_for_no_difference": seeds_for_equivalence(delta, sigma, 0.0, equivalence, power),
+        "seeds": [
+            {"n": n, "smallest_difference": smallest_difference(sigma, n, strict, power)} for n in looks or COMMON
+        ],
+    }
 
 
 def power_of_difference(difference: float, sigma: float, n: int, level: float = 0.05) -> float:

@@ -17,6 +17,12 @@ import numpy as np
 from gptlab.analysis.statistics import critical_t, two_sided_p
 from gptlab.errors import ConfigError
 
+ALPHA = 0.05
+"""The rate of 'better' or 'worse', over all arms and looks of an experiment, where there is nothing to find."""
+
+EQUIVALENCE = 0.10
+"""Two one-sided tests of 5% each: at a difference of exactly delta, 'no difference' is said in 5%."""
+
 PATHS = 2**21
 """Simulated experiments: levels are then known to about 2% of themselves for alpha = 0.05/4."""
 

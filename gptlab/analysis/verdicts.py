@@ -10,9 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from gptlab.analysis import plan
-from gptlab.analysis.decision import ALPHA, EQUIVALENCE, FamilyTest, decide, step_down
+from gptlab.analysis.decision import FamilyTest, decide, step_down
 from gptlab.analysis.declared import Declared, declare
 from gptlab.analysis.pairing import Losses, Pairing, finite, pair
+from gptlab.analysis.sequential import ALPHA, EQUIVALENCE
 from gptlab.analysis.statistics import spread, wilcoxon_p
 
 

@@ -1,0 +1,243 @@
+"""Where losses come from: finished run folders, an experiment's folder or another trainer's log -> arms x seeds.
+
+All at one step, with what was declared of them and their passports, ready for `compare`. Nothing is judged here.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptlab.analysis.logs import SUFFIXES, read_log
+from gptlab.analysis.records import Run, mean_dose, passport, read_run
+from gptlab.analysis.sameness import COMMON, TUNED, arm_of, own_options, undeclared
+from gptlab.analysis.verdicts import compare
+from gptlab.errors import ConfigError, DataError, did_you_mean
+from gptlab.options import flatten_table
+
+EXPERIMENT = "experiment.toml"
+"""The copy of the experiment file that lies beside an experiment's arms."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """losses: {arm: {seed: loss at `step`}}, None where a run diverged; arguments: the rest of `compare`'s.
+
+    passports: {arm: figures}; changes: {arm: {option: [the baseline's, its own]}}; undeclared: differences that
+    forbid to compare, one line each; notes: runs that were left out, and why.
+    """
+
+    name: str
+    step: int
+    losses: Mapping[str, Mapping[int, float | None]]
+    arguments: Mapping[str, Any]
+    passports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    undeclared: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def verdicts(self, **given: Any) -> dict[str, Any]:
+        """`compare`'s result with each arm's passport and changes; `given` arguments stand over the declared ones.
+
+        A given baseline stands over declared groups.
+        """
+        arguments = {**self.arguments, **{key: value for key, value in given.items() if value is not None}}
+        result = compare(self.losses, **arguments)
+        for arm, found in result["arms"].items():
+            found["changes"] = dict(self.changes.get(arm, {}))
+            figures = ("noise_floor", "seed_correlation", "smallest_difference")
+            found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
+        head = {"experiment": self.name, "step": self.step}
+        return {**head, **result, "undeclared": list(self.undeclared), "notes": list(self.notes)}
+
+
+def read(sources: Sequence[str | Path], *, step: int | None = None, baseline: str | None = None) -> Outcomes:
+    """The outcomes in one experiment folder, one log (.csv, .jsonl), or any number of run folders.
+
+    step: of the losses; by default the last one at which every finished run was validated. baseline: an arm's name,
+    or of single runs the folder of one of its runs. Raises ConfigError, DataError or CheckpointError.
+    """
+    first = Path(sources[0])
+    if first.suffix in SUFFIXES:
+        return _of_log(_only(sources), step, baseline)
+    if (first / EXPERIMENT).is_file():
+        return _of_experiment(_only(sources), step)
+    if not first.exists():
+        raise ConfigError(f"expected a run, an experiment's folder or a log at {first}, found nothing; check the path")
+    if first.is_file():
+        raise ConfigError(f"{first}: expected a log that ends in {' or '.join(SUFFIXES)}, or a folder")
+    return _of_runs([read_run(path) for path in sources], step, baseline)
+
+
+def _only(sources: Sequence[str | Path]) -> Path:
+    if len(sources) > 1:
+        raise ConfigError(f"expected {sources[0]} alone, found {len(sources)} sources; only single runs go together")
+    return Path(sources[0])
+
+
+def _of_log(path: Path, step: int | None, baseline: str | None) -> Outcomes:
+    logged = read_log(path)
+    runs = {f"{arm}, seed {seed}": steps for arm, seeds in logged.items() for seed, steps in seeds.items()}
+    whole = {name: steps for name, steps in runs.items() if all(map(math.isfinite, steps.values()))}
+    step = _common_step(whole, step)
+    losses = {
+        arm: {seed: steps[step] if f"{arm}, seed {seed}" in whole else None for seed, steps in seeds.items()}
+        for arm, seeds in logged.items()
+    }
+    notes = tuple(f"{name} has no finite loss" for name in runs if name not in whole)
+    return Outcomes(path.stem, step, losses, {"baseline": baseline}, notes=notes)
+
+
+def _of_runs(runs: list[Run], step: int | None, baseline: str | None) -> Outcomes:
+    """Runs by themselves: equal options but for the seed make an arm; options of data and model must be equal."""
+    plain = [run for run in runs if not run.has_signal]
+    named = [run for run in runs if baseline and run.path == Path(baseline)]
+    if baseline and not named:
+        raise ConfigError(f"--baseline: expected the folder of one of the runs, found {baseline!r}")
+    reference = (named or plain or runs)[0]
+    arms: dict[str, list[Run]] = {"baseline": []}
+    for run in runs:
+        name = arm_of(own_options(run), own_options(reference)) or "baseline"
+        arms.setdefault(name, []).append(run)
+    for name, members in arms.items():
+        seeds = [run.seed for run in members]
+        if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
+            raise ConfigError(f"{name}: expected one run a seed, found two of seed {min(twice)}; leave one out")
+    differ = frozenset(key for run in runs for key in own_options(run)) - COMMON
+    declared = {arm: own_options(members[0]) for arm, members in arms.items()}
+    return _outcomes("runs", arms, declared, step, {"baseline": "baseline"}, dict.fromkeys(arms, differ))
+
+
+def _of_experiment(folder: Path, step: int | None) -> Outcomes:
+    """An experiment's cells <arm>/seed_<n>/, with what its file declared."""
+    path = folder / EXPERIMENT
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
+    if not isinstance(table.get("arms"), dict) or table.get("baseline") not in table["arms"]:
+        hint = did_you_mean(str(table.get("baseline")), table.get("arms", ()))
+        raise ConfigError(f"{path}: expected arms, and the name of one of them as baseline{hint}")
+    looks, seeds = table.get("looks"), table.get("seeds")
+    if (looks is None) == (seeds is None):
+        raise ConfigError(f"{path}: expected either seeds or looks, found {'both' if looks else 'neither'}")
+    arms = {arm: [read_run(cell) for cell in _cells(folder / arm)] for arm in table["arms"]}
+    changed = {arm: flatten_table(own) for arm, own in table["arms"].items()}
+    common = flatten_table(table.get("options", {}))
+    allowed = {
+        arm: frozenset(own) | (TUNED if "tune" in table else set()) | ({"code"} if "patch" in own else set())
+        for arm, own in changed.items()
+    }
+    arguments = {
+        "baseline": table["baseline"],
+        "delta": table.get("delta", 0.01),
+        "looks": looks,
+        "planned": None if seeds is None else len(seeds),
+        "groups": table.get("groups"),
+    }
+    declared = {arm: {**common, **changed[arm]} for arm in arms}
+    name = str(table.get("name", folder.name))
+    return _outcomes(name, arms, declared, step, arguments, allowed, tuned="tune" in table)
+
+
+def _cells(arm: Path) -> list[Path]:
+    return sorted(path for path in arm.glob("seed_*") if (path / "config.json").is_file())
+
+
+def _outcomes(
+    name: str,
+    arms: Mapping[str, list[Run]],
+    declared: Mapping[str, Mapping[str, Any]],
+    step: int | None,
+    arguments: dict[str, Any],
+    allowed: Mapping[str, frozenset[str]],
+    *,
+    tuned: bool = False,
+) -> Outcomes:
+    """declared: {arm: options that were set}; allowed: {arm: keys in which its runs may differ from its baseline's}."""
+    runs = [run for members in arms.values() for run in members]
+    ended = {arm: [run for run in members if run.finished or run.diverged] for arm, members in arms.items()}
+    notes = [f"{run.path} stands at step {run.last_step} and has not finished" for run in runs if not _in(run, ended)]
+    step = _common_step({str(run.path): run.losses for run in runs if run.finished}, step)
+    losses = {
+        arm: {run.seed: run.losses[step] if run.finished else None for run in members} for arm, members in ended.items()
+    }
+    of_all: str = arguments["baseline"]
+    baselines = dict.fromkeys(arms, of_all)
+    for members in (arguments.get("groups") or {}).values():
+        baselines |= dict.fromkeys(members, members[0])
+    differences: list[str] = []
+    for arm, members in ended.items():
+        theirs = ended.get(baselines[arm], [])
+        for i, run in enumerate(members):
+            differences += undeclared(run, members[0], frozenset()) if i else ()
+            if theirs and arm != baselines[arm] and i == 0:
+                differences += undeclared(run, theirs[0], allowed[arm] | allowed[baselines[arm]])
+    controls = {arm: control for arm in arms if (control := _control(declared[arm])) != "none"}
+    signals = [arm for arm in arms if arm not in controls and _differs_by_signal(declared, arm, baselines[arm])]
+    return Outcomes(
+        name=name,
+        step=step,
+        losses=losses,
+        arguments={
+            **arguments,
+            "placebos": {arm: placebo for arm in signals if (placebo := _placebo_of(arm, declared, controls))},
+            "controls": list(controls),
+            "signals": signals,
+            "doses": {arm: mean_dose(ended[arm]) for arm in [*signals, *controls]},
+        },
+        passports={arm: {**passport(members, step), "tuned": tuned} for arm, members in ended.items() if members},
+        changes={arm: _changes(ended[arm], ended.get(baselines[arm], [])) for arm in arms if arm != baselines[arm]},
+        undeclared=tuple(differences),
+        notes=tuple(notes),
+    )
+
+
+def _in(run: Run, arms: Mapping[str, list[Run]]) -> bool:
+    return any(run is other for members in arms.values() for other in members)
+
+
+def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -> int:
+    """The step asked for, or the last at which all were validated; raises DataError where there is none."""
+    if not losses:
+        raise DataError("expected finished runs, found none; wait for them or train them")
+    shared = set.intersection(*(set(steps) for steps in losses.values()))
+    if asked is not None and asked not in shared:
+        lacking = next(name for name, steps in losses.items() if asked not in steps)
+        raise DataError(
+            f"--step {asked}: {lacking} has no validation loss there; steps that all have: {sorted(shared)}"
+        )
+    if not shared:
+        steps = "; ".join(f"{name}: {max(steps, default='none')}" for name, steps in list(losses.items())[:4])
+        raise DataError(f"expected a step at which every run was validated, found none; last steps are {steps}")
+    return max(shared) if asked is None else asked
+
+
+def _control(options: Mapping[str, Any]) -> str:
+    return options.get("signal.control", "none") if options.get("signal.name", "none") != "none" else "none"
+
+
+def _signal(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key.partition(".")[0] in ("signal", "also")}
+
+
+def _differs_by_signal(declared: Mapping[str, Mapping[str, Any]], arm: str, baseline: str) -> bool:
+    has = declared[arm].get("signal.name", "none") != "none"
+    return has and arm != baseline and _signal(declared[arm]) != _signal(declared[baseline])
+
+
+def _placebo_of(arm: str, declared: Mapping[str, Mapping[str, Any]], controls: Mapping[str, str]) -> str | None:
+    """The arm that differs from `arm` only in `signal.control`, which is placebo."""
+    wanted = {**declared[arm], "signal.control": "placebo"}
+    return next((other for other in controls if declared[other] == wanted), None)
+
+
+def _changes(runs: list[Run], baseline: list[Run]) -> dict[str, list[Any]]:
+    if not runs or not baseline:
+        return {}
+    theirs, own = own_options(baseline[0]), own_options(runs[0])
+    return {key: [theirs.get(key), value] for key, value in own.items() if theirs.get(key) != value}

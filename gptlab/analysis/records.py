@@ -1,0 +1,154 @@
+"""One run as its folder tells it: config, environment, validation losses, dose, how it ended. Reads, never writes.
+
+Only JSON is read, so that comparing runs needs neither torch nor the machine that trained them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gptlab.data.corpus import MANIFEST, read_manifest
+from gptlab.data.prepare import default_folder
+from gptlab.errors import CheckpointError, DataError
+
+
+@dataclass(frozen=True)
+class Run:
+    """losses: validation loss by step, nats; ended: the last event row, where there is one; doses: as measured."""
+
+    path: Path
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    losses: Mapping[int, float]
+    last_step: int
+    ended: Mapping[str, Any] = field(default_factory=dict)
+    doses: tuple[float, ...] = ()
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.config["options"]
+
+    @property
+    def seed(self) -> int:
+        return self.options["seed"]
+
+    @property
+    def finished(self) -> bool:
+        return self.ended.get("event") == "finished"
+
+    @property
+    def diverged(self) -> bool:
+        return self.ended.get("event") == "DivergedError"
+
+    @property
+    def dose(self) -> float | None:
+        """The mean dose of a run with a signal; 0 where its weight is 0, None where it was not measured."""
+        if self.doses:
+            return sum(self.doses) / len(self.doses)
+        return 0.0 if self.options.get("signal.weight") == 0 else None
+
+    @property
+    def has_signal(self) -> bool:
+        return self.options.get("signal.name", "none") != "none"
+
+
+def read_run(path: str | Path) -> Run:
+    """The run in a folder, finished or not; raises CheckpointError where there is none or it cannot be read."""
+    path = Path(path)
+    config = _json(path / "config.json")
+    if not isinstance(config.get("options"), dict) or "seed" not in config["options"]:
+        raise CheckpointError(f"{path / 'config.json'}: expected a run's options with its seed, found none")
+    losses: dict[int, float] = {}
+    doses: list[float] = []
+    ended: Mapping[str, Any] = {}
+    step = 0
+    for row in _rows(path / "metrics.jsonl"):
+        step = row["step"]
+        if row["kind"] == "val":
+            losses[step] = row["loss"]
+        elif row["kind"] == "train" and row.get("dose") is not None:
+            doses.append(row["dose"])
+        ended = row if row["kind"] == "event" else {}  # what follows an event is a run that went on
+    return Run(path, config, _json(path / "environment.json"), losses, step, ended, tuple(doses))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"expected a run folder, found no {path.name} in {path.parent}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; leave that run out or train it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object; leave that run out or train it again")
+    return content
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith("\n"):
+                return
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or not {"step", "kind"} <= row.keys():
+                raise CheckpointError(f"{path}, line {number}: expected a row with step and kind; train that run again")
+            yield row
+
+
+def passport(runs: list[Run], step: int) -> dict[str, Any]:
+    """What an arm's figures rest on, from its runs at `step`; None for what the folders do not tell."""
+    options = runs[0].options
+    tokens = step * options["total_batch_tokens"]
+    parameters = count_parameters(options, vocabulary := _vocabulary(options))
+    trained = _training_tokens(runs[0])
+    clipped = [c for run in runs if (c := run.ended.get("clipped_share")) is not None]
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters,
+        "epochs": tokens / trained if trained else None,
+        "vocabulary": vocabulary,
+        "depth": options["n_layer"],
+        "learning_rate": options["learning_rate"],
+        "dose": mean_dose(runs),
+        "clipped_share": sum(clipped) / len(clipped) if clipped else None,
+    }
+
+
+def mean_dose(runs: list[Run]) -> float | None:
+    """Over the runs that have one; None where no run has."""
+    doses = [run.dose for run in runs if run.has_signal and run.dose is not None]
+    return sum(doses) / len(doses) if doses else None
+
+
+def count_parameters(options: Mapping[str, Any], vocabulary: int) -> int:
+    """Parameters of a run's GPT-2, the tied head counted once: 12·C² + 13·C a block, 2·C of ln_f, (V + T)·C."""
+    C, blocks = options["n_embd"], 1 if options["share_blocks"] else options["n_layer"]
+    return blocks * (12 * C * C + 13 * C) + 2 * C + (vocabulary + options["block_size"]) * C
+
+
+def _vocabulary(options: Mapping[str, Any]) -> int:
+    return {"bytes": 256, "gpt2": 50304}[options["tokenizer"]]
+
+
+def _training_tokens(run: Run) -> int | None:
+    """Tokens of the corpus, where its manifest is at hand and is the one the run was trained on."""
+    data = Path(run.options["data"])
+    folder = data if data.is_dir() else default_folder(run.options["data"], run.options["tokenizer"])
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+    except DataError:
+        return None
+    if manifest is None or [s["sha256"] for s in manifest["splits"]["train"]] != run.config["data"]["train"]:
+        return None
+    return sum(shard["tokens"] for shard in manifest["splits"]["train"])

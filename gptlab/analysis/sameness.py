@@ -1,0 +1,81 @@
+"""Whether runs may be compared: they may differ in what their arms declare, and in nothing else.
+
+A difference in data, validation set, model, software or machine type that nobody declared is often mistaken for the
+effect of a method; here it is found and told, one line each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gptlab.analysis.records import Run
+from gptlab.training.config import FREE_ON_RESUME
+
+FREE = FREE_ON_RESUME | {"seed", "preset"}
+"""Options that make no other experiment of a run."""
+
+COMMON = frozenset({"data", "tokenizer", "block_size", "eval_tokens", "n_layer", "n_head", "n_embd", "share_blocks"})
+"""Options of data and model: runs that are compared by themselves, without an experiment file, share them."""
+
+TUNED = frozenset({"learning_rate", "min_lr", "signal.dose", "signal.weight"})
+"""What [tune] may set for each arm."""
+
+
+def own_options(run: Run) -> dict[str, Any]:
+    """The options that tell a run's arm from others."""
+    return {key: value for key, value in run.options.items() if key not in FREE}
+
+
+def undeclared(run: Run, reference: Run, declared: frozenset[str]) -> Iterator[str]:
+    """What makes `run` another experiment than `reference`, beyond the `declared` keys, one line each."""
+    for (name, key), found in _facts(run).items():
+        expected = _facts(reference).get((name, key))
+        if found != expected and key not in declared and not (name == "data shards" and _grew(run, reference, key)):
+            yield f"{run.path}: {name} {key}: expected {_short(expected)} as in {reference.path}, found {_short(found)}"
+
+
+def _facts(run: Run) -> dict[tuple[str, str], Any]:
+    """{(what it is, key): value} of everything that must be declared to differ."""
+    data, environment = run.config.get("data", {}), run.environment
+    machine = environment.get("machine", {})
+    facts: dict[tuple[str, str], Any] = {("option", key): value for key, value in own_options(run).items()}
+    facts |= {("data shards", key): data.get(key) for key in ("train", "val")}
+    facts["data", "tokenizer"] = data.get("tokenizer")
+    if run.finished:
+        facts["validation set", "validation_sha256"] = run.ended.get("validation_sha256")
+    for key in run.config.keys() - {"options", "data"}:  # gptlab's version, a patch, a user's code
+        facts["software", key] = run.config[key]
+    facts |= {("software", key): environment.get(key) for key in ("python", "torch", "compile")}
+    facts |= {("machine", key): environment.get(key) for key in ("platform", "dtype")}
+    facts["machine", "device"] = str(environment.get("device", "")).partition(":")[0]
+    facts["machine", "processor"] = machine.get("processor")
+    facts["machine", "gpus"] = sorted(set(machine.get("gpus", [])))
+    return facts
+
+
+def _grew(run: Run, reference: Run, split: str) -> bool:
+    """Whether one run only began while the shards of the same corpus were still being prepared."""
+    first, second = sorted((run.config["data"], reference.config["data"]), key=lambda data: len(data[split]))
+    return first[split] == second[split][: len(first[split])] and not first.get("complete", True)
+
+
+def _short(value: Any) -> str:
+    """A value for a line of text: checksums cut, lists by their ends."""
+    if isinstance(value, list) and len(value) > 2:
+        return f"[{_short(value[0])}, ... {len(value)} of them]"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_short, value)) + "]"
+    text = repr(value)
+    return text[:13] + "…'" if isinstance(value, str) and len(value) == 64 else text
+
+
+def arm_of(options: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """A name for runs with `options`, from what they change of the baseline's.
+
+    >>> arm_of({"signal.name": "entropy", "learning_rate": 0.1}, {"signal.name": "none", "learning_rate": 0.1})
+    'entropy'
+    """
+    changed = {key: value for key, value in options.items() if baseline.get(key) != value}
+    name = changed.pop("signal.name", None)
+    return ", ".join([*([str(name)] if name else []), *(f"{key}={value}" for key, value in changed.items())])

@@ -1,0 +1,95 @@
+"""A comparison as tables of text, the same for the terminal and for Markdown. Nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Table(NamedTuple):
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """The verdicts, their reasons, and the passports where there are any."""
+    arms = result["arms"]
+    yield Table(
+        f"{result['experiment']} at step {result['step']:,}: loss minus its baseline's, nats, paired by seed",
+        ("arm", "verdict", "difference", "95% interval", "n", "p (Holm)", "more seeds", "dose"),
+        [
+            (
+                name + (" (control)" if arm["control"] else ""),
+                arm["verdict"],
+                number(arm["difference"], "+.4f"),
+                interval(arm["interval"]),
+                str(arm["n"]),
+                number(arm["p_holm"], ".2g"),
+                number(arm["more_seeds"], "d"),
+                number(arm["dose"], ".3f"),
+            )
+            for name, arm in arms.items()
+        ],
+    )
+    yield Table("Why", ("arm", "against", "reason"), [(n, a["baseline"], a["reason"]) for n, a in arms.items()])
+    if any("parameters" in arm["passport"] for arm in arms.values()):
+        rows = [(name, _passport(arm["passport"])) for name, arm in arms.items()]
+        yield Table("How far to trust it", ("arm", "passport"), rows)
+
+
+def _passport(found: Mapping[str, Any]) -> str:
+    tuned = " (tuned)" if found.get("tuned") else ""
+    return ", ".join(
+        [
+            f"{number(found.get('parameters'), ',')} parameters",
+            f"{number(found.get('tokens_per_parameter'), '.3g')} tokens each",
+            f"{number(found.get('epochs'), '.3g')} epochs",
+            f"vocabulary {number(found.get('vocabulary'), ',')}",
+            f"{number(found.get('depth'), 'd')} blocks",
+            f"learning rate {number(found.get('learning_rate'), 'g')}{tuned}",
+            f"{number(found.get('clipped_share'), '.0%')} of steps clipped",
+            f"noise floor {number(found['noise_floor'], '.4f')}",
+            f"seed correlation {number(found['seed_correlation'], '.2f')}",
+            f"these seeds can show {number(found['smallest_difference'], '.4f')}",
+        ]
+    )
+
+
+def remarks(result: Mapping[str, Any]) -> list[str]:
+    """What must be read beside the tables: differences that were overridden, runs that were left out."""
+    floor = number(result["noise_floor"], ".4f")
+    looks = f"; looks at {', '.join(map(str, result['looks']))} seeds" if result["looks"] else ""
+    lines = [f"delta {result['delta']:g}; seeds alone move {result['baseline']} by {floor}{looks}"]
+    lines += [f"COMPARED DESPITE: {line}" for line in result["undeclared"]]
+    return lines + [f"left out: {line}" for line in result["notes"]]
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The comparison as a Markdown page part."""
+    parts = []
+    for title, header, rows in tables(result):
+        lines = [_row(header), "|" + "---|" * len(header), *map(_row, rows)]
+        parts.append(f"**{_escaped(title)}**\n\n" + "\n".join(lines))
+    parts.append("\n".join(f"- {_escaped(line)}" for line in remarks(result)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_escaped, cells)) + " |"
+
+
+def _escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    for character in "\\`*_|<>[]#":
+        text = text.replace(character, "\\" + character)
+    return text.replace("\n", " ")
+
+
+def number(value: float | None, form: str) -> str:
+    """A figure, or a dash where there is none."""
+    return "–" if value is None else format(value, form)
+
+
+def interval(bounds: Sequence[float | None]) -> str:
+    return "–" if bounds[0] is None else f"{number(bounds[0], '+.4f')} to {number(bounds[1], '+.4f')}"

@@ -1,0 +1,143 @@
+"""`gptlab compare`: verdicts on runs, on an experiment or on another trainer's log, and a plan of seeds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from gptlab.cli.arguments import Parser
+from gptlab.cli.terminal import printable
+from gptlab.errors import ConfigError, UsageError
+
+WHOSE = "--delta, --looks, --baseline and --placebo"
+
+
+def main(argv: list[str]) -> int:
+    """Print verdicts or a plan; raises ConfigError with the difference where runs differ in what nobody declared."""
+    options = _parser().parse(argv)
+    if options.plan:
+        return _plan(options)
+    if not options.sources:
+        raise UsageError("expected runs, an experiment's folder or a log; see `gptlab compare --help`")
+    result = _verdicts(options)
+    if options.markdown:
+        from gptlab.analysis.tables import markdown
+
+        Path(options.markdown).write_text(printable(markdown(result)), encoding="utf-8")
+    if options.json:
+        print(json.dumps(result, indent=1, allow_nan=False))
+    else:
+        _show(result)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="gptlab compare",
+        description="Say of every arm whether it is better or worse than its baseline, no different, inactive or "
+        "undecided, and why (docs/verdicts.md). An experiment's folder holds what was declared; single runs are "
+        "sorted into arms by their options, the arm without a signal being the baseline; a log of another trainer is "
+        "CSV or JSON lines with step, loss, arm and seed.",
+    )
+    parser.add_argument("sources", nargs="*", metavar="RUN|EXPERIMENT|LOG", help="run folders, or one of the others")
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables to a file too")
+    parser.add_argument("--despite", action="store_true", help="compare runs that differ in what nobody declared")
+    parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
+    own = parser.add_argument_group("Runs and logs (an experiment file declares these)")
+    own.add_argument("--baseline", metavar="ARM", help="an arm of a log, or one of the baseline's runs [baseline]")
+    own.add_argument("--delta", type=_number, metavar="X", help="the largest difference that does not matter [0.01]")
+    own.add_argument("--looks", type=_looks, metavar="N,N,..", help="seeds at which looks were declared [none]")
+    own.add_argument("--placebo", action="append", default=[], metavar="ARM=PLACEBO", help="a log's placebo arms")
+    plan = parser.add_argument_group("Planning")
+    plan.add_argument("--plan", action="store_true", help="how many seeds a question needs, instead of verdicts")
+    plan.add_argument("--sigma", type=_number, metavar="X", help="spread of paired differences, nats [the sources']")
+    plan.add_argument("--difference", type=_number, metavar="X", help="the true difference to find, nats [1 sigma]")
+    plan.add_argument("--arms", type=int, default=1, metavar="N", help="arms beside baseline and controls [1]")
+    plan.add_argument("--power", type=_number, default=0.8, metavar="X", help="probability to find it [0.8]")
+    return parser
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, found {text!r}")
+    return value
+
+
+def _looks(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _verdicts(options: argparse.Namespace) -> dict[str, Any]:
+    from gptlab.analysis.outcomes import EXPERIMENT, read
+
+    declared = (Path(options.sources[0]) / EXPERIMENT).is_file()
+    if declared and (options.baseline or options.delta is not None or options.looks or options.placebo):
+        raise UsageError(f"{options.sources[0]} declares {WHOSE} in its {EXPERIMENT}; after the runs they stand")
+    outcomes = read(options.sources, step=options.step, baseline=options.baseline)
+    if outcomes.undeclared and not options.despite:
+        listed = "\n  ".join(outcomes.undeclared)
+        raise ConfigError(
+            f"expected runs that differ only in what their arms declare, found other differences; leave runs out, "
+            f"or use --despite:\n  {listed}"
+        )
+    return outcomes.verdicts(delta=options.delta, looks=options.looks, placebos=_placebos(options.placebo))
+
+
+def _placebos(given: list[str]) -> dict[str, str] | None:
+    pairs = [text.partition("=") for text in given]
+    if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[2]]:
+        raise UsageError(f"--placebo: expected ARM=PLACEBO, found {wrong[0]!r}")
+    return {arm: placebo for arm, _, placebo in pairs} or None
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from gptlab.analysis.tables import remarks, tables
+
+    console = Console(highlight=False)
+    for title, header, rows in tables(result):
+        shown = Table(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
+        for name in header:
+            shown.add_column(name, overflow="fold", no_wrap=name not in ("arm", "reason", "passport"))
+        for row in rows:
+            shown.add_row(*(Text(printable(cell)) for cell in row))
+        console.print(shown, "")
+    for line in remarks(result):
+        console.print(Text(printable(line)))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    sigma = options.sigma
+    if sigma is None:
+        if not options.sources:
+            raise UsageError("--plan: expected --sigma X, or runs to take it from; see `gptlab compare --help`")
+        found = [arm["sigma"] for arm in _verdicts(options)["arms"].values() if arm["sigma"] is not None]
+        if not found:
+            raise UsageError("--plan: expected at least 2 seeds of an arm and its baseline, found fewer; give --sigma")
+        sigma = math.sqrt(sum(s * s for s in found) / len(found))
+    if not 0 < options.power < 1 or options.arms < 1 or sigma == 0:
+        raise UsageError("--plan: expected a power between 0 and 1, at least 1 arm and a sigma above 0")
+
+    from gptlab.analysis.plan import plan
+
+    delta = 0.01 if options.delta is None else options.delta
+    wanted = sigma if options.difference is None else options.difference
+    found = plan(sigma, wanted, delta=delta, arms=options.arms, power=options.power, looks=options.looks)
+    if options.json:
+        print(json.dumps(found, indent=1, allow_nan=False))
+        return 0
+    many = "more than 10,000"
+    print(f"paired differences with a spread of {sigma:.4g} nats, {options.arms} arm(s), power {options.power:.0%}:")
+    print(f"  to show a difference of {wanted:.4g}: {found['seeds_for_difference'] or many} seeds")
+    print(f"  to show that it lies within ±{delta:g}: {found['seeds_for_no_difference'] or many} seeds")
+    for row in found["seeds"]:
+        print(f"  {row['n']:>3} seeds show a difference of {row['smallest_difference']:.4g}")
+    return 0
