@@ -19,7 +19,7 @@ from gptlab.data.shards import write_shard
 
 TINY = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "total_batch_tokens": 64, "steps": 6,
-    "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 3, "sample_every": 0, "dose_every": 2,
+    "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 0, "sample_every": 0, "dose_every": 2,
     "log_every": 1,
 }  # fmt: skip
 
@@ -71,7 +71,7 @@ def tiny(tiny_corpus: Path) -> Callable[..., list[str]]:
 def finished_run(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with the block loss. It is shared: a test that changes it takes `run`."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert main(tiny(out, signal_name="confidence", sample_every=3)) == 0
+    assert main(tiny(out, signal_name="confidence", sample_every=3, checkpoint_every=3)) == 0
     return out
 
 

@@ -16,6 +16,7 @@ from gptlab.errors import GptlabError, UsageError, did_you_mean
 COMMANDS = {
     "train": "train GPT-2, with or without a block loss",
     "data": "prepare a corpus, or look at one",
+    "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
     "sample": "write on from a prompt, each block's guess beside it",
     "digest": "SHA-256 over a run's weights, moments, RNG and data cursor",
     "verify": "check a run's files against their checksums",
@@ -49,28 +50,31 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
 
     `--debug` shows the traceback too. With `--json` the error also stands on standard output, as JSON.
     """
-    rest = [a for a in argv if a != "--debug"]
     try:
-        return command(rest)
-    except GptlabError as error:
-        code, text = error.exit_code, str(error)
-        shown = not error.everywhere or World.from_environment().local_rank == 0
+        return command([a for a in argv if a != "--debug"])
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.filename is None and error.errno is None:
-            raise
-        code, text, shown = 3, f"{error.strerror}: {error.filename or 'a file'}; check the path and the disk", True
-    except KeyboardInterrupt:
-        code, text, shown = 130, "interrupted", True
-    if shown:
-        print(f"gptlab: {text}", file=sys.stderr)
-    if "--debug" in argv:
-        traceback.print_exc()
+    except (GptlabError, OSError, KeyboardInterrupt) as error:
+        code, text, shown = _told(error)
+        if shown:
+            print(f"gptlab: {text}", file=sys.stderr)
+        if "--debug" in argv:
+            traceback.print_exc()
     if "--json" in argv and shown:
         print(json.dumps({"error": text, "exit_code": code}))
     return code
+
+
+def _told(error: GptlabError | OSError | KeyboardInterrupt) -> tuple[int, str, bool]:
+    """The exit code of an error, its line, and whether this process is the one to say it; raises what is not ours."""
+    if isinstance(error, GptlabError):
+        return error.exit_code, str(error), not error.everywhere or World.from_environment().local_rank == 0
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted", True
+    if error.filename is None and error.errno is None:
+        raise error
+    return 3, f"{error.strerror}: {error.filename or 'a file'}; check the path and the disk", True
 
 
 def _help() -> str:

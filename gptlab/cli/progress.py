@@ -40,7 +40,7 @@ class Display:
         self._started, self._first = time.perf_counter(), 0
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(text, style="dim"), soft_wrap=True)
 
     def opening(
         self, config: TrainingConfig, placement: Placement, corpus: Corpus, peak: float, beginning: Beginning

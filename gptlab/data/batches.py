@@ -116,8 +116,9 @@ class ValidationWindows:
         count = (have - 1) // block_size
         if count < 1:
             raise DataError(
-                f"{corpus.folder} has {max(have, 0)} validation tokens, too few for one window of {block_size} and "
-                "one more; shorten --block_size or add text"
+                f"{corpus.folder} has {corpus.tokens('val')} validation tokens, eval_tokens reads {tokens} of them: "
+                f"too few for one window of {block_size} and one more; shorten --block_size, or give more "
+                "of both"
             )
         stream = np.concatenate(parts)[: count * block_size + 1]
         self.block_size, self.count = block_size, count

@@ -158,6 +158,16 @@ class RunFolder:
                 "make room and run the same command again"
             ) from error
 
+    def append_event(self, values: Mapping[str, Any]) -> None:
+        """Write an event row behind all whole rows there are, at the step of the last one."""
+        path, log = self.path / "metrics.jsonl", self.path / "log.txt"
+        if not path.exists() or not log.exists():
+            return
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        last = _row(whole.rpartition(b"\n")[2]) or {"step": 0}
+        self.open_records(len(whole) + bool(whole), log.stat().st_size)
+        self.write("event", last["step"], values)
+
     def written(self) -> dict[str, int]:
         """The lengths of the record files, flushed to disk: what a checkpoint keeps to cut them back to."""
         lengths = {}

@@ -1,0 +1,154 @@
+"""`gptlab sample` and `gptlab export`: the same text for the same seed, and the same model in transformers' hands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from gptlab.cli.main import main
+from gptlab.data.shards import write_shard
+from gptlab.data.tokenizers import get_tokenizer
+from gptlab.runs.initial import model_of
+
+Capture = pytest.CaptureFixture[str]
+
+
+def sampled(capsys: Capture, source: Path, *words: str) -> list[dict[str, Any]]:
+    assert main(["sample", "--checkpoint", str(source), "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)["samples"]
+
+
+def test_json_holds_exactly_the_tokens_that_were_written(finished_run: Path, capsys: Capture) -> None:
+    (sample,) = sampled(capsys, finished_run, "--prompt", "line", "--max_new_tokens", "9")
+    assert sample.keys() == {"tokens", "text", "exit_blocks"}
+    assert len(sample["tokens"]) == len(sample["exit_blocks"]) == 9
+    assert set(sample["exit_blocks"]) == {2}
+    assert sample["text"] == get_tokenizer("bytes").decode(sample["tokens"])
+
+
+def test_the_seed_decides_and_samples_differ(finished_run: Path, capsys: Capture) -> None:
+    words = ("--prompt", "line", "--max_new_tokens", "8", "--temperature", "1")
+    first = sampled(capsys, finished_run, *words, "--samples", "2", "--seed", "3")
+    assert sampled(capsys, finished_run, *words, "--samples", "2", "--seed", "3") == first
+    assert first[0] != first[1]
+    assert sampled(capsys, finished_run, *words, "--seed", "4")[0] != first[0]
+
+
+def test_greedy_text_is_the_argmax_of_the_model(finished_run: Path, capsys: Capture) -> None:
+    (sample,) = sampled(capsys, finished_run, "--prompt", "a", "--max_new_tokens", "20", "--temperature", "0")
+    model, config = model_of(finished_run)
+    tokens = [97]
+    with torch.no_grad():
+        for _ in range(20):
+            tokens.append(int(model(torch.tensor([tokens[-config.block_size :]]))[0, -1].argmax()))
+    assert sample["tokens"] == tokens[1:]
+    (same,) = sampled(capsys, finished_run, "--prompt", "a", "--max_new_tokens", "20", "--top_k", "1")
+    assert same["tokens"] == sample["tokens"]
+
+
+def test_no_tokens_and_no_prompt_are_fine(finished_run: Path, capsys: Capture) -> None:
+    (sample,) = sampled(capsys, finished_run, "--prompt", "", "--max_new_tokens", "0")
+    assert sample == {"tokens": [], "text": "", "exit_blocks": []}
+
+
+def test_blocks_are_shown_with_their_probabilities(finished_run: Path, capsys: Capture) -> None:
+    (sample,) = sampled(capsys, finished_run, "--max_new_tokens", "3", "--show_blocks")
+    assert np.shape(sample["blocks"]) == (3, 2, 2)
+    assert all(0 <= p <= 1 for blocks in sample["blocks"] for _, p in blocks)
+    assert main(["sample", "--checkpoint", str(finished_run), "--max_new_tokens", "3", "--show_blocks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.count("%") == 2]) == 3
+
+
+def test_text_comes_on_standard_output_without_control_sequences(finished_run: Path, capsys: Capture) -> None:
+    words = ["--max_new_tokens", "99", "--temperature", "5", "--prompt", "\x1b[2Jhello"]
+    assert main(["sample", "--checkpoint", str(finished_run), *words]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("␛[2Jhello")
+    assert err == ""
+    assert not [c for c in out if not c.isprintable() and c not in "\n\t"]
+    (exact,) = sampled(capsys, finished_run, *words)
+    assert any(token < 9 or 13 < token < 32 for token in exact["tokens"])  # so there was something to hide
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "expected a run or a checkpoint, found none at"),
+        (lambda path: path.mkdir(), "expected a run or a checkpoint, found none at"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text('{"options": {}}')), "found none at"),
+        (lambda path: (path.mkdir(), (path / "config.json").write_text("{")), "found none at"),
+    ],
+)
+def test_where_there_is_no_model_it_says_so(
+    make: Callable[[Path], Any], message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    make(tmp_path / "x")
+    assert main(["sample", "--checkpoint", str(tmp_path / "x")]) == 3
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def exported(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model"
+    assert main(["export", str(finished_run), str(out)]) == 0
+    return out
+
+
+def test_an_export_is_the_same_model_in_transformers(exported: Path, finished_run: Path) -> None:
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(exported)
+    ours, _ = model_of(finished_run)
+    tokens = torch.arange(32).view(2, 16) * 5 % 256
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=0)
+
+
+def test_an_export_can_be_sampled_and_started_from(
+    exported: Path, finished_run: Path, tiny: Callable[..., list[str]], tmp_path: Path, capsys: Capture
+) -> None:
+    words = ("--max_new_tokens", "12", "--temperature", "0")
+    assert sampled(capsys, exported, *words) == sampled(capsys, finished_run, *words)
+    losses = []
+    for name, source in (("a", exported), ("b", finished_run)):
+        assert main([*tiny(tmp_path / name, init_from=source, steps=1), "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_export_says_what_it_did_and_overwrites_nothing(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "model"
+    assert main(["export", str(finished_run), str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    parameters = sum(p.numel() for p in model_of(finished_run)[0].parameters())
+    assert told == {"folder": str(out), "parameters": parameters, "tokenizer": None}
+    assert main(["export", str(finished_run), str(out)]) == 2
+    assert "expected a new or empty folder to export to" in capsys.readouterr().err
+
+
+def test_a_run_over_gpt2_tokens_gets_its_tokenizer(
+    tiny: Callable[..., list[str]], tmp_path: Path, capsys: Capture
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    tokens = get_tokenizer("gpt2").encode("the lord of the manor spoke, and they're all gone. " * 40)
+    for split in ("train", "val"):
+        write_shard(corpus / f"{split}_000000.bin", tokens)
+    words = tiny(
+        tmp_path / "run", data=corpus, tokenizer="gpt2", steps=1, eval_tokens=64, checkpoint_every=1, dose_every=0
+    )
+    assert main(words) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"] == "gpt2"
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    text = "Hello world, it's naïve — 中文 🙂\n\n  12345<|endoftext|>"
+    assert theirs.encode("a" + text[:-13]) == get_tokenizer("gpt2").encode("a" + text[:-13]).tolist()
+    assert theirs.decode(theirs.encode(text)) == text
+    assert theirs.encode("<|endoftext|>") == [50256]
+    assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").config.vocab_size == 50257

@@ -1,0 +1,101 @@
+"""device.decide for machines that are not at hand, each faked by its capabilities, and for the one that is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gptlab.device import Machine, decide, environment, matmul_peak
+from gptlab.errors import ConfigError
+
+LAPTOP = Machine(cores=8, processor="old", cpu_bf16=False)
+XEON = Machine(cores=16, processor="new", cpu_bf16=True)
+TWO_CORES = Machine(cores=2, processor="new", cpu_bf16=True)
+H100 = Machine(cores=64, processor="x", cpu_bf16=True, gpus=("H100",) * 8, gpu_bf16=True, gpu_capability=(9, 0))
+T4 = Machine(cores=8, processor="x", cpu_bf16=False, gpus=("T4",), gpu_bf16=False, gpu_capability=(7, 5))
+P100 = Machine(cores=8, processor="x", cpu_bf16=False, gpus=("P100",), gpu_bf16=False, gpu_capability=(6, 0))
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "device", "dtype", "threads", "compiled"),
+    [
+        (LAPTOP, {}, "cpu", "fp32", 8, False),
+        (XEON, {}, "cpu", "bf16", 16, False),
+        (XEON, {"n_embd": 128}, "cpu", "fp32", 16, False),
+        (XEON, {"n_embd": 128, "dtype": "bf16"}, "cpu", "bf16", 16, False),
+        (XEON, {"threads": 3, "compile": "on"}, "cpu", "bf16", 3, True),
+        (TWO_CORES, {"local_rank": 7, "local_size": 8}, "cpu", "bf16", 1, False),
+        (TWO_CORES, {"local_rank": 1, "local_size": 2}, "cpu", "bf16", 1, False),
+        (H100, {}, "cuda:0", "bf16", 64, True),
+        (H100, {"local_rank": 5, "local_size": 8}, "cuda:5", "bf16", 8, True),
+        (H100, {"n_embd": 128}, "cuda:0", "bf16", 64, True),
+        (H100, {"device": "cpu"}, "cpu", "bf16", 64, False),
+        (H100, {"device": "cuda:3", "local_rank": 1, "local_size": 2}, "cuda:3", "bf16", 32, True),
+        (H100, {"dtype": "fp32", "compile": "off"}, "cuda:0", "fp32", 64, False),
+        (T4, {}, "cuda:0", "fp32", 8, True),
+        (P100, {}, "cuda:0", "fp32", 8, False),
+    ],
+)
+def test_what_a_run_uses(
+    machine: Machine, asked: dict[str, Any], device: str, dtype: str, threads: int, compiled: bool
+) -> None:
+    placement = decide(machine, **asked)
+    assert str(placement.device) == device
+    assert placement.dtype_name == dtype
+    assert placement.autocast == (torch.bfloat16 if dtype == "bf16" else None)
+    assert (placement.threads, placement.compile) == (threads, compiled)
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, XEON, TWO_CORES, H100, T4, P100])
+@pytest.mark.parametrize("n_embd", [128, 768])
+def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
+    reasons = decide(machine, n_embd=n_embd).reasons
+    assert set(reasons) == {"device", "dtype", "threads", "compile"}
+    assert all(reasons.values())
+    asked = decide(machine, device="cpu", dtype="fp32", threads=1, compile="off").reasons
+    assert set(asked.values()) == {"as asked"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "message"),
+    [
+        (LAPTOP, {"device": "cuda"}, r"device cuda:0 is not there: this machine has 0 GPU\(s\) for 1 process"),
+        (H100, {"device": "cuda:8"}, r"device cuda:8 is not there: this machine has 8 GPU\(s\)"),
+        (
+            T4,
+            {"local_rank": 1, "local_size": 2},
+            r"cuda:1 is not there: .* for 2 process\(es\); lower --nproc_per_node",
+        ),
+        (LAPTOP, {"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, found 'mps'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(machine: Machine, asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        decide(machine, **asked)
+
+
+def test_this_machine_is_probed_and_its_record_tells_no_secrets() -> None:
+    machine = Machine.probe()
+    assert machine.cores >= 1
+    assert machine.processor
+    placement = decide(machine, device="cpu")
+    recorded = environment(placement, machine)
+    assert recorded["torch"] == torch.__version__
+    assert recorded["reasons"] == placement.reasons
+    assert set(recorded) == {
+        "machine",
+        "platform",
+        "python",
+        "torch",
+        "device",
+        "dtype",
+        "threads",
+        "compile",
+        "reasons",
+    }
+
+
+def test_the_matmul_peak_is_a_rate() -> None:
+    assert 1e7 < matmul_peak(decide(Machine.probe(), device="cpu", dtype="fp32"), size=64) < 1e15
