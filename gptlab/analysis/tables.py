@@ -22,7 +22,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
             (
                 name + (" (control)" if arm["control"] else ""),
                 arm["verdict"],
-                number(arm["difference"], "+.4f"),
+                number(arm["difference"], "+z.4f"),
                 interval(arm["interval"]),
                 str(arm["n"]),
                 number(arm["p_holm"], ".2g"),
@@ -92,4 +92,4 @@ def number(value: float | None, form: str) -> str:
 
 
 def interval(bounds: Sequence[float | None]) -> str:
-    return "–" if bounds[0] is None else f"{number(bounds[0], '+.4f')} to {number(bounds[1], '+.4f')}"
+    return "–" if bounds[0] is None else f"{number(bounds[0], '+z.4f')} to {number(bounds[1], '+z.4f')}"

@@ -105,8 +105,9 @@ def _show(result: dict[str, Any]) -> None:
     console = Console(highlight=False)
     for title, header, rows in tables(result):
         shown = Table(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
-        for name in header:
-            shown.add_column(name, overflow="fold", no_wrap=name not in ("arm", "reason", "passport"))
+        for name, cells in zip(header, zip(*rows, strict=True), strict=True):
+            widest = max(map(len, (name, *cells)))
+            shown.add_column(name, overflow="fold", min_width=min(widest, 24))
         for row in rows:
             shown.add_row(*(Text(printable(cell)) for cell in row))
         console.print(shown, "")

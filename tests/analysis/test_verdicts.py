@@ -1,0 +1,221 @@
+"""Every verdict with its reason, the order of the rules, and figures that are never NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gptlab.analysis import compare
+from gptlab.analysis.sequential import level
+from gptlab.errors import ConfigError
+
+SPREAD = [0.0, 0.02, -0.01, 0.03, -0.02]  # over seeds, common to all arms
+JITTER = [0.001, -0.002, 0.0015, -0.001, 0.0005]  # an arm's own; its mean is 0
+
+
+def arm(difference: float, jitter: float = 1.0, seeds: int = 5) -> dict[int, float]:
+    return {s + 1: 3.0 + SPREAD[s % 5] + difference + jitter * JITTER[s % 5] for s in range(seeds)}
+
+
+BASELINE = {s + 1: 3.0 + SPREAD[s % 5] for s in range(20)}
+
+
+def verdict(losses: dict[int, Any], others: dict[str, Any] | None = None, **arguments: Any) -> dict[str, Any]:
+    return compare({"baseline": BASELINE, "tried": losses, **(others or {})}, **arguments)["arms"]["tried"]
+
+
+SIGNAL = {"doses": {"tried": 0.4}}
+WITH_PLACEBO = {"doses": {"tried": 0.4}, "placebos": {"tried": "placebo"}}
+NO_FINITE = {**arm(-0.05), 3: float("nan")}
+
+# name: (losses of the arm, of other arms, arguments, verdict, what the reason says, whether more_seeds is a number)
+CASES: dict[str, tuple[Any, Any, Any, str, str, bool]] = {
+    "better": (arm(-0.05), {}, {}, "better", "0.05 below its baseline", True),
+    "worse": (arm(+0.05), {}, {}, "worse", "0.05 above its baseline", True),
+    "within delta": (arm(0.003), {}, {}, "no difference", "lies within ±0.01", True),
+    "certain but within delta": (arm(-0.005, 0.01), {}, {}, "no difference", "lies within ±0.01", True),
+    "exactly 0": (BASELINE, {}, {"delta": 0}, "no difference", "exactly 0 on all 20 seeds", True),
+    "exactly 0 on one seed": ({1: 3.0}, {}, {}, "no difference", "exactly 0 on 1 seed", True),
+    "neither": (arm(0.006, 5), {}, {}, "undecided", "is not within ±0.01", True),
+    "inactive": (arm(+0.05), {}, {"doses": {"tried": 0.0099}}, "inactive", "mean dose is 0.0099", True),
+    "inactive and equal": (BASELINE, {}, {"doses": {"tried": 0.0}}, "inactive", "under 1%", True),
+    "an active signal that harms": (arm(+0.05), {}, SIGNAL, "worse", "above its baseline", True),
+    "a signal without a placebo": (arm(-0.05), {}, SIGNAL, "undecided", "no placebo arm", False),
+    "a signal below its placebo": (
+        arm(-0.05), {"placebo": arm(-0.01, -1)}, WITH_PLACEBO, "better", "below its placebo placebo", True
+    ),
+    "a signal as good as its placebo": (
+        arm(-0.05), {"placebo": arm(-0.05, -1)}, WITH_PLACEBO, "undecided", "not better than its placebo", False
+    ),
+    "a signal hardly below its placebo": (
+        arm(-0.05), {"placebo": arm(-0.0485, -1)}, WITH_PLACEBO, "undecided", "not better than its placebo", True
+    ),
+    "a signal worse than its placebo": (
+        arm(-0.05), {"placebo": arm(-0.09)}, WITH_PLACEBO, "undecided", "not better than its placebo", False
+    ),
+    "a placebo with too few seeds": (
+        arm(-0.05), {"placebo": arm(0.0, -1, 3)}, WITH_PLACEBO, "undecided", "3 seeds of 5 pair", True
+    ),
+    "a control needs no placebo": (
+        arm(-0.05), {}, {"doses": {"tried": 0.4}, "controls": ["tried"]}, "better", "below its baseline", True
+    ),
+    "no seed": ({}, {}, {}, "undecided", "0 seeds", True),
+    "one seed": (arm(-0.5, seeds=1), {}, {}, "undecided", "a spread takes at least 2", True),
+    "two seeds": (arm(-0.015, seeds=2), {}, {}, "undecided", "p 0.062 against 0.05", True),
+    "two seeds by chance": ({1: 2.96, 2: 2.9802}, {}, {}, "undecided", "two seeds can agree by chance", True),
+    "two seeds far away": ({1: 2.5, 2: 2.5201}, {}, {}, "better", "0.5 below", True),
+    "a seed that diverged": (NO_FINITE, {}, {}, "undecided", "of its baseline on seed 3", False),
+    "too few of the declared seeds": (
+        arm(-0.05), {}, {"planned": 8}, "undecided", "5 of the 8 declared seeds", True
+    ),
+    "before the first look": (arm(-0.05), {}, {"looks": [6, 12]}, "undecided", "first declared look is at 6", True),
+    "at a look": (arm(-0.05), {}, {"looks": [5, 10]}, "better", "against 0.031", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_verdict_with_its_reason(case: tuple[Any, Any, Any, str, str, bool]) -> None:
+    losses, others, arguments, expected, reason, countable = case
+    if "two seeds" in reason:  # the t test alone would have been content
+        assert stats.ttest_rel(list(losses.values()), [BASELINE[1], BASELINE[2]]).pvalue < 0.05
+    found = verdict(losses, others, **arguments)
+    assert (found["verdict"], reason in found["reason"]) == (expected, True), found["reason"]
+    assert (found["more_seeds"] is not None) is countable
+    if found["more_seeds"] is not None:
+        assert (found["more_seeds"] > 0) is (expected == "undecided")
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_result_is_json_without_nan_and_the_same_again(case: tuple[Any, Any, Any, str, str, bool]) -> None:
+    losses, others, arguments, *_ = case
+    first = json.dumps(compare({"baseline": BASELINE, "tried": losses, **others}, **arguments), allow_nan=False)
+    again = json.dumps(compare({"baseline": BASELINE, "tried": losses, **others}, **arguments), allow_nan=False)
+    assert first == again
+
+
+def test_the_figures_are_those_of_the_paired_test() -> None:
+    found = verdict(arm(0.01, 5))
+    expected = stats.ttest_rel([arm(0.01, 5)[s] for s in range(1, 6)], [BASELINE[s] for s in range(1, 6)])
+    assert found["p_holm"] == pytest.approx(expected.pvalue)
+    assert found["interval"] == pytest.approx(list(expected.confidence_interval()))
+    assert found["difference"] == pytest.approx(0.01)
+    assert (found["n"], found["seeds"]) == (5, [1, 2, 3, 4, 5])
+    assert found["seed_correlation"] == pytest.approx(
+        np.corrcoef(list(arm(0.01, 5).values()), [BASELINE[s] for s in range(1, 6)])[0, 1]
+    )
+    assert compare({"baseline": arm(0.0, 0.0), "a": arm(0.0)})["noise_floor"] == pytest.approx(np.std(SPREAD, ddof=1))
+
+
+def with_p(p: float, seeds: int = 5) -> dict[int, float]:
+    """An arm above the baseline whose paired t test has just this p."""
+    jitter = np.array((JITTER * 4)[:seeds])
+    t = stats.t.isf(p / 2, seeds - 1)
+    mean = t * jitter.std(ddof=1) / seeds**0.5 + jitter.mean() * 0
+    return {s + 1: BASELINE[s + 1] + float(jitter[s] - jitter.mean() + mean) for s in range(seeds)}
+
+
+def test_holm_steps_down_over_arms_that_are_no_controls() -> None:
+    losses = {"baseline": BASELINE, "a": with_p(0.012), "b": with_p(0.024), "c": with_p(0.06), "d": with_p(0.04)}
+    found = compare(losses, delta=0, controls=["d"])["arms"]
+    # of three arms: 0.012 < 0.05/3, 0.024 < 0.05/2, 0.06 > 0.05; the control is judged by itself
+    assert [found[a]["verdict"] for a in "abcd"] == ["worse", "worse", "undecided", "worse"]
+    assert [found[a]["p_holm"] for a in "abcd"] == pytest.approx([0.036, 0.048, 0.06, 0.04], rel=1e-6)
+    assert [found[a]["level"] for a in "abcd"] == pytest.approx([0.05 / 3, 0.05 / 2, 0.05, 0.05])
+    losses["a"] = with_p(0.018)  # not below 0.05/3: Holm stops, though the next would pass by itself
+    found = compare(losses, delta=0, controls=["d"])["arms"]
+    assert [found[a]["verdict"] for a in "abc"] == ["undecided"] * 3
+
+
+def test_an_arm_without_seeds_keeps_its_place_in_the_family() -> None:
+    assert verdict(with_p(0.03), delta=0)["verdict"] == "worse"
+    assert verdict(with_p(0.03), {"later": {}}, delta=0)["verdict"] == "undecided"
+
+
+def test_each_look_has_its_own_level_and_seeds_between_looks_wait() -> None:
+    looks = [5, 10, 20]
+    levels = [level(0.05, looks, n) for n in looks]
+    for n, nominal in zip(looks, levels, strict=True):
+        assert verdict(with_p(nominal * 1.01, n), delta=0, looks=looks)["verdict"] == "undecided"
+        assert verdict(with_p(nominal * 0.99, n), delta=0, looks=looks)["verdict"] == "worse"
+    found = verdict({**with_p(0.5, 5), **dict.fromkeys((6, 7, 8), 9.0)}, delta=0, looks=looks)
+    assert (found["n"], found["seeds_found"], found["seeds"]) == (5, 8, [1, 2, 3, 4, 5])
+    assert found["p"] == pytest.approx(0.5)
+
+
+def test_seeds_still_needed_end_at_a_declared_look() -> None:
+    unsure = arm(0.02, 20)
+    fixed, looked = verdict(unsure), verdict(unsure, looks=[5, 10, 200])
+    assert fixed["verdict"] == looked["verdict"] == "undecided"
+    assert 10 < 5 + fixed["more_seeds"] < 200
+    assert 5 + looked["more_seeds"] == 200
+
+
+def test_no_difference_is_tested_at_the_looks_level_too() -> None:
+    half = 0.01 - 0.0005
+    jitter = half / (stats.t.isf(0.05, 4) * np.std(JITTER, ddof=1) / 5**0.5)  # the 90% interval just fits
+    assert verdict(arm(0.0, jitter))["verdict"] == "no difference"
+    assert verdict(arm(0.0, jitter), looks=[5, 10])["verdict"] == "undecided"
+
+
+def test_arms_pair_only_within_their_group() -> None:
+    small, large = arm(0.0), {s: x - 1 for s, x in arm(0.0).items()}
+    losses = {"s": small, "s+": {s: x - 0.05 for s, x in arm(0).items()}, "l": large, "l+": {**large, 1: 2.1, 2: 2.2}}
+    result = compare(losses, groups={"small": ["s", "s+"], "large": ["l", "l+"]})
+    assert (result["baseline"], list(result["arms"])) == ("s", ["s+", "l+"])
+    assert result["arms"]["s+"]["difference"] == pytest.approx(-0.05)
+    assert (result["arms"]["l+"]["baseline"], result["arms"]["l+"]["group"]) == ("l", "large")
+    assert 0 < result["arms"]["l+"]["difference"] < 0.2
+
+
+@pytest.mark.parametrize("seed", [int, str], ids=["numbers", "text, as JSON has them"])
+def test_seeds_are_in_the_order_of_numbers(seed: Any) -> None:
+    losses = {
+        name: {seed(s): x for s, x in reversed(row.items())} for name, row in {"b": BASELINE, "a": arm(0)}.items()
+    }
+    losses["a"] |= {seed(10): 9.0}
+    assert compare(losses, looks=[5, 10])["arms"]["a"]["seeds"] == [seed(s) for s in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"baseline": "basline"}, "no arm 'basline'; did you mean 'baseline'"),
+        ({"placebos": {"tried": "plcebo"}}, "no arm 'plcebo'"),
+        ({"delta": float("nan")}, "expected nats, at least 0"),
+        ({"looks": [10, 5]}, "rising numbers of seeds"),
+        ({"groups": {"g": ["baseline"]}}, "every arm in one group, found 'tried' in 0"),
+        ({"groups": {"g": ["baseline", "tried"]}, "baseline": "tried"}, "first in its group"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        verdict(arm(0), **arguments)
+
+
+@pytest.mark.parametrize("losses", [{"baseline": BASELINE}, {}, {"baseline": [1.0], "a": [2.0]}])
+def test_losses_that_cannot_be_compared_are_refused(losses: Any) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        compare(losses)
+
+
+def test_huge_and_tiny_differences_give_finite_figures() -> None:
+    for difference in (1e-300, 3e38, -1e-12):
+        found = verdict({s: x + difference for s, x in BASELINE.items()})
+        assert all(math.isfinite(found[key]) for key in ("difference", "p", "p_holm", "sigma"))
+
+
+def test_the_function_stays_the_export_after_its_module_is_imported_and_needs_no_torch() -> None:
+    code = (
+        "import sys, gptlab.analysis, gptlab.analysis.outcomes; from gptlab.analysis import compare;"
+        "compare({'baseline': {1: 1.0, 2: 2.0}, 'a': {1: 1.5, 2: 2.4}});"
+        "print(callable(gptlab.analysis.compare), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
