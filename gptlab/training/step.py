@@ -14,6 +14,7 @@ from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import add_noise
+from gptlab.training.divergence import where_not_finite
 from gptlab.training.gradients import Ledger, TargetFlip, accumulate, length, needs_parts, voices_of
 from gptlab.training.optimizer import learning_rate_at
 from gptlab.training.state import TrainingState
@@ -68,7 +69,9 @@ def update(
     model.zero_grad(set_to_none=True)
     sums = _Sums(len(voices), config.n_layer, placement.device)
     sums.stop += stop
+    seen: list[Batch] = []
     for batch in batches:
+        seen.append(batch)
         losses = accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger if apart else None)
         sums.loss += losses.loss * batch.share
         sums.signal += losses.signal_loss * batch.share
@@ -99,7 +102,7 @@ def update(
         add_noise(gradients, config.gradient_noise * true, config.seed, step)
     norm = length(list(gradients.values()))
     if not (torch.isfinite(sums.all).all() and isfinite(norm)):
-        raise DivergedError(_what_diverged(state, sums, voices))
+        raise DivergedError(_what_diverged(step, sums, voices, where_not_finite(model, seen, world, placement)))
     clipped = bool(config.grad_clip) and norm > config.grad_clip
     if clipped:
         torch._foreach_mul_(list(gradients.values()), config.grad_clip / norm)
@@ -170,8 +173,8 @@ def _unweighted(voices: Sequence[Voice], sums: _Sums) -> list[float]:
     return [float(row.sum()) * f for row, f in zip(sums.judges, factors, strict=True)]
 
 
-def _what_diverged(state: TrainingState, sums: _Sums, voices: Sequence[Voice]) -> str:
-    """One line that names what is not finite: a judge's signal, else the loss, else the first bad gradient."""
+def _what_diverged(step: int, sums: _Sums, voices: Sequence[Voice], where: str) -> str:
+    """One line that names what is not finite: a judge's signal, else the loss, else the gradient."""
     bad = [
         (voice.config.name, judge)
         for voice, row in zip(voices, sums.judges.tolist(), strict=True)
@@ -184,10 +187,7 @@ def _what_diverged(state: TrainingState, sums: _Sums, voices: Sequence[Voice]) -
         what = "the true loss"
     else:
         what = "the gradient"
-    first = next(
-        (n for n, p in state.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()), ""
-    )
     return (
-        f"diverged at step {state.step}: {what} is not finite{f', first in {first}' if first else ''}; "
+        f"diverged at step {step}: {what} is not finite{where}; "
         "the weights were not changed; lower --learning_rate or --signal.weight and run again"
     )

@@ -1,0 +1,34 @@
+"""Where an update stopped being finite, in words. Called only when it did, so it may look at everything again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.model.gpt import GPT
+from gptlab.training.verdicts import Batch
+
+
+@torch.no_grad()
+def where_not_finite(model: GPT, batches: Sequence[Batch], world: World, placement: Placement) -> str:
+    """ ", first in the output of block j", for the first block whose output is not finite in any rank's micro-batches.
+
+    Where all outputs are finite it is the parameter whose gradient the backward pass met first, and "" where none is
+    bad. Every rank must call it with its own micro-batches; all get the same answer.
+    """
+    bad = torch.zeros(model.config.n_layer + 1, device=placement.device)
+    cast = torch.autocast(placement.device.type, placement.autocast) if placement.autocast else nullcontext()
+    for batch in batches:
+        with cast:
+            states = model.hidden_states(batch.tokens)
+        bad += torch.stack([~h.isfinite().all() for h in states])
+    world.sum_([bad])
+    for j, count in enumerate(bad.tolist()):
+        if count:
+            return f", first in the output of block {j} (transformer.h.{j - 1})" if j else ", first in the embeddings"
+    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    return next((f", first in {name}" for name, g in reversed(gradients) if not g.isfinite().all()), "")
