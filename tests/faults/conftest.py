@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `harness`, which benchmarks/faults.py imports too
 
-from harness import Trainer, make_corpus, outcome
+from harness import Trainer, kill, make_corpus, outcome
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +39,30 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         trainer.close()
     assert outcome(folder / "run")[0][1] == 40
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def _killed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    trainer = Trainer(corpus, folder)
+    try:
+        running = trainer.start(folder / "run")
+        running.wait_for_rows(folder / "run", 14)
+        kill(running, "worker", random.Random(0))
+        running.end()
+    finally:
+        trainer.close()
+    return folder / "run"
+
+
+@pytest.fixture
+def killed(_killed: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Copies of the tiny run as a kill left it after update 13: checkpoints at 5 and 10."""
+    copies = 0
+
+    def copy() -> Path:
+        nonlocal copies
+        copies += 1
+        return Path(shutil.copytree(_killed, tmp_path / f"killed_{copies}"))
+
+    return copy

@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +48,7 @@ def make_corpus(folder: Path, train: int = 1900, val: int = 800) -> Path:
     """A corpus of so many bytes of babble; the default's epoch is 7 updates and a bit, so that an update crosses it."""
     folder.mkdir()
     (folder / "tokenizer.txt").write_text("bytes\n")
-    words = [*"the king shall speak of love and war to all who hear him in this cold".split(), "hall\n"]
+    words = ["the", "king", "shall", "speak", "of", "love", "and", "war", "to", "all", "who", "hear", "hall\n"]
     chosen = np.random.Generator(np.random.PCG64(1)).integers(len(words), size=(train + val) // 2)
     text = " ".join(words[i] for i in chosen).encode()
     tokens = np.frombuffer(text, dtype=np.uint8).astype(np.uint16)
@@ -55,9 +58,9 @@ def make_corpus(folder: Path, train: int = 1900, val: int = 800) -> Path:
 
 
 def options(corpus: Path, run: Path, **changes: Any) -> list[str]:
-    """The tiny run's options; a change of `signal_name` stands for `signal.name`."""
+    """The tiny run's options under `changes`; a value of None makes a flag of an option."""
     values = {**MODEL, **RUN, "data": corpus, "out": run, **changes}
-    return [word for key, value in values.items() for word in (f"--{key.replace('signal_', 'signal.')}", str(value))]
+    return [str(word) for key, value in values.items() for word in (f"--{key}", value) if word is not None]
 
 
 def wait_until(true: Callable[[], Any], what: str, patience: float = PATIENCE) -> None:
@@ -118,12 +121,14 @@ class Ended:
 class Running:
     """A training command under way: by itself (processes=0), or under torchrun."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    def __init__(self, command: list[str], log: Path, limit: int | None = None) -> None:
+        """limit: bytes that no file it writes may exceed, as on a full disk."""
         self._out, self._err = log.with_suffix(".out"), log.with_suffix(".err")
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-            )
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)) if limit else None,
+            )  # fmt: skip
         self._seen: set[int] = set()
 
     @property
@@ -169,27 +174,37 @@ class Trainer:
         self.corpus, self.folder = corpus, folder
         self._started: list[Running] = []
 
-    def start(self, run: Path, *, processes: int = 0, signal_name: str = "confidence", **changes: Any) -> Running:
-        """The launcher for that signal, over OPTIONS and `changes`, in so many processes of torchrun (0: without)."""
+    def start(
+        self,
+        run: Path,
+        *,
+        processes: int = 0,
+        signal_name: str = "confidence",
+        limit: int | None = None,
+        launcher: Path | None = None,
+        **changes: Any,
+    ) -> Running:
+        """The launcher for that signal, over the tiny run's options and `changes`, in so many processes of torchrun
+        (0: without)."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [sys.executable, *(torchrun if processes else []), LAUNCHERS[signal_name]]
+        command = [sys.executable, *(torchrun if processes else []), str(launcher or LAUNCHERS[signal_name])]
         log = self.folder / f"{len(self._started)}.log"
-        self._started.append(Running([*command, *options(self.corpus, run, **changes)], log))
+        self._started.append(Running([*command, *options(self.corpus, run, **changes)], log, limit))
         return self._started[-1]
 
-    def train(self, run: Path, *, processes: int = 0, **changes: Any) -> Ended:
-        """Start and wait."""
-        return self.start(run, processes=processes, **changes).end()
+    def train(self, run: Path, **how: Any) -> Ended:
+        """Start as `start` does, and wait."""
+        return self.start(run, **how).end()
 
     def close(self) -> None:
         for running in self._started:
             running.abandon()
 
 
-def kill(running: Running, victim: str) -> None:
-    """SIGKILL to "worker" (the first), "torchrun" or "both"; a run without torchrun is its own worker."""
-    workers = running.workers() or [running.id]
-    targets = {"worker": workers[:1], "torchrun": [running.id], "both": [running.id, workers[0]]}[victim]
+def kill(running: Running, victim: str, choose: random.Random) -> None:
+    """SIGKILL to a "worker", to "torchrun" or to "both"; a run without torchrun is its own worker."""
+    worker = choose.choice(running.workers() or [running.id])
+    targets = {"worker": [worker], "torchrun": [running.id], "both": [running.id, worker]}[victim]
     running.send(signal.SIGKILL, *targets)
 
 

@@ -1,0 +1,97 @@
+"""A loss or gradient that is no longer finite: no update, the step and the block named, exit code 4, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import Trainer, rows
+
+from gptlab.runs import checkpoint
+from gptlab.runs.folder import newest
+
+ON_ONE_RANK = '''
+"""The launcher, with a block that gives NaN on rank 1 from its update 6 on."""
+import functools, os, sys
+import torch
+from gptlab.cli.main import guarded
+from gptlab.cli.train import main
+
+calls = 0
+
+def spoil(module, arguments, output):
+    global calls
+    if type(module).__name__ == "MLP":
+        calls += 1
+        if calls > 40:
+            return output * float("nan")
+
+if os.environ["RANK"] == "1":
+    torch.nn.modules.module.register_module_forward_hook(spoil)
+sys.exit(guarded(functools.partial(main, defaults={"signal.name": "confidence"}), sys.argv[1:]))
+'''
+
+
+def test_an_infinite_weight_to_start_from(trainer: Trainer, killed: Callable[[], Path], tmp_path: Path) -> None:
+    """`--init_from` a checkpoint whose second block overflows: nothing is learnt from it, nothing saved over it."""
+    good = checkpoint.load(newest(killed()))
+    weights = dict(good.weights)
+    weights["transformer.h.1.mlp.c_fc.weight"] = weights["transformer.h.1.mlp.c_fc.weight"].clone()
+    weights["transformer.h.1.mlp.c_fc.weight"][0, 0] = float("inf")
+    bad = checkpoint.save(tmp_path / "bad" / "checkpoints", weights, good.moments, good.state)
+    run = tmp_path / "run"
+    ended = trainer.train(run, init_from=bad)
+    assert ended.code == 4, ended.err
+    (line,) = ended.ours
+    assert "diverged at step 0" in line
+    assert "first in the output of block 2 (transformer.h.1)" in line
+    assert "the weights were not changed" in line
+    assert "Traceback" not in ended.err
+    (row,) = rows(run)
+    assert (row["kind"], row["event"], row["step"]) == ("event", "DivergedError", 0)
+    assert row["text"] in line
+    assert not checkpoint.complete(run / "checkpoints")
+
+
+def test_too_large_a_learning_rate(trainer: Trainer, tmp_path: Path) -> None:
+    """The last checkpoint before the fault is whole and finite; the rows say how far it went."""
+    run = tmp_path / "run"
+    ended = trainer.train(run, learning_rate=1e30, checkpoint_every=1, warmup_steps=0)
+    assert ended.code == 4, ended.err
+    (line,) = ended.ours
+    event = rows(run)[-1]
+    assert f"diverged at step {event['step']}" in line
+    assert event["step"] == sum(row["kind"] == "train" for row in rows(run))
+    saved = checkpoint.load(newest(run))
+    assert saved.step == event["step"]
+    assert all(w.isfinite().all() for w in saved.weights.values())
+
+
+def test_on_one_rank_only_all_stop(trainer: Trainer, tmp_path: Path) -> None:
+    run, launcher = tmp_path / "run", tmp_path / "spoilt.py"
+    launcher.write_text(ON_ONE_RANK)
+    ended = trainer.train(run, processes=2, launcher=launcher)
+    assert ended.code != 0
+    (line,) = ended.ours
+    step = rows(run)[-1]["step"]
+    assert f"diverged at step {step}" in line
+    assert "first in the output of block 1 (transformer.h.0)" in line, "though the rank that speaks has it not"
+    assert "gptlab/training" not in ended.err, "a traceback of ours"
+    assert ended.err.count("exitcode  : 4") == 2, "torchrun tells both ranks' exit code"
+    assert rows(run)[-1]["event"] == "DivergedError"
+    saved = checkpoint.load(newest(run))
+    assert saved.step <= step
+    assert all(w.isfinite().all() for w in saved.weights.values())
+
+
+def test_a_signal_that_gives_nan(trainer: Trainer, tmp_path: Path) -> None:
+    """The signal and its judge are named, not the true loss, which is well."""
+    run, signal = tmp_path / "run", tmp_path / "spoilt.py"
+    signal.write_text("def nan(logits, targets):\n    return logits[:, 0] * float('nan')\n")
+    changes = {"signal.name": f"{signal}:nan", "signal.start": 3, "allow_code": None}
+    ended = trainer.train(run, **changes)
+    assert ended.code == 4, ended.err
+    (line,) = ended.ours
+    assert "diverged at step 3" in line
+    assert f"the signal {signal}:nan of judge 1 (block 1) is not finite" in line
+    assert [row["kind"] for row in rows(run)] == ["train"] * 3 + ["event"]

@@ -1,0 +1,117 @@
+"""SIGKILL at any moment, then the same command again: the very same run, and nobody left who writes."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Trainer, kill, make_corpus, options, outcome, rows, settle
+
+from gptlab.data.batches import TrainingWindows
+from gptlab.data.corpus import open_corpus
+
+STEPS = 24  # over three epochs; with the rows of validation and samples 28 rows
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The run in one go, by number of processes: sums over two ranks round otherwise than one rank's."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = Trainer(corpus, folder)
+    try:
+        for processes in (1, 2):
+            ended = trainer.train(folder / str(processes), processes=processes, steps=STEPS)
+            assert ended.code == 0, ended.err
+    finally:
+        trainer.close()
+    return {processes: folder / str(processes) for processes in (1, 2)}
+
+
+@pytest.mark.parametrize(("processes", "victim"), [(1, "worker"), (1, "torchrun"), (2, "worker"), (2, "both")])
+def test_killed_at_a_random_moment_and_identical(
+    processes: int, victim: str, trainer: Trainer, whole: dict[int, Path], tmp_path: Path
+) -> None:
+    run, choose = tmp_path / "run", random.Random(f"{processes} {victim}")
+    running = trainer.start(run, processes=processes, steps=STEPS)
+    running.wait_for_rows(run, choose.randrange(6, 22))
+    time.sleep(choose.uniform(0, 0.05))
+    kill(running, victim, choose)
+    left, written = settle(running, run)
+    assert (left, written) == ([], 0), "a worker outlived its torchrun, or wrote on"
+    assert running.end().code != 0
+    ended = trainer.train(run, processes=processes, steps=STEPS)
+    assert ended.code == 0, ended.err
+    assert outcome(run) == outcome(whole[processes])
+
+
+def test_the_rank_that_is_left_says_that_it_lost_one(trainer: Trainer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    running = trainer.start(run, processes=2, steps=4000)
+    running.wait_for_rows(run, 5)
+    kill(running, "worker", random.Random(1))
+    ended = running.end()
+    assert ended.code != 0
+    assert "gptlab/training/step.py" not in ended.err, "a traceback of ours"
+    assert all("another process of this run has ended" in line for line in ended.ours), ended.ours
+
+
+def test_a_checkpoint_at_an_epochs_very_end(tmp_path: Path) -> None:
+    """64 windows are eight updates of eight: checkpoints 8 and 16 lie between two epochs."""
+    corpus = make_corpus(tmp_path / "corpus", train=64 * 32 + 1)
+    trainer = Trainer(corpus, tmp_path)
+    try:
+        how = {"steps": 24, "checkpoint_every": 8, "eval_every": 0, "sample_every": 0}
+        assert trainer.train(tmp_path / "whole", **how).code == 0
+        run = tmp_path / "run"
+        running = trainer.start(run, **how)
+        running.wait_for_rows(run, 17)
+        kill(running, "worker", random.Random(2))
+        running.end()
+        ended = trainer.train(run, **how)
+        assert ended.code == 0, ended.err
+        assert outcome(run) == outcome(tmp_path / "whole")
+        assert [row["step"] for row in rows(run) if row["kind"] == "train"] == list(range(1, 25))
+    finally:
+        trainer.close()
+    windows = TrainingWindows(open_corpus(corpus), 32, 256, seed=1)
+    for epoch in range(3):
+        assert sorted(windows.window_ids(64 * epoch, 64)) == [(0, window) for window in range(64)]
+    assert windows.cursor(8, 8)["epoch"] == 1
+
+
+def test_killed_within_every_phase_of_a_save(corpus: Path, tmp_path: Path) -> None:
+    """Every file that is opened, renamed or removed in the third save, and the middle of a write of either tensor file.
+
+    The last moments of a save are those in which an older checkpoint goes; benchmarks/faults.py tries all 65 moments.
+    """
+    how = options(corpus, tmp_path / "whole", steps=6, checkpoint_every=2, eval_every=6, sample_every=0)
+    where = how.index("--out")
+    del how[where : where + 2]
+    driver = Path(__file__).with_name("killed_inside.py")
+    moments = [4, 31, 42, 43, 46, 48, 53, 54, 55, 57, 58, 61, 64]
+    command = [sys.executable, str(driver), "--folder", str(tmp_path), "--at", *map(str, [*moments, 10_000])]
+    done = subprocess.run(
+        [*command, "--sizes", "50000", "200000", "--", *how], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    *trials, none, in_weights, in_moments = map(json.loads, done.stdout.splitlines())
+    assert (none["died"], none["ended"]) == (0, 0), "no moment 10,000: the uninterrupted run"
+    assert len(trials) == len(moments)
+    for trial in (*trials, in_weights, in_moments):
+        assert trial["died"] < 0, f"{trial}: it was to be killed"
+        assert (trial["ended"], trial["damaged"], trial["debris"]) == (0, [], []), trial
+        assert outcome(Path(trial["run"])) == outcome(Path(none["run"])), trial
+    phases = {trial["where"] for trial in trials}
+    for phase in (
+        "open model.safetensors",
+        "open MANIFEST.json",
+        "os.rename .saving_step_00000006",
+        "os.rename step_00000002",
+        "os.rmdir .removing_step_00000002",
+    ):
+        assert phase in phases, f"{phase} is not among {sorted(phases)}: choose the moments anew"
