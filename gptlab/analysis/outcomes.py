@@ -172,11 +172,10 @@ def _outcomes(
         baselines |= dict.fromkeys(members, members[0])
     differences: list[str] = []
     for arm, members in ended.items():
-        theirs = ended.get(baselines[arm], [])
-        for i, run in enumerate(members):
-            differences += undeclared(run, members[0], frozenset()) if i else ()
-            if theirs and arm != baselines[arm] and i == 0:
-                differences += undeclared(run, theirs[0], allowed[arm] | allowed[baselines[arm]])
+        references = ended.get(baselines[arm]) or members
+        may_differ = allowed[arm] | allowed[baselines[arm]] if arm != baselines[arm] else frozenset()
+        for run in members:
+            differences += undeclared(run, references[0], may_differ, members[0])
     controls = {arm: control for arm in arms if (control := _control(declared[arm])) != "none"}
     signals = [arm for arm in arms if arm not in controls and _differs_by_signal(declared, arm, baselines[arm])]
     return Outcomes(
@@ -208,9 +207,8 @@ def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -
     shared = set.intersection(*(set(steps) for steps in losses.values()))
     if asked is not None and asked not in shared:
         lacking = next(name for name, steps in losses.items() if asked not in steps)
-        raise DataError(
-            f"--step {asked}: {lacking} has no validation loss there; steps that all have: {sorted(shared)}"
-        )
+        have = ", ".join(map(str, sorted(shared))) or "none"
+        raise DataError(f"--step {asked}: {lacking} has no validation loss there; steps that all have: {have}")
     if not shared:
         steps = "; ".join(f"{name}: {max(steps, default='none')}" for name, steps in list(losses.items())[:4])
         raise DataError(f"expected a step at which every run was validated, found none; last steps are {steps}")

@@ -27,12 +27,17 @@ def own_options(run: Run) -> dict[str, Any]:
     return {key: value for key, value in run.options.items() if key not in FREE}
 
 
-def undeclared(run: Run, reference: Run, declared: frozenset[str]) -> Iterator[str]:
-    """What makes `run` another experiment than `reference`, beyond the `declared` keys, one line each."""
+def undeclared(run: Run, reference: Run, declared: frozenset[str], sibling: Run) -> Iterator[str]:
+    """What makes `run` another experiment than `reference`, a run of its baseline, one line each.
+
+    In the `declared` keys it may differ from it, but not from its `sibling`, a run of its own arm.
+    """
+    expected_of = {True: (sibling, _facts(sibling)), False: (reference, _facts(reference))}
     for (name, key), found in _facts(run).items():
-        expected = _facts(reference).get((name, key))
-        if found != expected and key not in declared and not (name == "data shards" and _grew(run, reference, key)):
-            yield f"{run.path}: {name} {key}: expected {_short(expected)} as in {reference.path}, found {_short(found)}"
+        other, facts = expected_of[key in declared]
+        expected = facts.get((name, key))
+        if found != expected and not (name == "data shards" and _grew(run, other, key)):
+            yield f"{run.path}: {name} {key}: expected {_short(expected)} as in {other.path}, found {_short(found)}"
 
 
 def _facts(run: Run) -> dict[tuple[str, str], Any]:

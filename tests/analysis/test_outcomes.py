@@ -1,0 +1,305 @@
+"""Runs, experiments and logs become arms x seeds; what nobody declared is found and told."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptlab.analysis.outcomes import Outcomes, read
+from gptlab.analysis.records import count_parameters, read_run
+from gptlab.errors import CheckpointError, ConfigError, DataError
+from gptlab.options import build, flatten
+from gptlab.training.config import TrainingConfig
+
+EXPERIMENT = """
+name = "tried"
+baseline = "plain"
+seeds = [1, 2, 3]
+delta = 0.02
+[options]
+steps = 20
+eval_every = 10
+[arms.plain]
+[arms.sure]
+signal.name = "confidence"
+[arms.sure-placebo]
+signal.name = "confidence"
+signal.control = "placebo"
+[arms.faster]
+learning_rate = 0.002
+"""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sure": {"signal.name": "confidence"},
+    "sure-placebo": {"signal.name": "confidence", "signal.control": "placebo"},
+    "faster": {"learning_rate": 0.002},
+}
+LOSSES = {"plain": 3.0, "sure": 2.9, "sure-placebo": 2.99, "faster": 3.1}
+NOISE = {1: 0.0, 2: 0.011, 3: -0.013}
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, write_run: Any) -> Path:
+    for arm, options in OPTIONS.items():
+        for seed in (1, 2, 3):
+            loss = LOSSES[arm] + NOISE[seed] + 0.001 * (seed * len(arm) % 3)
+            dose = 0.3 if "signal.name" in options else None
+            write_run(tmp_path / arm / f"seed_{seed}", loss, seed=seed, options=options, dose=dose)
+    (tmp_path / "experiment.toml").write_text(EXPERIMENT)
+    return tmp_path
+
+
+def rewrite(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_an_experiment_is_read_as_declared(experiment: Path) -> None:
+    outcomes = read([experiment])
+    assert (outcomes.name, outcomes.step, outcomes.undeclared, outcomes.notes) == ("tried", 20, (), ())
+    assert outcomes.losses["plain"] == {1: 3.002, 2: 3.012, 3: pytest.approx(2.987)}
+    assert outcomes.arguments["placebos"] == {"sure": "sure-placebo"}
+    assert outcomes.arguments["doses"] == {"sure": pytest.approx(0.3), "sure-placebo": pytest.approx(0.3)}
+    result = outcomes.verdicts()
+    found = {arm: (v["verdict"], v["control"]) for arm, v in result["arms"].items()}
+    assert found == {"sure": ("better", False), "sure-placebo": ("no difference", True), "faster": ("worse", False)}
+    assert (result["delta"], result["planned"], result["baseline"]) == (0.02, 3, "plain")
+    assert result["arms"]["faster"]["changes"]["learning_rate"] == [0.001, 0.002]
+
+
+def test_the_passport_tells_what_the_folders_tell(experiment: Path) -> None:
+    found = read([experiment]).verdicts()["arms"]["sure"]["passport"]
+    assert (found["vocabulary"], found["depth"], found["learning_rate"], found["tuned"]) == (256, 4, 0.001, False)
+    assert (found["clipped_share"], found["dose"], found["epochs"]) == (0.25, pytest.approx(0.3), None)
+    assert found["tokens_per_parameter"] == 20 * 2048 / found["parameters"]
+    assert found["noise_floor"] > 0
+
+
+def test_epochs_come_from_the_corpus_where_it_is_the_one(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "data" / "shakespeare-bytes"
+    corpus.mkdir(parents=True)
+    shard = {"file": "x.bin", "tokens": 1024, "sha256": ""}
+    splits = {"train": [{**shard, "sha256": d * 64} for d in "12"], "val": [{**shard, "sha256": "3" * 64}]}
+    manifest = {
+        "format": 1,
+        "name": "shakespeare",
+        "source": {},
+        "tokenizer": "bytes",
+        "vocab_size": 256,
+        "complete": True,
+    }
+    (corpus / "corpus.json").write_text(json.dumps({**manifest, "splits": splits}))
+    monkeypatch.chdir(tmp_path)
+    assert read([experiment]).passports["plain"]["epochs"] == 20
+    splits["train"][0]["sha256"] = "9" * 64
+    (corpus / "corpus.json").write_text(json.dumps({**manifest, "splits": splits}))
+    assert read([experiment]).passports["plain"]["epochs"] is None
+
+
+@pytest.mark.parametrize("options", [{}, {"share_blocks": True}, {"tokenizer": "gpt2", "n_embd": 64, "n_layer": 2}])
+def test_parameters_are_counted_as_the_model_has_them(options: dict[str, Any]) -> None:
+    from gptlab.model import GPT, GPTConfig
+
+    config = build(TrainingConfig, options)
+    shape = (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks)
+    expected = sum(p.numel() for p in GPT(GPTConfig(*shape)).parameters())
+    assert count_parameters(flatten(config), config.vocab_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("event", "verdict", "note"),
+    [
+        ({"event": "DivergedError", "text": "not finite"}, "undecided", None),
+        (None, "undecided", "stands at step 20 and has not finished"),
+        ({"event": "Stopped"}, "undecided", "has not finished"),
+    ],
+    ids=["diverged", "running", "stopped"],
+)
+def test_a_run_that_did_not_finish_is_told(
+    experiment: Path, write_run: Any, event: dict[str, Any] | None, verdict: str, note: str | None
+) -> None:
+    cell = experiment / "faster" / "seed_2"
+    os.rename(cell, experiment / "before")
+    write_run(cell, 3.1, seed=2, options=OPTIONS["faster"], end=event)
+    outcomes = read([experiment])
+    assert [note in line for line in outcomes.notes] == ([True] if note else [])
+    found = outcomes.verdicts()["arms"]["faster"]
+    assert found["verdict"] == verdict
+    assert ("seed 2" if note is None else "2 of the 3 declared seeds") in found["reason"]
+
+
+UNDECLARED: dict[str, tuple[dict[str, Any], str]] = {
+    "training data": ({"data": {"train": ["9" * 64, "2" * 64]}}, "data shards train: expected ['111111111111…'"),
+    "validation data": ({"data": {"val": ["9" * 64]}}, "data shards val: expected"),
+    "validation hash": ({"end": {"event": "finished", "validation_sha256": "e" * 64}}, "validation set"),
+    "model": ({"options": {"n_layer": 3}}, "option n_layer: expected 4 as in"),
+    "an option": ({"options": {"weight_decay": 0.2}}, "option weight_decay: expected 0.1 as in"),
+    "gptlab": ({"config": {"gptlab": "0.2.0"}}, "software gptlab: expected '0.1.0' as in"),
+    "a patch": ({"config": {"patch": "abc"}}, "software patch: expected None as in"),
+    "torch": ({"environment": {"torch": "2.12.0"}}, "software torch: expected '2.13.0' as in"),
+    "compile": ({"environment": {"compile": True}}, "software compile: expected False as in"),
+    "processor": ({"environment": {"machine": {"processor": "another"}}}, "machine processor: expected 'a processor'"),
+    "device": ({"environment": {"device": "cuda:1"}}, "machine device: expected 'cpu' as in"),
+    "dtype": ({"environment": {"dtype": "bf16"}}, "machine dtype: expected 'fp32' as in"),
+}
+
+
+@pytest.mark.parametrize("seed", [1, 3], ids=["against the baseline", "within the arm"])
+@pytest.mark.parametrize("case", UNDECLARED.values(), ids=UNDECLARED)
+def test_what_nobody_declared_is_found(
+    experiment: Path, write_run: Any, case: tuple[dict[str, Any], str], seed: int
+) -> None:
+    changes, message = case
+    cell = experiment / "sure" / f"seed_{seed}"
+    os.rename(cell, experiment / "before")
+    options = {**OPTIONS["sure"], **changes.get("options", {})}
+    write_run(cell, 2.9, seed=seed, dose=0.3, **{**changes, "options": options})
+    found = read([experiment]).undeclared
+    assert len(found) == 1
+    assert found[0].startswith(f"{cell}: {message}"), found
+
+
+@pytest.mark.parametrize("declared", ["n_layer = 3", "weight_decay = 0.2", 'dtype = "bf16"', 'patch = "idea.diff"'])
+def test_what_an_arm_declares_is_what_is_compared(experiment: Path, write_run: Any, declared: str) -> None:
+    key, value = declared.split(" = ")
+    options = {} if key == "patch" else {key: json.loads(value)}
+    environment = {"dtype": "bf16"} if key == "dtype" else {}
+    config = {"patch": "abc"} if key == "patch" else {}
+    for seed in (1, 2, 3):
+        cell = experiment / "other" / f"seed_{seed}"
+        write_run(cell, 3.2, seed=seed, options=options, environment=environment, config=config)
+    with (experiment / "experiment.toml").open("a") as file:
+        file.write(f"[arms.other]\n{declared}\n")
+    assert read([experiment]).undeclared == ()
+
+
+def test_threads_folders_and_shards_prepared_since_are_no_difference(experiment: Path, write_run: Any) -> None:
+    cell = experiment / "sure" / "seed_1"
+    os.rename(cell, experiment / "before")
+    environment = {"threads": 1, "device": "cpu:0"}
+    data = {"train": ["1" * 64], "complete": False}
+    write_run(cell, 2.9, options=OPTIONS["sure"], dose=0.3, environment=environment, data=data)
+    assert read([experiment]).undeclared == ()
+
+
+def test_runs_by_themselves_become_arms_by_their_options(tmp_path: Path, write_run: Any) -> None:
+    sure = {"signal.name": "confidence", "signal.weight": 0.0}
+    runs = [write_run(tmp_path / f"{s}", 2.9, seed=s, options=sure) for s in (1, 2)]
+    runs += [write_run(tmp_path / f"plain {s}", 3.0 + s / 10, seed=s) for s in (1, 2)]
+    outcomes = read(runs)
+    assert list(outcomes.losses) == ["baseline", "confidence, signal.weight=0.0"]
+    assert outcomes.losses["baseline"] == {1: 3.1, 2: 3.2}
+    assert outcomes.verdicts()["arms"]["confidence, signal.weight=0.0"]["verdict"] == "inactive"
+    turned = read(runs, baseline=str(runs[0]))
+    assert list(turned.losses) == ["baseline", "none, signal.weight=None"]
+
+
+def test_runs_by_themselves_share_data_and_model(tmp_path: Path, write_run: Any) -> None:
+    runs = [write_run(tmp_path / "a", 3.0), write_run(tmp_path / "b", 2.9, options={"n_layer": 6, "grad_clip": 2.0})]
+    assert [line.partition(": ")[2].partition(":")[0] for line in read(runs).undeclared] == ["option n_layer"]
+
+
+def test_losses_are_taken_at_one_step(experiment: Path) -> None:
+    assert read([experiment], step=10).losses["plain"][1] == pytest.approx(4.002)
+    with pytest.raises(DataError, match=r"--step 15: .* has no validation loss there; steps that all have: 10, 20"):
+        read([experiment], step=15)
+    metrics = experiment / "faster" / "seed_1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('{"step": 20, "kind": "val"', '{"step": 20, "kind": "eval"'))
+    assert read([experiment]).step == 10
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out(experiment: Path) -> None:
+    run = experiment / "plain" / "seed_1"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "ki')
+    assert read_run(run).last_step == 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name =", "not a TOML file"),
+        (EXPERIMENT.replace('"plain"', '"plane"'), "one of them as baseline; did you mean 'plain'"),
+        (EXPERIMENT + "[groups]\n", None),
+        (EXPERIMENT.replace("seeds = [1, 2, 3]", ""), "either seeds or looks, found neither"),
+        (EXPERIMENT.replace("delta", "looks = [2, 3]\ndelta"), "either seeds or looks, found both"),
+    ],
+)
+def test_an_experiment_file_that_cannot_be_read_is_refused(experiment: Path, text: str, message: str | None) -> None:
+    (experiment / "experiment.toml").write_text(text)
+    if message is None:
+        assert read([experiment]).verdicts()["arms"]
+        return
+    with pytest.raises(ConfigError, match=message):
+        read([experiment])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda run: (run / "config.json").unlink(), "found no config.json"),
+        (lambda run: (run / "config.json").write_text("{"), "is damaged"),
+        (lambda run: (run / "config.json").write_text("[]"), "expected a JSON object"),
+        (lambda run: (run / "config.json").write_text("{}"), "a run's options with its seed"),
+        (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1: expected a row with step and kind"),
+        (lambda run: (run / "metrics.jsonl").write_text("x\n"), "line 1: expected a row with step and kind"),
+    ],
+)
+def test_a_damaged_run_is_refused(experiment: Path, broken: Any, message: str) -> None:
+    run = experiment / "plain" / "seed_1"
+    broken(run)
+    with pytest.raises(CheckpointError, match=message):
+        read([run])
+
+
+ROWS = [(step, 3 - step / 100 + d, arm, seed) for arm, d in (("adam", 0.0), ("mine", -0.2)) for seed in (1, 2)
+        for step in (10, 20)]  # fmt: skip
+
+
+def log(path: Path, rows: list[tuple[Any, ...]]) -> Outcomes:
+    names = ("step", "loss", "arm", "seed")
+    if path.suffix == ".csv":
+        path.write_text("\n".join(",".join(map(str, row)) for row in [(*names, "note"), *[(*r, "x") for r in rows]]))
+    else:
+        path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    return read([path])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_other_trainers_logs_are_read(tmp_path: Path, suffix: str) -> None:
+    outcomes = log(tmp_path / f"log{suffix}", ROWS)
+    assert (outcomes.step, list(outcomes.losses)) == (20, ["adam", "mine"])
+    assert outcomes.losses["mine"] == pytest.approx({1: 2.6, 2: 2.6})
+    assert outcomes.verdicts()["arms"]["mine"]["difference"] == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize("lost", ["", "nan", "inf"])
+def test_a_log_with_a_loss_that_is_no_number_is_a_run_that_diverged(tmp_path: Path, lost: str) -> None:
+    outcomes = log(tmp_path / "log.csv", [*ROWS[:-1], (20, lost, "mine", 2)])
+    assert outcomes.losses["mine"] == {1: pytest.approx(2.6), 2: None}
+    assert outcomes.notes == ("mine, seed 2 has no finite loss",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "expected rows with step, loss, arm, seed, found none"),
+        ([("ten", 1.0, "a", 1)], "line 2: expected numbers in step, loss and seed, found step='ten'"),
+        ([ROWS[0], ROWS[0]], "line 3: adam with seed 1 has a loss at step 10 already"),
+        ([(10, 1.0, "a", 1), (20, 1.0, "b", 1)], "a step at which every run was validated, found none"),
+    ],
+)
+def test_a_log_that_does_not_fit_is_refused(tmp_path: Path, rows: list[tuple[Any, ...]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        log(tmp_path / "log.csv", rows)
+
+
+def test_a_log_without_a_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "run": "a"}\n')
+    with pytest.raises(DataError, match="found no arm among step, loss, run"):
+        read([tmp_path / "log.jsonl"])

@@ -1,0 +1,134 @@
+"""`gptlab compare` as its users meet it: tables, JSON, Markdown, refusals with their exit codes, a plan."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptlab.cli.compare import main as compare
+from gptlab.cli.main import guarded
+from gptlab.errors import UsageError
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    rows = [
+        f"5,{3 + seed / 50 + difference + 0.001 * (seed * len(arm) % 3)},{arm},{seed}"
+        for arm, difference in (("baseline", 0.0), ("a|b", -0.1), ("[bold]c", 0.02))
+        for seed in range(1, 6)
+    ]
+    path = tmp_path / "log.csv"
+    path.write_text("\n".join(["step,loss,arm,seed", *rows]))
+    return path
+
+
+def test_json_has_the_promised_shape(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare([str(log), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"baseline", "noise_floor", "arms"} <= result.keys()
+    promised = {"verdict", "reason", "difference", "interval", "n", "p_holm", "more_seeds", "dose"}
+    assert all(promised <= arm.keys() for arm in result["arms"].values())
+    assert result["arms"]["a|b"]["verdict"] == "better"
+
+
+def test_the_tables_show_names_as_they_are(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare([str(log), "--markdown", str(tmp_path / "page.md")]) == 0
+    shown, page = capsys.readouterr().out, (tmp_path / "page.md").read_text()
+    assert all(text in shown for text in ("a|b", "[bold]c", "better", "worse", "below its baseline"))
+    assert r"| a\|b | better | -0.1012 |" in page
+    assert r"\[bold\]c" in page
+
+
+def test_a_log_may_have_looks_a_delta_a_placebo_and_another_baseline(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--baseline", "a|b", "--placebo", "baseline=[bold]c", "--delta", "0.2", "--looks", "5,10", "--json"]
+    assert compare([str(log), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["baseline"], result["delta"], result["looks"]) == ("a|b", 0.2, [5, 10])
+    assert {arm: v["verdict"] for arm, v in result["arms"].items()} == dict.fromkeys(
+        ("baseline", "[bold]c"), "no difference"
+    )
+    assert result["arms"]["[bold]c"]["control"]
+
+
+def test_a_plan_needs_no_runs(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(["--plan", "--sigma", "0.02", "--difference", "0.02", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seeds_for_difference"] == 10
+    assert compare(["--plan", str(log)]) == 0
+    assert "to show that it lies within ±0.01" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 2, "expected runs, an experiment's folder or a log"),
+        (["nowhere"], 3, "found nothing; check the path"),
+        (["{log}", "{log}"], 3, "alone, found 2 sources"),
+        (["{log}", "--looks", "5,x"], 2, "--looks"),
+        (["{log}", "--delta", "-1"], 2, "not negative"),
+        (["{log}", "--delta", "nan"], 2, "not negative"),
+        (["{log}", "--placebo", "a"], 2, "expected ARM=PLACEBO"),
+        (["{log}", "--baseline", "basline"], 3, "did you mean 'baseline'"),
+        (["--plan"], 2, "expected --sigma X"),
+        (["--plan", "--sigma", "1", "--power", "1.5"], 2, "a power between 0 and 1"),
+        (["{log}", "--markdwn", "x"], 2, "did you mean '--markdown'"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_their_code(
+    options: list[str], code: int, message: str, log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded(compare, [option.format(log=log) for option in options]) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def small_run(folder: Path, seed: int, loss: float, torch: str = "2.13.0") -> str:
+    """The least that makes a run."""
+    options = {"seed": seed, "signal.name": "none", "steps": 5, "total_batch_tokens": 64, "tokenizer": "bytes",
+               "n_embd": 8, "n_layer": 1, "share_blocks": False, "block_size": 8, "data": "none",
+               "learning_rate": 1.0 if "fast" in folder.name else 0.1}  # fmt: skip
+    folder.mkdir(parents=True)
+    data = {"tokenizer": "bytes", "train": ["1"], "val": ["2"], "complete": True}
+    (folder / "config.json").write_text(json.dumps({"options": options, "data": data}))
+    (folder / "environment.json").write_text(json.dumps({"torch": torch}))
+    rows = [{"step": 5, "kind": "val", "loss": loss}, {"step": 5, "kind": "event", "event": "finished"}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_undeclared_differences_are_refused_and_the_override_stands_on_every_output(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [small_run(tmp_path / "plain", 1, 3.0), small_run(tmp_path / "fast", 1, 2.0, torch="2.12.0")]
+    assert guarded(compare, [*runs, "--json"]) == 3
+    told = capsys.readouterr()
+    line = f"{runs[1]}: software torch: expected '2.13.0' as in {runs[0]}, found '2.12.0'"
+    assert line in told.err
+    assert line in json.loads(told.out)["error"]
+    assert compare([*runs, "--despite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["undeclared"] == [line]
+    page = tmp_path / "page.md"
+    assert compare([*runs, "--despite", "--markdown", str(page)]) == 0
+    assert "COMPARED DESPITE" in capsys.readouterr().out.replace("\n", " ")
+    assert "COMPARED DESPITE" in page.read_text()
+
+
+def test_what_an_experiment_declares_cannot_be_changed_after_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "experiment.toml").write_text("")
+    with pytest.raises(UsageError, match="after the runs they stand"):
+        compare([str(tmp_path), "--delta", "0.5"])
+
+
+def test_help_needs_no_torch_and_no_scipy() -> None:
+    code = (
+        "import sys\nfrom gptlab.cli.compare import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'scipy', 'numpy', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
