@@ -29,11 +29,13 @@ LONGEST_TOKEN = 8
 
 
 class Display:
-    """Shows records on standard error; `quiet` shows nothing (ranks that do not write)."""
+    """Shows records on standard error, or on a console of the caller's; `quiet` shows nothing."""
 
-    def __init__(self, config: TrainingConfig, *, quiet: bool) -> None:
+    def __init__(self, config: TrainingConfig, *, quiet: bool = False, console: Console | None = None) -> None:
         self.config, self.quiet = config, quiet
-        self.console = Console(stderr=True, highlight=False, quiet=quiet, width=None if sys.stderr.isatty() else 110)
+        self.console = console or Console(
+            stderr=True, highlight=False, quiet=quiet, width=None if sys.stderr.isatty() else 110
+        )
         self._dose: float | None = None
         self._live: Progress | None = None
         self._task: TaskID | None = None
@@ -141,21 +143,24 @@ class Display:
 def next_commands(config: TrainingConfig, folder: str) -> list[str]:
     """Commands that suit a finished run: the same run of the other launcher, to compare, and looks at this one."""
     other, what = ("train_gpt2.py", "without") if config.signal.name != "none" else ("train_gpt2_ben.py", "with")
-    usual = flatten(build(TrainingConfig, PRESETS[config.preset]))
-    changed = {key: value for key, value in flatten(config).items() if value != usual[key]}
-    words = [
-        f"--{key} {shlex.quote(','.join(map(str, value)) if isinstance(value, list) else str(value).lower())}"
-        for key, value in changed.items()
-        if key not in ("out", "resume", "preset") and not key.startswith("signal.")
-    ]
-    if config.preset != "shakespeare-tiny":
-        words.insert(0, f"--preset {config.preset}")
     run = shlex.quote(folder)
     return [
-        " ".join(["torchrun --standalone --nproc_per_node=1", other, *words]) + f"  # the same {what} the block loss",
+        f"{command_of(config, other)}  # the same {what} the block loss",
         f'gptlab sample --checkpoint {run} --prompt "ROMEO:" --show_blocks',
         f"gptlab verify {run}",
     ]
+
+
+def command_of(config: TrainingConfig, launcher: str) -> str:
+    """The command that starts a run of `launcher` with what this config sets over its preset, signals left out."""
+    usual = flatten(build(TrainingConfig, PRESETS[config.preset]))
+    words = ["torchrun --standalone --nproc_per_node=1", launcher]
+    if config.preset != "shakespeare-tiny":
+        words.append(f"--preset {config.preset}")
+    for key, value in flatten(config).items():
+        if value != usual[key] and key not in ("out", "resume", "preset", "also") and not key.startswith("signal."):
+            words.append(f"--{key} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+    return " ".join(words)
 
 
 def sample_panel(step: int, sample: dict[str, Any], width: int) -> Panel:

@@ -74,9 +74,7 @@ def from_huggingface(path_or_model: str | Path | GPT2LMHeadModel) -> GPT:
         folder = Path(theirs)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"expected a Hugging Face folder with config.json, found none at {folder}")
-        theirs = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        )
+        theirs = _load(transformers, folder)
     _check(theirs.config)
     model = GPT(
         GPTConfig(
@@ -93,6 +91,20 @@ def from_huggingface(path_or_model: str | Path | GPT2LMHeadModel) -> GPT:
         for name in model.state_dict()
     }
     model.load_state_dict(weights)
+    return model
+
+
+def _load(transformers: Any, folder: Path) -> GPT2LMHeadModel:
+    """transformers' model of a folder, with all its weights: a missing one would be drawn at random without a word."""
+    try:
+        model, found = transformers.GPT2LMHeadModel.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # transformers, its hub client and safetensors have no common kind
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{folder} cannot be read as a GPT-2 in safetensors: {reason}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"{folder} lacks weights of a GPT-2: {missing[0]} and {len(missing) - 1} more")
     return model
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from gptlab.cli.main import main
 from gptlab.data.shards import write_shard
@@ -108,6 +111,45 @@ def test_an_export_is_the_same_model_in_transformers(exported: Path, finished_ru
     tokens = torch.arange(32).view(2, 16) * 5 % 256
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=0)
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-50])
+
+
+def fewer_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.h.1.ln_1.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def another_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"n_embd": 64}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_weights, "cannot be read as a GPT-2 in safetensors: .*model.safetensors"),
+        (cut_weights, "cannot be read as a GPT-2 in safetensors"),
+        (fewer_weights, "lacks weights of a GPT-2: transformer.h.1.ln_1.weight and 0 more"),
+        (another_shape, "cannot be read as a GPT-2 in safetensors"),
+    ],
+)
+def test_a_damaged_hugging_face_folder_is_one_line(
+    damage: Callable[[Path], None], message: str, exported: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "model"))
+    damage(folder)
+    assert main(["sample", "--checkpoint", str(folder)]) == 3
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gptlab: ")]
+    assert len(lines) == 1
+    assert re.search(f"{re.escape(str(folder))} {message}", lines[0]), lines[0]
 
 
 def test_an_export_can_be_sampled_and_started_from(
