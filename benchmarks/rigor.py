@@ -1,0 +1,291 @@
+"""How often a verdict is wrong: thousands of experiments whose truth is known, judged by `gptlab.analysis.compare`.
+
+python benchmarks/rigor.py [--experiments 10000]   simulated ones; about 20 minutes
+python benchmarks/rigor.py --real FOLDER           drawn from an experiment of two arms that are twins (--init_jitter)
+
+Each keeps the other's part of benchmarks/results/rigor.json, and writes the table in docs/verdicts.md anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptlab.analysis import compare
+from gptlab.analysis.plan import seeds_for_difference
+from gptlab.analysis.sequential import level
+from gptlab.analysis.statistics import binomial_interval
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "rigor.json"
+PAGE = ROOT / "docs" / "verdicts.md"
+MARKS = ("<!-- rigor: written by benchmarks/rigor.py -->", "<!-- rigor ends -->")
+
+LOOKS = (5, 10, 20)
+SIGMA = 0.02
+"""Spread of a loss over seeds, nats."""
+
+CORRELATION = 0.5
+"""Of two arms over seeds: with it, paired differences have the spread SIGMA too."""
+
+NOTHING = SIGMA / 1000
+"""A delta that lets no verdict be 'no difference', so that 'better' and 'worse' have no shelter."""
+
+DECIDED = ("better", "worse")
+NAMES = ("baseline", "arm 1", "arm 2", "arm 3", "arm 4")
+
+
+def named(losses: np.ndarray) -> dict[str, dict[int, float]]:
+    """Rows of losses (arms, seeds), the baseline's first, as `compare` takes them."""
+    return {name: dict(enumerate(map(float, row), 1)) for name, row in zip(NAMES, losses, strict=False)}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Experiments of one kind. effects: what each arm truly adds to its baseline's loss, in units of SIGMA.
+
+    seeds: the numbers of seeds at which the experiment is judged, declared as looks where there are several.
+    tails: the noise, "normal" or "heavy" (Student's t with 3 degrees of freedom).
+    """
+
+    name: str
+    effects: tuple[float, ...]
+    seeds: tuple[int, ...]
+    delta: float = NOTHING
+    tails: str = "normal"
+
+    @property
+    def looks(self) -> tuple[int, ...] | None:
+        return self.seeds if len(self.seeds) > 1 else None
+
+    def draw(self, generator: np.random.Generator) -> dict[str, dict[int, float]]:
+        """The losses of one experiment at its last look."""
+        shape = (len(self.effects) + 2, self.seeds[-1])  # what all arms share, the baseline, the arms
+        if self.tails == "heavy":
+            noise = generator.standard_t(3, shape) / np.sqrt(3)
+        else:
+            noise = generator.standard_normal(shape)
+        own = np.sqrt(CORRELATION) * noise[0] + np.sqrt(1 - CORRELATION) * noise[1:]
+        losses = 3.0 + SIGMA * (own + np.array([0.0, *self.effects])[:, None])
+        return named(losses)
+
+    def verdicts(self, losses: dict[str, dict[int, float]]) -> Iterator[dict[str, str]]:
+        """The verdict on every arm at each look."""
+        for n in self.seeds:
+            seen = {arm: {seed: x for seed, x in row.items() if seed <= n} for arm, row in losses.items()}
+            arms = compare(seen, delta=self.delta, looks=self.looks)["arms"]
+            yield {arm: verdict["verdict"] for arm, verdict in arms.items()}
+
+
+NO_EFFECT = (
+    Scenario("four arms, looks at 5, 10 and 20", (0.0,) * 4, LOOKS),
+    Scenario("four arms, looks at 5, 10 and 20, heavy tails", (0.0,) * 4, LOOKS, tails="heavy"),
+    Scenario("four arms, looks at 5, 10 and 20, delta of one sigma", (0.0,) * 4, LOOKS, SIGMA),
+    Scenario("four arms, 5 seeds", (0.0,) * 4, (5,)),
+    Scenario("one arm, looks at 3, 6 and 9", (0.0,), (3, 6, 9)),
+    Scenario("one arm, 5 seeds", (0.0,), (5,)),
+)
+TWO_SEEDS = (
+    Scenario("no effect", (0.0,), (2,), SIGMA / 2),
+    Scenario("an effect of 1 sigma", (1.0,), (2,), SIGMA / 2),
+    Scenario("an effect of 3 sigma", (3.0,), (2,), SIGMA / 2),
+    Scenario("an effect of 100 sigma", (100.0,), (2,), SIGMA / 2),
+)
+
+
+def planted() -> tuple[Scenario, ...]:
+    """Experiments with one true effect among four arms, of the size they are planned to find with power 0.9."""
+    alone = {effect: planned(effect, lambda n: (n,)) for effect in (1.0, -2.0)}
+    looked = {effect: planned(effect, lambda n: (max(3, n // 4), max(4, n // 2), n)) for effect in (1.0, -2.0)}
+    return tuple(
+        Scenario(f"{effect:+g} sigma, {how}", (effect, 0.0, 0.0, 0.0), seeds)
+        for how, found in (("no looks", alone), ("three looks", looked))
+        for effect, seeds in found.items()
+    )
+
+
+def planned(effect: float, looks: Callable[[int], tuple[int, ...]]) -> tuple[int, ...]:
+    """The fewest seeds, as the looks of an experiment, at whose last look `effect` is shown with power 0.9."""
+    n = 6
+    while True:
+        seeds = looks(n)
+        strictest = level(0.05 / 4, seeds if len(seeds) > 1 else None, n)
+        needed = seeds_for_difference(effect, 1.0, strictest, power=0.9)
+        if needed is not None and needed <= n:
+            return seeds
+        n += 1
+
+
+def errors(scenario: Scenario, experiments: int, generator: np.random.Generator) -> dict[str, Any]:
+    """How often, at any look, an arm that does nothing is called better or worse: of all experiments, of all arms."""
+    family = arms = none = 0
+    for _ in range(experiments):
+        wrong: set[str] = set()
+        last: dict[str, str] = {}
+        for last in scenario.verdicts(scenario.draw(generator)):
+            wrong |= {arm for arm, verdict in last.items() if verdict in DECIDED}
+        family += bool(wrong)
+        arms += len(wrong)
+        none += sum(verdict == "no difference" for verdict in last.values())
+    total = experiments * len(scenario.effects)
+    return _described(scenario) | {
+        "experiments_with_an_error": rate(family, experiments),
+        "arms_in_error": rate(arms, total),
+        "arms_with_no_difference_at_last": rate(none, total),
+    }
+
+
+def found(scenario: Scenario, experiments: int, generator: np.random.Generator) -> dict[str, Any]:
+    """How often the planted effect of the first arm gets its verdict at some look, and how often the opposite one."""
+    right, opposite = DECIDED if scenario.effects[0] < 0 else DECIDED[::-1]
+    hits = wrong = 0
+    for _ in range(experiments):
+        said = [verdicts["arm 1"] for verdicts in scenario.verdicts(scenario.draw(generator))]
+        hits += right in said
+        wrong += opposite in said
+    return _described(scenario) | {"found": rate(hits, experiments), "opposite": rate(wrong, experiments)}
+
+
+def two_seeds(scenario: Scenario, experiments: int, generator: np.random.Generator) -> dict[str, Any]:
+    """The share of each verdict from two seeds."""
+    said = [next(scenario.verdicts(scenario.draw(generator)))["arm 1"] for _ in range(experiments)]
+    kinds = ("undecided", "no difference", *DECIDED)
+    return _described(scenario) | {kind: rate(said.count(kind), experiments) for kind in kinds}
+
+
+def _described(scenario: Scenario) -> dict[str, Any]:
+    return {
+        "name": scenario.name,
+        "effects_in_sigma": scenario.effects,
+        "seeds": scenario.seeds,
+        "delta_in_sigma": scenario.delta / SIGMA,
+        "tails": scenario.tails,
+    }
+
+
+def rate(hits: int, trials: int) -> dict[str, Any]:
+    """A rate with its exact 95% binomial interval."""
+    return {"hits": hits, "of": trials, "rate": hits / trials, "interval": binomial_interval(hits, trials)}
+
+
+def simulated(experiments: int) -> dict[str, Any]:
+    """The simulated part of the results; every scenario has its own stream of numbers."""
+    parts: tuple[tuple[str, Any, tuple[Scenario, ...]], ...] = (
+        ("no_effect", errors, NO_EFFECT),
+        ("planted", found, planted()),
+        ("two_seeds", two_seeds, TWO_SEEDS),
+    )
+    results: dict[str, Any] = {"experiments": experiments}
+    for number, (part, judge, scenarios) in enumerate(parts):
+        results[part] = []
+        for i, scenario in enumerate(scenarios):
+            print(f"{part}: {scenario.name}", file=sys.stderr, flush=True)
+            results[part].append(judge(scenario, experiments, np.random.default_rng([number, i])))
+    return results
+
+
+def real(folder: Path, draws: int) -> dict[str, Any]:
+    """Errors on real runs: experiments drawn from the seeds of two arms that are twins, with the looks in use.
+
+    Each takes LOOKS[-1] of the seeds, and on every seed either twin as the baseline. The draws share runs, so that
+    their interval is narrower than that of as many new runs would be.
+    """
+    from gptlab.analysis.outcomes import read
+
+    table = read([folder])
+    baseline, *others = table.losses
+    if len(others) != 1 or table.undeclared:
+        raise SystemExit(f"{folder}: expected two arms that differ by --init_jitter, found {', '.join(table.losses)}")
+    twins = [table.losses[baseline], table.losses[others[0]]]
+    seeds = [seed for seed in twins[0] if seed in twins[1]]
+    if len(seeds) < LOOKS[-1]:
+        raise SystemExit(f"{folder}: expected at least {LOOKS[-1]} seeds of both arms, found {len(seeds)}")
+    pairs = np.array([[twin[seed] for twin in twins] for seed in seeds], dtype=np.float64)
+    spread = float(np.std(pairs[:, 0] - pairs[:, 1], ddof=1))
+    generator = np.random.default_rng([9, 0])
+
+    def draw(_: np.random.Generator) -> dict[str, dict[int, float]]:
+        chosen = generator.permutation(len(pairs))[: LOOKS[-1]]
+        rows = generator.permuted(pairs[chosen], axis=1).T
+        return {
+            name: dict(enumerate(map(float, row), 1)) for name, row in zip(("baseline", "arm 1"), rows, strict=True)
+        }
+
+    name = f"real twins, looks at {', '.join(map(str, LOOKS))} of {len(seeds)} seeds"
+    scenario = Drawn(name, (0.0,), LOOKS, spread / 1000, draw_from=draw)
+    known = {"available_seeds": len(seeds), "spread_of_differences": spread, "delta_in_sigma": 0.001, "tails": "real"}
+    return errors(scenario, draws, generator) | known
+
+
+@dataclass(frozen=True)
+class Drawn(Scenario):
+    """A scenario whose losses were measured."""
+
+    draw_from: Callable[[np.random.Generator], dict[str, dict[int, float]]] | None = None
+
+    def draw(self, generator: np.random.Generator) -> dict[str, dict[int, float]]:
+        assert self.draw_from is not None
+        return self.draw_from(generator)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| no effect anywhere | experiments with a 'better' or 'worse' | arms with one | 'no difference' at the end |",
+        "|---|---|---|---|",
+    ]
+    rows = [*results.get("no_effect", []), *([results["real"]] if "real" in results else [])]
+    for row in rows:
+        cells = (row[key] for key in ("experiments_with_an_error", "arms_in_error"))
+        none = row["arms_with_no_difference_at_last"]["rate"]
+        lines.append(f"| {row['name']} | {' | '.join(map(percent, cells))} | {none:.1%} |")
+    if "planted" in results:
+        lines += [
+            "",
+            "| a planted effect, one arm of four | seeds | found | called the opposite |",
+            "|---|---|---|---|",
+        ]
+        for row in results["planted"]:
+            seeds = ", ".join(map(str, row["seeds"]))
+            lines.append(f"| {row['name']} | {seeds} | {percent(row['found'])} | {row['opposite']['rate']:.2%} |")
+        lines += ["", "| two seeds, delta half a sigma | undecided | no difference | better | worse |"]
+        lines.append("|---|---|---|---|---|")
+        for row in results["two_seeds"]:
+            kinds = ("undecided", "no difference", *DECIDED)
+            lines.append(f"| {row['name']} | " + " | ".join(f"{row[k]['rate']:.1%}" for k in kinds) + " |")
+    return "\n".join(lines)
+
+
+def percent(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['rate']:.2%} [{low:.2%}, {high:.2%}]"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiments", type=int, default=10_000, help="experiments of each kind [10000]")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="an experiment of two twin arms")
+    options = parser.parse_args(argv)
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if options.real:
+        results["real"] = real(options.real, options.experiments)
+    else:
+        results |= simulated(options.experiments)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(table(results))
+    page = PAGE.read_text(encoding="utf-8")
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(results)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
