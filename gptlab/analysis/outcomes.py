@@ -125,9 +125,11 @@ def _of_experiment(folder: Path, step: int | None) -> Outcomes:
     looks, seeds = table.get("looks"), table.get("seeds")
     if (looks is None) == (seeds is None):
         raise ConfigError(f"{path}: expected either seeds or looks, found {'both' if looks else 'neither'}")
-    arms = {arm: [read_run(cell) for cell in _cells(folder / arm)] for arm in table["arms"]}
-    changed = {arm: flatten_table(own) for arm, own in table["arms"].items()}
-    common = flatten_table(table.get("options", {}))
+    found = {arm: [read_run(cell) for cell in _cells(folder / arm)] for arm in table["arms"]}
+    arms = {arm: [run for run in runs if seeds is None or run.seed in seeds] for arm, runs in found.items()}
+    extra = [run for arm, runs in found.items() for run in runs if run not in arms[arm]]
+    changed = {arm: _flat(own) for arm, own in table["arms"].items()}
+    common = _flat(table.get("options", {}))
     allowed = {
         arm: frozenset(own) | (TUNED if "tune" in table else set()) | ({"code"} if "patch" in own else set())
         for arm, own in changed.items()
@@ -141,7 +143,16 @@ def _of_experiment(folder: Path, step: int | None) -> Outcomes:
     }
     declared = {arm: {**common, **changed[arm]} for arm in arms}
     name = str(table.get("name", folder.name))
-    return _outcomes(name, arms, declared, step, arguments, allowed, tuned="tune" in table)
+    notes = [f"{run.path}: seed {run.seed} was not declared" for run in extra]
+    return _outcomes(name, arms, declared, step, arguments, allowed, tuned="tune" in table, notes=notes)
+
+
+def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of options under dotted keys; of several [[signal]] tables the first is `signal`, the rest `also`."""
+    table = dict(table)
+    if isinstance(table.get("signal"), list):
+        table["signal"], *table["also"] = table["signal"]
+    return flatten_table(table)
 
 
 def _cells(arm: Path) -> list[Path]:
@@ -157,11 +168,12 @@ def _outcomes(
     allowed: Mapping[str, frozenset[str]],
     *,
     tuned: bool = False,
+    notes: Sequence[str] = (),
 ) -> Outcomes:
     """declared: {arm: options that were set}; allowed: {arm: keys in which its runs may differ from its baseline's}."""
     runs = [run for members in arms.values() for run in members]
     ended = {arm: [run for run in members if run.finished or run.diverged] for arm, members in arms.items()}
-    notes = [f"{run.path} stands at step {run.last_step} and has not finished" for run in runs if not _in(run, ended)]
+    left = [run for run in runs if not (run.finished or run.diverged)]
     step = _common_step({str(run.path): run.losses for run in runs if run.finished}, step)
     losses = {
         arm: {run.seed: run.losses[step] if run.finished else None for run in members} for arm, members in ended.items()
@@ -192,12 +204,8 @@ def _outcomes(
         passports={arm: {**passport(members, step), "tuned": tuned} for arm, members in ended.items() if members},
         changes={arm: _changes(ended[arm], ended.get(baselines[arm], [])) for arm in arms if arm != baselines[arm]},
         undeclared=tuple(differences),
-        notes=tuple(notes),
+        notes=(*notes, *(f"{run.path} stands at step {run.last_step} and has not finished" for run in left)),
     )
-
-
-def _in(run: Run, arms: Mapping[str, list[Run]]) -> bool:
-    return any(run is other for members in arms.values() for other in members)
 
 
 def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -> int:

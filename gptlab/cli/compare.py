@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ WHOSE = "--delta, --looks, --baseline and --placebo"
 def main(argv: list[str]) -> int:
     """Print verdicts or a plan; raises ConfigError with the difference where runs differ in what nobody declared."""
     options = _parser().parse(argv)
+    if find_spec("scipy") is None:
+        raise ConfigError("verdicts need the package scipy, which is not installed; pip install 'gptlab[report]'")
     if options.plan:
         return _plan(options)
     if not options.sources:

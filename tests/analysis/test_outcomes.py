@@ -187,6 +187,21 @@ def test_threads_folders_and_shards_prepared_since_are_no_difference(experiment:
     assert read([experiment]).undeclared == ()
 
 
+def test_a_seed_that_was_not_declared_does_not_count(experiment: Path, write_run: Any) -> None:
+    extra = write_run(experiment / "sure" / "seed_9", 1.0, seed=9, options=OPTIONS["sure"])
+    outcomes = read([experiment])
+    assert set(outcomes.losses["sure"]) == {1, 2, 3}
+    assert outcomes.notes == (f"{extra}: seed 9 was not declared",)
+
+
+def test_an_arm_of_several_signals_is_an_arm_with_a_signal(experiment: Path) -> None:
+    several = "[[arms.both.signal]]\nname = 'confidence'\n[[arms.both.signal]]\nname = 'entropy'\n"
+    (experiment / "experiment.toml").write_text(EXPERIMENT + several)
+    outcomes = read([experiment])
+    assert outcomes.arguments["signals"] == ["sure", "both"]
+    assert outcomes.verdicts()["arms"]["both"]["reason"].startswith("0 of the 3 declared seeds")
+
+
 def test_runs_by_themselves_become_arms_by_their_options(tmp_path: Path, write_run: Any) -> None:
     sure = {"signal.name": "confidence", "signal.weight": 0.0}
     runs = [write_run(tmp_path / f"{s}", 2.9, seed=s, options=sure) for s in (1, 2)]
