@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -29,17 +30,24 @@ LONGEST_TOKEN = 8
 
 
 class Display:
-    """Shows records on standard error, or on a console of the caller's; `quiet` shows nothing."""
+    """Shows records on standard error, or on a console of the caller's; `quiet` shows nothing. clock: in seconds."""
 
-    def __init__(self, config: TrainingConfig, *, quiet: bool = False, console: Console | None = None) -> None:
-        self.config, self.quiet = config, quiet
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.config, self.quiet, self._clock = config, quiet, clock
         self.console = console or Console(
             stderr=True, highlight=False, quiet=quiet, width=None if sys.stderr.isatty() else 110
         )
         self._dose: float | None = None
         self._live: Progress | None = None
         self._task: TaskID | None = None
-        self._started, self._first = time.perf_counter(), 0
+        self._started, self._first = self._clock(), 0
 
     def note(self, text: str) -> None:
         self.console.print(Text(text, style="dim"), soft_wrap=True)
@@ -68,7 +76,7 @@ class Display:
         self._begin_line()
 
     def _begin_line(self) -> None:
-        self._started = time.perf_counter()
+        self._started = self._clock()
         if self.quiet or not self.console.is_terminal:
             return
         self._live = Progress(
@@ -111,9 +119,9 @@ class Display:
         if self._live and self._task is not None:
             self._live.update(self._task, completed=record.step, description=escape(words))
         elif config.log_every and (record.step % config.log_every == 0 or record.step == config.steps):
-            elapsed = time.perf_counter() - self._started
+            elapsed = self._clock() - self._started
             left = elapsed / (record.step - self._first + 1) * (config.steps - record.step)
-            self.console.print(f"{record.step:>6} train {words}  {_clock(left)} left", markup=False, soft_wrap=True)
+            self.console.print(f"{record.step:>6} train {words}  {_minutes(left)} left", markup=False, soft_wrap=True)
 
     def finished(self, folder: str, summary: dict[str, Any], *, again: bool) -> None:
         """The summary of a run that is done, and what to try next."""
@@ -169,7 +177,7 @@ def sample_panel(step: int, sample: dict[str, Any], width: int) -> Panel:
     width: of the terminal, in characters; where not all blocks have room, some are left out, evenly.
     """
     body = Table.grid(padding=(0, 0))
-    body.add_row(Text.assemble((printable(sample["prompt"]), "dim"), printable(sample["text"])))
+    body.add_row(Text.assemble((printable(sample["prompt"].lstrip("\0")), "dim"), printable(sample["text"])))
     steps = [[(visible(word), p) for word, p in blocks] for blocks in sample["blocks"][:SHOWN_TOKENS]]
     if steps:
         longest = max(len(word) for blocks in steps for word, _ in blocks)
@@ -208,7 +216,7 @@ def _shade(p: float) -> str:
     return "green" if p >= 0.9 else "yellow" if p >= 0.5 else "dim"
 
 
-def _clock(seconds: float) -> str:
+def _minutes(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

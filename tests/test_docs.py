@@ -1,0 +1,72 @@
+"""The documents against the program: README's commands and tree, and every figure that a real run records."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptlab.cli.main import COMMANDS
+from gptlab.runs.folder import RunFolder
+from gptlab.training.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def documented() -> dict[str, set[str]]:
+    """The names in the tables of docs/metrics.md, by kind of row."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## `(\w+)`: ", text, flags=re.MULTILINE)[1:]
+    names: dict[str, set[str]] = {}
+    for kind, section in zip(sections[::2], sections[1::2], strict=True):
+        cells = re.findall(r"^\| (`[^|]*) \|", section.partition("\n## ")[0], flags=re.MULTILINE)
+        names[kind] = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    return names
+
+
+def test_a_real_run_records_documented_figures_only_and_all_of_a_plain_one(finished_run: Path) -> None:
+    names = documented()
+    assert names.keys() == {"train", "val", "sample", "event"}
+    found: dict[str, set[str]] = {}
+    for row in RunFolder(finished_run).rows():
+        found.setdefault(row["kind"], set()).update(row.keys() - {"step", "kind"})
+    assert found.keys() == names.keys()
+    for kind, figures in found.items():
+        assert figures <= names[kind], f"{kind}: not in docs/metrics.md: {figures - names[kind]}"
+    unseen = {"doses", "weights", "signals_by_judge", "text"}  # of several signals, and of errors
+    for kind, figures in names.items():
+        assert figures - unseen <= found[kind], f"{kind}: in docs/metrics.md only: {figures - unseen - found[kind]}"
+
+
+def test_the_readme_lists_the_commands_there_are() -> None:
+    table = README.partition("<!-- commands -->")[2].partition("<!-- end of commands -->")[0]
+    listed = dict(re.findall(r"^\| `gptlab (\w+)` \| (.*) \|$", table, flags=re.MULTILINE))
+    assert listed == COMMANDS
+
+
+def test_the_readme_names_every_preset_and_the_two_commands() -> None:
+    assert all(f"`{preset}`" in README for preset in PRESETS)
+    first_screen = README[:1200]
+    assert "source setup.sh && torchrun --standalone --nproc_per_node=1 train_gpt2_ben.py" in first_screen
+    assert "source setup.sh && pytest" in first_screen
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(document: str) -> None:
+    path = ROOT / document
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{document}: {target}"
+
+
+def test_the_tree_in_the_readme_is_the_tree_there_is() -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout: the tree is that of tracked files")
+    script = [sys.executable, str(ROOT / "docs" / "tree.py"), "--check"]
+    done = subprocess.run(script, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, f"run `python docs/tree.py` after adding or renaming a file\n{done.stderr}"
