@@ -47,7 +47,8 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
         checkpoint.remove_debris(folder.checkpoints)
         found, notes = _where_to_go_on(folder, config)
         data = corpus.identity()
-        folder.record("config.json", {"gptlab": gptlab.__version__, "options": flatten(config), "data": data})
+        made_of = {"gptlab": gptlab.__version__, "options": flatten(config), "data": data, "code": _code(config)}
+        folder.record("config.json", made_of)
         folder.record("environment.json", environment)
         folder.open_records(**(found.state["records"] if found else {}))
     except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from gptlab.errors import ConfigError, did_you_mean
@@ -39,6 +40,8 @@ class SignalConfig:
             raise ConfigError(f"unknown signal {self.name!r}{did_you_mean(self.name, known)}")
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
+        if self.layers == ():
+            raise ConfigError("signal.layers must be all, rotate or a list such as 1,3, found an empty list")
         if isinstance(self.layers, str) and self.layers not in ("all", "rotate"):
             raise ConfigError(f"signal.layers must be all, rotate or a list such as 1,3, found {self.layers!r}")
         if len(set(self.layers)) < len(self.layers) and isinstance(self.layers, tuple):
@@ -51,14 +54,19 @@ class SignalConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"signal.{name} must be at least 0, found {value}")
+        if self.weight == 0 and self.dose:
+            raise ConfigError(
+                f"signal.weight 0 takes the signal out, signal.dose {self.dose} asks for some; leave one out"
+            )
 
     @staticmethod
     def _within(name: str, value: float, low: float, high: float) -> None:
         if not low < value <= high:
             raise ConfigError(f"signal.{name} must lie above {low} and at most {high}, found {value}")
 
-    @property
+    @cached_property
     def signal(self) -> Signal:
+        """The signal; a user's own as its file stood at the first look, so that it cannot change within a run."""
         return user_signal(self.name) if self.is_code else SIGNALS[self.name]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from gptlab.errors import ConfigError
@@ -124,7 +125,11 @@ class TrainingConfig:
 
     @property
     def folder(self) -> str:
-        return self.out or f"log/{self.preset}-{self.signal.name}-{self.seed}"
+        name = self.signal.name
+        if self.signal.is_code:  # a path to a file
+            file, _, function = name.rpartition(":")
+            name = f"{Path(file).stem}-{function}"
+        return self.out or f"log/{self.preset}-{name}-{self.seed}"
 
 
 FREE_ON_RESUME = frozenset(

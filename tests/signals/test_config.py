@@ -85,3 +85,10 @@ def test_only_blocks_that_judge_another_below_the_last_can_be_listed(judge: int)
 def test_a_judge_listed_twice_is_refused() -> None:
     with pytest.raises(ConfigError, match="once, found 2,2"):
         confidence(layers=(2, 2)).judges_at(0, 4, seed=1)
+
+
+def test_no_judges_and_a_dose_of_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="found an empty list"):
+        confidence(layers=())
+    with pytest.raises(ConfigError, match=r"signal\.weight 0 takes the signal out, signal\.dose 0\.3"):
+        confidence(weight=0.0, dose=0.3)
