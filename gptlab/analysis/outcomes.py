@@ -23,6 +23,10 @@ EXPERIMENT = "experiment.toml"
 """The copy of the experiment file that lies beside an experiment's arms."""
 
 
+CODED = {"patch", "signal.name", "also"}
+"""Keys of an arm that may bring code of its own, which its runs record."""
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """losses: {arm: {seed: loss at `step`}}, None where a run diverged; arguments: the rest of `compare`'s.
@@ -107,7 +111,7 @@ def _of_runs(runs: list[Run], step: int | None, baseline: str | None) -> Outcome
         seeds = [run.seed for run in members]
         if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
             raise ConfigError(f"{name}: expected one run a seed, found two of seed {min(twice)}; leave one out")
-    differ = frozenset(key for run in runs for key in own_options(run)) - COMMON
+    differ = frozenset(key for run in runs for key in own_options(run)) - COMMON | {"code"}
     declared = {arm: own_options(members[0]) for arm, members in arms.items()}
     return _outcomes("runs", arms, declared, step, {"baseline": "baseline"}, dict.fromkeys(arms, differ))
 
@@ -131,7 +135,7 @@ def _of_experiment(folder: Path, step: int | None) -> Outcomes:
     changed = {arm: _flat(own) for arm, own in table["arms"].items()}
     common = _flat(table.get("options", {}))
     allowed = {
-        arm: frozenset(own) | (TUNED if "tune" in table else set()) | ({"code"} if "patch" in own else set())
+        arm: frozenset(own) | (TUNED if "tune" in table else set()) | ({"code"} if CODED & own.keys() else set())
         for arm, own in changed.items()
     }
     arguments = {

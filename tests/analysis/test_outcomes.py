@@ -141,6 +141,7 @@ UNDECLARED: dict[str, tuple[dict[str, Any], str]] = {
     "an option": ({"options": {"weight_decay": 0.2}}, "option weight_decay: expected 0.1 as in"),
     "gptlab": ({"config": {"gptlab": "0.2.0"}}, "software gptlab: expected '0.1.0' as in"),
     "a patch": ({"config": {"patch": "abc"}}, "software patch: expected None as in"),
+    "a user's signal": ({"config": {"code": {"idea.py": "abc"}}}, "software code: expected None as in"),
     "torch": ({"environment": {"torch": "2.12.0"}}, "software torch: expected '2.13.0' as in"),
     "compile": ({"environment": {"compile": True}}, "software compile: expected False as in"),
     "processor": ({"environment": {"machine": {"processor": "another"}}}, "machine processor: expected 'a processor'"),
@@ -155,10 +156,10 @@ def test_what_nobody_declared_is_found(
     experiment: Path, write_run: Any, case: tuple[dict[str, Any], str], seed: int
 ) -> None:
     changes, message = case
-    cell = experiment / "sure" / f"seed_{seed}"
+    cell = experiment / "faster" / f"seed_{seed}"
     os.rename(cell, experiment / "before")
-    options = {**OPTIONS["sure"], **changes.get("options", {})}
-    write_run(cell, 2.9, seed=seed, dose=0.3, **{**changes, "options": options})
+    options = {**OPTIONS["faster"], **changes.get("options", {})}
+    write_run(cell, 2.9, seed=seed, **{**changes, "options": options})
     found = read([experiment]).undeclared
     assert len(found) == 1
     assert found[0].startswith(f"{cell}: {message}"), found
@@ -176,6 +177,19 @@ def test_what_an_arm_declares_is_what_is_compared(experiment: Path, write_run: A
     with (experiment / "experiment.toml").open("a") as file:
         file.write(f"[arms.other]\n{declared}\n")
     assert read([experiment]).undeclared == ()
+
+
+def test_a_users_signal_brings_its_code_and_is_the_same_for_every_seed(experiment: Path, write_run: Any) -> None:
+    for seed, code in ((1, "abc"), (2, "abc"), (3, "def")):
+        options = {"signal.name": "idea.py:mine"}
+        cell = experiment / "mine" / f"seed_{seed}"
+        write_run(cell, 2.9, seed=seed, options=options, dose=0.3, config={"code": {"idea.py": code}})
+    with (experiment / "experiment.toml").open("a") as file:
+        file.write("[arms.mine]\nsignal.name = 'idea.py:mine'\n")
+    (found,) = read([experiment]).undeclared
+    assert found.startswith(f"{cell}: software code: expected {{'idea.py': 'abc'}} as in")
+    (alone,) = read([*sorted(experiment.glob("mine/*")), *experiment.glob("plain/*")]).undeclared
+    assert "software code" in alone
 
 
 def test_threads_folders_and_shards_prepared_since_are_no_difference(experiment: Path, write_run: Any) -> None:
