@@ -40,8 +40,8 @@ RUN = {
     "threads": 1,
 }
 CLOCKS = {"tokens_per_second", "mfu", "seconds", "steps_in_this_session"}
-PATIENCE = 90.0
-"""Seconds after which a process that was waited for is taken for stuck."""
+PATIENCE = 300.0
+"""Seconds after which a process that was waited for is taken for stuck; a busy machine needs a minute for a start."""
 
 
 def make_corpus(folder: Path, train: int = 1900, val: int = 800) -> Path:
@@ -155,6 +155,10 @@ class Running:
         """Wait until so many rows stand in the run's metrics, or the command is over."""
         wait_until(lambda: self.over or (self.workers(), row_count(run))[1] >= count, f"row {count} of {run}")
 
+    def wait_for_words(self, words: str) -> None:
+        """Wait until they stand on standard error, or the command is over."""
+        wait_until(lambda: self.over or words in self._err.read_text(), f"{words!r}")
+
     def end(self) -> Ended:
         """Wait for the command's end."""
         code = self._process.wait(PATIENCE)
@@ -208,8 +212,11 @@ def kill(running: Running, victim: str, choose: random.Random) -> None:
     running.send(signal.SIGKILL, *targets)
 
 
-def settle(running: Running, run: Path, patience: float = 5.0) -> tuple[list[int], int]:
-    """What is wrong after a kill: the workers that still run after `patience` seconds, and rows written since."""
+def settle(running: Running, run: Path, patience: float = 35.0) -> tuple[list[int], int]:
+    """What is wrong after a kill: the workers that still run after `patience` seconds, and rows written since.
+
+    torchrun gives the workers that are left 30 seconds.
+    """
     with contextlib.suppress(TimeoutError):
         wait_until(lambda: not running.workers(), "the workers' end", patience)
     left, before = running.workers(), row_count(run)

@@ -87,7 +87,7 @@ def test_a_disk_that_is_full(
     training = [sys.executable, "train_gpt2_ben.py", *options(corpus, disk / "run", **changes)]
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", IN_A_SMALL_DISK, "bash", *training],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "SIZE": str(size), "DISK": str(disk), "RUN": str(run)},
     )  # fmt: skip
     ended = Ended(done.returncode, done.stdout, done.stderr)
