@@ -5,7 +5,7 @@ python benchmarks/speed.py [--rounds N] [--peer nanogpt=PATH] [--peer build-nano
 
 import sys
 
-from gptlab.cli.bench import SIZES
+from gptlab.benchmark.sizes import SIZES
 from gptlab.cli.main import main
 
 

@@ -6,20 +6,21 @@ capabilities. The environment is read here and in distributed.py only.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from gptlab.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BF16_MIN_WIDTH = 256
-"""Below this width casts cost more than bf16 matmuls save on a CPU (docs/performance.md)."""
+BF16_MIN_WIDTH = {"AMX": 64, "AVX-512": 256}
+"""Below this width casts cost more than the processor's bf16 matmuls save (docs/performance.md)."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Machine:
 
     cores: int
     processor: str
-    cpu_bf16: bool
-    """The processor multiplies bf16 in hardware (AVX-512 BF16 or AMX)."""
+    cpu_bf16: Literal["AMX", "AVX-512", ""]
+    """The instructions by which the processor multiplies bf16 in hardware, if any."""
     gpus: tuple[str, ...] = ()
     gpu_bf16: bool = False
     gpu_capability: tuple[int, int] = (0, 0)
@@ -45,7 +46,7 @@ class Machine:
         return Machine(
             cores=cores,
             processor=str(capabilities.get("cpu_name") or platform.processor() or platform.machine()),
-            cpu_bf16=bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")),
+            cpu_bf16="AMX" if capabilities.get("amx_bf16") else "AVX-512" if capabilities.get("avx512_bf16") else "",
             gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else (),
             gpu_bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
             gpu_capability=torch.cuda.get_device_capability() if cuda else (0, 0),
@@ -66,12 +67,42 @@ class Placement:
     def dtype_name(self) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype == (self.autocast or torch.float32))
 
+    @property
+    def working_copies(self) -> bool:
+        """Whether linear layers multiply by copies of their weights, cast once an update (eager bf16 on a CPU)."""
+        return self.autocast is not None and self.device.type == "cpu" and not self.compile
+
     def apply(self) -> None:
         """Make this process compute so."""
         torch.set_num_threads(self.threads)
+        keep_freed_memory(self.device.type == "cpu")
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Let glibc hand freed memory out again instead of returning it to the system after every large tensor.
+
+    A training step frees and takes the same sizes again and again; each time the system would fault in and clear
+    gigabytes page by page (a fifth of a step of 124M, docs/performance.md). False sets glibc's own limits, as they are
+    after a while in any program; elsewhere than on Linux this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 2**30 if keep else 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**31 - 1 if keep else 64 * 2**20)
+
+
+def return_freed_memory() -> None:
+    """Give what was freed and kept back to the system (glibc; elsewhere nothing): before memory is measured."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def decide(
@@ -97,9 +128,9 @@ def decide(
             fast = False
             reasons["dtype"] = "this processor has no bf16 instructions"
         else:
-            fast = n_embd >= BF16_MIN_WIDTH
+            fast = n_embd >= BF16_MIN_WIDTH[machine.cpu_bf16]
             gains = "gains from" if fast else "is too small to gain from"
-            reasons["dtype"] = f"a model {n_embd} wide {gains} this processor's bf16"
+            reasons["dtype"] = f"a model {n_embd} wide {gains} this processor's bf16 ({machine.cpu_bf16})"
         dtype = "bf16" if fast else "fp32"
     else:
         reasons["dtype"] = "as asked"

@@ -10,12 +10,12 @@ import torch
 from gptlab.device import Machine, decide, environment, matmul_peak
 from gptlab.errors import ConfigError
 
-LAPTOP = Machine(cores=8, processor="old", cpu_bf16=False)
-XEON = Machine(cores=16, processor="new", cpu_bf16=True)
-TWO_CORES = Machine(cores=2, processor="new", cpu_bf16=True)
-H100 = Machine(cores=64, processor="x", cpu_bf16=True, gpus=("H100",) * 8, gpu_bf16=True, gpu_capability=(9, 0))
-T4 = Machine(cores=8, processor="x", cpu_bf16=False, gpus=("T4",), gpu_bf16=False, gpu_capability=(7, 5))
-P100 = Machine(cores=8, processor="x", cpu_bf16=False, gpus=("P100",), gpu_bf16=False, gpu_capability=(6, 0))
+LAPTOP = Machine(cores=8, processor="old", cpu_bf16="")
+XEON = Machine(cores=16, processor="new", cpu_bf16="AVX-512")
+TWO_CORES = Machine(cores=2, processor="new", cpu_bf16="AVX-512")
+H100 = Machine(cores=64, processor="x", cpu_bf16="AVX-512", gpus=("H100",) * 8, gpu_bf16=True, gpu_capability=(9, 0))
+T4 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("T4",), gpu_bf16=False, gpu_capability=(7, 5))
+P100 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("P100",), gpu_bf16=False, gpu_capability=(6, 0))
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab.device import DTYPES, Placement
+from gptlab.device import DTYPES, Placement, keep_freed_memory
 from gptlab.distributed import World
 from gptlab.errors import UsageError
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.working import Workspace
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
-from gptlab.training.gradients import Batch
+from gptlab.training.verdicts import Batch
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.state import TrainingState
 from gptlab.training.step import update
@@ -65,9 +66,16 @@ def ours(work: Work, placement: Placement, signal: SignalConfig | None = None) -
         signal=signal or SignalConfig(),
     )
     model = GPT(c).to(placement.device)
+    if placement.working_copies:
+        Workspace(model, placement.autocast)
     state = TrainingState(model, build_optimizer(model, config))
     tokens, targets = work.data(placement.device)
-    return lambda: update(state, config, [Batch(tokens, targets, state.step, 0, 0)], World(), placement)
+
+    def step() -> None:
+        keep_freed_memory(placement.device.type == "cpu")
+        update(state, config, [Batch(tokens, targets, state.step, 0, 0)], World(), placement)
+
+    return step
 
 
 def transformers_step(work: Work, placement: Placement) -> Step:
@@ -145,6 +153,7 @@ def _plain_step(
     parameters = list(model.parameters())
 
     def step() -> None:
+        keep_freed_memory(False)  # glibc as the peer's users have it
         optimizer.zero_grad(set_to_none=True)
         cast = torch.autocast(placement.device.type, placement.autocast) if placement.autocast else nullcontext()
         with cast:

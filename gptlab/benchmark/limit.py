@@ -6,8 +6,9 @@ step computes in; attention's own products are not among them (they are a few pe
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 import torch
 
@@ -44,28 +45,31 @@ def products(config: GPTConfig, tokens: int, signal: SignalConfig | None = None)
     return needed
 
 
-def seconds(needed: Counter[Product], placement: Placement, repeats: int = 5) -> float:
-    """The time of all products one after another: the median of each measured alone, summed."""
-    total = 0.0
-    dtype = placement.autocast or torch.float32
-    for (m, k, n), count in needed.items():
-        a = torch.randn(m, k, dtype=dtype, device=placement.device, generator=_generator(placement))
-        b = torch.randn(n, k, dtype=dtype, device=placement.device, generator=_generator(placement)).t()
-        times = []
-        for _ in range(repeats):
-            _wait(placement)
-            start = time.perf_counter()
-            torch.matmul(a, b)
-            _wait(placement)
-            times.append(time.perf_counter() - start)
-        total += count * sorted(times)[len(times) // 2]
-    return total
+class MatmulTimes:
+    """Seconds of single products of one dtype, measured alone, once a call of `measure`."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement, self.dtype = placement, placement.autocast or torch.float32
+        self._times: dict[Product, list[float]] = defaultdict(list)
+
+    def measure(self, needed: Counter[Product], repeats: int = 3) -> None:
+        """Time every product of `needed` some times more."""
+        device = self.placement.device
+        for m, k, n in needed:
+            a = torch.ones(m, k, dtype=self.dtype, device=device)
+            b = torch.ones(n, k, dtype=self.dtype, device=device).t()
+            for _ in range(repeats):
+                _wait(device)
+                start = time.perf_counter()
+                a @ b
+                _wait(device)
+                self._times[m, k, n].append(time.perf_counter() - start)
+
+    def seconds(self, needed: Counter[Product]) -> float:
+        """The medians of the products of `needed`, summed."""
+        return sum(count * statistics.median(self._times[product]) for product, count in needed.items())
 
 
-def _generator(placement: Placement) -> torch.Generator:
-    return torch.Generator(device=placement.device).manual_seed(0)
-
-
-def _wait(placement: Placement) -> None:
-    if placement.device.type == "cuda":
-        torch.cuda.synchronize(placement.device)
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import threading
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from gptlab.device import return_freed_memory
 
 
 @dataclass
@@ -34,24 +37,34 @@ class Timing:
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], Any]], rounds: int, per_round: int = 1, told: Callable[[str], None] = print
+    steps: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    per_round: int = 1,
+    told: Callable[[str], None] = print,
+    also: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Time every step `rounds` times in turn, after one round that warms up."""
+    """Time every step `rounds` times in turn, after one round that warms up; `also` is called once in each."""
     timings = {name: Timing() for name in steps}
+    for name, step in steps.items():  # memory apart from time: freed memory is given back before each
+        step()
+        gc.collect()
+        return_freed_memory()
+        with ResidentPeak() as memory:
+            step()
+        timings[name].peak_bytes = memory.peak
+        told(f"memory of {name}: {memory.peak / 2**20:,.0f} MiB above its model and moments")
     for round_ in range(rounds + 1):
+        also()
         for name, step in steps.items():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            with ResidentPeak() as memory:
-                start = time.perf_counter()
-                for _ in range(per_round):
-                    step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                took = (time.perf_counter() - start) / per_round
+            start = time.perf_counter()
+            for _ in range(per_round):
+                step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             if round_:
-                timings[name].seconds.append(took)
-                timings[name].peak_bytes = max(timings[name].peak_bytes, memory.peak)
+                timings[name].seconds.append((time.perf_counter() - start) / per_round)
         told(f"round {round_} of {rounds}" if round_ else "warmed up")
     return timings
 

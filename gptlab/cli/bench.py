@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptlab.benchmark.sizes import MODES, SIZES
 from gptlab.cli.arguments import Parser
 from gptlab.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from gptlab.benchmark.contenders import Step, Work
+    from gptlab.benchmark.contenders import Step
     from gptlab.benchmark.measure import Timing
-    from gptlab.device import Placement
-
-SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 256, "block_size": 128, "batch": 16},
-    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 50304, "block_size": 256, "batch": 4},
-    "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "block_size": 256, "batch": 4},
-}
-MODES: dict[str, dict[str, Any]] = {
-    "exact": {"name": "confidence"},
-    "rotate": {"name": "confidence", "layers": "rotate"},
-    "positions": {"name": "confidence", "positions": 0.125},
-}
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +27,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--per_round", type=int, default=1, help="steps a round [1]")
     parser.add_argument("--modes", default=",".join(MODES), help=f"signal modes, of {', '.join(MODES)} [all]")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="nanogpt or build-nanogpt")
-    parser.add_argument("--dtypes", default="auto", help="fp32, bf16 or both, comma separated [as device.py decides]")
+    parser.add_argument("--dtype", default="auto", help="of our steps: auto, fp32, bf16; peers run in each [auto]")
+    parser.add_argument("--ladder", action="store_true", help="also one run a core, side by side, as experiments do")
     parser.add_argument("--threads", type=int, default=0, help="threads [all cores]")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     options = parser.parse(argv)
@@ -55,8 +47,9 @@ def main(argv: list[str]) -> int:
 
 
 def _measure(options: Any, modes: list[str]) -> dict[str, Any]:
-    from gptlab.benchmark import limit
+    from gptlab.benchmark import contenders, limit
     from gptlab.benchmark.contenders import Work, placed
+    from gptlab.benchmark.ladder import STEPS, Ladder
     from gptlab.benchmark.measure import interleave
     from gptlab.device import Machine, decide
     from gptlab.model.gpt import GPTConfig
@@ -66,62 +59,55 @@ def _measure(options: Any, modes: list[str]) -> dict[str, Any]:
     batch = options.batch or size.pop("batch")
     size.pop("batch", None)
     work = Work(GPTConfig(**size), batch)
-    placement = decide(Machine.probe(), threads=options.threads, n_embd=work.config.n_embd, compile="off")
+    machine = Machine.probe()
+    placement = decide(machine, threads=options.threads, n_embd=work.config.n_embd, compile="off", dtype=options.dtype)
     placement.apply()
-    dtypes = [placement.dtype_name] if options.dtypes == "auto" else options.dtypes.split(",")
     signals = {mode: SignalConfig(**MODES[mode]) for mode in modes}
-    steps: dict[str, Step] = {}
-    for dtype in dtypes:
-        steps |= _contenders(work, placed(placement, dtype), dtype, signals, options.peer)
-    timings = interleave(
-        steps, options.rounds, options.per_round, told=lambda text: print(text, file=sys.stderr, flush=True)
-    )
-    limits = {
-        (dtype, mode): limit.seconds(
-            limit.products(work.config, work.tokens, signals.get(mode)), placed(placement, dtype)
-        )
-        for dtype in dtypes
-        for mode in ("baseline", *modes)
-    }
-    rows = [_row(name, timing, work, timings, limits) for name, timing in timings.items()]
+
+    steps: dict[str, Step] = {"baseline": contenders.ours(work, placement)}
+    steps |= {mode: contenders.ours(work, placement, signal) for mode, signal in signals.items()}
+    for dtype in ("fp32", "bf16") if machine.cpu_bf16 or machine.gpu_bf16 else ("fp32",):
+        there = placed(placement, dtype)
+        steps[f"transformers {dtype}"] = contenders.transformers_step(work, there)
+        for peer in options.peer:
+            name, _, path = peer.partition("=")
+            if name not in contenders.PEERS:
+                raise UsageError(f"--peer: unknown peer {name!r}{did_you_mean(name, contenders.PEERS)}")
+            steps[f"{name} {dtype}"] = contenders.PEERS[name](work, there, Path(path))
+
+    needed = {mode: limit.products(work.config, work.tokens, signals.get(mode)) for mode in ("baseline", *modes)}
+    times = limit.MatmulTimes(placement)
+    every = sum(needed.values(), start=Counter[limit.Product]())
+    tell = partial(print, file=sys.stderr, flush=True)
+    with Ladder(options.size, placement, machine.cores if options.ladder else 0) as ladder:
+        if options.ladder:
+            steps["ladder"] = ladder.steps
+        timings = interleave(steps, options.rounds, options.per_round, tell, also=partial(times.measure, every))
+    tokens = {"ladder": work.tokens * machine.cores * STEPS}
+    limits = {mode: times.seconds(products) for mode, products in needed.items()}
     return {
         "size": options.size,
         "batch": batch,
+        "dtype": placement.dtype_name,
+        "processor": machine.processor,
+        "bf16": machine.cpu_bf16,
         "threads": placement.threads,
         "rounds": options.rounds,
-        "matmul_limit_tokens_per_second": work.tokens / limits[dtypes[0], "baseline"],
-        "rows": rows,
+        "matmul_limit_tokens_per_second": work.tokens / limits["baseline"],
+        "rows": [_row(name, t, tokens.get(name, work.tokens), timings, limits) for name, t in timings.items()],
     }
 
 
-def _contenders(
-    work: Work, placement: Placement, dtype: str, signals: dict[str, Any], peers: list[str]
-) -> dict[str, Step]:
-    from gptlab.benchmark import contenders
-
-    steps = {f"baseline {dtype}": contenders.ours(work, placement)}
-    for mode, signal in signals.items():
-        steps[f"{mode} {dtype}"] = contenders.ours(work, placement, signal)
-    steps[f"transformers {dtype}"] = contenders.transformers_step(work, placement)
-    for peer in peers:
-        name, _, path = peer.partition("=")
-        if name not in contenders.PEERS:
-            raise UsageError(f"--peer: unknown peer {name!r}{did_you_mean(name, contenders.PEERS)}")
-        steps[f"{name} {dtype}"] = contenders.PEERS[name](work, placement, Path(path))
-    return steps
-
-
 def _row(
-    name: str, timing: Timing, work: Work, timings: dict[str, Timing], limits: dict[tuple[str, str], float]
+    name: str, timing: Timing, tokens: int, timings: dict[str, Timing], limits: dict[str, float]
 ) -> dict[str, Any]:
-    mode, dtype = name.split()
-    own_limit = limits.get((dtype, mode), limits[dtype, "baseline"])
+    limit = limits.get(name)
     return {
         "name": name,
-        "tokens_per_second": work.tokens / timing.median,
+        "tokens_per_second": tokens / timing.median,
         "spread": timing.spread,
-        "share_of_limit": own_limit / timing.median,
-        "ratio_to_baseline": timing.median / timings[f"baseline {dtype}"].median,
+        "share_of_limit": limit / timing.median if limit else None,
+        "ratio_to_baseline": timing.median / timings["baseline"].median,
         "peak_memory_bytes": timing.peak_bytes,
     }
 
@@ -130,16 +116,16 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"{result['size']}: batch {result['batch']}, {result['threads']} threads, {result['rounds']} rounds"
+    title = "{size}: batch {batch}, {dtype}, {threads} threads, {rounds} rounds".format(**result)
     table = Table(title=title, caption=f"matmul limit {result['matmul_limit_tokens_per_second']:,.0f} tokens/s")
     for column in ("step", "tokens/s", "±", "of its matmul limit", "time over baseline", "peak memory"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
     for row in result["rows"]:
         table.add_row(
             row["name"],
             f"{row['tokens_per_second']:,.0f}",
             f"{row['spread']:.1%}",
-            f"{row['share_of_limit']:.0%}",
+            f"{row['share_of_limit']:.0%}" if row["share_of_limit"] else "",
             f"{row['ratio_to_baseline']:.2f}x",
             f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
         )

@@ -82,7 +82,7 @@ def _as_text(found: dict[str, Any]) -> str:
     lines = [
         f"gptlab {found['gptlab']}, Python {found['python']}, torch {found['torch']}, {found['platform']}",
         f"processor  {found['processor']}, {found['cores']} cores, "
-        f"{'' if found['cpu_bf16'] else 'no '}bf16 in hardware",
+        f"{found['cpu_bf16'] or 'no'} bf16 in hardware",
         f"GPUs       {', '.join(found['gpus']) or 'none'}",
         f"matmul     {peaks} (measured now)",
         "",

@@ -9,13 +9,18 @@ Shapes: B batch, T time, C channels (n_embd), H heads, L blocks (n_layer), V voc
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptlab.errors import ConfigError
+from gptlab.model.attention import causal_attention
 from gptlab.randomness import torch_generator
+
+if TYPE_CHECKING:
+    from gptlab.model.working import WorkingCopy, Workspace
 
 
 @dataclass(frozen=True)
@@ -56,26 +61,31 @@ class GPTConfig:
         return 6 * (12 * C * C * self.n_layer + self.vocab_size * C) + 12 * C * self.block_size * self.n_layer
 
 
+class Linear(nn.Linear):
+    """A linear layer that multiplies by its working copy where there is one (model/working.py)."""
+
+    working: WorkingCopy | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if self.working is None else self.working(input)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        B, T, C = x.shape
-        heads = (B, T, self.n_head, C // self.n_head)
-        q, k, v = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).split(C, dim=2))  # (B, H, T, C/H)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(causal_attention(self.c_attn(x), self.n_head))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -107,6 +117,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        self.workspace: Workspace | None = None
         with torch.device("meta"):  # modules would else fill their weights from the global generator
             first = Block(config)
             rest = [first if config.share_blocks else Block(config) for _ in range(config.n_layer - 1)]
@@ -118,7 +129,7 @@ class GPT(nn.Module):
                     "ln_f": nn.LayerNorm(config.n_embd),
                 }
             )
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device="cpu")
         self.lm_head.weight = self.wte.weight
         self._initialise(seed)

@@ -10,6 +10,7 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError, GptlabError, LostProcessError, Stopped
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.working import Workspace
 from gptlab.options import flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.begin import restore
@@ -53,6 +54,8 @@ class Session:
             found = restore(checkpoint_path)
             self.state.restore(found.weights, found.moments, found.state["scalars"])
             self._saved = self.state.step
+        if placement.working_copies and placement.autocast:
+            Workspace(model, placement.autocast)
         self.compiled = compile_blocks(model, placement)
         self._final: dict[str, Any] = {}
         self._speeds: list[float] = []

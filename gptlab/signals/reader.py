@@ -4,6 +4,9 @@ Logits are the largest tensors of a language model ((B,T,V): 824 MB in float32 a
 is read. So no reading is kept: each chunk of positions takes its logits, their values and their gradient, and leaves
 only the gradient at h, which is V/C times smaller. The true loss is read the same way, learning; a frozen judge is
 read without learning, so that it passes gradient on and takes none.
+
+A chunk is as many rows as a matmul likes; its elementwise part goes over it in pieces that a processor's cache holds,
+and leaves the gradient where the logits were.
 """
 
 from __future__ import annotations
@@ -16,12 +19,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptlab.model.gpt import GPT
+from gptlab.model.working import add_gradient
+from gptlab.signals import closed_form
+from gptlab.signals.closed_form import ClosedForm
 
-Value = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+ValueFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(logits (n, V), targets (n,), the other block's logits (n, V) or None) -> each token's value (n,)."""
 
-CHUNK_ELEMENTS = 16 * 2**20
-"""Logits of one chunk: 64 MiB in float32, enough rows for matmuls to run at full speed at V=50304."""
+
+@dataclass(frozen=True)
+class Value:
+    """What a reading is worth: a function, and where there is one the closed form of it and its gradient."""
+
+    function: ValueFunction
+    closed_form: ClosedForm | None = None
+
+    def __call__(self, logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
+        return self.function(logits, targets, other)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+true_loss = Value(_cross_entropy, closed_form.cross_entropy)
+"""CE(z, y) of every token, in nats."""
+
+CHUNK_BYTES = 128 * 2**20
+"""Logits of one chunk in the dtype of the matmuls: at V=50304 1,333 rows in bf16."""
+PIECE_ELEMENTS = 2**21
+"""Logits of one elementwise pass on a CPU: 8 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +60,40 @@ class Reading:
 
 
 class Reader:
-    """The readout of a model for one micro-batch: its head in the dtype of the matmuls, cast once for all readings."""
+    """The readout of a model for one micro-batch: its head in the dtype of the matmuls, cast once for all readings.
 
-    def __init__(self, model: GPT, dtype: torch.dtype | None = None, chunk: int | None = None) -> None:
+    chunk: rows of logits that are held at once; piece: rows that the elementwise part takes at once.
+    """
+
+    def __init__(
+        self, model: GPT, dtype: torch.dtype | None = None, chunk: int | None = None, piece: int | None = None
+    ) -> None:
         self.ln_f = model.ln_f
-        self.head = model.lm_head.weight
-        self.working_head = self.head.detach().to(dtype or self.head.dtype)  # (V, C)
-        self.chunk = chunk or max(1, CHUNK_ELEMENTS // self.head.shape[0])
+        self.head = model.lm_head.weight  # (V, C)
+        dtype, copy = dtype or self.head.dtype, model.lm_head.working
+        if copy is not None and copy.weight.dtype == dtype:
+            self.working_head = copy.weight
+        else:
+            self.working_head = self.head.detach().to(dtype)
+        V = len(self.head)
+        self.chunk = chunk or max(1, CHUNK_BYTES // (V * dtype.itemsize))
+        self.piece = piece or (self.chunk if self.head.is_cuda else max(1, PIECE_ELEMENTS // V))
 
     def _normalise(self, h: Tensor) -> Tensor:
         return F.layer_norm(h, self.ln_f.normalized_shape, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps)
 
-    def _logits(self, x: Tensor) -> Tensor:  # (n, C) -> (n, V), float32 or better
-        z = x @ self.working_head.t()
-        return z.float() if z.dtype.itemsize < 4 else z
+    def _logits(self, x: Tensor) -> Tensor:  # (n, C) -> (n, V), in the dtype of the matmuls
+        return x @ self.working_head.t()
 
     def read(
-        self, h: Tensor, targets: Tensor, value: Value, scale: float, *, learn: bool, other: Tensor | None = None
+        self,
+        h: Tensor,
+        targets: Tensor,
+        value: ValueFunction,
+        scale: float,
+        *,
+        learn: bool,
+        other: Tensor | None = None,
     ) -> Reading:
         """Read hidden states h (N, C) with true tokens `targets` (N,).
 
@@ -61,6 +105,7 @@ class Reader:
             x = self._normalise(h)  # (N, C)
         with torch.no_grad():
             working = x.detach().to(self.working_head.dtype)
+            scaled = working * scale if learn else working  # (N, C), so that no pass over logits is for the scale
             others = None if other is None else self._normalise(other).to(self.working_head.dtype)
             total = torch.zeros((), dtype=torch.float64, device=h.device)
             down = torch.empty_like(x)
@@ -68,57 +113,59 @@ class Reader:
                 rows = slice(start, start + self.chunk)
                 z = self._logits(working[rows])
                 other_z = None if others is None else self._logits(others[rows])
-                values, dz = _value_and_gradient(value, z, targets[rows], other_z)
-                del z, other_z
-                total += values.sum(dtype=torch.float64)
-                dz = dz.mul_(scale).to(working.dtype)
-                down[rows] = dz @ self.working_head
+                total += self._into_gradient(z, targets[rows], other_z, value)
+                torch.mul(z @ self.working_head, scale, out=down[rows])
                 if learn:
-                    add_gradient(self.head, dz.t() @ working[rows])
+                    add_gradient(self.head, z.t() @ scaled[rows])
         if learn:
             torch.autograd.backward(x, down, inputs=[h, self.ln_f.weight, self.ln_f.bias])
             assert h.grad is not None
             return Reading(total, h.grad)
         return Reading(total, torch.autograd.grad(x, h, down)[0])
 
+    def _into_gradient(self, z: Tensor, targets: Tensor, other: Tensor | None, value: ValueFunction) -> Tensor:
+        """Turn logits z (n, V) into the gradient of the sum of their values, in place; give that sum, float64."""
+        total = torch.zeros((), dtype=torch.float64, device=z.device)
+        form = getattr(value, "closed_form", None)
+        for start in range(0, len(z), self.piece):
+            rows = slice(start, start + self.piece)
+            logits, y = _at_least_float32(z[rows]), targets[rows]
+            if form:
+                values, gradient = form(logits, y)
+            else:
+                beside = None if other is None else _at_least_float32(other[rows])
+                values, gradient = _by_autograd(value, logits, y, beside)
+            total += values.sum(dtype=torch.float64)
+            z[rows] = gradient
+        return total
+
     @torch.no_grad()
-    def values(self, h: Tensor, targets: Tensor, value: Value, other: Tensor | None = None) -> Tensor:
+    def values(self, h: Tensor, targets: Tensor, value: ValueFunction, other: Tensor | None = None) -> Tensor:
         """Each token's value (N,) of hidden states h (N, C), without any gradient."""
         x = self._normalise(h).to(self.working_head.dtype)
         others = None if other is None else self._normalise(other).to(self.working_head.dtype)
         parts = []
         for start in range(0, len(h), self.chunk):
-            rows = slice(start, start + self.chunk)
-            other_z = None if others is None else self._logits(others[rows])
-            parts.append(value(self._logits(x[rows]), targets[rows], other_z))
+            chunk = slice(start, start + self.chunk)
+            z, y = self._logits(x[chunk]), targets[chunk]
+            other_z = None if others is None else self._logits(others[chunk])
+            for first in range(0, len(z), self.piece):
+                rows = slice(first, first + self.piece)
+                beside = None if other_z is None else _at_least_float32(other_z[rows])
+                parts.append(value(_at_least_float32(z[rows]), y[rows], beside))
         return torch.cat(parts)
 
 
-def true_loss(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
-    """CE(z, y) of every token, in nats."""
-    return F.cross_entropy(logits, targets, reduction="none")
+def _at_least_float32(z: Tensor) -> Tensor:
+    return z.float() if z.dtype.itemsize < 4 else z
 
 
-def _value_and_gradient(value: Value, z: Tensor, targets: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values (n,) and the gradient (n, V) of their sum; the cross-entropy's own is taken in place of its logits."""
-    if value is true_loss:
-        log_p = z.log_softmax(1)
-        values = -log_p.gather(1, targets[:, None])[:, 0]
-        dz = log_p.exp_()
-        dz.scatter_add_(1, targets[:, None], dz.new_full((len(dz), 1), -1.0))
-        return values, dz
+def _by_autograd(value: ValueFunction, z: Tensor, targets: Tensor, other: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values (n,) and the gradient (n, V) of their sum."""
     with torch.enable_grad():
-        z.requires_grad_()
-        values = value(z, targets, other)
+        leaf = z.detach().requires_grad_()
+        values = value(leaf, targets, other)
         if not values.requires_grad:  # no token passed the signal's gate
             return values, torch.zeros_like(z)
-        (dz,) = torch.autograd.grad(values.sum(), z)
+        (dz,) = torch.autograd.grad(values.sum(), leaf)
     return values.detach(), dz
-
-
-def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """Add to a parameter's `.grad`, in the parameter's dtype."""
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
-    else:
-        parameter.grad.add_(gradient)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import TypeVar
 
 import torch
 
@@ -20,15 +21,17 @@ from gptlab.training.optimizer import learning_rate_at
 from gptlab.training.state import TrainingState
 from gptlab.training.verdicts import Batch, Voice
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Update:
     """What one update gave, over the total batch: losses in nats, the gradient's length before clipping.
 
     stop: whether any rank was asked to stop
-    by_judge: for every signal, the mean of each judge, in their order
+    by_judge: for every signal of the config, the mean of each judge, lowest first; None of one that did not speak
     dose, doses: |weight·g_signal| / |g_CE| of all signals together and of each, where it was measured in this update
-    weights: of every signal, as used
+    weights: of every signal of the config, as used; 0 of one that is out of the graph
     """
 
     loss: float
@@ -37,7 +40,7 @@ class Update:
     learning_rate: float
     clipped: bool
     stop: bool
-    by_judge: list[list[float]]
+    by_judge: list[list[float | None]]
     weights: list[float]
     dose: float | None = None
     doses: list[float] | None = None
@@ -63,7 +66,7 @@ def update(
     noisy = config.gradient_noise > 0
     apart = needs_parts(voices) or (noisy and bool(voices))
     held = any(v.config.dose is not None for v in voices)
-    measure = bool(voices) and (measure_dose or (held and not state.weights))
+    measure = bool(voices) and (measure_dose or _speaks_first(state, config, voices))
     ledger = Ledger(model, voices, config.seed) if apart or measure else None
 
     model.zero_grad(set_to_none=True)
@@ -110,11 +113,15 @@ def update(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
+    if model.workspace:
+        model.workspace.refresh()
     state.step += 1
     state.clipped += clipped
-    by_judge = [row[1:-1] for row in sums.judges.tolist()]
+    by_judge = _by_judge(config, voices, sums, step)
     stopped = bool(sums.stop)
     loss, signal_loss = float(sums.loss), float(sums.signal)
+    weights = _of_all(config, voices, weights, 0.0)
+    doses = None if doses is None else _of_all(config, voices, doses, 0.0)
     return Update(loss, signal_loss, norm, learning_rate, clipped, stopped, by_judge, weights, dose, doses)
 
 
@@ -164,6 +171,26 @@ def _hold(state: TrainingState, config: TrainingConfig, voices: Sequence[Voice],
     if any(s.dose is not None for s in config.signals):
         state.weights = [held[signal] for signal in config.signals]
     return factors
+
+
+def _speaks_first(state: TrainingState, config: TrainingConfig, voices: Sequence[Voice]) -> bool:
+    """Whether a signal whose dose is held has no weight for it yet: it may start when others have long spoken."""
+    held = dict(zip(config.signals, state.weights or [None] * len(config.signals), strict=True))
+    return any(v.config.dose is not None and held[v.config] is None for v in voices)
+
+
+def _of_all(config: TrainingConfig, voices: Sequence[Voice], values: Sequence[_T], silent: _T) -> list[_T]:
+    """One value for each signal of the config, where there is one for each voice."""
+    of = dict(zip([voice.config for voice in voices], values, strict=True))
+    return [of.get(signal, silent) for signal in config.signals]
+
+
+def _by_judge(config: TrainingConfig, voices: Sequence[Voice], sums: _Sums, step: int) -> list[list[float | None]]:
+    found: list[list[float | None]] = []
+    for voice, row in zip(voices, sums.judges.tolist(), strict=True):
+        spoke, _ = voice.config.judges_at(step, config.n_layer, config.seed)
+        found.append([row[j] if j in spoke else None for j in range(1, config.n_layer)])
+    return _of_all(config, voices, found, [None] * (config.n_layer - 1))
 
 
 def _unweighted(voices: Sequence[Voice], sums: _Sums) -> list[float]:

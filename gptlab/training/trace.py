@@ -6,15 +6,15 @@ verdict's at the block it teaches. Nothing here knows where a gradient comes fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gptlab.model.gpt import GPT
-from gptlab.signals.reader import add_gradient
+from gptlab.model.gpt import GPT, Linear
+from gptlab.model.working import add_gradient
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Trace:
 
 def trace(model: GPT, tokens: Tensor, autocast: torch.dtype | None) -> Trace:
     """Run the model's blocks on tokens (B, T), keeping each block's graph apart from the others'."""
-    cast = torch.autocast(tokens.device.type, autocast) if autocast else nullcontext()
+    cast = torch.autocast(tokens.device.type, autocast) if autocast and model.workspace is None else nullcontext()
     inputs, outputs = [], []
     with cast:
         with torch.no_grad():
@@ -64,25 +64,31 @@ def descend(model: GPT, trace: Trace, lessons: Iterable[Lesson], *, embeddings: 
         at = staying if lesson.stays and lesson.at else arriving
         at[lesson.at] = at[lesson.at] + lesson.gradient if lesson.at in at else lesson.gradient
     for j in range(len(trace.outputs), 0, -1):
-        x, y = trace.inputs[j - 1], trace.outputs[j - 1]
-        weights = list(model.blocks[j - 1].parameters())
         if j in staying:
-            torch.autograd.backward(y, staying[j], inputs=weights, retain_graph=keep or j in arriving)
+            pass_through(model, trace, j, staying[j], learn=True, keep=keep or j in arriving)
         if j in arriving:
-            onward = pass_through(x, y, arriving.pop(j), weights, keep=keep)
+            onward = pass_through(model, trace, j, arriving.pop(j), learn=True, keep=keep)
             arriving[j - 1] = onward + arriving[j - 1] if j - 1 in arriving else onward
     if embeddings and 0 in arriving:
         _teach_embeddings(model, trace.tokens, arriving[0])
 
 
-def pass_through(x: Tensor, y: Tensor, gradient: Tensor, weights: Sequence[Tensor], *, keep: bool) -> Tensor:
-    """Gradient at x of y's gradient; the weights, where there are any, add theirs to `.grad`."""
-    if not weights:
-        return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
-    torch.autograd.backward(y, gradient, inputs=[x, *weights], retain_graph=keep)
+def pass_through(model: GPT, trace: Trace, j: int, gradient: Tensor, *, learn: bool, keep: bool) -> Tensor:
+    """The gradient at h_{j-1} of a gradient at h_j; block j's weights add theirs to `.grad` if they learn."""
+    x, y = trace.inputs[j - 1], trace.outputs[j - 1]
+    with model.workspace.weights(learn) if model.workspace else nullcontext():
+        if not learn:
+            return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
+        torch.autograd.backward(y, gradient, inputs=[x, *_by_autograd(model, j)], retain_graph=keep)
     passed, x.grad = x.grad, None
     assert passed is not None
     return passed
+
+
+def _by_autograd(model: GPT, j: int) -> list[Tensor]:
+    """The weights of block j whose gradients autograd itself keeps; linear layers with working copies do without."""
+    modules = (m for m in model.blocks[j - 1].modules() if not isinstance(m, Linear) or m.working is None)
+    return [p for module in modules for p in module.parameters(recurse=False)]
 
 
 def _teach_embeddings(model: GPT, tokens: Tensor, gradient: Tensor) -> None:

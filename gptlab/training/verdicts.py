@@ -17,8 +17,9 @@ from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.randomness import permutation
+from gptlab.signals.closed_form import CLOSED_FORMS
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.reader import Reader, Reading
+from gptlab.signals.reader import Reader, Reading, Value
 from gptlab.training.controls import Window, flipped, named, rotated, shuffled
 from gptlab.training.trace import Lesson, Trace, pass_through
 
@@ -85,8 +86,7 @@ def _lesson(model: GPT, trace: Trace, config: SignalConfig, j: int, verdict: Ten
     live, full = config.evaluator == "live", config.reach == "full"
     if live and full and config.control in ("none", "flipped"):
         return Lesson(j, verdict)  # what a live judge learns and what it passes on are one descent
-    weights = list(model.blocks[j - 1].parameters()) if live else []
-    passed = pass_through(trace.inputs[j - 1], trace.outputs[j - 1], verdict, weights, keep=True)
+    passed = pass_through(model, trace, j, verdict, learn=live, keep=True)
     if config.control == "shuffled":
         passed = shuffled(passed, batch.seed, batch.step, batch.first_sequence, j)
     return Lesson(j - 1, passed, stays=not full)
@@ -106,9 +106,10 @@ def _read(trace: Trace, reader: Reader, config: SignalConfig, j: int, weight: fl
     n = len(h)
     signal, marked = config.signal, config.control == "flipped" and config.flip_to == "argmax"
 
-    def value(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
+    def function(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
         return signal(z, named(z, y) if marked else y, other=other, threshold=config.threshold)
 
+    value = Value(function, None if marked else CLOSED_FORMS.get(signal.name))
     scale = weight * batch.share / n
     reading = reader.read(h, targets, value, scale, learn=config.evaluator == "live", other=other)
     gradient = reading.gradient

@@ -171,4 +171,5 @@ def test_the_measure_of_the_test_above_sees_whole_logits() -> None:
 
 def test_chunks_of_a_large_vocabulary_are_bounded_by_memory() -> None:
     large = GPT(GPTConfig(block_size=1, vocab_size=50304, n_layer=1, n_head=1, n_embd=4))
-    assert 64 <= Reader(large).chunk <= 64 * 2**20 // 4 // 50304
+    assert 64 <= Reader(large).chunk <= 128 * 2**20 // 4 // 50304
+    assert Reader(large, torch.bfloat16).chunk <= 128 * 2**20 // 2 // 50304

@@ -1,0 +1,16 @@
+"""The models and signal modes that are measured, by name. No torch here: names are checked before it is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 256, "block_size": 128, "batch": 16},
+    "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 50304, "block_size": 256, "batch": 4},
+    "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "block_size": 256, "batch": 4},
+}
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"name": "confidence"},
+    "rotate": {"name": "confidence", "layers": "rotate"},
+    "positions": {"name": "confidence", "positions": 0.125},
+}
