@@ -27,6 +27,8 @@ class Signal:
         or the final block
     uses_truth: whether it sees the true next token
     has_threshold: whether it has a τ
+    gradient_bound: greatest L1 norm of a token's gradient at its logits, over all logits and vocabularies; None where
+        there is none
     """
 
     name: str
@@ -36,6 +38,7 @@ class Signal:
     needs: Literal["previous", "next", "final"] | None = None
     uses_truth: bool = False
     has_threshold: bool = False
+    gradient_bound: float | None = None
 
     @cached_property
     def function(self) -> Any:
@@ -59,10 +62,18 @@ def _table(*signals: Signal) -> dict[str, Signal]:
 
 
 SIGNALS: dict[str, Signal] = _table(
-    Signal("confidence", "confidence", "log(1-p_m)", "N4"),
-    Signal("overconfidence_penalty", "confidence", "-log(1-p_m)", "N4 typed with a plus"),
-    Signal("gated_confidence", "confidence", "[p_m>=τ]·log(1-p_m)", "N2, N3", has_threshold=True),
-    Signal("verified_confidence", "confidence", "[p_m>=τ, m=y]·log(1-p_m)", "N2", uses_truth=True, has_threshold=True),
+    Signal("confidence", "confidence", "log(1-p_m)", "N4", gradient_bound=2),
+    Signal("overconfidence_penalty", "confidence", "-log(1-p_m)", "N4 typed with a plus", gradient_bound=2),
+    Signal("gated_confidence", "confidence", "[p_m>=τ]·log(1-p_m)", "N2, N3", has_threshold=True, gradient_bound=2),
+    Signal(
+        "verified_confidence",
+        "confidence",
+        "[p_m>=τ, m=y]·log(1-p_m)",
+        "N2",
+        uses_truth=True,
+        has_threshold=True,
+        gradient_bound=2,
+    ),
     Signal(
         "confident_error",
         "confidence",
@@ -70,6 +81,7 @@ SIGNALS: dict[str, Signal] = _table(
         "N2's penalty; unlikelihood, Welleck 2019 (1908.04319)",
         uses_truth=True,
         has_threshold=True,
+        gradient_bound=2,
     ),
     Signal(
         "advantage",
@@ -77,20 +89,46 @@ SIGNALS: dict[str, Signal] = _table(
         "log(1-p_m,j) - sg log(1-p_m,j-1) where negative, else 0",
         "N3: what was said made the judge sure",
         needs="previous",
+        gradient_bound=2,
     ),
-    Signal("target_confidence", "confidence", "log(1-p_y)", "N4 with the true token", uses_truth=True),
-    Signal("confidence_weighted_ce", "cross_entropy", "sg(p_m)·CE(z,y)", "N2 literally", uses_truth=True),
-    Signal("negated_cross_entropy", "cross_entropy", "-CE(-z,m)", "N5 as first coded"),
-    Signal("negative_self_cross_entropy", "cross_entropy", "-CE(z,m) = log p_m", "N5 read literally, own target"),
-    Signal("negative_deep_supervision", "cross_entropy", "-CE(z,y)", "N5 read literally, true target", uses_truth=True),
+    Signal(
+        "target_confidence", "confidence", "log(1-p_y)", "N4 with the true token", uses_truth=True, gradient_bound=2
+    ),
+    Signal(
+        "confidence_weighted_ce", "cross_entropy", "sg(p_m)·CE(z,y)", "N2 literally", uses_truth=True, gradient_bound=2
+    ),
+    Signal("negated_cross_entropy", "cross_entropy", "-CE(-z,m)", "N5 as first coded", gradient_bound=2),
+    Signal(
+        "negative_self_cross_entropy",
+        "cross_entropy",
+        "-CE(z,m) = log p_m",
+        "N5 read literally, own target",
+        gradient_bound=2,
+    ),
+    Signal(
+        "negative_deep_supervision",
+        "cross_entropy",
+        "-CE(z,y)",
+        "N5 read literally, true target",
+        uses_truth=True,
+        gradient_bound=2,
+    ),
     Signal(
         "deep_supervision",
         "cross_entropy",
         "CE(z,y)",
         "Lee 2015 (1409.5185); Al-Rfou 2018 (1808.04444); LayerSkip (2404.16710); all live",
         uses_truth=True,
+        gradient_bound=2,
     ),
-    Signal("pseudo_label", "cross_entropy", "[p_m>=τ]·(-log p_m)", "FixMatch (2001.07685)", has_threshold=True),
+    Signal(
+        "pseudo_label",
+        "cross_entropy",
+        "[p_m>=τ]·(-log p_m)",
+        "FixMatch (2001.07685)",
+        has_threshold=True,
+        gradient_bound=2,
+    ),
     Signal(
         "information_gain",
         "cross_entropy",
@@ -99,16 +137,24 @@ SIGNALS: dict[str, Signal] = _table(
         needs="previous",
         uses_truth=True,
     ),
-    Signal("brier", "distribution", "Σ_k (p_k-[k=y])²", "Brier 1950; RLCR (2507.16806)", uses_truth=True),
+    Signal(
+        "brier",
+        "distribution",
+        "Σ_k (p_k-[k=y])²",
+        "Brier 1950; RLCR (2507.16806)",
+        uses_truth=True,
+        gradient_bound=32 / 27,
+    ),
     Signal("entropy", "distribution", "H(p)", "Grandvalet & Bengio 2005"),
     Signal("confidence_penalty", "distribution", "-H(p)", "Pereyra 2017 (1701.06548)"),
-    Signal("self_certainty", "distribution", "-(LSE(z) - mean z - log V)", "Intuitor (2505.19590)"),
-    Signal("collision", "distribution", "1 - Σp²", "Rényi-2; RLSC (2506.06395)"),
+    Signal("self_certainty", "distribution", "-(LSE(z) - mean z - log V)", "Intuitor (2505.19590)", gradient_bound=2),
+    Signal("collision", "distribution", "1 - Σp²", "Rényi-2; RLSC (2506.06395)", gradient_bound=16 / 27),
     Signal(
         "self_distillation",
         "distribution",
         "KL(sg p_L ‖ p_j)",
         "Be Your Own Teacher (1905.08094)",
         needs="final",
+        gradient_bound=2,
     ),
 )

@@ -225,6 +225,43 @@ def test_values_and_gradients_keep_their_bounds(name: str) -> None:
             torch.testing.assert_close(norms[spoke], bound[spoke], rtol=1e-6, atol=1e-8)
 
 
+def near_the_bound(name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, the other block's and true tokens at which a bounded gradient is as long as it gets, or nearly so."""
+    p = torch.full((1, 5000), 1e-9, dtype=torch.float64)
+    p[0, 0] = {"brier": 1 / 3, "collision": 2 / 3}.get(name, 1e-6 if SIGNALS[name].has_threshold else 1e-3)
+    p[0, 1] = 2 / 3 if name == "brier" else 1e-9
+    if SIGNALS[name].family == "confidence" or name in (
+        "self_certainty",
+        "confidence_weighted_ce",
+        "self_distillation",
+    ):
+        p[0, 0] = 1 - 1e-6
+    elif name != "brier":
+        p[0, 2:] = (1 - p[0, 0]) / 4998
+    z = p.log()
+    other = torch.zeros_like(z)
+    other[0, 3] = 40.0 if name == "self_distillation" else 0.0
+    y = 1 if name in ("confident_error", "confidence_weighted_ce") else 0
+    return z, other, torch.tensor([y])
+
+
+@each_signal
+def test_the_registrys_bound_of_the_gradient_holds_and_is_the_least(name: str) -> None:
+    bound = SIGNALS[name].gradient_bound
+    drawn = [draw(scale=scale) for scale in (0.01, 1.0, 3.0, 5.0, 15.0)]
+    norms = torch.cat([gradient(name, z, y, other, 1e-9).abs().sum(1) for z, other, y in drawn])
+    if bound is None:  # it grows with the vocabulary, or with what the block before did not know
+        wide = torch.zeros(1, 10**6, dtype=torch.float64)
+        wide[0, :4] = math.log(10**6 / 4)  # half of the probability on four tokens
+        lost = torch.zeros_like(wide)
+        lost[0, 0] = -100.0
+        assert gradient(name, wide, torch.tensor([0]), lost).abs().sum() > 5
+        return
+    assert norms.max() <= bound + 1e-8
+    z, other, y = near_the_bound(name)
+    assert bound * 0.99 < gradient(name, z, y, other, 1e-9).abs().sum() <= bound
+
+
 def test_the_table_of_greatest_gradients() -> None:
     """What the exact norms come to: some vanish with confidence, some never do."""
     y = torch.tensor([3])

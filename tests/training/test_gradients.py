@@ -1,124 +1,23 @@
-"""The block-wise gradient against a naive reference, and what it must not depend on.
-
-The reference takes DESIGN's 'Judging' at its word and knows nothing of cutting a forward pass: every judge is a second
-forward through detached copies of its weights, all logits are kept, and autograd does the rest.
-"""
+"""The block-wise gradient against a naive reference (naive_gradients.py), and what it must not depend on."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import cache
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from naive_gradients import SIZE, B, Gradients, L, Rows, T, V, build, foreseen, found, furthest, gradients, naive, text
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gptlab.errors import ConfigError, DataError
-from gptlab.model import GPT, GPTConfig
+from gptlab.model import GPT
 from gptlab.signals import SIGNALS, Signal, SignalConfig
 from gptlab.signals import confidence as family
 from gptlab.training import Losses, backward, verdicts
-
-B, T, V, L = 3, 5, 17, 4
-SIZE = GPTConfig(block_size=T + 1, vocab_size=V, n_layer=L, n_head=2, n_embd=8)
-
-Gradients = dict[str, Tensor]
-Rows = Mapping[int, Tensor]
-"""judge -> the positions (n,) it reads, of the flattened batch."""
-
-
-def build(share_blocks: bool = False, dtype: torch.dtype = torch.float64, size: GPTConfig = SIZE) -> GPT:
-    """A model with every parameter drawn at random, wide enough apart that its blocks are sure of something."""
-    model = GPT(replace(size, share_blocks=share_blocks))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            norm = "ln_" in name and name.endswith("weight")
-            p.normal_(1.0 if norm else 0.0, 0.4, generator=generator)
-    return model.to(dtype)
-
-
-def text() -> tuple[Tensor, Tensor]:
-    """Tokens and targets (B, T); no target comes twice, so that a target tells its position."""
-    generator = torch.Generator().manual_seed(9)
-    targets = torch.randperm(V, generator=generator)[: B * T].view(B, T)
-    return torch.randint(V, (B, T), generator=generator), targets
-
-
-def foreseen(share_blocks: bool) -> tuple[Tensor, Tensor]:
-    """The same tokens with targets that one judge or another has right in each sequence."""
-    tokens, targets = text()
-    with torch.no_grad():
-        states = [build(share_blocks).read(h).argmax(2) for h in build(share_blocks).hidden_states(tokens)]
-    for j in range(1, L):
-        targets[:, j] = states[j][:, j]
-    return tokens, targets
-
-
-def gradients(model: nn.Module) -> Gradients:
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
-
-
-def found(
-    config: SignalConfig | None, share_blocks: bool = False, data: tuple[Tensor, Tensor] | None = None, **keys: Any
-) -> tuple[Gradients, Losses]:
-    """What gptlab computes on the text, in float64."""
-    model = build(share_blocks)
-    losses = backward(model, *(data or text()), config, **keys)
-    return gradients(model), losses
-
-
-def furthest(a: Gradients, b: Gradients) -> float:
-    """The greatest difference of any parameter's gradient, relative to the longest of b."""
-    longest = max(g.abs().max().item() for g in b.values())
-    return max((a[name] - b[name]).abs().max().item() for name in b) / longest
-
-
-def frozen(module: nn.Module, x: Tensor) -> Tensor:
-    """The module with detached copies of its weights."""
-    return functional_call(module, {name: p.detach().clone() for name, p in module.named_parameters()}, (x,))
-
-
-def naive(
-    config: SignalConfig,
-    share_blocks: bool,
-    rows: Rows | None = None,
-    step: int = 0,
-    seed: int = 0,
-    data: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Gradients, float, float]:
-    """(gradients, true loss, signal loss) of the text by autograd."""
-    model, (tokens, targets) = build(share_blocks), data or text()
-    states = model.hidden_states(tokens)
-    logits = [model.read(h).detach().flatten(0, 1) for h in states]
-    true = cross_entropy(model.read(states[-1]).flatten(0, 1), targets.flatten())
-    live = config.evaluator == "live"
-
-    def apply(module: nn.Module, x: Tensor) -> Tensor:
-        return module(x) if live else frozen(module, x)
-
-    judges, factor = config.judges_at(step, L, seed)
-    signal_loss = torch.zeros((), dtype=torch.float64)
-    for j in judges:
-        taught = model.embed(tokens)
-        if not config.embeddings:
-            taught = taught.detach()
-        for i, block in enumerate(model.blocks[: j - 1], start=1):
-            taught = block(taught.detach() if config.reach == "local" and i == j - 1 else taught)
-        h = apply(model.blocks[j - 1], taught)
-        z = apply(model.lm_head, apply(model.ln_f, h)).flatten(0, 1)
-        chosen = torch.arange(B * T) if rows is None else rows[j]
-        needs = config.signal.needs
-        other = logits[{"previous": j - 1, "next": j + 1, "final": L}[needs]][chosen] if needs else None
-        values = config.signal(z[chosen], targets.flatten()[chosen], other=other, threshold=config.threshold)
-        signal_loss = signal_loss + factor * values.mean()
-    weight = config.weight_at(step, L)
-    (true + weight * signal_loss).backward()
-    return gradients(model), true.item(), weight * signal_loss.item()
-
 
 ROUTES = [
     {"evaluator": evaluator, "reach": reach, "embeddings": embeddings}
@@ -134,6 +33,12 @@ def written(options: Mapping[str, Any]) -> str:
     )
 
 
+@cache
+def plain(share_blocks: bool, usual: bool) -> Gradients:
+    """The true loss's gradient, of the usual text or of the other one."""
+    return found(None, share_blocks, text() if usual else foreseen(share_blocks))[0]
+
+
 def agree(
     config: SignalConfig,
     share_blocks: bool,
@@ -147,8 +52,9 @@ def agree(
     assert furthest(ours, theirs) < 1e-10
     assert losses.loss.item() == pytest.approx(true, rel=1e-12)
     assert losses.signal_loss.item() == pytest.approx(signal_loss, rel=1e-10)
-    plain, _ = found(None, share_blocks, data)
-    assert furthest(theirs, plain) > 1e-4, "the signal's gradient is zero: nothing was compared"
+    assert furthest(theirs, plain(share_blocks, data is None)) > 1e-4, (
+        "the signal's gradient is zero: nothing was compared"
+    )
 
 
 @pytest.mark.parametrize("share_blocks", [False, True], ids=["distinct", "shared"])
@@ -177,6 +83,21 @@ def test_every_signal_by_every_route_equals_the_reference(name: str, route: dict
 @pytest.mark.parametrize("name", ["confidence", "self_distillation", "information_gain"])
 def test_layers_and_weights_equal_the_reference(name: str, options: dict[str, Any], share_blocks: bool) -> None:
     agree(SignalConfig(name=name, **options), share_blocks, step=3, seed=5)
+
+
+CONTROLS = [
+    {"control": "placebo"},
+    {"control": "shuffled"},
+    {"control": "flipped"},
+    {"control": "flipped", "flip": 0.5, "flip_to": "argmax"},
+]
+
+
+@pytest.mark.parametrize("share_blocks", [False, True], ids=["distinct", "shared"])
+@pytest.mark.parametrize("route", ROUTES, ids=written)
+@pytest.mark.parametrize("control", CONTROLS, ids=written)
+def test_controls_equal_the_reference(control: dict[str, Any], route: dict[str, Any], share_blocks: bool) -> None:
+    agree(SignalConfig("information_gain", weight=1.0, **control, **route), share_blocks, step=3, seed=5)
 
 
 @pytest.fixture
@@ -225,7 +146,7 @@ def test_positions_are_drawn_anew_for_step_seed_sequence_and_judge(watched: list
 
 
 def test_every_position_is_drawn_equally_often(watched: list[Tensor]) -> None:
-    steps = 150
+    steps = 60
     counts = sum(torch.bincount(positions_read(watched, 2, 0.4, step=step) % T, minlength=T) for step in range(steps))
     expected = steps * B * 0.4
     assert isinstance(counts, Tensor)
@@ -241,6 +162,28 @@ def test_some_positions_equal_the_reference(
     keys = {"step": 4, "seed": 2, "first_sequence": 8}
     rows = {judge: positions_read(watched, judge, 0.6, **keys) for judge in range(1, L)}
     agree(SignalConfig(name=name, positions=0.6, **route), share_blocks, rows, **keys)
+
+
+MIXED = [
+    {"layers": (3, 1), "weight": 1.5, "start": 2, "anneal": 9, "threshold": 0.1, "positions": 0.6},
+    {"layers": (2, 3), "evaluator": "live", "reach": "local", "weight": 0.7, "positions": 0.4, "threshold": 0.05},
+    {"layers": "rotate", "embeddings": False, "evaluator": "live", "control": "placebo", "threshold": 0.1},
+    {"layers": (3, 2), "positions": 0.6, "control": "shuffled", "anneal": 20, "threshold": 0.1},
+    {"positions": 0.6, "reach": "local", "control": "flipped", "flip": 0.6, "threshold": 0.1},
+    {"evaluator": "live", "positions": 0.6, "control": "flipped", "flip_to": "argmax", "flip": 0.6, "threshold": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", MIXED, ids=written)
+@pytest.mark.parametrize("name", sorted(SIGNALS))
+def test_every_signal_with_options_that_are_mixed_equals_the_reference(
+    watched: list[Tensor], name: str, options: dict[str, Any]
+) -> None:
+    data = foreseen(False) if name == "verified_confidence" else None
+    keys, rows, positions = {"step": 4, "seed": 2}, None, options.get("positions")
+    if positions:
+        rows = {judge: positions_read(watched, judge, positions, **keys) for judge in range(1, L)}
+    agree(SignalConfig(name=name, **options), False, rows, data, **keys)
 
 
 def test_rotating_judges_average_to_all_of_them() -> None:

@@ -1,0 +1,93 @@
+"""Updates alone, of a small model on a small text without a corpus: what the tests of controls and steps share.
+
+Real models and real updates; only files and commands are left out. No tests here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.model import GPT, GPTConfig
+from gptlab.training import TrainingConfig
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.state import TrainingState
+from gptlab.training.step import Update, update
+from gptlab.training.verdicts import Batch
+
+SEQUENCES, T, V, L = 12, 8, 31, 4
+WINDOWS = 36
+"""Windows of the text: every third update sees the same ones again."""
+
+
+def text() -> Tensor:
+    """Windows (WINDOWS, T+1) of a text in which the next token often follows from the last."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(V, (WINDOWS, T + 1), generator=generator)
+    for t in range(T):
+        follows = torch.rand(WINDOWS, generator=generator) < 0.7
+        tokens[:, t + 1] = torch.where(follows, (5 * tokens[:, t] + 1) % V, tokens[:, t + 1])
+    return tokens
+
+
+@dataclass
+class Run:
+    """A run in memory; `update` makes one of its updates from micro-batches of the sizes in `cut`."""
+
+    state: TrainingState
+    config: TrainingConfig
+    placement: Placement
+    text: Tensor
+
+    def batches(self, cut: Sequence[int] = (SEQUENCES,), rank: int = 0) -> Iterator[Batch]:
+        """Micro-batches of the coming update; `cut` are their sizes on one rank, of as many as make the update."""
+        first, step = rank * sum(cut), self.state.step
+        for size in cut:
+            rows = [(step * SEQUENCES + first + b) % WINDOWS for b in range(size)]
+            tokens = self.text[rows]
+            names = [(0, row) for row in rows]
+            share = size / SEQUENCES
+            yield Batch(tokens[:, :-1], tokens[:, 1:], step, self.config.seed, first, share, names)
+            first += size
+
+    def update(self, cut: Sequence[int] = (SEQUENCES,), world: World | None = None, **options: Any) -> Update:
+        world = world or World()
+        return update(self.state, self.config, self.batches(cut, world.rank), world, self.placement, **options)
+
+    def gradient(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+        """What an update leaves in `.grad`: the gradient it made, after clipping."""
+        self.update(*args, **options)
+        return {name: p.grad.clone() for name, p in self.state.model.named_parameters() if p.grad is not None}
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.state.model.named_parameters()}
+
+
+def make_run(
+    *, dtype: torch.dtype = torch.float64, autocast: torch.dtype | None = None, sure: bool = True, **options: Any
+) -> Run:
+    """A run of 4 blocks. sure: weights so wide that blocks are sure of something, else GPT-2's own initial ones."""
+    shape = {"block_size": T, "n_layer": L, "n_head": 2, "n_embd": 16}
+    values = {"warmup_steps": 0, "schedule": "constant", "grad_clip": 0.0, "dose_every": 10} | options
+    config = TrainingConfig(total_batch_tokens=SEQUENCES * T, **shape, **values)
+    model = GPT(GPTConfig(**shape, vocab_size=V, share_blocks=config.share_blocks), seed=config.seed)
+    if sure:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                norm = "ln_" in name and name.endswith("weight")
+                p.normal_(1.0 if norm else 0.0, 0.3, generator=generator)
+    model.to(dtype)
+    placement = Placement(torch.device("cpu"), autocast, 1, False, {})
+    windows = text()
+    if sure:  # the last token, which is a target only, is what block 2 expects: some signals ask for who is right
+        with torch.no_grad():
+            windows[:, -1] = model.read(model.hidden_states(windows[:, :-1])[2])[:, -1].argmax(1)
+    return Run(TrainingState(model, build_optimizer(model, config)), config, placement, windows)
