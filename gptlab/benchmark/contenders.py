@@ -26,10 +26,10 @@ from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.working import Workspace
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
-from gptlab.training.verdicts import Batch
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.state import TrainingState
 from gptlab.training.step import update
+from gptlab.training.verdicts import Batch
 
 Step = Callable[[], Any]
 
@@ -66,7 +66,7 @@ def ours(work: Work, placement: Placement, signal: SignalConfig | None = None) -
         signal=signal or SignalConfig(),
     )
     model = GPT(c).to(placement.device)
-    if placement.working_copies:
+    if placement.working_copies and placement.autocast:
         Workspace(model, placement.autocast)
     state = TrainingState(model, build_optimizer(model, config))
     tokens, targets = work.data(placement.device)

@@ -10,9 +10,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from gptlab.device import Placement
-
 
 STEPS = 4
 """Steps that a run makes before it waits for the others."""
@@ -62,7 +62,7 @@ def _serve(size: str, dtype: str) -> None:
     from gptlab.device import Machine, decide
     from gptlab.model.gpt import GPTConfig
 
-    sizes = dict(SIZES[size])
+    sizes: dict[str, Any] = dict(SIZES[size])
     batch = sizes.pop("batch")
     placement = placed(replace(decide(Machine.probe(), threads=1, compile="off"), threads=1), dtype)
     placement.apply()

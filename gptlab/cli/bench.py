@@ -94,20 +94,20 @@ def _measure(options: Any, modes: list[str]) -> dict[str, Any]:
         "threads": placement.threads,
         "rounds": options.rounds,
         "matmul_limit_tokens_per_second": work.tokens / limits["baseline"],
-        "rows": [_row(name, t, tokens.get(name, work.tokens), timings, limits) for name, t in timings.items()],
+        "rows": [_row(name, tokens.get(name, work.tokens), work.tokens, timings, limits) for name in timings],
     }
 
 
 def _row(
-    name: str, timing: Timing, tokens: int, timings: dict[str, Timing], limits: dict[str, float]
+    name: str, tokens: int, baseline_tokens: int, timings: dict[str, Timing], limits: dict[str, float]
 ) -> dict[str, Any]:
-    limit = limits.get(name)
+    timing, limit = timings[name], limits.get(name)
     return {
         "name": name,
         "tokens_per_second": tokens / timing.median,
         "spread": timing.spread,
         "share_of_limit": limit / timing.median if limit else None,
-        "ratio_to_baseline": timing.median / timings["baseline"].median,
+        "ratio_to_baseline": timing.median / timings["baseline"].median * baseline_tokens / tokens,
         "peak_memory_bytes": timing.peak_bytes,
     }
 

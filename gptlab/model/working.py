@@ -80,10 +80,10 @@ class Workspace:
 
     def __init__(self, model: GPT, dtype: torch.dtype) -> None:
         self.learning = Learning()
-        layers = [m for block in dict.fromkeys(model.blocks) for m in block.modules() if isinstance(m, Linear)]
-        for layer in [*layers, model.lm_head]:
+        self.copies: list[WorkingCopy] = []
+        for layer in (module for module in model.modules() if isinstance(module, Linear)):
             layer.working = WorkingCopy(layer, dtype, self.learning)
-        self.copies: list[WorkingCopy] = [layer.working for layer in [*layers, model.lm_head]]
+            self.copies.append(layer.working)
         model.workspace = self
 
     def refresh(self) -> None:
