@@ -1,0 +1,266 @@
+"""One update: the same for any cut and number of ranks, clipped, stopped where not finite; a dose measured and held."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_run import SEQUENCES, Run, make_run
+from torch import Tensor
+from two_ranks import RUNS, outcomes
+
+from gptlab.distributed import World
+from gptlab.errors import DivergedError
+from gptlab.signals import SIGNALS, Signal, SignalConfig
+from gptlab.signals import confidence as family
+
+Gradients = dict[str, Tensor]
+
+SIGNALS_TRIED: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "confidence": {"signal": SignalConfig("confidence")},
+    "live, some positions": {"signal": SignalConfig("advantage", evaluator="live", positions=0.5)},
+    "placebo": {"signal": SignalConfig("brier", control="placebo")},
+    "two": {"signal": SignalConfig("confidence"), "also": (SignalConfig("entropy", layers="rotate"),)},
+}
+
+
+def length(gradients: Gradients) -> float:
+    return float(torch.stack([g.double().square().sum() for g in gradients.values()]).sum() ** 0.5)
+
+
+def minus(a: Gradients, b: Gradients) -> Gradients:
+    return {name: a[name] - b[name] for name in b}
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-5), ({"autocast": torch.bfloat16}, 1e-4), ({"dtype": torch.float64}, 1e-12)],
+    ids=["fp32", "bf16", "fp64"],
+)
+@pytest.mark.parametrize("tried", sorted(SIGNALS_TRIED))
+def test_an_update_is_the_same_however_it_is_cut(tried: str, options: dict[str, Any], tolerance: float) -> None:
+    options = {"dtype": torch.float32, "sure": False, **options, **SIGNALS_TRIED[tried]}
+    whole = make_run(**options)
+    expected = whole.update()
+    for cut in ((6, 6), (5, 4, 3)):
+        run = make_run(**options)
+        done = run.update(cut)
+        assert done.loss == pytest.approx(expected.loss, rel=tolerance)
+        assert done.signal_loss == pytest.approx(expected.signal_loss, rel=tolerance, abs=tolerance)
+        assert done.grad_norm == pytest.approx(expected.grad_norm, rel=100 * tolerance)
+        assert run.state.step == 1
+
+
+def test_an_update_is_adamws_own_step_with_that_gradient() -> None:
+    run, twin = (make_run(signal=SignalConfig("confidence"), grad_clip=0.1, learning_rate=0.01) for _ in range(2))
+    for _ in range(2):
+        gradient = run.gradient((5, 7))
+        assert length(gradient) == pytest.approx(0.1)
+        for name, p in twin.state.model.named_parameters():
+            p.grad = gradient[name]
+        twin.state.optimizer.step()
+        twin.state.step += 1
+    for name, p in twin.weights.items():
+        assert torch.equal(run.weights[name], p)
+
+
+def test_a_gradient_is_clipped_over_all_parameters_and_the_clipped_are_counted() -> None:
+    free, clipped = make_run(), make_run(grad_clip=0.5)
+    expected, found = free.gradient(), clipped.gradient()
+    assert length(expected) > 0.6
+    for name, g in expected.items():
+        torch.testing.assert_close(found[name], g * 0.5 / length(expected), rtol=1e-9, atol=1e-12)
+    done = clipped.update()
+    assert done.clipped
+    assert done.grad_norm > 0.5, "the length before clipping"
+    assert (free.state.clipped, clipped.state.clipped) == (0, 2)
+    loose = make_run(grad_clip=1e6)
+    assert not loose.update().clipped
+    assert loose.state.clipped == 0
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal `broken`, whose first value of a reading is not finite."""
+
+    def broken(logits: Tensor, targets: Tensor) -> Tensor:
+        values = logits.logsumexp(1)
+        return torch.cat([values[:1] / 0.0, values[1:]])
+
+    monkeypatch.setattr(family, "broken", broken, raising=False)
+    monkeypatch.setitem(SIGNALS, "broken", Signal("broken", "confidence", "LSE(z)/0", "this test"))
+
+
+def break_weights(name: str) -> Callable[[Run], None]:
+    def action(run: Run) -> None:
+        with torch.no_grad():
+            dict(run.state.model.named_parameters())[name][0] = torch.nan
+
+    return action
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(
+    ("signal", "breaks", "message"),
+    [
+        ({"name": "broken", "layers": (2,)}, None, r"the signal broken of judge 2 \(block 2\) is not finite"),
+        ({"name": "broken", "layers": (3,), "control": "placebo"}, None, "the signal broken of judge 3"),
+        ({}, break_weights("transformer.h.1.mlp.c_fc.bias"),
+         r"the true loss is not finite, first in the output of block 2 \(transformer\.h\.1\)"),
+        ({"name": "confidence"}, break_weights("transformer.h.2.mlp.c_fc.bias"),
+         r"the signal confidence of judge 3 .* first in the output of block 3"),
+        ({"name": "confidence"}, break_weights("transformer.wpe.weight"), "first in the embeddings"),
+        ({"name": "confidence", "weight": 1e308}, None, "the gradient is not finite"),
+    ],
+    ids=["judge", "placebo", "true loss", "block", "embeddings", "gradient"],
+)  # fmt: skip
+def test_what_is_not_finite_is_named_before_anything_changes(
+    signal: dict[str, Any], breaks: Callable[[Run], None] | None, message: str
+) -> None:
+    run = make_run(signal=SignalConfig(**signal))
+    if breaks:
+        breaks(run)
+    before = run.weights
+    with pytest.raises(DivergedError, match=f"diverged at step 0: .*{message}.*weights were not changed"):
+        run.update((6, 6))
+    assert all(torch.equal(p.nan_to_num(7.0), before[name].nan_to_num(7.0)) for name, p in run.weights.items())
+    assert (run.state.step, len(run.state.optimizer.state)) == (0, 0)
+
+
+@pytest.mark.parametrize("tried", [name for name in sorted(SIGNALS_TRIED) if name != "baseline"])
+def test_measuring_the_dose_leaves_the_trajectory_bit_identical(tried: str) -> None:
+    measured, plain = (make_run(dtype=torch.float32, **SIGNALS_TRIED[tried]) for _ in range(2))
+    for step in range(4):
+        said = [run.update((5, 7), measure_dose=run is measured and step != 2) for run in (measured, plain)]
+        assert (said[0].dose is not None) == (step != 2 or tried == "placebo")
+        assert (said[0].loss, said[0].grad_norm) == (said[1].loss, said[1].grad_norm)
+    assert all(torch.equal(p, plain.weights[name]) for name, p in measured.weights.items())
+
+
+def parts(run_options: dict[str, Any], signal: SignalConfig, cut: tuple[int, ...] = (6, 6)) -> tuple[float, float]:
+    """(|g_CE|, |weighted g_signal|) of the first update, from two runs."""
+    plain = make_run(**run_options).gradient(cut)
+    return length(plain), length(minus(make_run(**run_options, signal=signal).gradient(cut), plain))
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluator": "live"}, {"positions": 0.5}, {"control": "placebo"}], ids=str)
+def test_the_dose_is_the_ratio_of_the_two_gradients(options: dict[str, Any]) -> None:
+    config = SignalConfig("confidence", weight=0.7, **options)
+    true, signal = parts({}, config)
+    said = make_run(signal=config).update((5, 7), measure_dose=True)
+    assert said.dose == pytest.approx(signal / true, rel=1e-9)
+    assert (said.doses, said.weights) == ([said.dose], [0.7])
+
+
+def applied(run: Run) -> float:
+    """The dose of the update that comes, made: from the gradient it leaves and the true loss's at the same weights."""
+    plain = make_run()
+    plain.state.restore(run.weights, {}, {"step": run.state.step})
+    true = plain.gradient((6, 6))
+    return length(minus(run.gradient((6, 6), measure_dose=True), true)) / length(true)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"evaluator": "live"}, {"layers": "rotate"}, {"control": "placebo"}, {"weight": -1.0}], ids=str
+)
+@pytest.mark.parametrize("dose", [0.02, 0.3, 4.0])
+def test_a_dose_that_is_held_is_the_one_of_the_gradient_that_is_made(dose: float, options: dict[str, Any]) -> None:
+    run = make_run(signal=SignalConfig("confidence", dose=dose, **options), learning_rate=3e-3)
+    for _ in range(3):
+        assert applied(run) == pytest.approx(dose, rel=0.001)
+
+
+def test_a_dose_falls_as_its_signal_is_annealed_and_starts_with_it() -> None:
+    signal = SignalConfig("confidence", dose=0.4, start=1, anneal=4)
+    run = make_run(signal=signal, learning_rate=3e-3)
+    assert [applied(run) for _ in range(7)] == pytest.approx([0, 0.4, 0.3, 0.2, 0.1, 0, 0], abs=1e-4)
+
+
+def test_between_measurements_the_weight_stays_and_follows_the_anneal_alone() -> None:
+    run = make_run(signal=SignalConfig("confidence", dose=0.4, anneal=8))
+    weights = [run.update(measure_dose=step == 0).weights[0] for step in range(4)]
+    assert weights == pytest.approx([weights[0] * (1 - step / 8) for step in range(4)])
+
+
+def test_a_signal_that_starts_late_has_its_dose_from_its_first_update() -> None:
+    """Also where another's was set long before and no measurement is due."""
+    late = SignalConfig("negated_cross_entropy", dose=0.1, start=2)
+    run = make_run(signal=SignalConfig("confidence", dose=0.4), also=(late,))
+    said = [run.update(measure_dose=step == 0) for step in range(4)]
+    assert [len(u.weights) for u in said] == [2] * 4
+    assert said[0].doses == pytest.approx([0.4, 0.0])
+    assert said[1].weights[1] == 0.0
+    assert said[2].doses == pytest.approx([0.4, 0.1])
+    assert said[3].weights == said[2].weights
+    assert said[3].doses is None
+
+
+def test_signals_add_up_each_with_its_own_weight() -> None:
+    one, two = SignalConfig("confidence", weight=0.5), SignalConfig("brier", weight=2.0, embeddings=False)
+    base = make_run().gradient()
+    both = minus(make_run(signal=one, also=(two,)).gradient((5, 7)), base)
+    apart = [minus(make_run(signal=s).gradient(), base) for s in (one, two)]
+    for name, g in both.items():
+        torch.testing.assert_close(g, apart[0][name] + apart[1][name], rtol=1e-9, atol=1e-12)
+    said = make_run(signal=one, also=(two,)).update(measure_dose=True)
+    assert said.doses == pytest.approx([length(g) / length(base) for g in apart])
+    assert said.dose == pytest.approx(length(both) / length(base))
+    assert said.weights == [0.5, 2.0]
+    sums = [sum(value for value in judges if value is not None) for judges in said.by_judge]
+    assert said.signal_loss == pytest.approx(0.5 * sums[0] + 2.0 * sums[1])
+
+
+def test_what_judges_found_is_told_by_judge_and_silence_is_not_zero() -> None:
+    signals = [SignalConfig("confidence", layers=(3, 1)), SignalConfig("brier", start=5)]
+    said = make_run(signal=signals[0], also=(signals[1],)).update()
+    everyone = make_run(signal=SignalConfig("confidence")).update()
+    one, _, three = everyone.by_judge[0]
+    assert said.by_judge == [[pytest.approx(one), None, pytest.approx(three)], [None, None, None]]
+    assert said.weights == [0.25, 0.0]
+
+
+def test_the_signal_loss_of_a_held_dose_is_that_of_the_weight_used() -> None:
+    run = make_run(signal=SignalConfig("brier", dose=0.3, layers="rotate"))
+    said = run.update(measure_dose=True)
+    (value,) = [v for v in said.by_judge[0] if v is not None]
+    assert said.signal_loss == pytest.approx(said.weights[0] * 3 * value)
+
+
+def test_two_ranks_make_what_one_makes(tmp_path: Path) -> None:
+    """Real processes over gloo on the loopback: weights and figures of every kind of run, to the last digits."""
+    script, out = Path(__file__).with_name("two_ranks.py"), tmp_path / "two.pt"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    common.pop("PYTHONWARNINGS", None)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(out)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    found, expected = torch.load(out, weights_only=True), outcomes(World(), (SEQUENCES,))
+    assert set(found) == set(RUNS)
+    for name, tensors in expected.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(found[name][key], tensor, rtol=1e-7, atol=1e-9)
+    assert not torch.equal(expected["placebo"]["transformer.wte.weight"], expected["noise"]["transformer.wte.weight"])
