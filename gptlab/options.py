@@ -126,6 +126,23 @@ def flatten_table(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def table_options(table: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """The options of a TOML table; of several [[signal]] tables the first is `signal`, the others are `also`."""
+    table, also = dict(table), []
+    if isinstance(table.get("signal"), list) and table["signal"]:
+        table["signal"], *also = table["signal"]
+    flat = flatten_table(table)
+    known = {o.key: o for o in options_of(config)}
+    for key in flat:
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
+    found = {key: typed(known[key], value) for key, value in flat.items()}
+    if also:
+        further = [table_options({"signal": one}, config) for one in also]
+        found["also"] = tuple({key.removeprefix("signal."): value for key, value in one.items()} for one in further)
+    return found
+
+
 def typed(option: Option, value: Any) -> Any:
     """`value`, as text from a command line or as a TOML value, in the option's own type.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gptlab.errors import ConfigError, UsageError, did_you_mean
-from gptlab.options import Option, flatten_table, options_of, typed
+from gptlab.options import Option, options_of, table_options, typed
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,20 +95,3 @@ def file_options(path: str | Path, config: type) -> dict[str, Any]:
         return table_options(table, config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def table_options(table: Mapping[str, Any], config: type) -> dict[str, Any]:
-    """The options of a TOML table; of several [[signal]] tables the first is `signal`, the others are `also`."""
-    table, also = dict(table), []
-    if isinstance(table.get("signal"), list) and table["signal"]:
-        table["signal"], *also = table["signal"]
-    flat = flatten_table(table)
-    known = {o.key: o for o in options_of(config)}
-    for key in flat:
-        if key not in known:
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
-    found = {key: typed(known[key], value) for key, value in flat.items()}
-    if also:
-        further = [table_options({"signal": one}, config) for one in also]
-        found["also"] = tuple({key.removeprefix("signal."): value for key, value in one.items()} for one in further)
-    return found

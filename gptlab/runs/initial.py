@@ -1,4 +1,4 @@
-"""Weights to start from that are not drawn: another run's, or a Hugging Face GPT-2's (`--init_from`)."""
+"""Weights to start from: another run's or a Hugging Face GPT-2's (`--init_from`), and drawn ones a hair off."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from gptlab.errors import CheckpointError
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.randomness import torch_generator
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
 from gptlab.training.config import TrainingConfig
@@ -80,3 +81,15 @@ def initial_model(source: str, shape: GPTConfig, seed: int) -> GPT:
                 )
             p[:rows] = w[:rows]
     return model
+
+
+@torch.no_grad()
+def jitter(model: GPT, amount: float, seed: int) -> None:
+    """Multiply every weight by 1 + amount·N(0, 1), drawn by (seed, parameter).
+
+    Two runs that differ by it alone differ by chance alone: what separates them after training is what a verdict must
+    not call an effect.
+    """
+    for name, p in model.named_parameters():
+        noise = torch.empty(p.shape).normal_(generator=torch_generator("init_jitter", seed, name))
+        p.mul_(noise.mul_(amount).add_(1))

@@ -15,7 +15,7 @@ from gptlab.options import flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.begin import restore
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.initial import initial_model
+from gptlab.runs.initial import initial_model, jitter
 from gptlab.training.compilation import compile_blocks
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record, train
@@ -47,6 +47,8 @@ class Session:
         except GptlabError as error:
             self._write_error(0, error)
             raise
+        if config.init_jitter and not checkpoint_path:
+            jitter(model, config.init_jitter, config.seed)
         model.to(placement.device)
         self.state = TrainingState(model, build_optimizer(model, config))
         self._saved = -1

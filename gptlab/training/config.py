@@ -27,6 +27,7 @@ class TrainingConfig:
         "auto", "go on with an unfinished run, start a new folder, or insist"
     )
     init_from: str | None = option(None, "start from the weights of a run or a Hugging Face GPT-2 folder")
+    init_jitter: float = option(0.0, "relative Gaussian noise on the initial weights, for a twin run")
 
     data: str = option("shakespeare", "a corpus by name, or a folder of shards", group="Data")
     tokenizer: Literal["bytes", "gpt2"] = option("bytes", "how text becomes tokens")
@@ -83,7 +84,7 @@ class TrainingConfig:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every", "checkpoint_every", "sample_every",
-            "dose_every", "noise_every", "threads", "learning_rate", "gradient_noise",
+            "dose_every", "noise_every", "threads", "learning_rate", "gradient_noise", "init_jitter",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, found {getattr(self, name)}")
