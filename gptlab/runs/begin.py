@@ -14,6 +14,7 @@ from gptlab.errors import CheckpointError
 from gptlab.options import flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import RunFolder, differences
+from gptlab.runs.patches import applied
 from gptlab.signals.user import file_hash
 from gptlab.training.config import TrainingConfig
 
@@ -48,6 +49,8 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
         found, notes = _where_to_go_on(folder, config)
         data = corpus.identity()
         made_of = {"gptlab": gptlab.__version__, "options": flatten(config), "data": data, "code": _code(config)}
+        if patch := applied():
+            made_of["patch"] = patch
         folder.record("config.json", made_of)
         folder.record("environment.json", environment)
         folder.open_records(**(found.state["records"] if found else {}))
@@ -81,6 +84,8 @@ def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> dict
     lines = differences(folder.config(), config)
     if folder.recorded("config.json").get("code", {}) != _code(config):
         lines.append("code: a signal's file has changed since the run began")
+    if folder.recorded("config.json").get("patch") != applied():
+        lines.append("patch: the run was made by this code under another patch, or under none")
     lines += [f"data: {line}" for line in corpus.grew_from(folder.recorded("config.json", "data")["data"])]
     if lines:
         listed = "\n  ".join(lines)
