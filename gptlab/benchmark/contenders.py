@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,10 +53,10 @@ class Work:
         return rows[:, :-1].contiguous().to(device), rows[:, 1:].contiguous().to(device)
 
 
-def ours(work: Work, placement: Placement, signal: SignalConfig | None = None) -> Step:
-    """A step of this project's trainer, through the same `update` that trains."""
+def ours(work: Work, placement: Placement, signals: Sequence[SignalConfig] = (SignalConfig(),)) -> list[Step]:
+    """A step of this project's trainer for each signal, through the same `update` that trains, on one model."""
     c = work.config
-    config = TrainingConfig(
+    plain = TrainingConfig(
         block_size=c.block_size,
         batch_size=work.batch,
         total_batch_tokens=work.tokens,
@@ -63,19 +64,18 @@ def ours(work: Work, placement: Placement, signal: SignalConfig | None = None) -
         n_head=c.n_head,
         n_embd=c.n_embd,
         learning_rate=1e-5,
-        signal=signal or SignalConfig(),
     )
     model = GPT(c).to(placement.device)
     if placement.working_copies and placement.autocast:
         Workspace(model, placement.autocast)
-    state = TrainingState(model, build_optimizer(model, config))
+    state = TrainingState(model, build_optimizer(model, plain))
     tokens, targets = work.data(placement.device)
 
-    def step() -> None:
+    def step(config: TrainingConfig) -> None:
         keep_freed_memory(placement.device.type == "cpu")
         update(state, config, [Batch(tokens, targets, state.step, 0, 0)], World(), placement)
 
-    return step
+    return [partial(step, replace(plain, signal=signal)) for signal in signals]
 
 
 def transformers_step(work: Work, placement: Placement) -> Step:
@@ -200,6 +200,4 @@ def _safe_import(node: Any) -> bool:
 
 def placed(placement: Placement, dtype: str) -> Placement:
     """The same placement in another dtype."""
-    from dataclasses import replace
-
     return replace(placement, autocast=None if dtype == "fp32" else DTYPES[dtype])

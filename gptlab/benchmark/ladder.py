@@ -66,7 +66,7 @@ def _serve(size: str, dtype: str) -> None:
     batch = sizes.pop("batch")
     placement = placed(replace(decide(Machine.probe(), threads=1, compile="off"), threads=1), dtype)
     placement.apply()
-    step = ours(Work(GPTConfig(**sizes), batch), placement)
+    (step,) = ours(Work(GPTConfig(**sizes), batch), placement)
     step()
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:

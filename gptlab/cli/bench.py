@@ -18,8 +18,24 @@ if TYPE_CHECKING:
     from gptlab.benchmark.measure import Timing
 
 
+NARROW = 256
+"""Below this width a peer may be faster in fp32, so that it is measured in both."""
+
+
 def main(argv: list[str]) -> int:
-    """Measure and print; the JSON has `matmul_limit_tokens_per_second` and a row a contender."""
+    """Measure and print."""
+    options = _read(argv)
+    if options.profile:
+        return _profile(options)
+    result = measured(options)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        _print(result)
+    return 0
+
+
+def _read(argv: list[str]) -> Any:
     parser = Parser(prog="gptlab bench", description=__doc__)
     parser.add_argument("--size", default="tiny", metavar="|".join(SIZES), help="the model and batch to measure [tiny]")
     parser.add_argument("--batch", type=int, help="sequences a step [the size's own]")
@@ -30,23 +46,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="auto", help="of our steps: auto, fp32, bf16; peers run in each [auto]")
     parser.add_argument("--ladder", action="store_true", help="also one run a core, side by side, as experiments do")
     parser.add_argument("--threads", type=int, default=0, help="threads [all cores]")
+    parser.add_argument("--profile", action="store_true", help="show where one step's time goes, for each mode")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     options = parser.parse(argv)
     if options.size not in SIZES:
         raise UsageError(f"--size: unknown size {options.size!r}{did_you_mean(options.size, SIZES)}")
-    modes = [m for m in options.modes.split(",") if m]
-    for mode in modes:
+    options.modes = [m for m in options.modes.split(",") if m]
+    for mode in options.modes:
         if mode not in MODES:
             raise UsageError(f"--modes: unknown mode {mode!r}{did_you_mean(mode, MODES)}")
-    result = _measure(options, modes)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        _print(result)
-    return 0
+    return options
 
 
-def _measure(options: Any, modes: list[str]) -> dict[str, Any]:
+def measure(argv: list[str]) -> dict[str, Any]:
+    """What `gptlab bench ARGV --json` prints: `matmul_limit_tokens_per_second` and a row a contender."""
+    return measured(_read(argv))
+
+
+def measured(options: Any) -> dict[str, Any]:
     from gptlab.benchmark import contenders, limit
     from gptlab.benchmark.contenders import Work, placed
     from gptlab.benchmark.ladder import STEPS, Ladder
@@ -62,11 +79,13 @@ def _measure(options: Any, modes: list[str]) -> dict[str, Any]:
     machine = Machine.probe()
     placement = decide(machine, threads=options.threads, n_embd=work.config.n_embd, compile="off", dtype=options.dtype)
     placement.apply()
+    modes = options.modes
     signals = {mode: SignalConfig(**MODES[mode]) for mode in modes}
 
-    steps: dict[str, Step] = {"baseline": contenders.ours(work, placement)}
-    steps |= {mode: contenders.ours(work, placement, signal) for mode, signal in signals.items()}
-    for dtype in ("fp32", "bf16") if machine.cpu_bf16 or machine.gpu_bf16 else ("fp32",):
+    mine = contenders.ours(work, placement, [SignalConfig(), *signals.values()])
+    steps: dict[str, Step] = dict(zip(["baseline", *modes], mine, strict=True))
+    narrow = work.config.n_embd < NARROW and (machine.cpu_bf16 or machine.gpu_bf16)
+    for dtype in ("fp32", "bf16") if narrow else (placement.dtype_name,):
         there = placed(placement, dtype)
         steps[f"transformers {dtype}"] = contenders.transformers_step(work, there)
         for peer in options.peer:
@@ -96,6 +115,34 @@ def _measure(options: Any, modes: list[str]) -> dict[str, Any]:
         "matmul_limit_tokens_per_second": work.tokens / limits["baseline"],
         "rows": [_row(name, tokens.get(name, work.tokens), work.tokens, timings, limits) for name in timings],
     }
+
+
+def _profile(options: Any) -> int:
+    """Print PyTorch's own profile of a step of the baseline and of each mode, the dearest operations first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from gptlab.benchmark import contenders
+    from gptlab.device import Machine, decide
+    from gptlab.model.gpt import GPTConfig
+    from gptlab.signals.config import SignalConfig
+
+    size: dict[str, Any] = dict(SIZES[options.size])
+    batch = size.pop("batch")
+    work = contenders.Work(GPTConfig(**size), options.batch or batch)
+    placement = decide(
+        Machine.probe(), threads=options.threads, n_embd=work.config.n_embd, compile="off", dtype=options.dtype
+    )
+    placement.apply()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if placement.device.type == "cuda" else [])]
+    for mode in ("baseline", *options.modes):
+        (step,) = contenders.ours(work, placement, [SignalConfig(**MODES.get(mode, {}))])
+        step()
+        step()
+        with profile(activities=activities) as found:
+            step()
+        table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48)
+        print(f"{mode}, {options.size}, {placement.dtype_name}, {placement.threads} threads\n{table}")
+    return 0
 
 
 def _row(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from gptlab.signals.confidence import likeliest
+
 ClosedForm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits (n, V), which it may overwrite, targets (n,)) -> values (n,), gradient (n, V) of their sum."""
 
@@ -41,7 +43,7 @@ def log_rest(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def confidence(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """log(1-p_m), as `log_rest` of the argmax."""
-    return log_rest(logits, logits.argmax(1))
+    return log_rest(logits, likeliest(logits))
 
 
 def negative(form: ClosedForm) -> ClosedForm:

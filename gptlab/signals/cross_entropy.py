@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gptlab.signals.confidence import top
+from gptlab.signals.confidence import likeliest, top
 
 
 def deep_supervision(logits: Tensor, targets: Tensor) -> Tensor:
@@ -20,12 +20,12 @@ def negative_deep_supervision(logits: Tensor, targets: Tensor) -> Tensor:
 
 def negative_self_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-CE(z, m) = log p_m: N5 read literally with the block's own argmax; lowers confidence. Gradient 2·(1-p_m)."""
-    return -cross_entropy(logits, logits.argmax(1), reduction="none")
+    return -cross_entropy(logits, likeliest(logits), reduction="none")
 
 
 def negated_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-CE(-z, m): N5 as first coded. Gradient of L1 norm about 2 whatever the confidence; unbounded below."""
-    return -cross_entropy(-logits, logits.argmax(1), reduction="none")
+    return -cross_entropy(-logits, likeliest(logits), reduction="none")
 
 
 def confidence_weighted_ce(logits: Tensor, targets: Tensor) -> Tensor:
