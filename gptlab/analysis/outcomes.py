@@ -32,7 +32,8 @@ class Outcomes:
     """losses: {arm: {seed: loss at `step`}}, None where a run diverged; arguments: the rest of `compare`'s.
 
     passports: {arm: figures}; changes: {arm: {option: [the baseline's, its own]}}; undeclared: differences that
-    forbid to compare, one line each; notes: runs that were left out, and why.
+    forbid to compare, one line each; notes: runs that were left out, and why. curves: {arm: {seed: {step: validation
+    loss}}}, runs: {arm: its finished runs}, none of a log's; both in the order of seeds.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Outcomes:
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     undeclared: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    curves: Mapping[str, Mapping[int, Mapping[int, float]]] = field(default_factory=dict)
+    runs: Mapping[str, Sequence[Run]] = field(default_factory=dict)
 
     def verdicts(self, **given: Any) -> dict[str, Any]:
         """`compare`'s result with each arm's passport and changes; `given` arguments stand over the declared ones.
@@ -93,7 +96,11 @@ def _of_log(path: Path, step: int | None, baseline: str | None) -> Outcomes:
         for arm, seeds in logged.items()
     }
     notes = tuple(f"{name} has no finite loss" for name in runs if name not in whole)
-    return Outcomes(path.stem, step, losses, {"baseline": baseline}, notes=notes)
+    curves = {
+        arm: {seed: seeds[seed] for seed in sorted(seeds) if f"{arm}, seed {seed}" in whole}
+        for arm, seeds in logged.items()
+    }
+    return Outcomes(path.stem, step, losses, {"baseline": baseline}, notes=notes, curves=curves)
 
 
 def _of_runs(runs: list[Run], step: int | None, baseline: str | None) -> Outcomes:
@@ -178,6 +185,8 @@ def _outcomes(
     runs = [run for members in arms.values() for run in members]
     ended = {arm: [run for run in members if run.finished or run.diverged] for arm, members in arms.items()}
     left = [run for run in runs if not (run.finished or run.diverged)]
+    whole = {arm: [run for run in members if run.finished] for arm, members in ended.items()}
+    whole = {arm: sorted(members, key=lambda run: run.seed) for arm, members in whole.items()}
     step = _common_step({str(run.path): run.losses for run in runs if run.finished}, step)
     losses = {
         arm: {run.seed: run.losses[step] if run.finished else None for run in members} for arm, members in ended.items()
@@ -209,6 +218,8 @@ def _outcomes(
         changes={arm: _changes(ended[arm], ended.get(baselines[arm], [])) for arm in arms if arm != baselines[arm]},
         undeclared=tuple(differences),
         notes=(*notes, *(f"{run.path} stands at step {run.last_step} and has not finished" for run in left)),
+        curves={arm: {run.seed: run.losses for run in members} for arm, members in whole.items()},
+        runs=whole,
     )
 
 

@@ -66,7 +66,7 @@ def read_run(path: str | Path) -> Run:
     doses: list[float] = []
     ended: Mapping[str, Any] = {}
     step = 0
-    for row in _rows(path / "metrics.jsonl"):
+    for row in read_rows(path / "metrics.jsonl"):
         step = row["step"]
         if row["kind"] == "val":
             losses[step] = row["loss"]
@@ -88,7 +88,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
     if not path.exists():
         return
