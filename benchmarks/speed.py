@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/performance.md"
 RESULTS = ROOT / "benchmarks/results"
 START, END = "<!-- measured by benchmarks/speed.py -->", "<!-- end of what was measured -->"
+PEERS = ("transformers", "nanogpt", "build-nanogpt")
 PER_ROUND = {"tiny": "8", "small": "2", "124m": "1"}
 
 
@@ -42,25 +43,24 @@ def main(argv: list[str]) -> int:
         print(table(result))
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    found = [
-        json.loads(path.read_text(encoding="utf-8")) for s in SIZES if (path := RESULTS / f"speed_{s}.json").exists()
-    ]
+    paths = [path for size in SIZES if (path := RESULTS / f"speed_{size}.json").exists()]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     PAGE.write_text(f"{before}{START}\n\n{''.join(map(table, found))}{END}{after}", encoding="utf-8")
     return 0
 
 
 def table(result: dict[str, Any]) -> str:
     """One size's figures as Markdown."""
-    peers = [
-        row for row in result["rows"] if row["name"].partition(" ")[0] in ("transformers", "nanogpt", "build-nanogpt")
-    ]
+    peers = [row for row in result["rows"] if row["name"].split()[0] in PEERS]
     best = max(peers, key=lambda row: row["tokens_per_second"])
     lines = [
         f"**{result['size']}**, batch {result['batch']}, {result['dtype']}, {result['threads']} threads, medians of "
-        f"{result['rounds']} interleaved rounds, {result['processor']} ({result['bf16'] or 'no bf16'}), {result['date']}; "
-        f"matmul limit {result['matmul_limit_tokens_per_second']:,.0f} tokens/s. `{result['command']}`",
+        f"{result['rounds']} interleaved rounds; {result['processor']} ({result['bf16'] or 'no bf16'}), "
+        f"{result['date']}; matmul limit {result['matmul_limit_tokens_per_second']:,.0f} tokens/s.",
         "",
-        f"| step | tokens/s | ± | of its matmul limit | over the best peer ({best['name']}) | time over baseline | memory |",
+        f"`{result['command']}`",
+        "",
+        f"| step | tokens/s | ± | of its matmul limit | against {best['name']} | time over baseline | memory |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:
@@ -68,7 +68,8 @@ def table(result: dict[str, Any]) -> str:
         memory = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if row["peak_memory_bytes"] else ""
         lines.append(
             f"| {row['name']} | {row['tokens_per_second']:,.0f} | {row['spread']:.1%} | {share} | "
-            f"{row['tokens_per_second'] / best['tokens_per_second']:.2f}x | {row['ratio_to_baseline']:.2f}x | {memory} |"
+            f"{row['tokens_per_second'] / best['tokens_per_second']:.2f}x | "
+            f"{row['ratio_to_baseline']:.2f}x | {memory} |"
         )
     return "\n".join([*lines, "", ""])
 
