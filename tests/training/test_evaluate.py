@@ -1,0 +1,141 @@
+"""Validation against a naive cross-entropy, window by window, and what it must not depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import make_run
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from gptlab.data.batches import ValidationWindows
+from gptlab.data.corpus import open_corpus
+from gptlab.data.shards import write_shard
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.model import GPT, GPTConfig
+from gptlab.training.evaluate import SHAPE, Validation, validate
+
+T = 16
+CPU = Placement(torch.device("cpu"), None, 1, False, {})
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    """Sure of itself by place and token, so that windows differ."""
+    model = GPT(GPTConfig(block_size=T, vocab_size=256, n_layer=3, n_head=2, n_embd=16))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator), alpha=0.2)
+    return model
+
+
+@pytest.fixture
+def windows(tiny_corpus: Path) -> Callable[..., ValidationWindows]:
+    def cut(tokens: int = 512, folder: Path = tiny_corpus) -> ValidationWindows:
+        return ValidationWindows(open_corpus(folder), T, 256, tokens)
+
+    return cut
+
+
+def validated(model: GPT, windows: ValidationWindows, placement: Placement = CPU) -> Validation:
+    found = validate(model, windows, World(), placement)
+    assert found is not None
+    return found
+
+
+@torch.no_grad()
+def naive(model: GPT, windows: ValidationWindows) -> tuple[Tensor, Tensor]:
+    """Every block's mean loss (L, n) and mean top probability (L, n) of every window, one at a time in float64."""
+    twin = GPT(model.config)
+    twin.load_state_dict(model.state_dict())
+    twin.double()
+    losses, sure = [], []
+    for n in range(len(windows)):
+        tokens, targets = windows.rows(n, 1)
+        logits = [twin.read(h)[0] for h in twin.hidden_states(tokens)[1:]]
+        losses.append(torch.stack([cross_entropy(z, targets[0]) for z in logits]))
+        sure.append(torch.stack([z.softmax(1).amax(1).mean() for z in logits]))
+    return torch.stack(losses, 1), torch.stack(sure, 1)
+
+
+@pytest.mark.parametrize("tokens", [16, 8 * 16, 9 * 16, 512])
+def test_validation_is_the_naive_cross_entropy_of_every_window(
+    tokens: int, model: GPT, windows: Callable[..., ValidationWindows]
+) -> None:
+    given = windows(tokens)
+    found, (losses, sure) = validated(model, given), naive(model, given)
+    assert len(given) == tokens // 16
+    torch.testing.assert_close(found.windows, losses[-1], rtol=1e-6, atol=1e-6)
+    assert len(given) == 1 or found.windows.std() > 0.05
+    assert found.loss == pytest.approx(losses[-1].mean().item(), rel=1e-6)
+    first = losses[:, :SHAPE].mean(1), sure[:, :SHAPE].mean(1)
+    assert found.block_loss == pytest.approx(first[0].tolist(), rel=1e-5)
+    assert found.block_confidence == pytest.approx(first[1].tolist(), rel=1e-5)
+
+
+def test_a_window_has_the_same_loss_whatever_comes_after_it(
+    model: GPT, windows: Callable[..., ValidationWindows]
+) -> None:
+    """To the last bit, also where the last batch is filled up with zeros."""
+    many = validated(model, windows(512)).windows
+    for tokens in (16, 5 * 16, 9 * 16):
+        assert torch.equal(validated(model, windows(tokens)).windows, many[: tokens // 16])
+
+
+def test_the_layout_of_shards_does_not_count(
+    model: GPT, windows: Callable[..., ValidationWindows], tiny_corpus: Path, tmp_path: Path
+) -> None:
+    whole = windows(512)
+    stream = open_corpus(tiny_corpus).read("val", 0)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "tokenizer.txt").write_text("bytes\n")
+    write_shard(folder / "train_000000.bin", np.zeros(100, dtype=np.uint16))
+    for n, part in enumerate((stream[:70], stream[70:75], stream[75:])):
+        write_shard(folder / f"val_{n:06d}.bin", np.asarray(part))
+    parted = windows(512, folder)
+    assert parted.sha256 == whole.sha256
+    assert torch.equal(validated(model, parted).windows, validated(model, whole).windows)
+
+
+def test_bfloat16_is_close(model: GPT, windows: Callable[..., ValidationWindows]) -> None:
+    rough = Placement(torch.device("cpu"), torch.bfloat16, 1, False, {})
+    found, exact = validated(model, windows(512), rough), validated(model, windows(512))
+    assert found.loss == pytest.approx(exact.loss, rel=5e-3)
+    assert found.loss != exact.loss
+
+
+def test_validation_changes_nothing_and_can_be_interrupted(
+    model: GPT, windows: Callable[..., ValidationWindows]
+) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    asked = []
+
+    def interrupted() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    assert validate(model, windows(512), World(), CPU, interrupted) is None
+    assert len(asked) == 2
+    validated(model, windows(512))
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_validation_between_updates_leaves_training_alone(windows: Callable[..., ValidationWindows]) -> None:
+    """Bit for bit: readers and working copies are shared with training."""
+    watched, plain = (make_run(dtype=torch.float32) for _ in range(2))
+    given = windows(64)
+    given.stream = given.stream % 31
+    given.block_size, given.count = 8, 8
+    for run in (watched, plain):
+        for _ in range(3):
+            run.update()
+            if run is watched:
+                validated(run.state.model, given)
+    assert all(torch.equal(p, plain.weights[name]) for name, p in watched.weights.items())
