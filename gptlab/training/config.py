@@ -135,6 +135,6 @@ class TrainingConfig:
 
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
-    | {"device", "threads", "compile"}
+    | {"batch_size", "device", "threads", "compile"}
 )
 """What may change when a run goes on; `steps` may grow. Everything else makes it another run."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from gptlab.signals.reader import Reader, true_loss
 
 SHAPE = 8
 """Windows of a validation batch, whatever the run's batch size is."""
+
+
+TEMPERED_TOKENS = 131_072
+"""The most tokens that a temperature is fitted on."""
+NEWTON_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,44 @@ def validate(
     if stopped.item():
         return None
     return Validation(losses[: len(windows)].cpu(), *by_block.tolist())
+
+
+@torch.no_grad()
+def tempered(
+    model: GPT, windows: ValidationWindows, world: World, placement: Placement, most: int = TEMPERED_TOKENS
+) -> tuple[float, float]:
+    """The one temperature that suits the final logits best, and the loss in nats at it.
+
+    What a signal did to calibration alone, one division mends; what is left was knowledge. Newton's method in 1/T,
+    where the loss is convex, over the first `most` tokens.
+    """
+    reader = Reader(model, placement.autocast)
+    count = max(1, min(len(windows), most // windows.block_size))
+    inverse, loss = 1.0, float("inf")
+    for _ in range(NEWTON_STEPS):
+        sums = torch.zeros(3, dtype=torch.float64, device=placement.device)
+        for first in range(0, count, SHAPE)[world.rank :: world.size]:
+            rows = min(SHAPE, count - first)
+            tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
+            h, y = _states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
+            sums += reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
+        world.sum_([sums])
+        loss, slope, curvature = (sums / (count * windows.block_size)).tolist()
+        step = slope / max(curvature, 1e-12)
+        if abs(step) < 1e-4 * inverse:
+            break
+        inverse = min(max(inverse - step, inverse / 4), inverse * 4)
+    return 1 / inverse, loss
+
+
+def _at_inverse_temperature(inverse: float, logits: Tensor, targets: Tensor, other: Tensor | None) -> Tensor:
+    """(n, 3): CE of inverse·logits and its first two derivatives in `inverse`."""
+    log_p = (logits * inverse).log_softmax(1)
+    p = log_p.exp()
+    mean = (p * logits).sum(1)
+    variance = (p * (logits - mean[:, None]).square()).sum(1)
+    index = targets[:, None]
+    return torch.stack([-log_p.gather(1, index)[:, 0], mean - logits.gather(1, index)[:, 0], variance], 1)
 
 
 def window_losses(reader: Reader, h: Tensor, targets: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
-from gptlab.training.evaluate import validate
+from gptlab.training.evaluate import tempered, validate
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, micro_batches, update
 
@@ -64,8 +64,18 @@ def train(
                 yield from checkpoint_and_stop()
                 return
             state.validated = step
+            fitted = {}
+            if last:
+                fitted = dict(
+                    zip(
+                        ("temperature", "tempered_loss"),
+                        tempered(state.model, validation, world, placement),
+                        strict=True,
+                    )
+                )
             yield Record("val", step, {
                 "loss": result.loss,
+                **fitted,
                 "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
                 "block_loss": result.block_loss,
                 "block_confidence": result.block_confidence,
