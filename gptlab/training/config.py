@@ -102,8 +102,6 @@ class TrainingConfig:
             if self.n_layer < 2:
                 raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
             signal.judges_at(0, self.n_layer, self.seed)
-            if signal.dose is not None and not self.dose_every:
-                raise ConfigError("signal.dose is held by measuring it: dose_every must be at least 1, found 0")
 
     @property
     def signals(self) -> tuple[SignalConfig, ...]:

@@ -184,23 +184,27 @@ def test_a_dose_falls_as_its_signal_is_annealed_and_starts_with_it() -> None:
     assert [applied(run) for _ in range(7)] == pytest.approx([0, 0.4, 0.3, 0.2, 0.1, 0, 0], abs=1e-4)
 
 
-def test_between_measurements_the_weight_stays_and_follows_the_anneal_alone() -> None:
-    run = make_run(signal=SignalConfig("confidence", dose=0.4, anneal=8))
-    weights = [run.update(measure_dose=step == 0).weights[0] for step in range(4)]
-    assert weights == pytest.approx([weights[0] * (1 - step / 8) for step in range(4)])
+def test_a_dose_is_held_in_every_update_whether_or_not_one_is_measured() -> None:
+    """So that another dose_every is no other trajectory."""
+    often, never = (make_run(signal=SignalConfig("confidence", dose=0.4), learning_rate=3e-3) for _ in range(2))
+    for _ in range(4):
+        said = [often.update((5, 7), measure_dose=True), never.update((5, 7))]
+        assert [u.dose for u in said] == [pytest.approx(0.4)] * 2
+        assert said[0] == said[1]
+    assert all(torch.equal(p, never.weights[name]) for name, p in often.weights.items())
 
 
-def test_a_signal_that_starts_late_has_its_dose_from_its_first_update() -> None:
-    """Also where another's was set long before and no measurement is due."""
+def test_two_signals_hold_a_dose_each_from_their_first_update_on() -> None:
     late = SignalConfig("negated_cross_entropy", dose=0.1, start=2)
-    run = make_run(signal=SignalConfig("confidence", dose=0.4), also=(late,))
-    said = [run.update(measure_dose=step == 0) for step in range(4)]
-    assert [len(u.weights) for u in said] == [2] * 4
-    assert said[0].doses == pytest.approx([0.4, 0.0])
-    assert said[1].weights[1] == 0.0
-    assert said[2].doses == pytest.approx([0.4, 0.1])
-    assert said[3].weights == said[2].weights
-    assert said[3].doses is None
+    run = make_run(signal=SignalConfig("confidence", dose=0.4), also=(late,), learning_rate=3e-3)
+    said = [run.update() for _ in range(4)]
+    assert [u.doses for u in said] == [[pytest.approx(0.4), pytest.approx(d)] for d in (0.0, 0.0, 0.1, 0.1)]
+    assert [u.weights[1] > 0 for u in said] == [False, False, True, True]
+
+
+def test_a_gate_that_lets_nothing_by_keeps_its_weight() -> None:
+    run = make_run(signal=SignalConfig("gated_confidence", dose=0.4, threshold=1.0, weight=0.5))
+    assert [(u.dose, u.weights) for u in (run.update(), run.update())] == [(0.0, [0.5])] * 2
 
 
 def test_signals_add_up_each_with_its_own_weight() -> None:
