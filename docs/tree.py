@@ -34,6 +34,7 @@ SAID_HERE = {
     "gptlab/data/gpt2_merges.bpe": "GPT-2's merges, checked by SHA-256",
     "docs/LOG.md": "decisions and negative results, newest first",
     "docs/metrics.md": "every row of metrics.jsonl and log.txt, with units",
+    "docs/signals.md": "every signal, option and control: formula, gradient, when it fails; how to add one",
     "docs/verdicts.md": "how a verdict is reached, and what it promises",
     "docs/images/": "the picture above",
 }
