@@ -224,7 +224,7 @@ def page(results: dict[str, Any]) -> str:
             "|---|---|---|",
             *table,
             "",
-            "What was not survived:" if failures else "Nothing that was tried was not survived.",
+            "What was not survived:" if failures else "Everything that was tried was survived.",
             *failures,
             "",
             "The validation loss after 5 updates of the same total batch:",
