@@ -16,6 +16,7 @@ from gptlab.errors import GptlabError, UsageError, did_you_mean
 COMMANDS = {
     "train": "train GPT-2, with or without a block loss",
     "data": "prepare a corpus, or look at one",
+    "experiment": "run arms against seeds, see how they stand, or try every arm first",
     "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
     "sample": "write on from a prompt, each block's guess beside it",
     "digest": "SHA-256 over a run's weights, moments, RNG and data cursor",

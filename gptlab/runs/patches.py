@@ -51,6 +51,7 @@ def patched(patch: Path, copies: Path) -> Path:
         _apply(patch.resolve(), building)
         if _hash(building / "gptlab") == before:
             raise ConfigError(f"patch {patch}: it changes nothing in gptlab/; leave it out")
+        shutil.copyfile(patch, building / patch.name)
         (building / "gptlab" / MARK).write_text(hashlib.sha256(content).hexdigest() + "\n", encoding="utf-8")
         try:
             building.rename(target)

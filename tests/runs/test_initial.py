@@ -29,7 +29,7 @@ def test_jitter_is_relative_and_drawn_by_seed_and_parameter(amount: float) -> No
             assert not p.any()
             continue
         assert not torch.equal(p, r)
-        shares.append((p / drawn - 1).flatten())
+        shares.append((p / drawn - 1).detach().flatten())
     share = torch.cat(shares)
     assert float(share.std()) == pytest.approx(amount, rel=0.02)
     assert abs(float(share.mean())) < amount / 50

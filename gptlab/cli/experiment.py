@@ -1,0 +1,205 @@
+"""`gptlab experiment`: run an experiment's cells, see how they stand, or try every arm before hours are spent.
+
+Exit codes of `run`: 0 every cell finished; 3 a cell failed; 4 none failed, but one diverged; 75 stopped, run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptlab.cli.arguments import Parser
+from gptlab.cli.terminal import printable
+from gptlab.errors import ConfigError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from gptlab.runs.experiment import Progress, Runner
+    from gptlab.runs.experiment_file import Experiment
+    from gptlab.runs.smoke import Trial
+
+ACTIONS = ("run", "status", "smoke")
+BUDGET = 120.0
+
+
+def main(argv: list[str]) -> int:
+    """Do one of ACTIONS; raises ConfigError for a file that cannot be run, Stopped when asked to stop."""
+    if argv and not argv[0].startswith("-") and argv[0] not in ACTIONS:
+        raise UsageError(
+            f"experiment: expected run, status or smoke, found {argv[0]!r}{did_you_mean(argv[0], ACTIONS)}"
+        )
+    options = _parser().parse(argv)
+    return {"run": _run, "status": _status, "smoke": _smoke}[options.action](options)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="gptlab experiment",
+        description="run: train every cell (arm and seed) that is missing, as many at a time as suits the machine; run "
+        "it again after any stop or kill. status: how the cells stand, from any terminal. smoke: in two minutes, does "
+        "every arm run, is its signal active, at what dose, and what will the whole cost?",
+        epilog="A file declares arms, seeds and delta (experiments/ has ready ones); `gptlab compare` gives verdicts. "
+        "Exit codes of run: 0 every cell finished, 3 a cell failed, 4 a cell diverged, 75 stopped: run again.",
+    )
+    parser.add_argument("action", choices=ACTIONS)
+    parser.add_argument("file", metavar="FILE", help="an experiment file; for status its folder too")
+    parser.add_argument("--out", metavar="DIR", help="the experiment's folder [log/<name>]")
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+    parser.add_argument("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
+    parser.add_argument("--jobs", type=_count, metavar="N", help="cells at a time, at most [what suits the machine]")
+    parser.add_argument("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
+    parser.add_argument(
+        "--seconds", type=_count, default=BUDGET, metavar="N", help=f"time of smoke, about [{BUDGET:.0f}]"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
+    """The experiment and its folder."""
+    from gptlab.runs.experiment_file import FILE, read_experiment
+
+    path = Path(options.file)
+    if path.is_dir() and options.action == "status":
+        if not (path / FILE).is_file():
+            raise ConfigError(f"expected an experiment's folder, found no {FILE} in {path}; check the path")
+        return read_experiment(path / FILE, copy=True), path
+    experiment = read_experiment(path)
+    if experiment.codes and not options.allow_code and options.action != "status":
+        raise UsageError(f"signal.name {experiment.codes[0]} is a function in a file: it runs as your code; "
+                         "add --allow_code")  # fmt: skip
+    return experiment, Path(options.out) if options.out else experiment.folder
+
+
+def _run(options: argparse.Namespace) -> int:
+    from gptlab.cli.experiment_view import Watch, stderr
+    from gptlab.cli.stopping import StopRequest
+    from gptlab.runs.experiment import Runner
+    from gptlab.runs.packing import Packing
+
+    experiment, folder = _read(options)
+    packing = Packing.of_this_machine(options.jobs)
+    runner = Runner(experiment, folder, packing, options.seeds, options.allow_code)
+    runner.prepare()
+    note = f"{experiment.name}: {len(runner.cells)} cells in {folder}; {packing.why({c.n_embd for c in runner.cells})}"
+    stderr().print(note, soft_wrap=True, markup=False)
+    with StopRequest() as stop, Watch() as watch:
+        try:
+            for snapshot in runner.run(stop):
+                watch.show(snapshot)
+        finally:
+            if options.json:
+                print(json.dumps(_summary(runner), indent=1))
+    return _close(runner)
+
+
+def _summary(runner: Runner) -> dict[str, Any]:
+    cells = runner.snapshot().cells
+    return {
+        "experiment": runner.experiment.name,
+        "folder": str(runner.folder),
+        "results": str(runner.folder / "results.json"),
+        "states": dict(Counter(cell.state for cell in cells)),
+        "ran": runner.ran,
+        "cells": [_as_json(cell) for cell in cells],
+    }
+
+
+def _as_json(one: Progress) -> dict[str, Any]:
+    return {
+        "arm": one.cell.arm.name,
+        "seed": one.cell.seed,
+        "state": one.state,
+        "step": one.step,
+        "steps": one.cell.steps,
+        "loss": one.loss,
+        "dose": one.dose,
+        "reason": one.reason,
+    }
+
+
+def _close(runner: Runner) -> int:
+    """Say what became of the cells; the exit code."""
+    states = Counter(cell.state for cell in runner.snapshot().cells)
+    for state, code in (("failed", 3), ("diverged", 4)):
+        if states[state]:
+            print(
+                f"gptlab: {states[state]} of {len(runner.cells)} cells {state}; see `gptlab experiment status "
+                f"{runner.folder}`" + "; run again to try them again" * (state == "failed"),
+                file=sys.stderr,
+            )
+            return code
+    print(f"every cell finished; verdicts: gptlab compare {runner.folder}", file=sys.stderr)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from gptlab.runs.experiment import standing
+
+    experiment, folder = _read(options)
+    snapshot = standing(experiment, folder)
+    if options.json:
+        cells = [_as_json(cell) for cell in snapshot.cells]
+        states = dict(Counter(cell.state for cell in snapshot.cells))
+        head = {"experiment": experiment.name, "folder": str(folder), "seconds_left": snapshot.seconds_left}
+        print(json.dumps({**head, "states": states, "cells": cells}, indent=1))
+        return 0
+
+    from rich.console import Console
+
+    from gptlab.cli.experiment_view import cell_table, reasons, summary
+
+    console = Console(highlight=False)
+    console.print(cell_table(snapshot.cells), "", reasons(snapshot.cells), summary(snapshot), sep="\n")
+    return 0
+
+
+def _smoke(options: argparse.Namespace) -> int:
+    from gptlab.cli.experiment_view import megabytes, minutes, smoke_table, stderr
+    from gptlab.cli.stopping import StopRequest
+    from gptlab.runs.packing import Packing
+    from gptlab.runs.smoke import smoke
+
+    experiment, _ = _read(options)
+    packing = Packing.of_this_machine(options.jobs)
+    seeds = len(experiment.seeds[: options.seeds])
+    trials = []
+    with StopRequest() as stop:
+        for trial in smoke(experiment, packing, options.seconds, allow_code=options.allow_code, stop=stop):
+            said = trial.reason or f"{trial.signal}, a cell takes {minutes(trial.seconds)}"
+            stderr().print(f"{trial.arm}: {printable(said)}", markup=False, soft_wrap=True)
+            trials.append(trial)
+    total = _total(experiment, trials, seeds, packing)
+    if options.json:
+        print(json.dumps({"experiment": experiment.name, "arms": {t.arm: vars(t) for t in trials}, "total": total}))
+    else:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        console.print(smoke_table(trials, seeds), "")
+        console.print(
+            f"One cell of each is shown; in all {total['cells']} cells, {total['at_a_time']} at a time: about "
+            f"{minutes(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"
+        )
+    return 3 if any(trial.reason for trial in trials) else 0
+
+
+def _total(experiment: Experiment, trials: list[Trial], seeds: int, packing: Any) -> dict[str, Any]:
+    """Of the arms that ran: what all their cells cost, about."""
+    threads = {arm.name: packing.threads(arm.get("n_embd", experiment.preset)) for arm in experiment.arms.values()}
+    share = {name: 1 / packing.gpus if packing.gpus else many / packing.cores for name, many in threads.items()}
+    return {
+        "cells": seeds * len(trials),
+        "at_a_time": min(seeds * len(trials), packing.gpus or packing.cores // min(threads.values())),
+        "seconds": sum(seeds * (t.seconds or 0) * share[t.arm] for t in trials),
+        "bytes": sum(seeds * (t.bytes or 0) for t in trials),
+        "flops": sum(seeds * (t.flops or 0) for t in trials),
+    }

@@ -1,0 +1,199 @@
+"""A cell of an experiment: one arm at one seed, an ordinary run folder. Whose it is, and how far it has come.
+
+Only JSON is read here, again and again while others write it; torch is not needed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from gptlab.errors import CheckpointError
+from gptlab.runs.experiment_file import Arm, Experiment
+
+OUTPUT = "output.txt"
+"""What a cell's process said, in the cell's folder."""
+
+CLAIM = ".claim"
+
+State = Literal["waiting", "running", "stopped", "finished", "diverged", "failed"]
+ENDED: tuple[State, ...] = ("finished", "diverged")
+"""States after which a cell needs no more work. A diverged one would diverge again, bit for bit."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """steps: updates that its run is to make; n_embd: its model's width."""
+
+    arm: Arm
+    seed: int
+    folder: Path
+    steps: int
+    n_embd: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}/seed_{self.seed}"
+
+
+def cells_of(experiment: Experiment, folder: Path, seeds: int | None = None) -> list[Cell]:
+    """The cells in the order in which they are run: seed by seed, so that what is there early can be paired.
+
+    seeds: only so many of the first.
+    """
+    return [
+        Cell(
+            arm,
+            seed,
+            folder / arm.name / f"seed_{seed}",
+            int(arm.get("steps", experiment.preset)),
+            int(arm.get("n_embd", experiment.preset)),
+        )
+        for seed in experiment.seeds[:seeds]
+        for arm in experiment.arms.values()
+    ]
+
+
+class Claim:
+    """The right to run a cell, held by a lock on CELL/.claim for as long as it is open here or in a child."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    @classmethod
+    def take(cls, cell: Cell) -> Claim | None:
+        """The claim, or None where another process has it."""
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        file = (cell.folder / CLAIM).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return cls(file)
+
+    @property
+    def descriptor(self) -> int:
+        """To be left open in the child that trains the cell: then the claim outlives a killed runner until it ends."""
+        return self._file.fileno()
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def claimed(cell: Cell) -> bool:
+    """Whether any process has the cell's claim; asking takes it for a moment, shared."""
+    try:
+        file = (cell.folder / CLAIM).open("r", encoding="utf-8")
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@dataclass
+class Rows:
+    """The rows of a cell's metrics.jsonl, read on from where the last look ended; `look` after `look` it is up to date.
+
+    step: of the last row; last: that row; doses: as measured; loss, val_loss: the newest of training and validation.
+    """
+
+    cell: Cell
+    step: int = 0
+    last: Mapping[str, Any] = field(default_factory=dict)
+    loss: float | None = None
+    val_loss: float | None = None
+    tokens_per_second: float | None = None
+    doses: list[float] = field(default_factory=list)
+    _offset: int = 0
+
+    def look(self) -> Rows:
+        """Read what was added; all of it where a resume has cut the file back, be it that it has grown again since.
+
+        Raises CheckpointError for a line that is no row.
+        """
+        path = self.cell.folder / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            if size < self._offset:
+                raise ValueError
+            self._read(path)
+        except ValueError:
+            self.__init__(self.cell)
+            try:
+                self._read(path)
+            except ValueError:
+                raise CheckpointError(
+                    f"{path} is damaged: expected rows with step and kind; remove {self.cell.folder} and run again"
+                ) from None
+        return self
+
+    def _read(self, path: Path) -> None:
+        for row in self._new(path):
+            self.step, self.last = row["step"], row
+            if row["kind"] == "train":
+                self.loss, self.tokens_per_second = row["loss"], row["tokens_per_second"]
+                self.doses += [row["dose"]] if row.get("dose") is not None else []
+            elif row["kind"] == "val":
+                self.val_loss = row["loss"]
+
+    def _new(self, path: Path) -> Iterator[dict[str, Any]]:
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                row = json.loads(line)
+                if not isinstance(row, dict) or not {"step", "kind"} <= row.keys():
+                    raise ValueError
+                yield row
+
+    @property
+    def event(self) -> str | None:
+        """The name of the event that closes the rows, if one does."""
+        return self.last.get("event") if self.last.get("kind") == "event" else None
+
+    def state(self, running: bool) -> State:
+        """What the rows say of a cell that somebody runs, or nobody."""
+        if self.event == "finished" and self.step >= self.cell.steps:
+            return "finished"
+        if running:
+            return "running"
+        if self.event == "DivergedError":
+            return "diverged"
+        if self.event in (None, "Stopped", "finished") and said(self.cell) is None:
+            return "stopped" if self.step else "waiting"
+        return "failed"
+
+    @property
+    def reason(self) -> str | None:
+        """Why the cell ended early: the text of its last event, else the last line of ours that it printed."""
+        if self.event in (None, "Stopped", "finished"):
+            return said(self.cell)
+        return self.last.get("text")
+
+
+def said(cell: Cell) -> str | None:
+    """The error that ended the cell's last process, as it printed it; None where it printed none."""
+    try:
+        with (cell.folder / OUTPUT).open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    if last.startswith("gptlab: ") and not last.startswith("gptlab: stopped at step"):
+        return last.removeprefix("gptlab: ")
+    return None

@@ -1,0 +1,250 @@
+"""Running an experiment's cells: whatever is missing, side by side, each in a process of its own.
+
+It yields snapshots and shows nothing. Killed at any moment it leaves cells that go on exactly where they were; two
+runners on one experiment share the work and never a cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gptlab.errors import ConfigError, Stopped
+from gptlab.runs import child
+from gptlab.runs.arm_options import as_toml, check_options, options_file
+from gptlab.runs.cells import ENDED, OUTPUT, Cell, Claim, Rows, State, cells_of, claimed
+from gptlab.runs.experiment_file import FILE, Experiment
+from gptlab.runs.packing import Packing
+from gptlab.runs.patches import package, patched
+from gptlab.runs.results import Results, write_whole
+
+LOOK_EVERY = 0.5
+"""Seconds between two looks at the cells."""
+
+PATIENCE = 120.0
+"""Seconds that a cell gets to save when it was asked to stop; what it then has not saved is trained again."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A cell as it stands. loss: of validation where it is finished, else of the last update."""
+
+    cell: Cell
+    state: State
+    step: int
+    loss: float | None
+    dose: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """cells: all, in the order in which they are run; seconds_left: None while no speed is known."""
+
+    cells: tuple[Progress, ...]
+    seconds_left: float | None = None
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen[bytes]
+    claim: Claim
+    gpu: int
+    first: tuple[int, float] | None = None
+    """The step and the moment at which it was first seen to make one."""
+
+    def steps_per_second(self, step: int, now: float) -> float:
+        if self.first is None:
+            self.first = (step, now)
+        return (step - self.first[0]) / (now - self.first[1]) if now > self.first[1] else 0.0
+
+
+@dataclass
+class Runner:
+    """Runs an experiment in `folder`. seeds: only so many of the first; allow_code: run users' own signals.
+
+    ran: names of the cells that this runner trained, in whole or in part.
+    """
+
+    experiment: Experiment
+    folder: Path
+    packing: Packing
+    seeds: int | None = None
+    allow_code: bool = False
+    ran: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cells = cells_of(self.experiment, self.folder, self.seeds)
+        self.results = Results(self.experiment, self.folder, cells_of(self.experiment, self.folder))
+        self._rows = {cell.name: Rows(cell) for cell in self.cells}
+        self._children: dict[str, _Child] = {}
+        self._tried: set[str] = set()
+        self._code: dict[str, Path] = {}
+
+    def prepare(self) -> None:
+        """Write what the cells need: the copy of the file, options of every arm, patched code.
+
+        Raises ConfigError where the folder holds another experiment, or a patch does not fit.
+        """
+        self._code = {
+            arm.name: patched(arm.patch, self.folder / ".code") if arm.patch else package().parent
+            for arm in self.experiment.arms.values()
+        }
+        self._check_same()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for arm in self.experiment.arms.values():
+            file = options_file(self.folder, arm)
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, as_toml({"preset": self.experiment.preset, **arm.options}))
+            if arm.patch:
+                check_options(arm, self._code[arm.name], file)
+        write_whole(self.folder / FILE, self.experiment.text)
+
+    def _check_same(self) -> None:
+        """Refuse to change what was declared once a cell has begun; arms may be added, at the price of Holm."""
+        copy = self.folder / FILE
+        if not copy.is_file() or not any(self.folder.glob("*/seed_*/metrics.jsonl")):
+            return
+        before, now = tomllib.loads(copy.read_text(encoding="utf-8")), self.experiment.table
+        changed = [key for key in {**before, **now} if key != "arms" and before.get(key) != now.get(key)]
+        changed += [f"arms.{arm}" for arm, own in before["arms"].items() if now["arms"].get(arm) != own]
+        if changed:
+            more = "; more seeds later are declared as looks" * bool({"seeds", "looks"} & set(changed))
+            raise ConfigError(
+                f"{self.folder} holds an experiment that declared otherwise in {', '.join(changed)} and has begun; "
+                f"give another name or --out{more}"
+            )
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Snapshot]:
+        """Run until every cell has ended, failed ones once; waits for cells that other runners have.
+
+        stop: asked twice a second; then cells are asked to save, and Stopped is raised. However this ends, no process
+        that it started is left.
+        """
+        try:
+            while True:
+                self._collect()
+                if stop():
+                    break
+                busy = self._start_what_fits()
+                yield self.snapshot()
+                if not busy:
+                    break
+                time.sleep(LOOK_EVERY)
+        finally:
+            self._end_children()
+            self.results.write()
+        left = [cell.name for cell in self.cells if self._state(cell) not in (*ENDED, "failed")]
+        if left:
+            raise Stopped(
+                f"stopped with {len(left)} of {len(self.cells)} cells to finish; run the same command again to go on"
+            )
+
+    def _start_what_fits(self) -> bool:
+        """Start cells as long as there is room; whether anything is left to wait for."""
+        busy = bool(self._children)
+        for cell in self.cells:
+            if cell.name in self._tried or self._rows[cell.name].state(False) in ENDED:
+                continue
+            busy = True
+            widths = [self._rows[name].cell.n_embd for name in self._children]
+            if not self.packing.fits(cell.n_embd, widths):
+                break
+            if claim := Claim.take(cell):
+                if self._rows[cell.name].look().state(False) in ENDED:  # by another runner since the last look
+                    claim.release()
+                else:
+                    self._start(cell, claim)
+        return busy
+
+    def _start(self, cell: Cell, claim: Claim) -> None:
+        arm = cell.arm
+        words = ["train", "--config", str(options_file(self.folder, arm)), "--seed", str(cell.seed)]
+        words += ["--out", str(cell.folder), "--resume", "auto"] + ["--allow_code"] * self.allow_code
+        gpu = min(set(range(len(self._children) + 1)) - {c.gpu for c in self._children.values()})
+        if "device" not in arm.options and self.packing.gpus:
+            words += ["--device", f"cuda:{gpu}"]
+        if "threads" not in arm.options and not self.packing.gpus:
+            words += ["--threads", str(self.packing.threads(cell.n_embd))]
+        output = cell.folder / OUTPUT
+        process = child.start(self._code[arm.name], words, output, keep_open=[claim.descriptor])
+        self._children[cell.name] = _Child(process, claim, gpu)
+        self._tried.add(cell.name)
+        self.ran.append(cell.name)
+
+    def _collect(self) -> None:
+        """Take leave of the children that have ended, and write the results."""
+        for name, one in list(self._children.items()):
+            code = one.process.poll()
+            if code is None:
+                continue
+            rows = self._rows[name].look()
+            if code not in (0, Stopped.exit_code) and rows.state(False) in ("waiting", "stopped"):
+                with (rows.cell.folder / OUTPUT).open("a", encoding="utf-8") as file:
+                    file.write(f"\ngptlab: {child.how_it_ended(code)}\n")
+            del self._children[name]
+            one.claim.release()
+            self.results.write()
+
+    def _end_children(self) -> None:
+        """Ask those that are left to stop, wait, and kill what does not."""
+        for one in self._children.values():
+            one.process.terminate()
+        deadline = time.monotonic() + PATIENCE
+        for name, one in list(self._children.items()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.0, deadline - time.monotonic()))
+            if one.process.poll() is None:
+                one.process.send_signal(signal.SIGKILL)
+                one.process.wait()
+            one.claim.release()
+            self._rows[name].look()
+            del self._children[name]
+
+    def snapshot(self) -> Snapshot:
+        """The cells as they stand now."""
+        now, speed, left = time.monotonic(), 0.0, 0
+        for cell in self.cells:
+            rows, one = self._rows[cell.name], self._children.get(cell.name)
+            if rows.state(False) not in ENDED:
+                rows.look()
+            if one and rows.step:
+                speed += one.steps_per_second(rows.step, now)
+            if cell.name not in self._tried or one:
+                left += max(0, cell.steps - rows.step)
+        cells = tuple(progress(self._rows[cell.name], self._state(cell)) for cell in self.cells)
+        return Snapshot(cells, 0.0 if not left else left / speed if speed else None)
+
+    def _state(self, cell: Cell) -> State:
+        rows, mine = self._rows[cell.name], cell.name in self._children
+        state = rows.state(running=mine or (rows.state(False) not in ENDED and claimed(cell)))
+        if state == "failed" and cell.name not in self._tried:  # before: it is about to be tried again
+            return "stopped" if rows.step else "waiting"
+        return state
+
+
+def progress(rows: Rows, state: State) -> Progress:
+    """What a cell's rows say of it in a state."""
+    loss = rows.val_loss if state == "finished" else rows.loss
+    dose = sum(rows.doses) / len(rows.doses) if rows.doses else None
+    return Progress(rows.cell, state, rows.step, loss, dose, rows.reason if state in ("failed", "diverged") else None)
+
+
+def standing(experiment: Experiment, folder: Path) -> Snapshot:
+    """The cells of an experiment as their folders tell it, whoever runs them; seconds_left by their own speeds."""
+    cells, speed, left = [], 0.0, 0.0
+    for cell in cells_of(experiment, folder):
+        rows = Rows(cell).look()
+        state = rows.state(running=claimed(cell))
+        cells.append(progress(rows, state))
+        if state not in (*ENDED, "failed"):
+            left += (cell.steps - rows.step) * int(cell.arm.get("total_batch_tokens", experiment.preset))
+        if state == "running":
+            speed += rows.tokens_per_second or 0.0
+    return Snapshot(tuple(cells), 0.0 if not left else left / speed if speed else None)

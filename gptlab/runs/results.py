@@ -1,0 +1,91 @@
+"""results.json: what an experiment's cells came to, without a clock, so that a killed and an unkilled one are equal."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gptlab.runs.cells import ENDED, Cell, Rows, claimed
+from gptlab.runs.experiment_file import Experiment
+
+FILE = "results.json"
+WEIGHTS = "model.safetensors"
+
+
+class Results:
+    """Writes results.json of an experiment's cells, those of other runners too."""
+
+    def __init__(self, experiment: Experiment, folder: Path, cells: Sequence[Cell]) -> None:
+        self.experiment, self.folder = experiment, folder
+        self.cells = sorted(cells, key=lambda cell: (cell.arm.name, cell.seed))
+        self._ended: dict[str, dict[str, Any]] = {}
+
+    def write(self) -> dict[str, Any]:
+        """Read the cells and write the file, whole or not at all; give its content.
+
+        One runner at a time does both, so that an older look never takes the place of a newer one.
+        """
+        with (self.folder / ".results.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = {
+                "experiment": self.experiment.name,
+                "baseline": self.experiment.baseline,
+                "cells": [found for cell in self.cells if (found := self._outcome(cell))],
+            }
+            write_whole(self.folder / FILE, json.dumps(content, indent=1, allow_nan=False, sort_keys=True) + "\n")
+        return content
+
+    def _outcome(self, cell: Cell) -> dict[str, Any] | None:
+        """What became of a cell; None of one that has not ended."""
+        if cell.name not in self._ended:
+            rows = Rows(cell).look()
+            state = rows.state(running=claimed(cell))
+            if state not in (*ENDED, "failed"):
+                return None
+            found = outcome(rows, state)
+            if state == "failed":  # it may be tried again
+                return found
+            self._ended[cell.name] = found
+        return self._ended[cell.name]
+
+
+def outcome(rows: Rows, state: str) -> dict[str, Any]:
+    """A cell's entry: losses in nats a token of the final block, null where there is none.
+
+    dose: the mean of |weight·g_signal| / |g_CE| where it was measured; clipped_share: of all updates;
+    validation_sha256: of the validation tokens; weights_sha256: of the last checkpoint's weights.
+    """
+    cell, done = rows.cell, rows.last if state == "finished" else {}
+    return {
+        "arm": cell.arm.name,
+        "seed": cell.seed,
+        "state": state,
+        "step": rows.step,
+        "loss": done.get("loss"),
+        "bits_per_byte": done.get("bits_per_byte"),
+        "tokens": done.get("tokens"),
+        "dose": sum(rows.doses) / len(rows.doses) if rows.doses else None,
+        "clipped_share": done.get("clipped_share"),
+        "validation_sha256": done.get("validation_sha256"),
+        "weights_sha256": _weights(cell, rows.step) if done else None,
+        "reason": None if done else (rows.reason or "").replace(str(cell.folder), cell.name),
+    }
+
+
+def _weights(cell: Cell, step: int) -> str | None:
+    """SHA-256 of the weights as the checkpoint's manifest has it."""
+    manifest = cell.folder / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json"
+    if not manifest.is_file():
+        return None
+    return json.loads(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader, and a kill, find the old one or the new one."""
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    building.write_text(text, encoding="utf-8")
+    building.replace(path)
