@@ -22,6 +22,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_MIN_WIDTH = {"AMX": 64, "AVX-512": 256}
 """Below this width casts cost more than the processor's bf16 matmuls save (docs/performance.md)."""
 
+AMX_ROWS = 512
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -62,6 +64,8 @@ class Placement:
     threads: int
     compile: bool
     reasons: dict[str, str] = field(default_factory=dict)
+    row_block: int = 0
+    """Rows of a block of a product with a narrow result (model/working.py); 0 = whole."""
 
     @property
     def dtype_name(self) -> str:
@@ -145,7 +149,8 @@ def decide(
     else:
         compiled = compile == "on"
         reasons["compile"] = "as asked"
-    return Placement(where, torch.bfloat16 if dtype == "bf16" else None, threads, compiled, reasons)
+    rows = AMX_ROWS if machine.cpu_bf16 == "AMX" and not gpu else 0
+    return Placement(where, torch.bfloat16 if dtype == "bf16" else None, threads, compiled, reasons, rows)
 
 
 def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reasons: dict[str, str]) -> torch.device:

@@ -67,7 +67,7 @@ def ours(work: Work, placement: Placement, signals: Sequence[SignalConfig] = (Si
     )
     model = GPT(c).to(placement.device)
     if placement.working_copies and placement.autocast:
-        Workspace(model, placement.autocast)
+        Workspace(model, placement.autocast, placement.row_block)
     state = TrainingState(model, build_optimizer(model, plain))
     tokens, targets = work.data(placement.device)
 

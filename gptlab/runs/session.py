@@ -57,7 +57,7 @@ class Session:
             self.state.restore(found.weights, found.moments, found.state["scalars"])
             self._saved = self.state.step
         if placement.working_copies and placement.autocast:
-            Workspace(model, placement.autocast)
+            Workspace(model, placement.autocast, placement.row_block)
         self.compiled = compile_blocks(model, placement)
         self._final: dict[str, Any] = {}
         self._speeds: list[float] = []

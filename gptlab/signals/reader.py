@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptlab.model.gpt import GPT
-from gptlab.model.working import add_gradient
+from gptlab.model.working import add_gradient, product
 from gptlab.signals import closed_form
 from gptlab.signals.closed_form import ClosedForm
 
@@ -47,6 +47,8 @@ true_loss = Value(_cross_entropy, closed_form.cross_entropy)
 
 CHUNK_BYTES = 128 * 2**20
 """Logits of one chunk in the dtype of the matmuls: at V=50304 1,333 rows in bf16."""
+FEW = 3
+"""Readings from which the head is turned round."""
 PIECE_ELEMENTS = 2**21
 """Logits of one elementwise pass on a CPU: 8 MiB in float32."""
 
@@ -62,11 +64,17 @@ class Reading:
 class Reader:
     """The readout of a model for one micro-batch: its head in the dtype of the matmuls, cast once for all readings.
 
-    chunk: rows of logits that are held at once; piece: rows that the elementwise part takes at once.
+    chunk: rows of logits that are held at once; piece: rows that the elementwise part takes at once; readings: how
+    many will be made, since from a few on it pays to turn the head round for the first of their products.
     """
 
     def __init__(
-        self, model: GPT, dtype: torch.dtype | None = None, chunk: int | None = None, piece: int | None = None
+        self,
+        model: GPT,
+        dtype: torch.dtype | None = None,
+        chunk: int | None = None,
+        piece: int | None = None,
+        readings: int = 1,
     ) -> None:
         self.ln_f = model.ln_f
         self.head = model.lm_head.weight  # (V, C)
@@ -75,6 +83,9 @@ class Reader:
             self.working_head = copy.weight
         else:
             self.working_head = self.head.detach().to(dtype)
+        self.rows = model.workspace.rows if model.workspace else 0
+        turn = self.rows and readings >= FEW
+        self.turned_head = self.working_head.t().contiguous() if turn else self.working_head.t()  # (C, V)
         V = len(self.head)
         self.chunk = chunk or max(1, CHUNK_BYTES // (V * dtype.itemsize))
         self.piece = piece or (self.chunk if self.head.is_cuda else max(1, PIECE_ELEMENTS // V))
@@ -83,7 +94,7 @@ class Reader:
         return F.layer_norm(h, self.ln_f.normalized_shape, self.ln_f.weight, self.ln_f.bias, self.ln_f.eps)
 
     def _logits(self, x: Tensor) -> Tensor:  # (n, C) -> (n, V), in the dtype of the matmuls
-        return x @ self.working_head.t()
+        return x @ self.turned_head
 
     def read(
         self,
@@ -114,7 +125,7 @@ class Reader:
                 z = self._logits(working[rows])
                 other_z = None if others is None else self._logits(others[rows])
                 total += self._into_gradient(z, targets[rows], other_z, value)
-                torch.mul(z @ self.working_head, scale, out=down[rows])
+                torch.mul(product(z, self.working_head, self.rows), scale, out=down[rows])
                 if learn:
                     add_gradient(self.head, z.t() @ scaled[rows])
         if learn:

@@ -100,8 +100,9 @@ def accumulate(
 ) -> Losses:
     """Add one micro-batch's gradient, scaled by its share of the update's tokens, to `.grad` or to a ledger."""
     run = trace(model, batch.tokens, autocast)
-    reader = Reader(model, autocast)
     L = model.config.n_layer
+    judges = (voice.config.judges_at(batch.step, L, batch.seed)[0] for voice in voices)
+    reader = Reader(model, autocast, readings=1 + sum(map(len, judges)))
     if ledger is None:
         true = _read_true_loss(model, run, reader, batch, flip)
         said = [hear(model, run, reader, voice, batch) for voice in voices]
