@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
 from gptlab.cli.terminal import printable
 from gptlab.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from gptlab.analysis.outcomes import Outcomes
 
 WHOSE = "--delta, --looks, --baseline and --placebo"
 
@@ -25,7 +29,8 @@ def main(argv: list[str]) -> int:
         return _plan(options)
     if not options.sources:
         raise UsageError("expected runs, an experiment's folder or a log; see `gptlab compare --help`")
-    result = _verdicts(options)
+    outcomes, result = _verdicts(options)
+    _report(options, outcomes, result)
     if options.markdown:
         from gptlab.analysis.tables import markdown
 
@@ -48,6 +53,7 @@ def _parser() -> Parser:
     parser.add_argument("sources", nargs="*", metavar="RUN|EXPERIMENT|LOG", help="run folders, or one of the others")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables to a file too")
+    parser.add_argument("--html", metavar="FILE", help="where to write the report [report.html of an experiment]")
     parser.add_argument("--despite", action="store_true", help="compare runs that differ in what nobody declared")
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")
@@ -75,7 +81,7 @@ def _looks(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _verdicts(options: argparse.Namespace) -> dict[str, Any]:
+def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
     from gptlab.analysis.outcomes import EXPERIMENT, read
 
     declared = (Path(options.sources[0]) / EXPERIMENT).is_file()
@@ -88,7 +94,29 @@ def _verdicts(options: argparse.Namespace) -> dict[str, Any]:
             f"expected runs that differ only in what their arms declare, found other differences; leave runs out, "
             f"or use --despite:\n  {listed}"
         )
-    return outcomes.verdicts(delta=options.delta, looks=options.looks, placebos=_placebos(options.placebo))
+    result = outcomes.verdicts(delta=options.delta, looks=options.looks, placebos=_placebos(options.placebo))
+    return outcomes, result
+
+
+def _report(options: argparse.Namespace, outcomes: Outcomes, result: dict[str, Any]) -> None:
+    """Write report.html where --html says, or into the experiment's folder; there a failure is only told."""
+    from gptlab.analysis.outcomes import EXPERIMENT
+    from gptlab.analysis.report import FILE, missing
+
+    folder = Path(options.sources[0])
+    if not options.html and not (folder / EXPERIMENT).is_file():
+        return
+    path, problem = Path(options.html or folder / FILE), missing()
+    if not problem:
+        from gptlab.analysis.report.comparison import write_comparison
+
+        try:
+            write_comparison(outcomes, result, path)
+        except OSError as error:
+            problem = f"could not write {path}: {error.strerror}"
+    if problem and options.html:
+        raise ConfigError(f"--html: {problem}")
+    print(problem or f"report: {path}", file=sys.stderr)
 
 
 def _placebos(given: list[str]) -> dict[str, str] | None:
@@ -123,7 +151,7 @@ def _plan(options: argparse.Namespace) -> int:
     if sigma is None:
         if not options.sources:
             raise UsageError("--plan: expected --sigma X, or runs to take it from; see `gptlab compare --help`")
-        found = [arm["sigma"] for arm in _verdicts(options)["arms"].values() if arm["sigma"] is not None]
+        found = [arm["sigma"] for arm in _verdicts(options)[1]["arms"].values() if arm["sigma"] is not None]
         if not found:
             raise UsageError("--plan: expected at least 2 seeds of an arm and its baseline, found fewer; give --sigma")
         sigma = math.sqrt(sum(s * s for s in found) / len(found))

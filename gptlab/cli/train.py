@@ -103,6 +103,7 @@ def _run(values: Mapping[str, Any], *, as_json: bool) -> int:
 
 
 def _train(config: TrainingConfig, machine: Machine, placement: Placement, world: World) -> dict[str, Any]:
+    from gptlab.analysis.report import after_run
     from gptlab.cli.corpus import open_or_prepare
     from gptlab.cli.progress import Display
     from gptlab.cli.stopping import StopRequest
@@ -149,6 +150,8 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
         ):
             display.show(record)
         summary = session.finish(validation.sha256, time.perf_counter() - began, first, peak * world.size)
+        if folder:
+            display.note(f"  report  {after_run(folder.path)}")
         display.finished(beginning.folder, summary, again=False)
         return {**summary, "folder": beginning.folder}
 

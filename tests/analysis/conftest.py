@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 
 from gptlab.options import build, flatten
 from gptlab.training.config import TrainingConfig
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `pages`
+from pages import HOSTILE, IMAGE
 
 ENVIRONMENT = {
     "machine": {"processor": "a processor", "cores": 2, "gpus": []},
@@ -61,3 +65,29 @@ def write_run() -> WriteRun:
         return folder
 
     return write
+
+
+@pytest.fixture
+def hostile_experiment(tmp_path: Path, write_run: WriteRun) -> Path:
+    """An experiment with a name, an arm and samples that try to be more than text; its arm is worse by 0.1."""
+    folder = tmp_path / "experiment"
+    arms = {"baseline": (0.0, None), IMAGE: (0.1, 0.5)}
+    signal = {"signal.name": "confidence"}
+    for arm, (difference, dose) in arms.items():
+        for seed in (1, 2, 3):
+            options = signal if arm == IMAGE else {}
+            run = write_run(folder / arm / f"seed_{seed}", 3 + seed / 1000 + difference, seed=seed, options=options,
+                            dose=dose)  # fmt: skip
+            blocks = {"block_loss": [4.0, 3.5, 3.2, 3.0 + difference], "block_confidence": [0.1, 0.2, 0.3, 0.4]}
+            words = [*HOSTILE, "\0\x1b[2J", "\ud800", "\u202e"]
+            sample = {"prompt": HOSTILE[1], "text": "".join(words), "tokens": list(range(len(words))),
+                      "written": words, "blocks": [[[word, 0.5]] * 4 for word in words]}  # fmt: skip
+            rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            rows = [{**row, **blocks} if row["kind"] == "val" else row for row in rows]
+            rows.insert(-1, {"step": 20, "kind": "sample", **sample})
+            (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "experiment.toml").write_text(
+        f"name = {json.dumps(HOSTILE[3])}\nbaseline = 'baseline'\nseeds = [1, 2, 3]\n"
+        f"[arms.baseline]\n[arms.{json.dumps(IMAGE)}]\n'signal.name' = 'confidence'\n"
+    )
+    return folder

@@ -43,7 +43,8 @@ def told(capture: Capture) -> list[str]:
 
 
 def test_a_run_leaves_all_its_records(finished_run: Path) -> None:
-    assert names(finished_run) == {"config.json", "environment.json", "metrics.jsonl", "log.txt", "checkpoints"}
+    records = {"config.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "checkpoints"}
+    assert names(finished_run) == records
     assert [row["step"] for row in rows(finished_run, "train")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(finished_run, "val")] == [3, 6]
     assert [row["step"] for row in rows(finished_run, "sample")] == [3, 6]

@@ -1,0 +1,233 @@
+"""report.html of a comparison: the verdicts first, then what they rest on.
+
+Verdicts, differences and passports are `compare`'s and stand here as it gave them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gptlab.analysis.outcomes import Outcomes
+from gptlab.analysis.report import theme
+from gptlab.analysis.report.history import COARSE, Band, Curve, History, binned, over_seeds, read_history
+from gptlab.analysis.report.page import Panel, arm_class, render, sample, write
+from gptlab.analysis.report.plots import Line, Row, curves, forest
+from gptlab.analysis.report.run import block_legend, changes, duration, flat
+from gptlab.analysis.statistics import paired_t
+from gptlab.analysis.tables import interval, number, tables
+
+Histories = Mapping[str, Sequence[History]]
+"""{arm: its runs' histories, in the order of seeds}; empty for a log."""
+
+
+class Cost(NamedTuple):
+    arm: str
+    runs: int
+    tokens_per_second: float | None
+    time: str
+    ratio: float | None
+
+
+def write_comparison(outcomes: Outcomes, result: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the report of `result`, the verdicts on `outcomes`, and give its path; raises OSError."""
+    histories = {arm: [read_history(run.path) for run in runs] for arm, runs in outcomes.runs.items()}
+    path = Path(path)
+    write(path, page(outcomes, result, histories))
+    return path
+
+
+def page(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories) -> str:
+    """The report as HTML; the same bytes for the same runs."""
+    arms = _in_order(outcomes, result)
+    first = next((runs[0] for arm in arms if (runs := outcomes.runs.get(arm))), None)
+    return render(
+        "comparison.html",
+        title=result["experiment"],
+        step=result["step"],
+        baseline=result["baseline"],
+        delta=result["delta"],
+        looks=result["looks"],
+        noise_floor=result["noise_floor"],
+        undeclared=result["undeclared"],
+        notes=result["notes"],
+        verdicts=[
+            {
+                **found,
+                "name": arm,
+                "swatch": arm_class(arms.index(arm)),
+                "shown_difference": number(found["difference"], "+z.4f"),
+                "shown_interval": interval(found["interval"]),
+            }
+            for arm, found in result["arms"].items()
+        ],
+        forest=Panel("Paired differences", forest(_rows(result), result["delta"], "forest")),
+        tables=[table for table in tables(result) if table.title != "Why"],
+        losses=list(_losses(outcomes, result, arms)),
+        blocks=[(arm, arm_class(arms.index(arm)), found) for arm, found in _blocks(arms, histories)],
+        doses=list(_doses(arms, histories)),
+        costs=list(_costs(result, arms, histories)),
+        changes=list(_changes(outcomes, result)),
+        preset=first.options["preset"] if first else None,
+        common=changes(outcomes.runs[result["baseline"]][0].options) if outcomes.runs.get(result["baseline"]) else [],
+        samples=[
+            sample(of[0].samples[-1], f"{arm}, seed {outcomes.runs[arm][0].seed}")
+            for arm in arms
+            if (of := histories.get(arm)) and of[0].samples
+        ],
+        environment=flat(first.environment) if first else [],
+    )
+
+
+def _in_order(outcomes: Outcomes, result: Mapping[str, Any]) -> list[str]:
+    """The arms, the baseline first: their places are their colours."""
+    return sorted(outcomes.losses, key=lambda arm: arm != result["baseline"])
+
+
+def _rows(result: Mapping[str, Any]) -> list[Row]:
+    return [
+        Row(
+            arm + (" (control)" if found["control"] else ""),
+            found["verdict"],
+            found["differences"],
+            found["difference"],
+            None if found["interval"][0] is None else tuple(found["interval"]),
+        )
+        for arm, found in result["arms"].items()
+    ]
+
+
+def _families(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{baseline: the arms that are compared with it}, one a group."""
+    families: dict[str, list[str]] = {}
+    for arm, found in result["arms"].items():
+        families.setdefault(found["baseline"], []).append(arm)
+    return families
+
+
+def _losses(outcomes: Outcomes, result: Mapping[str, Any], arms: list[str]) -> Iterator[Panel]:
+    """For every baseline the losses of its arms over training, and their paired differences from it."""
+    families = _families(result)
+    for i, (baseline, members) in enumerate(families.items()):
+        which = f", against {baseline}" if len(families) > 1 else ""
+        shown = [arm for arm in (baseline, *members) if outcomes.curves.get(arm)]
+        lines = [_line(over_seeds(outcomes.curves[arm].values()), arms, arm) for arm in shown]
+        legend = [(arm_class(arms.index(arm)), arm) for arm in shown]
+        if drawn := _drawn(lines):
+            svg = curves(drawn, f"losses-{i}", "Validation loss", unit="nats a token")
+            yield Panel(f"Validation loss{which}", svg, legend, "mean ± one standard deviation over seeds")
+        bands = {arm: _differences(outcomes, result, arm, baseline) for arm in members if arm in shown}
+        if drawn := _drawn(_line(band, arms, arm) for arm, band in bands.items()):
+            what, delta = "Loss minus the baseline's, paired by seed", result["delta"]
+            svg = curves(drawn, f"differences-{i}", what, unit="nats a token", zero=True, within=delta)
+            note = f"mean with its 95% interval at each step by itself; grey: ±{delta:g}"
+            yield Panel(f"Loss minus the baseline’s{which}", svg, legend[1:], note)
+
+
+def _differences(outcomes: Outcomes, result: Mapping[str, Any], arm: str, baseline: str) -> Band:
+    """Paired differences over training, of the seeds that the verdict is on."""
+    own, other = outcomes.curves[arm], outcomes.curves.get(baseline, {})
+    seeds = [seed for seed in result["arms"][arm]["seeds"] if seed in own and seed in other]
+    if not seeds:
+        return Band.of({})
+    steps = sorted(set.intersection(*(own[seed].keys() & other[seed].keys() for seed in seeds)))
+    found = [[own[seed][step] - other[seed][step] for seed in seeds] for step in steps]
+    means = [sum(x) / len(x) for x in found]
+    bounds = [paired_t(x).interval() if len(x) > 1 else (x[0], x[0]) for x in found]
+    return Band(steps, means, [low for low, _ in bounds], [high for _, high in bounds])
+
+
+def _blocks(arms: list[str], histories: Histories) -> Iterator[tuple[str, list[Panel]]]:
+    """Each arm's block losses and confidences over training, means over seeds, all on equal axes."""
+    figures = (("block_loss", "Loss", "nats a token"), ("block_confidence", "Confidence", "mean p_max"))
+    bands: dict[tuple[str, str], list[Band]] = {}
+    for arm in arms:
+        of = histories.get(arm, [])
+        blocks = min((history.blocks for history in of), default=0)
+        for name, _, _ in figures:
+            found = [over_seeds(history.of_block(name, j) for history in of) for j in range(1, blocks + 1)]
+            bands[arm, name] = [band for band in found if band.steps]
+    limits = {name: _limits(bands[arm, name] for arm in arms) for name, _, _ in figures}
+    for i, arm in enumerate(arms):
+        panels = []
+        for name, what, unit in figures:
+            of_blocks = bands[arm, name]
+            lines = [
+                Line(b.without_spread(), theme.block(j, len(of_blocks)), f"block {j}", dots=True)
+                for j, b in enumerate(of_blocks, 1)
+            ]
+            if lines:
+                svg = curves(lines, f"{name}-{i}", f"{arm}: {what}", unit=unit, limits=limits[name])
+                panels.append(Panel(f"{what} of every block’s reading", svg, block_legend(len(lines))))
+        if panels:
+            yield arm, panels
+
+
+def _doses(arms: list[str], histories: Histories) -> Iterator[Panel]:
+    """Dose and share of clipped updates over training, where they were measured."""
+    doses = {arm: [binned(h.updates["dose"]) for h in histories.get(arm, [])] for arm in arms}
+    clipped = {arm: [binned(h.updates["clipped"], COARSE) for h in histories.get(arm, [])] for arm in arms}
+    note = "the signal’s gradient as a share of the true loss’s, mean ± one standard deviation over seeds"
+    if panel := _by_arm("Dose", doses, arms, "ratio", note, share=False):
+        yield panel
+    if panel := _by_arm("Clipped updates", clipped, arms, "share", "mean over seeds", share=True):
+        yield panel
+
+
+def _by_arm(
+    title: str, found: Mapping[str, Sequence[Curve]], arms: list[str], unit: str, note: str, *, share: bool
+) -> Panel | None:
+    bands = {arm: over_seeds(curve) for arm, curve in found.items() if any(curve)}
+    lines = {arm: _line(band, arms, arm, dots=len(band.steps) <= 20) for arm, band in bands.items()}
+    if share:
+        lines = {arm: replace(line, band=line.band.without_spread()) for arm, line in lines.items()}
+    if not _drawn(lines.values()):
+        return None
+    legend = [(arm_class(arms.index(arm)), arm) for arm in lines]
+    return Panel(title, curves(_drawn(lines.values()), title.lower(), title, unit=unit, share=share), legend, note)
+
+
+def _costs(result: Mapping[str, Any], arms: list[str], histories: Histories) -> Iterator[Cost]:
+    """What an arm's runs took; ratio: of its time to its baseline's."""
+
+    def seconds(arm: str) -> float:
+        return sum(history.seconds for history in histories[arm]) / len(histories[arm])
+
+    for arm in arms:
+        if not histories.get(arm):
+            continue
+        baseline = result["arms"].get(arm, {}).get("baseline", arm)
+        ratio = seconds(arm) / seconds(baseline) if histories.get(baseline) and seconds(baseline) else None
+        speeds = [speed for history in histories[arm] if (speed := history.tokens_per_second)]
+        speed = sum(speeds) / len(speeds) if speeds else None
+        yield Cost(arm, len(histories[arm]), speed, duration(seconds(arm)), ratio)
+
+
+def _changes(outcomes: Outcomes, result: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """(arm, option, its baseline's value, its own) of all that an arm's runs were made to differ in."""
+    for arm, found in result["arms"].items():
+        yield from ((arm, key, theirs, own) for key, (theirs, own) in found["changes"].items())
+        mine, theirs = (outcomes.runs.get(name) for name in (arm, found["baseline"]))
+        if mine and theirs and mine[0].config.get("patch") != theirs[0].config.get("patch"):
+            yield arm, "patch (SHA-256)", theirs[0].config.get("patch"), mine[0].config.get("patch")
+
+
+def _line(band: Band, arms: list[str], arm: str, *, dots: bool = True) -> Line:
+    """An arm's curve; dashed where its colour had another arm before."""
+    index = arms.index(arm)
+    return Line(band, theme.arm(index), arm, dots=dots, dashed=index >= theme.ARMS)
+
+
+def _drawn(lines: Iterable[Line]) -> list[Line]:
+    return [line for line in lines if line.band.steps]
+
+
+def _limits(bands: Iterable[list[Band]]) -> tuple[float, float] | None:
+    """The range of all their means, with a little room; None where there are none."""
+    values = [value for found in bands for band in found for value in band.mean]
+    if not values:
+        return None
+    room = 0.04 * (max(values) - min(values)) or 0.1
+    return min(values) - room, max(values) + room

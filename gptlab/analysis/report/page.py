@@ -1,0 +1,105 @@
+"""The page of a report: templates filled with escaped text, under a policy that lets it load and run nothing.
+
+What stands on it is in run.py and comparison.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gptlab
+from gptlab.analysis.report import theme
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+_UNSHOWN = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"},  # Unicode's pictures of them
+    **dict.fromkeys([0x200E, 0x200F, *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\ufffd"),
+}
+"""Characters that HTML forbids, or that make a line read otherwise than it is, such as marks of direction."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A plot with its words. legend: (the colour's class, what it stands for)."""
+
+    title: str
+    svg: str
+    legend: Sequence[tuple[str, str]] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text that a model wrote. tokens: (the token, [each block's (best next token, its probability)])."""
+
+    title: str
+    prompt: str
+    text: str
+    tokens: Sequence[tuple[str, Sequence[tuple[str, float]]]]
+
+
+def render(template: str, **content: Any) -> str:
+    """The page that `template` makes of `content`, whose text stays text whoever wrote it."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"figure": figure, "visible": visible, "tenth": tenth, "value": value}
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    content |= {"style": style, "style_hash": digest, "version": gptlab.__version__}
+    return environment.get_template(template).render(content).translate(_UNSHOWN)
+
+
+def write(path: Path, page: str) -> None:
+    """Write the page whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(page.encode("utf-8", errors="replace"))
+    temporary.replace(path)
+
+
+def sample(row: Mapping[str, Any], title: str) -> Sample:
+    """A sample from its row in metrics.jsonl."""
+    steps = [[(str(word), float(p)) for word, p in blocks] for blocks in row["blocks"]]
+    return Sample(title, row["prompt"].lstrip("\0"), row["text"], list(zip(row["written"], steps, strict=False)))
+
+
+def arm_class(index: int) -> str:
+    return f"arm-{theme.arm_shade(index)}"
+
+
+def block_class(number: int, blocks: int) -> str:
+    return f"block-{theme.block_shade(number, blocks)}"
+
+
+def figure(number: float | None, form: str = ",.4g") -> str:
+    """A number for reading; a dash where there is none."""
+    return "–" if number is None else format(number, form)
+
+
+def visible(token: str) -> str:
+    """A token with a sign for every blank."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣").replace("\0", "∅") or "·"
+
+
+def tenth(p: float) -> int:
+    """The tenth that a probability falls in, 0..9: the name of its shade."""
+    return min(9, max(0, int(10 * p)))
+
+
+def value(option: Any) -> str:
+    """An option as one would type it."""
+    if option is None:
+        return "–"
+    return str(option).lower() if isinstance(option, bool) else str(option)

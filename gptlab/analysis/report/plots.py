@@ -1,0 +1,176 @@
+"""The plots of a report: curves over steps, and the differences of arms as a forest. Each is an <svg> element.
+
+Words around them (titles, legends) are the page's, so that they wrap on a phone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from gptlab.analysis.report import theme
+from gptlab.analysis.report.history import Band
+from gptlab.analysis.report.svg import SETTINGS, TEXT, inline
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 440, 260
+"""Of a plot, in the units of its view box, of which a phone shows about 350: text stays legible."""
+
+LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 38
+"""Room around the axes; fixed, so that plots in a column stand in line (and no layout has to be solved)."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve in a colour of theme.py. dots: mark its points; faint: it is the background of another."""
+
+    band: Band
+    colour: str
+    label: str = ""
+    dots: bool = False
+    faint: bool = False
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a forest: points are the seeds' differences; interval is None below two seeds."""
+
+    label: str
+    verdict: str
+    points: Sequence[float] = field(default_factory=list)
+    mean: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+def curves(
+    lines: Sequence[Line],
+    name: str,
+    what: str,
+    *,
+    unit: str,
+    zero: bool = False,
+    within: float | None = None,
+    share: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> str:
+    """Lines over steps, as an <svg> element.
+
+    zero: draw the line of 0; within: shade ± so much; share: of 1, shown in per cent; limits: of the y axis.
+    """
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure, axes = _figure(HEIGHT)
+    if zero:
+        axes.axhline(0, color=theme.MUTED, linewidth=1)
+    if within:
+        axes.axhspan(-within, within, color=theme.MUTED, alpha=0.15, linewidth=0)
+    for line in lines:
+        band, width = line.band, 1.0 if line.faint else 1.8
+        if band.low != band.mean:
+            axes.fill_between(band.steps, band.low, band.high, color=line.colour, alpha=0.18, linewidth=0)
+        marker = "o" if line.dots or len(band.steps) == 1 else ""
+        axes.plot(
+            band.steps, band.mean, color=line.colour, linewidth=width, alpha=0.45 if line.faint else 1,
+            linestyle=(0, (4, 2)) if line.dashed else "-", marker=marker, markersize=3.2,
+        )  # fmt: skip
+    _scale(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if limits:
+        axes.set_ylim(*limits)
+    if share:
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+    figure.text(4 / WIDTH, 1 - 14 / HEIGHT, unit, color=theme.MUTED, fontsize=TEXT)
+    axes.set_xlabel("step", color=theme.MUTED)
+    return inline(figure, name, _told(what, lines, share=share))
+
+
+def forest(rows: Sequence[Row], delta: float, name: str) -> str:
+    """Each arm's paired differences: a dot a seed, their mean with its interval, and the band of ±delta."""
+    height = 38 * len(rows) + 52
+    figure, axes = _figure(height, left=RIGHT, top=4)
+    axes.axvspan(-delta, delta, color=theme.MUTED, alpha=0.15, linewidth=0)
+    axes.axvline(0, color=theme.MUTED, linewidth=1)
+    texts = {}
+    for i, row in enumerate(rows):
+        y, colour = -i, theme.VERDICTS[row.verdict]
+        axes.plot(row.points, [y - 0.12] * len(row.points), "o", color=theme.MUTED, alpha=0.6, markersize=3.4)
+        if row.interval:
+            axes.plot(row.interval, [y - 0.12, y - 0.12], color=colour, linewidth=2.6, solid_capstyle="butt")
+        if row.mean is not None:
+            axes.plot([row.mean], [y - 0.12], "D", color=colour, markersize=6)
+        placeholder = f"arm {i}"
+        texts[placeholder] = f"{shortened(row.label)}: {row.verdict}"
+        place: dict[str, Any] = {"va": "center", "transform": axes.get_yaxis_transform()}
+        axes.text(0.01, y + 0.26, placeholder, color=theme.INK, fontsize=TEXT, **place)
+    axes.set_ylim(-len(rows) + 0.4, 0.6)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("loss minus the baseline's, nats a token", color=theme.MUTED)
+    _scale(axes)
+    return inline(figure, name, _forest_told(rows, delta), texts)
+
+
+def shortened(label: str, most: int = 40) -> str:
+    """A name that has room in a plot.
+
+    >>> shortened("a" * 50, most=5)
+    'aaaa…'
+    """
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def _figure(height: float, left: float = LEFT, top: float = TOP) -> tuple[Figure, Axes]:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(cast(Any, SETTINGS)):
+        figure = Figure(figsize=(WIDTH / 72, height / 72))
+        room = (left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, 1 - (top + BOTTOM) / height)
+        axes = figure.add_axes(room)
+    axes.grid(color=theme.GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(color=theme.GRID, labelcolor=theme.MUTED, length=3)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme.GRID)
+    axes.margins(x=0.02)
+    return figure, axes
+
+
+def _scale(axes: Axes) -> None:
+    """Few ticks in plain figures; thousands where figures are large."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.ticklabel_format(useOffset=False, style="plain")
+    if max(map(abs, axes.get_ylim())) >= 10_000:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
+
+
+def _told(what: str, lines: Sequence[Line], *, share: bool) -> str:
+    """The plot in words: where every line begins and ends."""
+    form: Any = "{:.0%}".format if share else "{:.4g}".format
+    ends = [
+        f"{line.label or 'it'} goes from {form(line.band.mean[0])} at step {line.band.steps[0]} "
+        f"to {form(line.band.mean[-1])} at step {line.band.steps[-1]}"
+        for line in lines
+        if line.band.steps
+    ]
+    return f"{what}: {'; '.join(ends)}"
+
+
+def _forest_told(rows: Sequence[Row], delta: float) -> str:
+    parts = []
+    for row in rows:
+        difference = "no difference measured" if row.mean is None else f"difference {row.mean:+.4f}"
+        interval = f", 95% interval {row.interval[0]:+.4f} to {row.interval[1]:+.4f}" if row.interval else ""
+        parts.append(f"{row.label}, {row.verdict}: {difference}{interval}")
+    return f"Paired differences in nats, with a band of ±{delta:g}: {'; '.join(parts)}"

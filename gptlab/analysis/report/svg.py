@@ -1,0 +1,83 @@
+"""A matplotlib figure as SVG that stands inside a page: in the page's colours and font, equal bytes for equal data.
+
+What the figures show is in plots.py.
+"""
+
+from __future__ import annotations
+
+import io
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from gptlab.analysis.report.theme import CSS_COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TEXT = 12
+"""Size of a figure's text, in the units of its view box."""
+
+SETTINGS = {
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, selected and found
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",  # matplotlib's own, for measuring: the page's font is drawn
+    "font.size": TEXT,
+}
+"""matplotlib's settings while a figure is made and drawn."""
+
+_KEPT_STYLES = {"fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "fill-opacity", "stroke-opacity",
+                "stroke-linecap", "stroke-linejoin", "text-anchor", "font-size"}  # fmt: skip
+
+
+def inline(figure: Figure, name: str, description: str, texts: Mapping[str, str] | None = None) -> str:
+    """The figure as an <svg> element without styles, scripts or ids that another figure could have too.
+
+    name: of the figure, unique on its page. description: what who cannot see it is told. texts: {placeholder: text}
+    for names that others chose, which matplotlib's font may lack; they are put in here, as text.
+    """
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context(cast(Any, {**SETTINGS, "svg.hashsalt": name})):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    drawn = ElementTree.fromstring(buffer.getvalue())
+    root = ElementTree.Element("svg", viewBox=drawn.attrib["viewBox"], role="img")
+    root.set("aria-label", description)
+    root.extend(_tidy(child, texts or {}) for child in drawn if _tag(child) != "metadata")
+    for unused in [child for child in root if child.tag == "defs" and not len(child)]:
+        root.remove(unused)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _tidy(element: ElementTree.Element, texts: Mapping[str, str]) -> ElementTree.Element:
+    """The element without namespaces, its style as attributes: a strict policy forbids style attributes."""
+    text = (element.text or "").strip()
+    tidy = ElementTree.Element(_tag(element), dict(_attributes(element)))
+    tidy.text = texts.get(text, text) or None
+    tidy.extend(_tidy(child, texts) for child in element if _tag(child) != "style")
+    return tidy
+
+
+def _attributes(element: ElementTree.Element) -> Iterator[tuple[str, str]]:
+    for key, value in element.attrib.items():
+        key = key.rpartition("}")[2]
+        if key == "style":
+            yield from _styles(value)
+        elif key in ("fill", "stroke"):
+            yield key, CSS_COLOURS.get(value, value)
+        elif key != "id" or _tag(element) in ("path", "clipPath"):  # others are named alike in every figure
+            yield key, value
+
+
+def _styles(style: str) -> Iterator[tuple[str, str]]:
+    for part in style.split(";"):
+        key, _, value = (word.strip() for word in part.partition(":"))
+        if key in _KEPT_STYLES:
+            yield key, CSS_COLOURS.get(value, value)
+        elif key == "font":  # matplotlib before 3.11 writes size and family as one
+            yield "font-size", value.partition(" ")[0]

@@ -1,0 +1,247 @@
+"""Reports as files: all stays text, nothing is loaded, equal runs give equal bytes, the figures are compare's."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import HOSTILE, IMAGE, Page
+
+from gptlab.analysis import report
+from gptlab.analysis.outcomes import read
+from gptlab.analysis.report.comparison import write_comparison
+from gptlab.analysis.report.history import binned, over_seeds, read_history
+from gptlab.analysis.report.plots import Line, Row, curves, forest
+from gptlab.analysis.report.run import write_run
+from gptlab.analysis.report.theme import CSS_COLOURS
+from gptlab.cli.compare import main as compare
+from gptlab.cli.main import guarded, main
+from gptlab.errors import ConfigError
+
+TAGS = set(
+    "html head meta link title style body main footer header section article figure figcaption h1 h2 h3 p b i ul li dl "
+    "dt dd div span small bdi table thead tbody tr th td details summary pre "
+    "svg g path defs use clippath rect text".split()
+)
+"""All that a report is made of: nothing here runs, and nothing here loads."""
+
+
+def comparison(folder: Path) -> Page:
+    outcomes = read([folder])
+    path = write_comparison(outcomes, outcomes.verdicts(), folder / "report.html")
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def pages(hostile_experiment: Path) -> list[Page]:
+    """The comparison's page and one of its runs'."""
+    run = write_run(hostile_experiment / IMAGE / "seed_1")
+    return [comparison(hostile_experiment), Page(run.read_text(encoding="utf-8"))]
+
+
+def test_hostile_text_stays_text(pages: list[Page]) -> None:
+    for page in pages:
+        assert page.tags <= TAGS
+        assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
+        assert all(word in page.text for word in HOSTILE[1:3])
+        assert IMAGE in page.text
+        assert "49" not in page.text.partition("日本")[2][:12]
+        assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", page.source)
+        assert "␛[2J" in page.text
+    assert HOSTILE[3] in pages[0].text
+
+
+def test_nothing_is_loaded_and_the_policy_allows_nothing(pages: list[Page]) -> None:
+    for page in pages:
+        assert not re.search(r"https?:|//[a-z]|@import", page.source)
+        assert [value for name in ("href", "src") for value in page.values(name) if value[0] != "#"] == ["data:,"]
+        assert all(value.startswith("url(#") for value in page.values("clip-path"))
+        policy = page.values("content")[0]
+        digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+        assert policy == (
+            f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+        )
+        assert page.source.index("Content-Security-Policy") < page.source.index("<link")
+        assert "width=device-width" in page.values("content")[1]
+
+
+def test_a_page_is_whole_in_itself(pages: list[Page]) -> None:
+    """Every reference leads to exactly one element, every colour of a plot is the style sheet's, every plot is told."""
+    for page in pages:
+        ids = page.values("id")
+        assert len(ids) == len(set(ids))
+        used = {value[1:] for value in page.values("href") if value[0] == "#"}
+        used |= {value[5:-1] for value in page.values("clip-path")}
+        assert used == set(ids)
+        painted = [value for name in ("fill", "stroke") for value in page.values(name)]
+        assert set(painted) <= {"none", *CSS_COLOURS.values()}
+        defined = set(re.findall(r"(--[\w-]+):", page.style))
+        assert set(re.findall(r"var\((--[\w-]+)\)", page.source)) <= defined
+        roles = [(tag, value) for tag, name, value in page.attributes if name == "role"]
+        assert len(roles) == len([value for value in page.values("aria-label") if value != "figures"]) >= 3
+
+
+def test_the_verdicts_come_first_and_are_those_of_compare(hostile_experiment: Path) -> None:
+    page = comparison(hostile_experiment)
+    found = read([hostile_experiment]).verdicts()["arms"][IMAGE]
+    assert found["verdict"] == "worse"
+    assert page.text.index("Verdicts") < page.text.index("worse") < page.text.index("Loss over training")
+    assert f"{found['difference']:+.4f}" in page.text
+    assert found["reason"] in page.text
+    assert any("worse: difference +0.1000" in label for label in page.values("aria-label"))
+    for part in ("Dose and clipping", "Blocks over training", "Cost", "What the arms differ in", "Samples"):
+        assert part in page.text
+    assert "signal.name" in page.text
+
+
+def test_equal_runs_give_equal_bytes_without_torch(hostile_experiment: Path) -> None:
+    run = write_run(hostile_experiment / IMAGE / "seed_1")
+    page = hostile_experiment / "report.html"
+    comparison(hostile_experiment)
+    before = [run.read_bytes(), page.read_bytes()]
+    script = f"""
+import sys
+from gptlab.analysis.outcomes import read
+from gptlab.analysis.report.comparison import write_comparison
+from gptlab.analysis.report.run import write_run
+write_run({str(run.parent)!r})
+outcomes = read([{str(hostile_experiment)!r}])
+write_comparison(outcomes, outcomes.verdicts(), {str(page)!r})
+assert "torch" not in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    run.unlink()
+    page.unlink()
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    assert [run.read_bytes(), page.read_bytes()] == before
+
+
+def test_drawing_changes_no_setting_of_matplotlib(hostile_experiment: Path) -> None:
+    import matplotlib as mpl
+
+    before = dict(mpl.rcParams)
+    comparison(hostile_experiment)
+    assert dict(mpl.rcParams) == before
+
+
+def test_a_finished_run_has_its_report(finished_run: Path) -> None:
+    """Of a real run: its loss, and a plot of everything that it measured."""
+    page = Page((finished_run / "report.html").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    loss = [row for row in rows if row["kind"] == "val"][-1]
+    assert f"{loss['loss']:.4f}" in page.text
+    assert f"{loss['bits_per_byte']:.4f}" in page.text
+    for part in ("Signal loss", "Dose", "Loss of every block’s reading", "Confidence of every", "Clipped", "Speed"):
+        assert part in page.text
+    assert "block loss confidence" in page.text.replace("\n", " ")
+    assert sum(tag == "svg" for tag, name, _ in page.attributes if name == "role") == 8
+    assert "n_embd" in page.text  # what it sets over its preset
+
+
+def test_a_report_that_cannot_be_made_is_told_in_a_line_and_fails_nothing(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert main(tiny(tmp_path / "run", steps=1)) == 0
+    assert "a report needs matplotlib and jinja2; pip install 'gptlab[report]'" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report.html").exists()
+    monkeypatch.undo()
+    (tmp_path / "run" / "report.html").mkdir()
+    assert report.after_run(tmp_path / "run").startswith("none: IsADirectoryError")
+    assert report.after_run(tmp_path / "nowhere").startswith("none: CheckpointError: expected a run folder")
+
+
+def test_compare_writes_it_into_the_experiments_folder_or_where_html_says(
+    hostile_experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare([str(hostile_experiment)]) == 0
+    written = hostile_experiment / "report.html"
+    assert str(written) in capsys.readouterr().err
+    assert compare([str(hostile_experiment), "--json", "--html", str(tmp_path / "other.html")]) == 0
+    assert json.loads(capsys.readouterr().out)["arms"]
+    assert (tmp_path / "other.html").read_bytes() == written.read_bytes()
+    assert guarded(compare, [str(hostile_experiment), "--html", str(tmp_path / "no" / "such.html")]) == 3
+    assert "could not write" in capsys.readouterr().err
+    written.unlink()
+    written.mkdir()  # the report is a gift: the verdicts are printed all the same
+    assert compare([str(hostile_experiment)]) == 0
+    assert "could not write" in capsys.readouterr().err
+
+
+def test_a_log_of_another_trainer_has_one_too(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    lines = [f'{step},{5 - step / 10 + len(arm) / 100},"{arm}",{seed}'
+             for arm in ("plain", HOSTILE[2]) for seed in (1, 2) for step in (5, 10)]  # fmt: skip
+    log.write_text("\n".join(["step,loss,arm,seed", *lines]), encoding="utf-8")
+    assert compare([str(log), "--html", str(tmp_path / "page.html")]) == 0
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert HOSTILE[2] in page.text
+    assert page.tags <= TAGS
+    assert "Samples" not in page.text
+
+
+def test_without_the_extra_a_page_that_was_asked_for_is_refused(
+    hostile_experiment: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "jinja2" else name)
+    with pytest.raises(ConfigError, match="a report needs jinja2"):
+        compare([str(hostile_experiment), "--html", "page.html"])
+    assert compare([str(hostile_experiment)]) == 0
+    assert "a report needs jinja2" in capsys.readouterr().err
+
+
+def test_what_was_overridden_stands_on_the_page(hostile_experiment: Path) -> None:
+    path = hostile_experiment / "baseline" / "seed_2" / "environment.json"
+    path.write_text(path.read_text().replace("2.13.0", "2.12.0"))
+    assert compare([str(hostile_experiment), "--despite"]) == 0
+    page = Page((hostile_experiment / "report.html").read_text(encoding="utf-8"))
+    assert page.text.index("Compared despite undeclared differences") < page.text.index("Verdicts")
+    assert "software torch: expected '2.13.0'" in page.text
+
+
+def test_runs_that_tell_little_and_arms_that_diverged_still_have_a_page(hostile_experiment: Path) -> None:
+    """No rows at all of an arm that diverged on every seed; one seed left of nothing else."""
+    for seed in (1, 2, 3):
+        path = hostile_experiment / IMAGE / f"seed_{seed}" / "metrics.jsonl"
+        path.write_text(json.dumps({"step": 3, "kind": "event", "event": "DivergedError", "text": "x"}) + "\n")
+    page = comparison(hostile_experiment)
+    assert "no finite loss of it" in page.text
+    for seed in (2, 3):
+        shutil.rmtree(hostile_experiment / "baseline" / f"seed_{seed}")
+    assert "undecided" in comparison(hostile_experiment).text
+
+
+def test_a_curve_over_seeds_is_their_mean_with_their_spread() -> None:
+    band = over_seeds([{1: 1.0, 2: 4.0, 3: 9.0}, {1: 3.0, 2: 4.0}])
+    assert (band.steps, band.mean) == ([1, 2], [2.0, 4.0])
+    assert band.high == pytest.approx([2 + 2**0.5, 4.0])
+    assert binned({i: float(i) for i in range(1, 8)}, bins=3) == {3: 2.0, 6: 5.0, 7: 7.0}
+
+
+def test_time_and_speed_count_every_session(run: Path) -> None:
+    history = read_history(run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert history.seconds == pytest.approx(
+        sum(64 / row["tokens_per_second"] for row in rows if row["kind"] == "train")
+    )
+    assert history.blocks == 2
+
+
+def test_what_cannot_be_seen_is_told_in_words() -> None:
+    band = over_seeds([{1: 5.0, 20: 2.5}])
+    label = Page(curves([Line(band, "#010001", "plain")], "loss", "Loss", unit="nats")).values("aria-label")
+    assert label == ["Loss: plain goes from 5 at step 1 to 2.5 at step 20"]
+    rows = [Row("a", "better", [-0.1, -0.3], -0.2, (-0.4, 0.0)), Row("b", "undecided")]
+    label = Page(forest(rows, 0.01, "forest")).values("aria-label")
+    assert label == [
+        "Paired differences in nats, with a band of ±0.01: a, better: difference -0.2000, 95% interval -0.4000 to "
+        "+0.0000; b, undecided: no difference measured"
+    ]
