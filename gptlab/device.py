@@ -101,14 +101,6 @@ def keep_freed_memory(keep: bool) -> None:
         libc.mallopt(trim_threshold, 2**31 - 1 if keep else 64 * 2**20)
 
 
-def return_freed_memory() -> None:
-    """Give what was freed and kept back to the system (glibc; elsewhere nothing): before memory is measured."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
-
-
 def decide(
     machine: Machine,
     *,

@@ -146,6 +146,15 @@ PEERS: dict[str, Callable[[Work, Placement, Path], Step]] = {
 }
 
 
+FILES = {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py"}
+
+
+def check_checkout(name: str, path: Path) -> None:
+    """Raise UsageError if there is no checkout of a peer at `path`."""
+    if not (path / FILES[name]).is_file():
+        raise UsageError(f"--peer {name}: expected a checkout with {FILES[name]}, found none at {path}")
+
+
 def _plain_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], placement: Placement
 ) -> Step:
@@ -166,8 +175,6 @@ def _plain_step(
 
 
 def _module(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise UsageError(f"--peer: expected a checkout with {path.name}, found none at {path.parent}")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -182,8 +189,6 @@ def _definitions(path: Path, name: str) -> ModuleType:
     import ast
     import tempfile
 
-    if not path.is_file():
-        raise UsageError(f"--peer: expected a checkout with {path.name}, found none at {path.parent}")
     tree = ast.parse(path.read_text(encoding="utf-8"))
     kept = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.Import) or _safe_import(n)]
     with tempfile.TemporaryDirectory() as folder:

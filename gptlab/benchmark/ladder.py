@@ -44,8 +44,10 @@ class Ladder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for run in self._runs:
             assert run.stdin is not None
+            assert run.stdout is not None
             run.stdin.close()
             run.wait(60)
+            run.stdout.close()
 
 
 def _heard(run: subprocess.Popen[str]) -> str:

@@ -9,6 +9,8 @@ SIZES: dict[str, dict[str, int]] = {
     "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 50304, "block_size": 256, "batch": 4},
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "block_size": 256, "batch": 4},
 }
+PEERS = ("nanogpt", "build-nanogpt")
+"""Peers that are measured from a checkout."""
 MODES: dict[str, dict[str, Any]] = {
     "exact": {"name": "confidence"},
     "rotate": {"name": "confidence", "layers": "rotate"},

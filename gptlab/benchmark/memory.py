@@ -1,0 +1,49 @@
+"""The memory of a contender: the most that a process of its own held, above what it held before building it.
+
+That is model, gradients, moments and all that a step needs for a while. A process each, since memory that one contender
+freed would else hide what the next one takes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptlab.benchmark.run import Bench
+
+UNIT = 1024 if sys.platform == "linux" else 1
+"""Linux counts a process's most resident memory in KiB."""
+
+
+def peak_bytes(bench: Bench, contender: str) -> int:
+    """The peak of one contender; raises ChildProcessError where its process fails."""
+    command = [sys.executable, "-m", "gptlab.benchmark.memory", contender, json.dumps(asdict(bench))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise ChildProcessError(f"{contender} failed in a process of its own (exit code {done.returncode})")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _most() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * UNIT
+
+
+def _main(contender: str, bench: str) -> None:
+    from gptlab.benchmark.run import Bench
+
+    what = Bench(**json.loads(bench))
+    what.placement.apply()
+    before = _most()
+    step = what.build(contender)
+    for _ in range(3):
+        step()
+    print(json.dumps(_most() - before))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,59 @@
+"""`gptlab bench`: the shape of what it says, on the smallest work there is. Its figures are no test's business."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gptlab.cli.main import main
+
+
+def test_the_json_has_a_row_a_contender(capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--size",
+        "tiny",
+        "--batch",
+        "1",
+        "--rounds",
+        "1",
+        "--modes",
+        "rotate",
+        "--threads",
+        "1",
+        "--dtype",
+        "fp32",
+    ]
+    assert main(["bench", *words, "--ladder", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert {"baseline", "rotate", "transformers fp32", "ladder"} <= set(rows)
+    assert result["matmul_limit_tokens_per_second"] > 0
+    assert rows["baseline"]["ratio_to_baseline"] == pytest.approx(1.0)
+    for name, row in rows.items():
+        assert row["tokens_per_second"] > 0, name
+        assert row["ratio_to_baseline"] * row["tokens_per_second"] == pytest.approx(
+            rows["baseline"]["tokens_per_second"]
+        )
+    assert rows["baseline"]["peak_memory_bytes"] > 2**20
+    assert 0 < rows["rotate"]["share_of_limit"]
+
+
+def test_a_profile_names_the_products(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--size", "tiny", "--batch", "1", "--modes", "", "--threads", "1", "--profile"]) == 0
+    assert "aten::mm" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "tinny"], "--size: expected tiny, small, 124m, found 'tinny'; did you mean 'tiny'?"),
+        (["--modes", "exakt"], "did you mean 'exact'?"),
+        (["--peer", "nanogtp=."], "did you mean 'nanogpt'?"),
+        (["--rounds", "0"], "--rounds and --per_round: expected at least 1, found 0, 1"),
+        (["--peer", "nanogpt=/nowhere", "--batch", "1"], "expected a checkout with model.py, found none at /nowhere"),
+    ],
+)
+def test_wrong_words_are_named(capfd: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert main(["bench", *words]) == 2
+    assert said in capfd.readouterr().err
