@@ -216,11 +216,9 @@ def _open_at(path: Path, length: int) -> IO[str]:
 def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     """What makes `now` another run than `before`, a line an option; more steps and FREE_ON_RESUME are no difference."""
     old, new = flatten(before), flatten(now)
-    held = any(signal.dose is not None for signal in before.signals)  # then measuring the dose sets the weight
-    free = FREE_ON_RESUME - ({"dose_every"} if held else set())
     lines = []
     for key in old:
-        if key in free or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
+        if key in FREE_ON_RESUME or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
             continue
         lines.append(f"{key}: the run has {old[key]!r}, you ask for {new[key]!r}")
     return lines

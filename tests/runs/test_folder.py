@@ -148,5 +148,5 @@ def test_only_what_is_free_on_resume_and_more_steps_are_no_difference() -> None:
     free = {"out": "x", "resume": "must", "device": "cpu", "compile": "on"}
     free |= dict.fromkeys(FREE_ON_RESUME - free.keys(), 3)
     assert differences(before, replace(before, steps=before.steps + 1, **free)) == []
-    changed = replace(before, seed=2, steps=before.steps - 1, batch_size=3)
-    assert [line.partition(":")[0] for line in differences(before, changed)] == ["seed", "batch_size", "steps"]
+    changed = replace(before, seed=2, steps=before.steps - 1, weight_decay=0.3)
+    assert [line.partition(":")[0] for line in differences(before, changed)] == ["seed", "steps", "weight_decay"]
