@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def test_on_one_rank_only_all_stop(trainer: Trainer, tmp_path: Path) -> None:
     assert f"diverged at step {step}" in line
     assert "first in the output of block 1 (transformer.h.0)" in line, "though the rank that speaks has it not"
     assert "gptlab/training" not in ended.err, "a traceback of ours"
-    assert ended.err.count("exitcode  : 4") == 2, "torchrun tells both ranks' exit code"
+    codes = set(re.findall(r"exitcode +: (-?\d+)", ended.err))
+    assert "4" in codes
+    assert codes <= {"4", "-15"}, "torchrun may end the second rank while it leaves"
     assert rows(run)[-1]["event"] == "DivergedError"
     saved = checkpoint.load(newest(run))
     assert saved.step <= step

@@ -96,7 +96,7 @@ def test_killed_within_every_phase_of_a_save(corpus: Path, tmp_path: Path) -> No
     where = how.index("--out")
     del how[where : where + 2]
     driver = Path(__file__).with_name("killed_inside.py")
-    moments = [4, 31, 42, 43, 46, 48, 53, 54, 55, 57, 58, 61, 64]
+    moments = [4, 31, 46, 48, 54, 57, 58, 61, 64]
     command = [sys.executable, str(driver), "--folder", str(tmp_path), "--at", *map(str, [*moments, 10_000])]
     done = subprocess.run(
         [*command, "--sizes", "50000", "200000", "--", *how], cwd=ROOT, capture_output=True, text=True, timeout=900
