@@ -155,7 +155,7 @@ def _blocks(arms: list[str], histories: Histories) -> Iterator[tuple[str, list[P
         for name, what, unit in figures:
             of_blocks = bands[arm, name]
             lines = [
-                Line(b.without_spread(), theme.block(j, len(of_blocks)), f"block {j}", dots=True)
+                Line(b.without_spread(), theme.block(j, len(of_blocks)), f"block {j}")
                 for j, b in enumerate(of_blocks, 1)
             ]
             if lines:
@@ -167,7 +167,7 @@ def _blocks(arms: list[str], histories: Histories) -> Iterator[tuple[str, list[P
 
 def _doses(arms: list[str], histories: Histories) -> Iterator[Panel]:
     """Dose and share of clipped updates over training, where they were measured."""
-    doses = {arm: [binned(h.updates["dose"]) for h in histories.get(arm, [])] for arm in arms}
+    doses = {arm: [binned(h.updates["dose"], 2 * COARSE) for h in histories.get(arm, [])] for arm in arms}
     clipped = {arm: [binned(h.updates["clipped"], COARSE) for h in histories.get(arm, [])] for arm in arms}
     note = "the signal’s gradient as a share of the true loss’s, mean ± one standard deviation over seeds"
     if panel := _by_arm("Dose", doses, arms, "ratio", note, share=False):
@@ -180,7 +180,7 @@ def _by_arm(
     title: str, found: Mapping[str, Sequence[Curve]], arms: list[str], unit: str, note: str, *, share: bool
 ) -> Panel | None:
     bands = {arm: over_seeds(curve) for arm, curve in found.items() if any(curve)}
-    lines = {arm: _line(band, arms, arm, dots=len(band.steps) <= 20) for arm, band in bands.items()}
+    lines = {arm: _line(band, arms, arm) for arm, band in bands.items()}
     if share:
         lines = {arm: replace(line, band=line.band.without_spread()) for arm, line in lines.items()}
     if not _drawn(lines.values()):
@@ -214,10 +214,10 @@ def _changes(outcomes: Outcomes, result: Mapping[str, Any]) -> Iterator[tuple[st
             yield arm, "patch (SHA-256)", theirs[0].config.get("patch"), mine[0].config.get("patch")
 
 
-def _line(band: Band, arms: list[str], arm: str, *, dots: bool = True) -> Line:
+def _line(band: Band, arms: list[str], arm: str) -> Line:
     """An arm's curve; dashed where its colour had another arm before."""
     index = arms.index(arm)
-    return Line(band, theme.arm(index), arm, dots=dots, dashed=index >= theme.ARMS)
+    return Line(band, theme.arm(index), arm, dashed=index >= theme.ARMS)
 
 
 def _drawn(lines: Iterable[Line]) -> list[Line]:

@@ -76,7 +76,7 @@ def sample(row: Mapping[str, Any], title: str) -> Sample:
 
 
 def arm_class(index: int) -> str:
-    return f"arm-{theme.arm_shade(index)}"
+    return f"arm-{theme.arm_shade(index)}" + " dashed" * (index >= theme.ARMS)
 
 
 def block_class(number: int, blocks: int) -> str:

@@ -23,15 +23,20 @@ WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 38
 """Room around the axes; fixed, so that plots in a column stand in line (and no layout has to be solved)."""
 
+MARKED = 25
+"""A curve of at most so many points shows where they are."""
+
+FEW = 5
+"""Bands of more lines than these are paler, since they lie over each other."""
+
 
 @dataclass(frozen=True)
 class Line:
-    """A curve in a colour of theme.py. dots: mark its points; faint: it is the background of another."""
+    """A curve in a colour of theme.py, with a name for who cannot see it. faint: it is the background of another."""
 
     band: Band
     colour: str
     label: str = ""
-    dots: bool = False
     faint: bool = False
     dashed: bool = False
 
@@ -69,11 +74,12 @@ def curves(
         axes.axhline(0, color=theme.MUTED, linewidth=1)
     if within:
         axes.axhspan(-within, within, color=theme.MUTED, alpha=0.15, linewidth=0)
+    shade = 0.18 if len(lines) <= FEW else 0.07
     for line in lines:
         band, width = line.band, 1.0 if line.faint else 1.8
         if band.low != band.mean:
-            axes.fill_between(band.steps, band.low, band.high, color=line.colour, alpha=0.18, linewidth=0)
-        marker = "o" if line.dots or len(band.steps) == 1 else ""
+            axes.fill_between(band.steps, band.low, band.high, color=line.colour, alpha=shade, linewidth=0)
+        marker = "o" if len(band.steps) <= MARKED else ""
         axes.plot(
             band.steps, band.mean, color=line.colour, linewidth=width, alpha=0.45 if line.faint else 1,
             linestyle=(0, (4, 2)) if line.dashed else "-", marker=marker, markersize=3.2,
@@ -100,7 +106,7 @@ def forest(rows: Sequence[Row], delta: float, name: str) -> str:
     texts = {}
     for i, row in enumerate(rows):
         y, colour = -i, theme.VERDICTS[row.verdict]
-        axes.plot(row.points, [y - 0.12] * len(row.points), "o", color=theme.MUTED, alpha=0.6, markersize=3.4)
+        axes.plot(row.points, [y - 0.34] * len(row.points), "o", color=theme.MUTED, alpha=0.7, markersize=3.6)
         if row.interval:
             axes.plot(row.interval, [y - 0.12, y - 0.12], color=colour, linewidth=2.6, solid_capstyle="butt")
         if row.mean is not None:
@@ -109,7 +115,7 @@ def forest(rows: Sequence[Row], delta: float, name: str) -> str:
         texts[placeholder] = f"{shortened(row.label)}: {row.verdict}"
         place: dict[str, Any] = {"va": "center", "transform": axes.get_yaxis_transform()}
         axes.text(0.01, y + 0.26, placeholder, color=theme.INK, fontsize=TEXT, **place)
-    axes.set_ylim(-len(rows) + 0.4, 0.6)
+    axes.set_ylim(-len(rows) + 0.45, 0.55)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
@@ -149,6 +155,9 @@ def _scale(axes: Axes) -> None:
     """Few ticks in plain figures; thousands where figures are large."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    low, high = axes.get_ylim()
+    if high - low < 1e-6 * max(abs(low), abs(high)):  # rounding is not to be looked at
+        axes.set_ylim(low - 0.05 * abs(low), high + 0.05 * abs(high))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.ticklabel_format(useOffset=False, style="plain")
     if max(map(abs, axes.get_ylim())) >= 10_000:

@@ -72,20 +72,19 @@ def panels(history: History, *, has_signal: bool) -> Iterator[Panel]:
     updates, blocks = history.updates, history.blocks
     lines = [
         Line(Band.of(binned(updates["loss"])), theme.MUTED, "training", faint=True),
-        Line(Band.of(history.losses), theme.arm(1), "validation", dots=True),
+        Line(Band.of(history.losses), theme.arm(1), "validation"),
     ]
     legend = [("muted", "training"), ("arm-1", "validation")]
     yield from _panel("Loss", lines, "loss", "nats a token", legend)
     if has_signal:
         of_signal = [Line(Band.of(binned(updates["signal_loss"])), theme.arm(2))]
         yield from _panel("Signal loss", of_signal, "signal", "nats a token", note="the weighted sum over judges")
-        dose = [Line(Band.of(binned(updates["dose"])), theme.arm(2), dots=len(updates["dose"]) <= 20)]
+        dose = [Line(Band.of(binned(updates["dose"])), theme.arm(2))]
         note = "the signal’s gradient as a share of the true loss’s"
         yield from _panel("Dose", dose, "dose", "ratio", note=note)
     for title, name, unit in (("Loss", "block_loss", "nats a token"), ("Confidence", "block_confidence", "mean p_max")):
         of_blocks = [
-            Line(Band.of(history.of_block(name, j)), theme.block(j, blocks), f"block {j}", dots=True)
-            for j in range(1, blocks + 1)
+            Line(Band.of(history.of_block(name, j)), theme.block(j, blocks), f"block {j}") for j in range(1, blocks + 1)
         ]
         yield from _panel(f"{title} of every block’s reading", of_blocks, name, unit, block_legend(blocks))
     norm = [Line(Band.of(binned(updates["grad_norm"])), theme.arm(3))]
