@@ -109,11 +109,14 @@ class Runner:
     def _check_same(self) -> None:
         """Refuse to change what was declared once a cell has begun; arms may be added, at the price of Holm."""
         copy = self.folder / FILE
-        if not copy.is_file() or not any(self.folder.glob("*/seed_*/metrics.jsonl")):
+        begun = {path.parents[1].name for path in self.folder.glob("*/seed_*/metrics.jsonl")}
+        if not copy.is_file() or not begun:
             return
         before, now = tomllib.loads(copy.read_text(encoding="utf-8")), self.experiment.table
         changed = [key for key in {**before, **now} if key != "arms" and before.get(key) != now.get(key)]
-        changed += [f"arms.{arm}" for arm, own in before["arms"].items() if now["arms"].get(arm) != own]
+        changed += [
+            f"arms.{arm}" for arm, own in before["arms"].items() if arm in begun and now["arms"].get(arm) != own
+        ]
         if changed:
             more = "; more seeds later are declared as looks" * bool({"seeds", "looks"} & set(changed))
             raise ConfigError(

@@ -36,10 +36,8 @@ class Packing:
         return cls(cores, gpus, jobs)
 
     def threads(self, n_embd: int) -> int:
-        """Threads of a run of a model that wide, on the CPU."""
-        if n_embd > SIDE_BY_SIDE or self.jobs == 1:
-            return self.cores
-        return max(1, self.cores // self.jobs) if self.jobs else 1
+        """Threads of a run of a model that wide, on the CPU; sums round by it, so `jobs` has no say."""
+        return self.cores if n_embd > SIDE_BY_SIDE else 1
 
     def fits(self, n_embd: int, running: list[int]) -> bool:
         """Whether a run may start beside those that run, given their models' widths."""
@@ -52,17 +50,15 @@ class Packing:
     def why(self, widths: set[int]) -> str:
         """The choice for models of these widths, in words."""
         if self.gpus:
-            return f"one run on each of {self.gpus} GPUs"
-        narrow = {width for width in widths if width <= SIDE_BY_SIDE}
+            some = f"{self.jobs} of " if self.jobs and self.jobs < self.gpus else ""
+            return f"one run on each of {some}{self.gpus} GPU{'s' * (self.gpus > 1)}"
         said = []
-        if narrow and self.threads(min(narrow)) < self.cores:
-            many = min(self.jobs or self.cores, self.cores // self.threads(min(narrow)))
+        if min(widths) <= SIDE_BY_SIDE:
+            many = min(self.jobs or self.cores, self.cores)
             said.append(
-                f"{many} run{'s' * (many > 1)} at a time of {self.threads(min(narrow))} thread: models up to "
-                f"{SIDE_BY_SIDE} wide gain more from cores of their own than from threads"
+                f"{many} run{'s' * (many > 1)} at a time of one thread: models up to {SIDE_BY_SIDE} wide gain more "
+                "from cores of their own than from threads"
             )
-        else:
-            said += [f"one run at a time over {self.cores} core{'s' * (self.cores > 1)}"] if narrow else []
-        if widths - narrow:
+        if max(widths) > SIDE_BY_SIDE:
             said.append(f"one run over all {self.cores} cores for models wider than {SIDE_BY_SIDE}")
         return "; ".join(said)

@@ -1,0 +1,258 @@
+"""Running an experiment with real processes: kills and stops, two runners, failing arms, patched arms, pairing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_experiment import ARMS, HEAD, RunnerProcess, write  # pyright: ignore[reportMissingImports]
+
+from gptlab.cli.main import main
+from gptlab.errors import ConfigError
+from gptlab.runs.cells import CLAIM, Claim, Rows, cells_of
+from gptlab.runs.experiment import Runner, standing
+from gptlab.runs.experiment_file import read_experiment
+from gptlab.runs.folder import RunFolder
+from gptlab.runs.packing import Packing
+from gptlab.runs.patches import package
+
+Start = Callable[..., RunnerProcess]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("experiment")
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path) -> Path:
+    return write(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, file: Path) -> Path:
+    """The tiny experiment, run in one go; one of its arms diverges."""
+    out = folder / "whole"
+    assert main(["experiment", "run", str(file), "--out", str(out)]) == 4
+    return out
+
+
+@pytest.fixture
+def start(file: Path) -> Iterator[Start]:
+    """`start(out, "--jobs", "1")`: a runner in a process of its own."""
+    started: list[RunnerProcess] = []
+
+    def runner(out: Path, *words: str, file: Path = file) -> RunnerProcess:
+        started.append(RunnerProcess(file, out, *words))
+        return started[-1]
+
+    yield runner
+    for one in started:
+        one.abandon()
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_results_say_what_every_cell_came_to(whole: Path) -> None:
+    cells = {(cell["arm"], cell["seed"]): cell for cell in results(whole)["cells"]}
+    assert list(cells) == [(arm, seed) for arm in sorted(ARMS) for seed in (1, 2)]
+    for (arm, seed), cell in cells.items():
+        rows = list(RunFolder(whole / arm / f"seed_{seed}").rows())
+        if arm == "bad":
+            assert (cell["state"], cell["loss"]) == ("diverged", None)
+            assert cell["reason"] == rows[-1]["text"]
+            continue
+        assert (cell["state"], cell["step"], cell["reason"]) == ("finished", 24, None)
+        assert cell["loss"] == [row["loss"] for row in rows if row["kind"] == "val"][-1]
+        doses = [row["dose"] for row in rows if "dose" in row]
+        assert len(doses) == (4 if arm == "sure" else 0)
+        assert cell["dose"] == (sum(doses) / 4 if doses else None)
+        assert cell["clipped_share"] == sum(row.get("clipped", False) for row in rows) / 24
+    hashes = [cell["weights_sha256"] for cell in cells.values() if cell["state"] == "finished"]
+    assert len(set(hashes)) == 4
+    assert not {"seconds", "tokens_per_second"} & cells["plain", 1].keys(), "a clock"
+
+
+def test_compare_reads_the_folder_as_it_is(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(whole), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["experiment"], result["undeclared"], result["arms"]["sure"]["n"]) == ("tiny", [], 2)
+    losses = {(cell["arm"], cell["seed"]): cell["loss"] for cell in results(whole)["cells"]}
+    expected = sum(losses["sure", seed] - losses["plain", seed] for seed in (1, 2)) / 2
+    assert result["arms"]["sure"]["difference"] == pytest.approx(expected, abs=1e-12)
+    assert "no finite loss" in result["arms"]["bad"]["reason"]
+
+
+def test_an_experiment_that_has_ended_runs_nothing_again(
+    whole: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / "results.json").read_bytes()
+    assert main(["experiment", "run", str(file), "--out", str(whole), "--json"]) == 4
+    assert json.loads(capsys.readouterr().out)["ran"] == []
+    assert (whole / "results.json").read_bytes() == before
+
+
+def test_killed_twice_and_stopped_once_and_identical(whole: Path, start: Start, tmp_path: Path) -> None:
+    choose, out = random.Random(4), tmp_path / "out"
+    for number, first in ((signal.SIGKILL, 5), (signal.SIGTERM, 40), (signal.SIGKILL, 75)):  # of 116 rows
+        runner = start(out)
+        runner.wait_for_rows(choose.randrange(first, first + 20))
+        time.sleep(choose.uniform(0, 0.3))
+        runner.send(number)
+        code, said, err = runner.end()
+        assert code == (75 if number == signal.SIGTERM else -9), err
+        if number == signal.SIGTERM:
+            assert "run the same command again to go on" in err
+            assert json.loads(said.partition('\n{"error"')[0])["states"].get("running", 0) == 0
+    code, said, err = start(out).end()
+    assert code == 4, err
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_two_runners_share_the_work_and_never_a_cell(whole: Path, start: Start, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first, second = start(out, "--jobs", "1"), start(out, "--jobs", "1")
+    (code, said, err), (code_2, said_2, err_2) = first.end(), second.end()
+    assert (code, code_2) == (4, 4), err + err_2
+    ran, ran_2 = json.loads(said)["ran"], json.loads(said_2)["ran"]
+    assert sorted([*ran, *ran_2]) == sorted(f"{arm}/seed_{seed}" for arm in ARMS for seed in (1, 2))
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_a_claim_is_one_runners_until_it_lets_go(file: Path, tmp_path: Path) -> None:
+    cell = cells_of(read_experiment(file), tmp_path)[0]
+    claim = Claim.take(cell)
+    assert claim
+    assert Claim.take(cell) is None
+    assert standing(read_experiment(file), tmp_path).cells[0].state == "running"
+    claim.release()
+    again = Claim.take(cell)
+    assert again
+    again.release()
+    assert (cell.folder / CLAIM).is_file()
+
+
+def test_a_failing_arm_is_shown_with_its_reason_and_stops_nobody(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.py").write_text("def signal(logits, targets):\n    return logits.sum()\n")
+    arms = {"plain": {}, "broken": {"signal.name": f"{tmp_path}/broken.py:signal"}}
+    (tmp_path / "corpus").symlink_to(folder / "corpus")
+    file, out = write(tmp_path, arms, {**HEAD, "seeds": [1]}, steps=4), tmp_path / "out"
+    assert main(["experiment", "run", str(file), "--out", str(out)]) == 2, "it runs as code: not without --allow_code"
+    assert main(["experiment", "run", str(file), "--out", str(out), "--allow_code"]) == 3
+    assert "gptlab: 1 of 2 cells failed" in capsys.readouterr().err
+    broken, plain = results(out)["cells"]
+    assert (plain["state"], broken["state"]) == ("finished", "failed")
+    assert "expected one value a token" in broken["reason"]
+    (tmp_path / "broken.py").write_text("def signal(logits, targets):\n    return logits.sum(1)\n")
+    assert main(["experiment", "run", str(file), "--out", str(out), "--allow_code"]) == 0
+    assert [cell["state"] for cell in results(out)["cells"]] == ["finished", "finished"]
+
+
+def test_a_patched_arm_runs_its_own_code_and_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (package() / "training" / "optimizer.py").read_text().splitlines(True)
+    names = ("a/gptlab/training/optimizer.py", "b/gptlab/training/optimizer.py")
+    diff = difflib.unified_diff(before, ["# an idea\n", *before], *names)
+    (tmp_path / "idea.diff").write_text("".join(diff))
+    (tmp_path / "corpus").symlink_to(folder / "corpus")
+    arms = {"plain": {}, "idea": {"patch": "idea.diff"}}
+    file, out = write(tmp_path, arms, {**HEAD, "seeds": [1]}, steps=4), tmp_path / "out"
+    assert main(["experiment", "run", str(file), "--out", str(out)]) == 0
+    recorded = {arm: json.loads((out / arm / "seed_1" / "config.json").read_text()).get("patch") for arm in arms}
+    assert recorded["plain"] is None
+    assert len(recorded["idea"]) == 64
+    losses = {cell["arm"]: cell["weights_sha256"] for cell in results(out)["cells"]}
+    assert losses["plain"] == losses["idea"], "a comment changes nothing"
+    capsys.readouterr()
+    assert main(["compare", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["undeclared"] == []
+    assert main(["experiment", "status", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["states"] == {"finished": 2}
+    plain_code = main(["train", "--config", str(out / "idea" / "options.toml"), "--out", str(out / "idea" / "seed_1")])
+    assert plain_code == 3, "the run of a patched arm goes on with patched code only"
+    assert "patch: the run was made by this code under another patch" in capsys.readouterr().err
+
+
+def test_a_patched_arms_options_are_judged_by_its_code(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").symlink_to(folder / "corpus")
+    (tmp_path / "idea.diff").write_text("--- /dev/null\n+++ b/gptlab/idea.py\n@@ -0,0 +1 @@\n+x = 1\n")
+    file = write(tmp_path, {"plain": {}, "idea": {"patch": "idea.diff", "lerning_rate": 1.0}})
+    runner = Runner(read_experiment(file), tmp_path / "out", Packing(1))
+    with pytest.raises(ConfigError, match=r"\[arms.idea\] under .*idea.diff: .*did you mean 'learning_rate'"):
+        runner.prepare()
+
+
+def test_the_same_seed_gives_every_arm_the_same_weights_and_data(folder: Path, tmp_path: Path) -> None:
+    """At a learning rate of 0 the loss of every step tells the initial weights and that step's data, and no more."""
+    (tmp_path / "corpus").symlink_to(folder / "corpus")
+    still = {"learning_rate": 0.0, "weight_decay": 0.0}
+    arms = {"plain": still, "sure": {**still, "signal.name": "confidence"},
+            "placebo": {**still, "signal.name": "confidence", "signal.control": "placebo"}}  # fmt: skip
+    file = write(tmp_path, arms, steps=10)
+    runner = Runner(read_experiment(file), tmp_path / "out", Packing(1))
+    runner.prepare()
+    losses: dict[tuple[str, int], list[float]] = {}
+    for cell in runner.cells:
+        options = str(tmp_path / "out" / cell.arm.name / "options.toml")
+        words = ["train", "--config", options, "--seed", str(cell.seed), "--out", str(cell.folder), "--threads", "1"]
+        assert main(words) == 0
+        rows = RunFolder(cell.folder).rows()
+        losses[cell.arm.name, cell.seed] = [row["loss"] for row in rows if row["kind"] == "train"]
+    for seed in (1, 2):
+        assert losses["plain", seed] == losses["sure", seed] == losses["placebo", seed]
+        assert len(set(losses["plain", seed])) == 10, "ten batches that differ"
+    assert not set(losses["plain", 1]) & set(losses["plain", 2])
+
+
+def test_what_was_declared_is_not_changed_once_cells_have_begun(whole: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus").symlink_to(folder / "corpus")
+
+    def prepare(**changes: Any) -> None:
+        options = {"data": str(folder / "corpus"), **changes.pop("options", {})}
+        file = write(tmp_path, changes.pop("arms", ARMS), {**HEAD, **changes}, **options)
+        Runner(read_experiment(file), whole, Packing(1)).prepare()
+
+    prepare()
+    for changes, named in (
+        ({"seeds": [1, 2, 3]}, "seeds and has begun; .* more seeds later are declared as looks"),
+        ({"delta": 0.5}, "delta"),
+        ({"options": {"weight_decay": 0.2}}, "options"),
+        ({"arms": {**ARMS, "sure": {"signal.name": "entropy"}}}, "arms.sure"),
+        ({"arms": {"plain": {}, "bad": ARMS["bad"]}}, "arms.sure"),
+    ):
+        with pytest.raises(ConfigError, match=f"declared otherwise in {named}"):
+            prepare(**changes)
+    prepare(arms={**ARMS, "late": {"signal.name": "entropy"}})
+    prepare()
+
+
+def test_rows_are_read_on_and_anew_where_a_resume_cut_them(file: Path, tmp_path: Path) -> None:
+    cell = cells_of(read_experiment(file), tmp_path)[0]
+    cell.folder.mkdir(parents=True)
+    metrics = cell.folder / "metrics.jsonl"
+
+    def train(step: int) -> str:
+        return json.dumps({"step": step, "kind": "train", "loss": 3.0, "tokens_per_second": 1.0, "dose": step}) + "\n"
+
+    rows = Rows(cell)
+    assert rows.look().step == 0
+    metrics.write_text(train(1) + train(2) + train(3)[:9])
+    assert (rows.look().step, rows.doses) == (2, [1, 2])
+    metrics.write_text(train(1) + train(2) + train(3))
+    assert (rows.look().step, rows.doses) == (3, [1, 2, 3])
+    metrics.write_text(train(1))
+    assert (rows.look().step, rows.doses) == (1, [1])
+    metrics.write_text(" " + train(1) + train(2))  # cut back and longer again: the old place lies within a line
+    assert (rows.look().step, rows.doses) == (2, [1, 2])
