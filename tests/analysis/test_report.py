@@ -139,6 +139,7 @@ def test_a_finished_run_has_its_report(finished_run: Path) -> None:
     loss = [row for row in rows if row["kind"] == "val"][-1]
     assert f"{loss['loss']:.4f}" in page.text
     assert f"{loss['bits_per_byte']:.4f}" in page.text
+    assert f"{loss['tempered_loss']:.4f}" in page.text
     for part in ("Signal loss", "Dose", "Loss of every block’s reading", "Confidence of every", "Clipped", "Speed"):
         assert part in page.text
     assert "block loss confidence" in page.text.replace("\n", " ")
