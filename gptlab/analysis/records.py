@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gptlab.data.corpus import MANIFEST, read_manifest
 from gptlab.data.prepare import default_folder
 from gptlab.errors import CheckpointError, DataError
+from gptlab.options import flatten
+from gptlab.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Run:
     ended: Mapping[str, Any] = field(default_factory=dict)
     doses: tuple[float, ...] = ()
 
-    @property
+    @cached_property
     def options(self) -> Mapping[str, Any]:
-        return self.config["options"]
+        """The recorded options; one that came into being after the run has its default, which is how it was then."""
+        return {**flatten(TrainingConfig()), **self.config["options"]}
 
     @property
     def seed(self) -> int:

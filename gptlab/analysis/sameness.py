@@ -50,8 +50,7 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
     if run.finished:
         facts["validation set", "validation_sha256"] = run.ended.get("validation_sha256")
     for key in run.config.keys() - {"options", "data"}:  # gptlab's version, a patch, a user's code
-        kind = ("code", "signal.name") if key == "code" else ("software", key)
-        facts[kind] = run.config[key]
+        facts["software", key] = run.config[key]
     facts |= {("software", key): environment.get(key) for key in ("python", "torch", "compile")}
     facts |= {("machine", key): environment.get(key) for key in ("platform", "dtype")}
     facts["machine", "device"] = str(environment.get("device", "")).partition(":")[0]

@@ -48,7 +48,9 @@ def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]
         checkpoint.remove_debris(folder.checkpoints)
         found, notes = _where_to_go_on(folder, config)
         data = corpus.identity()
-        made_of = {"gptlab": gptlab.__version__, "options": flatten(config), "data": data, "code": _code(config)}
+        made_of = {"gptlab": gptlab.__version__, "options": flatten(config), "data": data}
+        if code := _code(config):
+            made_of["code"] = code
         if patch := applied():
             made_of["patch"] = patch
         folder.record("config.json", made_of)

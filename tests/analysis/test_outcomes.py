@@ -332,3 +332,10 @@ def test_a_log_without_a_column_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "run": "a"}\n')
     with pytest.raises(DataError, match="found no arm among step, loss, run"):
         read([tmp_path / "log.jsonl"])
+
+
+def test_a_run_from_before_an_option_existed_had_its_default(experiment: Path) -> None:
+    config = json.loads((file := experiment / "faster" / "seed_1" / "config.json").read_text())
+    del config["options"]["weight_decay"]
+    file.write_text(json.dumps(config))
+    assert read([experiment]).undeclared == ()
