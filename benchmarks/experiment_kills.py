@@ -3,7 +3,7 @@
 python benchmarks/experiment_kills.py [--rounds 20] [--seed 1]
 
 An experiment of three arms and two seeds, one arm diverging, is run again and again until it has ended; its runner is
-killed at moments drawn from the seed, start-up included. The tests hold a quick variant (tests/runs/test_experiment.py).
+killed at moments drawn from the seed, start-up included. tests/runs/test_experiment.py holds a quick variant.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def run(rounds: int, seed: int) -> dict[str, Any]:
             out = folder / f"killed_{experiments}"
             for _ in range(min(rounds - len(kills), 5)):
                 runner = RunnerProcess(file, out)
-                until = time.monotonic() + choose.uniform(0, seconds / 2)
+                until = time.monotonic() + choose.uniform(0, seconds / 3)
                 while time.monotonic() < until and not runner.over:
                     runner.trainers()
                     time.sleep(0.005)
-                if runner.over:  # it ended before its moment came
+                if runner.over or ((out / "results.json").exists() and complete(out)):  # no work is left to disturb
                     runner.end()
                     break
                 trainers = len(runner.trainers())
@@ -83,6 +83,10 @@ def run(rounds: int, seed: int) -> dict[str, Any]:
         "failures": failures,
         "moments": kills,
     }
+
+
+def complete(out: Path) -> bool:
+    return len(json.loads((out / "results.json").read_text())["cells"]) == 2 * len(ARMS)
 
 
 def finish(runner: RunnerProcess) -> bytes:

@@ -1,0 +1,189 @@
+"""Experiment files: read as declared, refused by name of key; the ready ones train."""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptlab.cli.main import main
+from gptlab.errors import ConfigError
+from gptlab.options import build
+from gptlab.runs.arm_options import as_toml
+from gptlab.runs.cells import cells_of
+from gptlab.runs.experiment_file import Arm, Experiment, read_experiment
+from gptlab.runs.smoke import flops_per_token
+from gptlab.training.config import TrainingConfig
+
+READY = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
+GOOD = """
+name = "tried"
+preset = "shakespeare-tiny"
+baseline = "plain"
+seeds = [3, 1]
+delta = 0.02
+[options]
+steps = 20
+[arms.plain]
+[arms.sure]
+signal.name = "confidence"
+signal.layers = [1, 2]
+[arms.wide]
+n_embd = 256
+"""
+
+
+def read(folder: Path, text: str) -> Experiment:
+    (folder / "x.toml").write_text(text)
+    return read_experiment(folder / "x.toml")
+
+
+def test_a_file_is_read_as_declared(tmp_path: Path) -> None:
+    found = read(tmp_path, GOOD)
+    assert (found.name, found.baseline, found.delta, found.looks) == ("tried", "plain", 0.02, None)
+    assert found.arms["sure"] == Arm(
+        "sure", {"steps": 20, "signal.name": "confidence", "signal.layers": (1, 2)}, patch=None
+    )
+    assert found.folder == Path("log/tried")
+    cells = cells_of(found, Path("x"))
+    names = [cell.name for cell in cells]
+    assert names == ["plain/seed_3", "sure/seed_3", "wide/seed_3", "plain/seed_1", "sure/seed_1", "wide/seed_1"]
+    assert [(c.steps, c.n_embd) for c in cells[:3]] == [(20, 128), (20, 128), (20, 256)]
+    assert [c.name for c in cells_of(found, Path("x"), seeds=1)] == names[:3]
+
+
+def test_looks_are_seeds_up_to_the_last(tmp_path: Path) -> None:
+    found = read(tmp_path, GOOD.replace("seeds = [3, 1]", "looks = [2, 4]"))
+    assert (found.seeds, found.looks) == ((1, 2, 3, 4), (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "tried"', "", "name: expected text, found nothing"),
+        ('name = "tried"', 'name = "../x"', "name: expected a name for a folder"),
+        ("delta", "dleta", "unknown key 'dleta'; did you mean 'delta'"),
+        ("delta = 0.02", "delta = -1", "delta: expected nats, at least 0, found -1"),
+        ("delta = 0.02", "delta = nan", "delta: expected nats"),
+        ("delta = 0.02", "delta = true", "delta: expected nats"),
+        ("tiny", "tyni", "unknown preset 'shakespeare-tyni'; did you mean 'shakespeare-tiny'"),
+        ('"plain"', '"plian"', "baseline: no arm 'plian'; did you mean 'plain'.; there are plain, sure, wide"),
+        ("steps = 20", "stpes = 20", r"\[options\] unknown key 'stpes'; did you mean 'steps'"),
+        ("steps = 20", 'steps = "many"', r"\[options\] steps: expected a whole number, found 'many'"),
+        ("steps = 20", "seed = 20", r"\[options\] seed is the experiment's to set: give seeds"),
+        ("n_embd = 256", "n_embdd = 256", r"\[arms.wide\] unknown key 'n_embdd'; did you mean 'n_embd'"),
+        ("n_embd = 256", "n_embd = 250", r"\[arms.wide\] n_embd must be a multiple of n_head 4"),
+        ("n_embd = 256", 'out = "x"', r"\[arms.wide\] out is the experiment's to set: give it as --out"),
+        ("n_embd = 256", 'patch = "no.diff"', r"\[arms.wide\] patch: expected a file at .*no.diff, found none"),
+        ("n_embd = 256", "patch = 3", "patch: expected text, found 3"),
+        ("n_embd = 256", "", "'plain' and 'wide' are the same; .* init_jitter"),
+        ("confidence", "confidense", r"\[arms.sure\] unknown signal 'confidense'; did you mean 'confidence'"),
+        ("[1, 2]", "[4]", r"\[arms.sure\] signal.layers lists judges 1 to 3"),
+        ("[arms.plain]", '[arms."a/b"]', r"arms: expected \[arms.NAME\] of letters"),
+        ("seeds = [3, 1]", "", "either seeds or looks, found neither"),
+        ("seeds = [3, 1]", "seeds = [1]\nlooks = [2]", "either seeds or looks, found both"),
+        ("[3, 1]", "[]", "seeds: expected a list of whole numbers"),
+        ("[3, 1]", "[1, true]", "seeds: expected a list of whole numbers"),
+        ("[3, 1]", "[1, 1]", "seeds: expected each seed once"),
+        ("seeds = [3, 1]", "looks = [5, 3]", "looks: expected rising numbers of seeds"),
+        ("seeds = [3, 1]", "looks = [1, 3]", "looks: expected the first at 2 seeds or more"),
+        ("delta = 0.02", "options = 3\n", None),
+        ("[arms.plain]", '[groups]\na = ["plain", "sure"]\n[arms.plain]', "every arm in one group, found 'wide' in 0"),
+        ("[arms.plain]", '[groups]\na = ["plain", "sur"]\n[arms.plain]', "no arm 'sur'; did you mean 'sure'"),
+        ("[arms.plain]", '[groups]\na = "plain"\n[arms.plain]', "a: expected a list of at least two arms"),
+        ("[arms.plain]", '[groups]\na = ["sure", "plain", "wide"]\n[arms.plain]', "'plain' first, found 'sure'"),
+        ("[arms.plain]", "[tune]\n[arms.plain]", r"\[tune\] is not there yet"),
+        ("[arms.sure]", "arms.sure", "not a TOML file"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_run_is_refused(tmp_path: Path, old: str, new: str, message: str | None) -> None:
+    assert old in GOOD
+    with pytest.raises(ConfigError, match=message or "x.toml") as raised:
+        read(tmp_path, GOOD.replace(old, new, 1))
+    assert str(raised.value).startswith(str(tmp_path / "x.toml"))
+    assert "\n" not in str(raised.value).partition(" is not a TOML file")[0]
+
+
+def test_a_file_with_one_arm_or_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"at least one other arm .* found 1"):
+        read(tmp_path, GOOD.partition("[arms.sure]")[0])
+    with pytest.raises(ConfigError, match=r"expected an experiment file at .*none.toml, found none"):
+        read_experiment(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 3, "learning_rate": 1e-06, "data": 'a "b" \\ ä', "compile": "off", "share_blocks": True},
+        {"signal.name": "entropy", "signal.weight": None, "signal.layers": (1, 2)},
+        {"steps": 3, "signal.name": "entropy", "also": ({"name": "brier", "weight": 0.5}, {"name": "collision"})},
+    ],
+)
+def test_options_written_for_train_are_read_as_they_were(tmp_path: Path, options: dict[str, Any]) -> None:
+    from gptlab.cli.arguments import file_options
+
+    (tmp_path / "x.toml").write_text(as_toml(options), encoding="utf-8")
+    assert build(TrainingConfig, file_options(tmp_path / "x.toml", TrainingConfig)) == build(TrainingConfig, options)
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    """Its quick variant: a tiny model for four updates, in this process."""
+    experiment = read_experiment(path)
+    assert experiment.name == path.stem
+    assert path.read_text().startswith("# "), "it says what it asks, and how long it takes"
+    quick = {"data": str(tiny_corpus), "steps": 4, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16,
+             "batch_size": 4, "total_batch_tokens": 64, "eval_tokens": 512, "checkpoint_every": 0,
+             "dose_every": 2, "threads": 1}  # fmt: skip
+    for arm in experiment.arms.values():
+        file = tmp_path / f"{arm.name}.toml"
+        file.write_text(as_toml({"preset": experiment.preset, **arm.options, **quick}))
+        assert main(["train", "--config", str(file), "--out", str(tmp_path / arm.name), "--json"]) == 0
+        last = json.loads((tmp_path / arm.name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (last["event"], math.isfinite(last["loss"])) == ("finished", True)
+
+
+def test_the_ready_experiments_are_the_ones_promised() -> None:
+    found = {path.stem: read_experiment(path) for path in READY}
+    assert {"1_noise", "aa", "dose", "gating", "scale", "supervised"} <= found.keys()
+    assert len(found["aa"].seeds) == 64
+    signals = {arm.options.get("signal.name") for arm in found["1_noise"].arms.values()}
+    assert signals == {None, "confidence", "negated_cross_entropy", "negative_self_cross_entropy",
+                       "negative_deep_supervision"}  # fmt: skip
+    for name in ("1_noise", "dose", "scale"):
+        arms = {key: arm.options for key, arm in found[name].arms.items()}
+        for key, options in arms.items():
+            if "signal.name" in options and options.get("signal.weight") != 0 and "signal.control" not in options:
+                assert {**options, "signal.control": "placebo"} in arms.values(), f"{name}: {key} has no placebo"
+    dose = found["dose"].arms.values()
+    assert {arm.options["signal.dose"] for arm in dose if "signal.name" in arm.options} == {0.1}
+    per_parameter = []
+    for size in ("small", "middle", "large"):
+        config: TrainingConfig = build(TrainingConfig, found["scale"].arms[size].options)
+        parameters = config.n_layer * (12 * config.n_embd**2 + 13 * config.n_embd) + 2 * config.n_embd
+        parameters += (256 + config.block_size) * config.n_embd
+        per_parameter.append(config.steps * config.total_batch_tokens / parameters)
+    assert max(per_parameter) / min(per_parameter) < 1.03
+
+
+def test_judges_arithmetic_is_counted() -> None:
+    """12·C² weights a block: 6 FLOPs each for plain training, 2 more for a frozen judge's input gradient."""
+    plain = build(TrainingConfig, {"n_layer": 3, "n_embd": 8, "n_head": 2, "block_size": 4, "total_batch_tokens": 4})
+
+    def flops(**signal: Any) -> float:
+        options = {f"signal.{key}": value for key, value in signal.items()}
+        shape = {"n_layer": 3, "n_embd": 8, "n_head": 2, "block_size": 4, "total_batch_tokens": 4}
+        return flops_per_token(build(TrainingConfig, {**shape, **options}))
+
+    base = 6 * (3 * 12 * 64 + 256 * 8) + 3 * 12 * 8 * 4
+    assert flops_per_token(plain) == base == flops(name="confidence", weight=0.0)
+    block, reading = 2 * 12 * 64 + 8 * 8 * 4, 4 * 256 * 8
+    assert flops(name="confidence") == base + 2 * (block + reading)
+    assert flops(name="confidence", layers="rotate") == base + block + reading
+    assert flops(name="confidence", evaluator="live") == base + 2 * (block + 24 * 64 + 6 * 256 * 8)
+    assert flops(name="confidence", control="placebo") == base + 2 * (block + reading) + 2 / 3 * base
+    assert tomllib.loads(as_toml({"a": 1})) == {"a": 1}
