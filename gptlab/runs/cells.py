@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from gptlab.errors import CheckpointError
 from gptlab.runs.experiment_file import Arm, Experiment
 
 OUTPUT = "output.txt"
@@ -104,7 +103,8 @@ def claimed(cell: Cell) -> bool:
 class Rows:
     """The rows of a cell's metrics.jsonl, read on from where the last look ended; `look` after `look` it is up to date.
 
-    step: of the last row; last: that row; doses: as measured; loss, val_loss: the newest of training and validation.
+    step: of the last row; last: that row; doses: as measured; loss, val_loss: the newest of training and validation;
+    damage: what is wrong with the file, if anything is.
     """
 
     cell: Cell
@@ -114,13 +114,11 @@ class Rows:
     val_loss: float | None = None
     tokens_per_second: float | None = None
     doses: list[float] = field(default_factory=list)
+    damage: str | None = None
     _offset: int = 0
 
     def look(self) -> Rows:
-        """Read what was added; all of it where a resume has cut the file back, be it that it has grown again since.
-
-        Raises CheckpointError for a line that is no row.
-        """
+        """Read what was added; all of it where a resume has cut the file back, be it that it has grown again since."""
         path = self.cell.folder / "metrics.jsonl"
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -132,9 +130,7 @@ class Rows:
             try:
                 self._read(path)
             except ValueError:
-                raise CheckpointError(
-                    f"{path} is damaged: expected rows with step and kind; remove {self.cell.folder} and run again"
-                ) from None
+                self.damage = f"{path} is damaged: expected rows with step and kind; remove {self.cell.folder}"
         return self
 
     def _read(self, path: Path) -> None:
@@ -167,12 +163,14 @@ class Rows:
 
     def state(self, running: bool) -> State:
         """What the rows say of a cell that somebody runs, or nobody."""
-        if self.event == "finished" and self.step >= self.cell.steps:
+        if self.event == "finished" and self.step >= self.cell.steps and not self.damage:
             return "finished"
         if running:
             return "running"
-        if self.event == "DivergedError":
+        if self.event == "DivergedError" and not self.damage:
             return "diverged"
+        if self.damage:
+            return "failed"
         if self.event in (None, "Stopped", "finished") and said(self.cell) is None:
             return "stopped" if self.step else "waiting"
         return "failed"
@@ -181,19 +179,17 @@ class Rows:
     def reason(self) -> str | None:
         """Why the cell ended early: the text of its last event, else the last line of ours that it printed."""
         if self.event in (None, "Stopped", "finished"):
-            return said(self.cell)
+            return said(self.cell) or self.damage
         return self.last.get("text")
 
 
 def said(cell: Cell) -> str | None:
-    """The error that ended the cell's last process, as it printed it; None where it printed none."""
+    """The error that ended the cell's last process, as it printed it, on one line; None where it printed none."""
     try:
         with (cell.folder / OUTPUT).open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
-            lines = file.read().decode(errors="replace").splitlines()
+            text = "\n" + file.read().decode(errors="replace")
     except FileNotFoundError:
         return None
-    last = next((line for line in reversed(lines) if line.strip()), "")
-    if last.startswith("gptlab: ") and not last.startswith("gptlab: stopped at step"):
-        return last.removeprefix("gptlab: ")
-    return None
+    _, found, error = text.rpartition("\ngptlab: ")
+    return " ".join(error.split()) if found and not error.startswith("stopped at step") else None

@@ -103,13 +103,18 @@ def test_status_tells_every_state(file: Path, tmp_path: Path, capsys: Capture) -
     )
     cell("wild/seed_1", output="some words\ngptlab: ended by SIGKILL; was memory short?\n")
     cell("plain/seed_2")
+    cell("sure/seed_2", output="gptlab: it holds another run:\n  steps: 3\n  seed: 4\n")
+    (out / "off/seed_2").mkdir()
+    (out / "off/seed_2/metrics.jsonl").write_text("no row\n")
     assert main(["experiment", "status", str(file), "--out", str(out), "--json"]) == 0
     cells = {f"{c['arm']}/{c['seed']}": c for c in json.loads(capsys.readouterr().out)["cells"]}
     states = {name: cell["state"] for name, cell in cells.items() if cell["state"] != "waiting"}
     assert states == {"plain/1": "finished", "sure/1": "diverged", "off/1": "failed", "late/1": "stopped",
-                      "wild/1": "failed", "plain/2": "stopped"}  # fmt: skip
+                      "wild/1": "failed", "plain/2": "stopped", "sure/2": "failed", "off/2": "failed"}  # fmt: skip
     assert (cells["plain/1"]["loss"], cells["plain/2"]["loss"]) == (1.5, 3.25)
     assert cells["off/1"]["reason"] == "the disk is full"
+    assert cells["sure/2"]["reason"] == "it holds another run: steps: 3 seed: 4"
+    assert cells["off/2"]["reason"].endswith(f"is damaged: expected rows with step and kind; remove {out}/off/seed_2")
     assert cells["wild/1"]["reason"] == "ended by SIGKILL; was memory short?"
     assert main(["experiment", "status", str(file), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
