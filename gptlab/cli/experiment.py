@@ -123,6 +123,7 @@ def _as_json(one: Progress) -> dict[str, Any]:
         "loss": one.loss,
         "dose": one.dose,
         "reason": one.reason,
+        "seconds_left": one.seconds_left,
     }
 
 

@@ -67,11 +67,11 @@ def _line(cell: Progress) -> list[Any]:
 
 
 def cell_table(cells: Sequence[Progress]) -> Table:
-    """A row a cell: arm, seed, state, step, loss, dose."""
+    """A row a cell: arm, seed, state, step, loss, dose, time left."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("arm", "seed", "state"):
         table.add_column(name)
-    for name in ("step", "of", "loss", "dose"):
+    for name in ("step", "of", "loss", "dose", "left"):
         table.add_column(name, justify="right")
     for one in cells:
         table.add_row(
@@ -82,6 +82,7 @@ def cell_table(cells: Sequence[Progress]) -> Table:
             f"{one.cell.steps:,}",
             "" if one.loss is None else f"{one.loss:.4f}",
             "" if one.dose is None else f"{one.dose:.3f}",
+            "" if one.seconds_left is None else minutes(one.seconds_left),
         )
     return table
 

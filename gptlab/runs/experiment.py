@@ -41,6 +41,7 @@ class Progress:
     loss: float | None
     dose: float | None
     reason: str | None
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True)
@@ -212,16 +213,19 @@ class Runner:
 
     def snapshot(self) -> Snapshot:
         """The cells as they stand now."""
-        now, speed, left = time.monotonic(), 0.0, 0
+        now, left, speeds = time.monotonic(), 0, dict.fromkeys(self._children, 0.0)
         for cell in self.cells:
             rows, one = self._rows[cell.name], self._children.get(cell.name)
             if rows.state(False) not in ENDED:
                 rows.look()
             if one and rows.step:
-                speed += one.steps_per_second(rows.step, now)
+                speeds[cell.name] = one.steps_per_second(rows.step, now)
             if cell.name not in self._tried or one:
                 left += max(0, cell.steps - rows.step)
-        cells = tuple(progress(self._rows[cell.name], self._state(cell)) for cell in self.cells)
+        cells = tuple(
+            progress(self._rows[cell.name], self._state(cell), speeds.get(cell.name, 0.0)) for cell in self.cells
+        )
+        speed = sum(speeds.values())
         return Snapshot(cells, 0.0 if not left else left / speed if speed else None)
 
     def _state(self, cell: Cell) -> State:
@@ -232,11 +236,13 @@ class Runner:
         return state
 
 
-def progress(rows: Rows, state: State) -> Progress:
-    """What a cell's rows say of it in a state."""
+def progress(rows: Rows, state: State, steps_per_second: float = 0.0) -> Progress:
+    """What a cell's rows say of it in a state, and how long it takes at that speed."""
     loss = rows.val_loss if state == "finished" else rows.loss
     dose = sum(rows.doses) / len(rows.doses) if rows.doses else None
-    return Progress(rows.cell, state, rows.step, loss, dose, rows.reason if state in ("failed", "diverged") else None)
+    reason = rows.reason if state in ("failed", "diverged") else None
+    left = (rows.cell.steps - rows.step) / steps_per_second if steps_per_second else None
+    return Progress(rows.cell, state, rows.step, loss, dose, reason, left)
 
 
 def standing(experiment: Experiment, folder: Path) -> Snapshot:
@@ -245,9 +251,10 @@ def standing(experiment: Experiment, folder: Path) -> Snapshot:
     for cell in cells_of(experiment, folder):
         rows = Rows(cell).look()
         state = rows.state(running=claimed(cell))
-        cells.append(progress(rows, state))
+        batch = int(cell.arm.get("total_batch_tokens", experiment.preset))
+        own = rows.tokens_per_second or 0.0 if state == "running" else 0.0
+        cells.append(progress(rows, state, own / batch))
         if state not in (*ENDED, "failed"):
-            left += (cell.steps - rows.step) * int(cell.arm.get("total_batch_tokens", experiment.preset))
-        if state == "running":
-            speed += rows.tokens_per_second or 0.0
+            left += (cell.steps - rows.step) * batch
+        speed += own
     return Snapshot(tuple(cells), 0.0 if not left else left / speed if speed else None)

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from gptlab.cli.experiment_view import Watch
 from gptlab.cli.main import main
-from gptlab.runs.cells import State
-from gptlab.runs.experiment import Progress, Snapshot
+from gptlab.runs.cells import Claim, State, cells_of
+from gptlab.runs.experiment import Progress, Snapshot, standing
 from gptlab.runs.experiment_file import read_experiment
 from gptlab.runs.smoke import smoke
 
@@ -116,6 +116,14 @@ def test_status_tells_every_state(file: Path, tmp_path: Path, capsys: Capture) -
     assert cells["sure/2"]["reason"] == "it holds another run: steps: 3 seed: 4"
     assert cells["off/2"]["reason"].endswith(f"is damaged: expected rows with step and kind; remove {out}/off/seed_2")
     assert cells["wild/1"]["reason"] == "ended by SIGKILL; was memory short?"
+    experiment = read_experiment(file)
+    claim = Claim.take(next(cell for cell in cells_of(experiment, out) if cell.name == "plain/seed_2"))
+    assert claim
+    found = standing(experiment, out)
+    claim.release()
+    running = next(one for one in found.cells if one.cell.name == "plain/seed_2")
+    assert (running.state, running.seconds_left) == ("running", 1995)  # one update of 64 tokens a second
+    assert found.seconds_left == 2 * 1995 + 2 * 2000, "two that have begun, two that have not"
     assert main(["experiment", "status", str(file), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "off/seed_1: the disk is full" in shown
@@ -124,8 +132,6 @@ def test_status_tells_every_state(file: Path, tmp_path: Path, capsys: Capture) -
 
 
 def test_a_file_gets_a_line_a_change_and_a_terminal_a_table(file: Path, tmp_path: Path) -> None:
-    from gptlab.runs.cells import cells_of
-
     cells = cells_of(read_experiment(file), tmp_path)[:2]
 
     def snapshot(*states: State) -> Snapshot:
