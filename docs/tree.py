@@ -37,6 +37,7 @@ SAID_HERE = {
     "docs/signals.md": "every signal, option and control: formula, gradient, when it fails; how to add one",
     "docs/verdicts.md": "how a verdict is reached, and what it promises",
     "docs/images/": "the picture above",
+    "docs/findings/": "results, each with its command, seeds and machine",
 }
 HIDDEN = {"README.md", ".gitignore", "docs/README.md"}
 

@@ -70,3 +70,10 @@ def test_the_tree_in_the_readme_is_the_tree_there_is() -> None:
     script = [sys.executable, str(ROOT / "docs" / "tree.py"), "--check"]
     done = subprocess.run(script, check=False, capture_output=True, text=True)
     assert done.returncode == 0, f"run `python docs/tree.py` after adding or renaming a file\n{done.stderr}"
+
+
+def test_the_readmes_first_result_is_the_findings_own() -> None:
+    shown = README.partition("<!-- first look -->\n")[2].partition("<!-- end of first look -->")[0].strip().splitlines()
+    found = (ROOT / "docs/findings/first_look.md").read_text().splitlines()
+    assert len(shown) > 4
+    assert set(shown) <= set(found)

@@ -81,8 +81,7 @@ def _as_text(found: dict[str, Any]) -> str:
     peaks = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in found["matmul_peak"].items())
     lines = [
         f"gptlab {found['gptlab']}, Python {found['python']}, torch {found['torch']}, {found['platform']}",
-        f"processor  {found['processor']}, {found['cores']} cores, "
-        f"{found['cpu_bf16'] or 'no'} bf16 in hardware",
+        f"processor  {found['processor']}, {found['cores']} cores, {found['cpu_bf16'] or 'no'} bf16 in hardware",
         f"GPUs       {', '.join(found['gpus']) or 'none'}",
         f"matmul     {peaks} (measured now)",
         "",
