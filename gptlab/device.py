@@ -19,8 +19,8 @@ import torch
 from gptlab.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BF16_MIN_WIDTH = {"AMX": 64, "AVX-512": 256}
-"""Below this width casts cost more than the processor's bf16 matmuls save (docs/performance.md)."""
+BF16_MIN_WIDTH = 64
+"""The narrowest model for which bf16 was measured faster than fp32, with AMX and with AVX-512 (docs/LOG.md)."""
 
 AMX_ROWS = 512
 
@@ -124,7 +124,7 @@ def decide(
             fast = False
             reasons["dtype"] = "this processor has no bf16 instructions"
         else:
-            fast = n_embd >= BF16_MIN_WIDTH[machine.cpu_bf16]
+            fast = n_embd >= BF16_MIN_WIDTH
             gains = "gains from" if fast else "is too small to gain from"
             reasons["dtype"] = f"a model {n_embd} wide {gains} this processor's bf16 ({machine.cpu_bf16})"
         dtype = "bf16" if fast else "fp32"

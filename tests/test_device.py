@@ -23,14 +23,15 @@ P100 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("P100",), gpu_bf16=Fal
     [
         (LAPTOP, {}, "cpu", "fp32", 8, False),
         (XEON, {}, "cpu", "bf16", 16, False),
-        (XEON, {"n_embd": 128}, "cpu", "fp32", 16, False),
-        (XEON, {"n_embd": 128, "dtype": "bf16"}, "cpu", "bf16", 16, False),
+        (XEON, {"n_embd": 64}, "cpu", "bf16", 16, False),
+        (XEON, {"n_embd": 32}, "cpu", "fp32", 16, False),
+        (XEON, {"n_embd": 32, "dtype": "bf16"}, "cpu", "bf16", 16, False),
         (XEON, {"threads": 3, "compile": "on"}, "cpu", "bf16", 3, True),
         (TWO_CORES, {"local_rank": 7, "local_size": 8}, "cpu", "bf16", 1, False),
         (TWO_CORES, {"local_rank": 1, "local_size": 2}, "cpu", "bf16", 1, False),
         (H100, {}, "cuda:0", "bf16", 64, True),
         (H100, {"local_rank": 5, "local_size": 8}, "cuda:5", "bf16", 8, True),
-        (H100, {"n_embd": 128}, "cuda:0", "bf16", 64, True),
+        (H100, {"n_embd": 32}, "cuda:0", "bf16", 64, True),
         (H100, {"device": "cpu"}, "cpu", "bf16", 64, False),
         (H100, {"device": "cuda:3", "local_rank": 1, "local_size": 2}, "cuda:3", "bf16", 32, True),
         (H100, {"dtype": "fp32", "compile": "off"}, "cuda:0", "fp32", 64, False),
@@ -49,7 +50,7 @@ def test_what_a_run_uses(
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, XEON, TWO_CORES, H100, T4, P100])
-@pytest.mark.parametrize("n_embd", [128, 768])
+@pytest.mark.parametrize("n_embd", [32, 768])
 def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
     reasons = decide(machine, n_embd=n_embd).reasons
     assert set(reasons) == {"device", "dtype", "threads", "compile"}
