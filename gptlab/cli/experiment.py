@@ -1,4 +1,4 @@
-"""`gptlab experiment`: run an experiment's cells, see how they stand, or try every arm before hours are spent.
+"""`gptlab experiment`: run an experiment's cells, see how they stand, try every arm first, or pack what came out.
 
 Exit codes of `run`: 0 every cell finished; 3 a cell failed; 4 none failed, but one diverged; 75 stopped, run again.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptlab.runs.experiment_file import Experiment
     from gptlab.runs.smoke import Trial
 
-ACTIONS = ("run", "status", "smoke")
+ACTIONS = ("run", "status", "smoke", "pack")
 BUDGET = 120.0
 
 
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
     """Do one of ACTIONS; raises ConfigError for a file that cannot be run, Stopped when asked to stop."""
     if argv and not argv[0].startswith("-") and argv[0] not in ACTIONS:
         raise UsageError(
-            f"experiment: expected run, status or smoke, found {argv[0]!r}{did_you_mean(argv[0], ACTIONS)}"
+            f"experiment: expected {', '.join(ACTIONS)}, found {argv[0]!r}{did_you_mean(argv[0], ACTIONS)}"
         )
     options = _parser().parse(argv)
-    return {"run": _run, "status": _status, "smoke": _smoke}[options.action](options)
+    return {"run": _run, "status": _status, "smoke": _smoke, "pack": _pack}[options.action](options)
 
 
 def _parser() -> Parser:
@@ -40,13 +40,14 @@ def _parser() -> Parser:
         prog="gptlab experiment",
         description="run: train every cell (arm and seed) that is missing, as many at a time as suits the machine; run "
         "it again after any stop or kill. status: how the cells stand, from any terminal. smoke: in two minutes, does "
-        "every arm run, is its signal active, at what dose, and what will the whole cost?",
+        "every arm run, is its signal active, at what dose, and what will the whole cost? pack: copy all that verdicts "
+        "need, and no weights, into a small folder to commit or send.",
         epilog="A file declares arms, seeds and delta (experiments/ has ready ones); `gptlab compare` gives verdicts. "
         "Exit codes of run: 0 every cell finished, 3 a cell failed, 4 a cell diverged, 75 stopped: run again.",
     )
     parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("file", metavar="FILE", help="an experiment file; for status its folder too")
-    parser.add_argument("--out", metavar="DIR", help="the experiment's folder [log/<name>]")
+    parser.add_argument("file", metavar="FILE", help="an experiment file; for status and pack its folder too")
+    parser.add_argument("--out", metavar="DIR", help="the experiment's folder [log/<name>]; for pack the copy")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
     parser.add_argument("--jobs", type=_count, metavar="N", help="cells at a time, at most [what suits the machine]")
@@ -68,15 +69,16 @@ def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
     from gptlab.runs.experiment_file import FILE, read_experiment
 
     path = Path(options.file)
-    if path.is_dir() and options.action == "status":
+    looks = options.action in ("status", "pack")
+    if path.is_dir() and looks:
         if not (path / FILE).is_file():
             raise ConfigError(f"expected an experiment's folder, found no {FILE} in {path}; check the path")
         return read_experiment(path / FILE, copy=True), path
     experiment = read_experiment(path)
-    if experiment.codes and not options.allow_code and options.action != "status":
+    if experiment.codes and not options.allow_code and not looks:
         raise UsageError(f"signal.name {experiment.codes[0]} is a function in a file: it runs as your code; "
                          "add --allow_code")  # fmt: skip
-    return experiment, Path(options.out) if options.out else experiment.folder
+    return experiment, Path(options.out) if options.out and options.action != "pack" else experiment.folder
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -160,6 +162,18 @@ def _status(options: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     console.print(cell_table(snapshot.cells), "", reasons(snapshot.cells), summary(snapshot), sep="\n")
+    return 0
+
+
+def _pack(options: argparse.Namespace) -> int:
+    from gptlab.runs.pack import pack
+
+    if not options.out:
+        raise UsageError("experiment pack: expected --out DIR, where the copy goes")
+    experiment, folder = _read(options)
+    cells = pack(experiment, folder, Path(options.out))
+    found = {"experiment": experiment.name, "folder": options.out, "cells": [cell.name for cell in cells]}
+    print(json.dumps(found) if options.json else f"{len(cells)} cells in {options.out}; gptlab compare {options.out}")
     return 0
 
 

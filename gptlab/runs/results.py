@@ -23,6 +23,7 @@ class Results:
         self.experiment, self.folder = experiment, folder
         self.cells = sorted(cells, key=lambda cell: (cell.arm.name, cell.seed))
         self._ended: dict[str, dict[str, Any]] = {}
+        self._before: dict[tuple[str, int], dict[str, Any]] = {}
 
     def write(self) -> dict[str, Any]:
         """Read the cells and write the file, whole or not at all; give its content.
@@ -31,6 +32,7 @@ class Results:
         """
         with (self.folder / ".results.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            self._before = self._written()
             content = {
                 "experiment": self.experiment.name,
                 "baseline": self.experiment.baseline,
@@ -38,6 +40,14 @@ class Results:
             }
             write_whole(self.folder / FILE, json.dumps(content, indent=1, allow_nan=False, sort_keys=True) + "\n")
         return content
+
+    def _written(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """The entries that the file has now; none of a file that cannot be read, which is about to be replaced."""
+        try:
+            cells = json.loads((self.folder / FILE).read_text(encoding="utf-8"))["cells"]
+            return {(cell["arm"], cell["seed"]): cell for cell in cells}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
 
     def _outcome(self, cell: Cell) -> dict[str, Any] | None:
         """What became of a cell; None of one that has not ended."""
@@ -47,6 +57,9 @@ class Results:
             if state not in (*ENDED, "failed"):
                 return None
             found = outcome(rows, state)
+            before = self._before.get((cell.arm.name, cell.seed), {})
+            if found["weights_sha256"] is None and before.get("loss") == found["loss"]:  # a packed cell has no weights
+                found["weights_sha256"] = before.get("weights_sha256")
             if state == "failed":  # it may be tried again
                 return found
             self._ended[cell.name] = found

@@ -1,0 +1,56 @@
+"""An experiment without its weights: all that `gptlab compare` reads, small enough to be committed or sent.
+
+The copy is laid out as the experiment's own folder, so that everything that reads one reads the other. Put back under
+log/, its cells count as finished, and `gptlab experiment run` makes only those that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gptlab.errors import ConfigError
+from gptlab.runs.cells import ENDED, Cell, Rows, cells_of
+from gptlab.runs.experiment_file import FILE, Experiment
+from gptlab.runs.results import FILE as RESULTS
+from gptlab.runs.results import write_whole
+
+EVERY = 50
+"""Updates between two train rows that are kept, beside those in which a dose was measured."""
+
+KEPT = ("config.json", "environment.json")
+
+
+def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
+    """Copy the cells of `folder` that have ended into `out`, and give them; raises ConfigError where none has.
+
+    Of metrics.jsonl validations, events and every EVERYth update are kept, of checkpoints and samples nothing.
+    """
+    if out.resolve() == folder.resolve():
+        raise ConfigError(f"--out: expected another folder than the experiment's own, found {out}")
+    if (out / FILE).is_file() and (out / FILE).read_text(encoding="utf-8") != experiment.text:
+        raise ConfigError(f"{out} holds another experiment, or another version of its file; give another --out")
+    ended = [cell for cell in cells_of(experiment, folder) if Rows(cell).look().state(running=False) in ENDED]
+    if not ended:
+        raise ConfigError(f"expected finished cells in {folder}, found none; run the experiment first")
+    out.mkdir(parents=True, exist_ok=True)
+    for cell in ended:
+        there = out / cell.folder.relative_to(folder)
+        there.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            write_whole(there / name, (cell.folder / name).read_text(encoding="utf-8"))
+        write_whole(there / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in _kept(cell)))
+    write_whole(out / FILE, experiment.text)
+    if (folder / RESULTS).is_file():
+        write_whole(out / RESULTS, (folder / RESULTS).read_text(encoding="utf-8"))
+    return ended
+
+
+def _kept(cell: Cell) -> Iterator[dict[str, Any]]:
+    for line in (cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        update = row["kind"] == "train" and (row.get("dose") is not None or row["step"] % EVERY == 0)
+        if update or row["kind"] in ("val", "event"):
+            yield row
