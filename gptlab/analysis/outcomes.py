@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gptlab.analysis.beside import beside, longer_runs_of
 from gptlab.analysis.logs import SUFFIXES, read_log
 from gptlab.analysis.records import Run, mean_dose, passport, read_run
 from gptlab.analysis.sameness import COMMON, TUNED, arm_of, own_options, undeclared
@@ -46,6 +47,7 @@ class Outcomes:
     notes: tuple[str, ...] = ()
     curves: Mapping[str, Mapping[int, Mapping[int, float]]] = field(default_factory=dict)
     runs: Mapping[str, Sequence[Run]] = field(default_factory=dict)
+    longer: Mapping[str, str] = field(default_factory=dict)
 
     def verdicts(self, **given: Any) -> dict[str, Any]:
         """`compare`'s result with each arm's passport and changes; `given` arguments stand over the declared ones.
@@ -57,6 +59,9 @@ class Outcomes:
         for arm, found in result["arms"].items():
             found["changes"] = dict(self.changes.get(arm, {}))
             figures = ("noise_floor", "seed_correlation", "smallest_difference")
+            longer = [name for name, of in self.longer.items() if of == found["baseline"]]
+            if all(max(run.losses) == self.step for run in self.runs.get(arm, ())):
+                found |= beside(arm, found["baseline"], longer, self.runs, result["looks"])
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
         head = {"experiment": self.name, "step": self.step}
         return {**head, **result, "undeclared": list(self.undeclared), "notes": list(self.notes)}
@@ -187,14 +192,17 @@ def _outcomes(
     left = [run for run in runs if not (run.finished or run.diverged)]
     whole = {arm: [run for run in members if run.finished] for arm, members in ended.items()}
     whole = {arm: sorted(members, key=lambda run: run.seed) for arm, members in whole.items()}
-    step = _common_step({str(run.path): run.losses for run in runs if run.finished}, step)
-    losses = {
-        arm: {run.seed: run.losses[step] if run.finished else None for run in members} for arm, members in ended.items()
-    }
     of_all: str = arguments["baseline"]
     baselines = dict.fromkeys(arms, of_all)
     for members in (arguments.get("groups") or {}).values():
         baselines |= dict.fromkeys(members, members[0])
+    longer = longer_runs_of(whole, baselines)
+    judged = {arm: members for arm, members in ended.items() if arm not in longer}
+    step = _common_step({str(run.path): run.losses for of in judged.values() for run in of if run.finished}, step)
+    losses = {
+        arm: {run.seed: run.losses[step] if run.finished else None for run in members}
+        for arm, members in judged.items()
+    }
     differences: list[str] = []
     for arm, members in ended.items():
         references = ended.get(baselines[arm]) or members
@@ -209,6 +217,7 @@ def _outcomes(
         losses=losses,
         arguments={
             **arguments,
+            "groups": _without(longer, arguments.get("groups")),
             "placebos": {arm: placebo for arm in signals if (placebo := _placebo_of(arm, declared, controls))},
             "controls": list(controls),
             "signals": signals,
@@ -220,7 +229,12 @@ def _outcomes(
         notes=(*notes, *(f"{run.path} stands at step {run.last_step} and has not finished" for run in left)),
         curves={arm: {run.seed: run.losses for run in members} for arm, members in whole.items()},
         runs=whole,
+        longer=longer,
     )
+
+
+def _without(arms: Mapping[str, str], groups: Mapping[str, list[str]] | None) -> dict[str, list[str]] | None:
+    return groups and {name: [arm for arm in members if arm not in arms] for name, members in groups.items()}
 
 
 def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -> int:

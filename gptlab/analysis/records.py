@@ -21,7 +21,10 @@ from gptlab.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Run:
-    """losses: validation loss by step, nats; ended: the last event row, where there is one; doses: as measured."""
+    """losses: validation loss by step, nats; ended: the last event row, where there is one; doses: as measured.
+
+    tempered: the last validation's loss at its best temperature, nats; seconds: spent in updates, all sessions.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -30,6 +33,8 @@ class Run:
     last_step: int
     ended: Mapping[str, Any] = field(default_factory=dict)
     doses: tuple[float, ...] = ()
+    tempered: float | None = None
+    seconds: float = 0.0
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
@@ -69,15 +74,30 @@ def read_run(path: str | Path) -> Run:
     losses: dict[int, float] = {}
     doses: list[float] = []
     ended: Mapping[str, Any] = {}
-    step = 0
+    step, clock, tempered = 0, Clock(), None
     for row in read_rows(path / "metrics.jsonl"):
         step = row["step"]
         if row["kind"] == "val":
-            losses[step] = row["loss"]
-        elif row["kind"] == "train" and row.get("dose") is not None:
-            doses.append(row["dose"])
+            losses[step], tempered = row["loss"], row.get("tempered_loss")
+        elif row["kind"] == "train":
+            clock.tick(row)
+            doses += [row["dose"]] if row.get("dose") is not None else []
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that went on
-    return Run(path, config, _json(path / "environment.json"), losses, step, ended, tuple(doses))
+    environment = _json(path / "environment.json")
+    return Run(path, config, environment, losses, step, ended, tuple(doses), tempered, clock.seconds)
+
+
+@dataclass
+class Clock:
+    """Seconds spent in updates, from train rows in their order; rows that were left out count at the next one's speed."""
+
+    seconds: float = 0.0
+    _tokens: int = 0
+
+    def tick(self, row: Mapping[str, Any]) -> None:
+        if row.get("tokens_per_second"):
+            self.seconds += (row["tokens"] - self._tokens) / row["tokens_per_second"]
+        self._tokens = row.get("tokens", self._tokens)
 
 
 def _json(path: Path) -> dict[str, Any]:

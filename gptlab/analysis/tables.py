@@ -6,6 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
+BESIDE = {
+    "tempered": "at each one's best temperature",
+    "equal_flops": "at equal FLOPs",
+    "equal_time": "at equal time",
+}
+
+
 class Table(NamedTuple):
     title: str
     header: tuple[str, ...]
@@ -13,7 +20,7 @@ class Table(NamedTuple):
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """The verdicts, their reasons, and the passports where there are any."""
+    """The verdicts, their reasons, what stands beside them and the passports, where there are any."""
     arms = result["arms"]
     yield Table(
         f"{result['experiment']} at step {result['step']:,}: loss minus its baseline's, nats, paired by seed",
@@ -33,9 +40,19 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         ],
     )
     yield Table("Why", ("arm", "against", "reason"), [(n, a["baseline"], a["reason"]) for n, a in arms.items()])
+    rows = [(name, *(_beside(arm.get(key)) for key in BESIDE)) for name, arm in arms.items()]
+    if any(arm.get(key) for arm in arms.values() for key in BESIDE):
+        yield Table("Beside the verdict: difference and 95% interval, nats", ("arm", *BESIDE.values()), rows)
     if any("parameters" in arm["passport"] for arm in arms.values()):
         rows = [(name, _passport(arm["passport"])) for name, arm in arms.items()]
         yield Table("How far to trust it", ("arm", "passport"), rows)
+
+
+def _beside(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return "–"
+    text = f"{number(found['difference'], '+z.4f')} ({interval(found['interval'])})"
+    return f"{text} against {found['against']}, at {found['ratio']:.2f} of its cost" if "against" in found else text
 
 
 def _passport(found: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gptlab.errors import ConfigError
 from gptlab.model.attention import causal_attention
+from gptlab.model.flops import training_flops_per_token
 from gptlab.randomness import torch_generator
 
 if TYPE_CHECKING:
@@ -55,10 +56,8 @@ class GPTConfig:
 
     @property
     def flops_per_token(self) -> int:
-        """Arithmetic of one training token, forward and backward: 6 per weight used in a matmul, 12·C·T a block of
-        attention scores (PaLM, 2204.02311, appendix B)."""
-        C = self.n_embd
-        return 6 * (12 * C * C * self.n_layer + self.vocab_size * C) + 12 * C * self.block_size * self.n_layer
+        """Arithmetic of one training token, forward and backward."""
+        return training_flops_per_token(self.n_layer, self.n_embd, self.vocab_size, self.block_size)
 
 
 class Linear(nn.Linear):

@@ -24,6 +24,7 @@ from gptlab.runs.experiment_file import Arm, Experiment
 from gptlab.runs.packing import Packing
 from gptlab.runs.patches import package, patched
 from gptlab.training.config import TrainingConfig
+from gptlab.training.flops import run_flops
 from gptlab.training.presets import PRESETS
 
 START_UP = 5.0
@@ -182,30 +183,8 @@ def _bytes(cell: Cell, step: int) -> int:
 
 
 def _flops(arm: Arm, preset: str) -> float | None:
-    """Arithmetic of a cell's updates, as `flops_per_token`; None for patched code, which may do anything."""
+    """Arithmetic of a cell's updates, as `run_flops`; None for patched code, which may do anything."""
     if arm.patch:
         return None
     config: TrainingConfig = build(TrainingConfig, {**PRESETS[preset], **arm.options})
-    return config.steps * config.total_batch_tokens * flops_per_token(config)
-
-
-def flops_per_token(config: TrainingConfig) -> float:
-    """Arithmetic of one training token with its judges, in FLOPs; measuring doses is left out.
-
-    A judge's block takes 2 FLOPs a weight and 8·C·T of attention scores for the gradient to its input, its reading
-    4·V·C for logits and their gradient. A live judge's weights take 2 more each, a placebo one more backward pass.
-    """
-    from gptlab.model.gpt import GPTConfig
-
-    C, T, V = config.n_embd, config.block_size, config.vocab_size
-    plain = GPTConfig(T, V, config.n_layer, config.n_head, C, config.share_blocks).flops_per_token
-    total = float(plain)
-    for signal in config.signals:
-        if signal.weight == 0:
-            continue
-        judges, _ = signal.judges_at(0, config.n_layer, config.seed)
-        live = signal.evaluator == "live"
-        block = 24 * C * C + 8 * C * T + 24 * C * C * live
-        reading = (4 + 2 * live) * V * C * signal.positions
-        total += len(judges) * (block + reading) + (2 / 3 * plain if signal.control == "placebo" else 0)
-    return total
+    return run_flops(config)

@@ -16,8 +16,8 @@ from gptlab.options import build
 from gptlab.runs.arm_options import as_toml
 from gptlab.runs.cells import cells_of
 from gptlab.runs.experiment_file import Arm, Experiment, read_experiment
-from gptlab.runs.smoke import flops_per_token
 from gptlab.training.config import TrainingConfig
+from gptlab.training.flops import flops_per_token
 
 READY = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 GOOD = """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.records import read_rows
+from gptlab.analysis.records import Clock, read_rows
 from gptlab.analysis.statistics import spread
 
 BINS = 150
@@ -59,7 +59,7 @@ def read_history(run: Path) -> History:
     """The history in a run's folder; raises CheckpointError where a row cannot be read."""
     updates: dict[str, dict[int, float]] = {figure: {} for figure in FIGURES}
     validations, samples = [], []
-    seconds, tokens, last = 0.0, 0, {}
+    clock, last = Clock(), {}
     for row in read_rows(run / "metrics.jsonl"):
         step, last = row["step"], row
         if row["kind"] == "val":
@@ -70,10 +70,8 @@ def read_history(run: Path) -> History:
             for figure in FIGURES:
                 if row.get(figure) is not None:
                     updates[figure][step] = float(row[figure])
-            if row.get("tokens_per_second"):
-                seconds += (row["tokens"] - tokens) / row["tokens_per_second"]
-            tokens = row.get("tokens", tokens)
-    return History(updates, validations, samples, seconds, last)
+            clock.tick(row)
+    return History(updates, validations, samples, clock.seconds, last)
 
 
 def binned(curve: Curve, bins: int = BINS) -> Curve:
