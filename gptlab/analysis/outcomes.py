@@ -234,7 +234,9 @@ def _outcomes(
 
 
 def _without(arms: Mapping[str, str], groups: Mapping[str, list[str]] | None) -> dict[str, list[str]] | None:
-    return groups and {name: [arm for arm in members if arm not in arms] for name, members in groups.items()}
+    if not groups:
+        return None
+    return {name: [arm for arm in members if arm not in arms] for name, members in groups.items()}
 
 
 def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -> int:

@@ -89,7 +89,7 @@ def read_run(path: str | Path) -> Run:
 
 @dataclass
 class Clock:
-    """Seconds spent in updates, from train rows in their order; rows that were left out count at the next one's speed."""
+    """Seconds spent in updates, from train rows in their order; rows left out count at the speed of the next."""
 
     seconds: float = 0.0
     _tokens: int = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-
 BESIDE = {
     "tempered": "at each one's best temperature",
     "equal_flops": "at equal FLOPs",
