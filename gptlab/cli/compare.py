@@ -29,12 +29,20 @@ def main(argv: list[str]) -> int:
         return _plan(options)
     if not options.sources:
         raise UsageError("expected runs, an experiment's folder or a log; see `gptlab compare --help`")
+    from gptlab.analysis.report import missing
+
     outcomes, result = _verdicts(options)
     _report(options, outcomes, result)
     if options.markdown:
         from gptlab.analysis.tables import markdown
 
         Path(options.markdown).write_text(printable(markdown(result)), encoding="utf-8")
+    if options.svg:
+        from gptlab.analysis.report.comparison import write_forest
+
+        if lacking := missing():
+            raise ConfigError(f"--svg: {lacking}")
+        write_forest(result, options.svg)
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
@@ -54,6 +62,7 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables to a file too")
     parser.add_argument("--html", metavar="FILE", help="where to write the report [report.html of an experiment]")
+    parser.add_argument("--svg", metavar="FILE", help="write the paired differences as a picture too")
     parser.add_argument("--despite", action="store_true", help="compare runs that differ in what nobody declared")
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,11 @@ def test_json_has_the_promised_shape(log: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_the_tables_show_names_as_they_are(log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compare([str(log), "--markdown", str(tmp_path / "page.md")]) == 0
+    picture = tmp_path / "forest.svg"
+    assert compare([str(log), "--markdown", str(tmp_path / "page.md"), "--svg", str(picture)]) == 0
+    drawn = ElementTree.parse(picture).getroot()
+    assert "a|b: better" in {element.text for element in drawn.iter()}
+    assert "--better: #" in str(drawn[0].text)
     shown, page = capsys.readouterr().out, (tmp_path / "page.md").read_text()
     assert all(text in shown for text in ("a|b", "[bold]c", "better", "worse", "below its baseline"))
     assert r"| a\|b | better | -0.1012 |" in page

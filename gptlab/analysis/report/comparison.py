@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from gptlab.analysis.outcomes import Outcomes
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.history import COARSE, Band, Curve, History, binned, over_seeds, read_history
-from gptlab.analysis.report.page import Panel, arm_class, render, sample, write
+from gptlab.analysis.report.page import Panel, arm_class, render, sample, stylesheet, write
 from gptlab.analysis.report.plots import Line, Row, curves, forest
 from gptlab.analysis.report.run import block_legend, changes, duration, flat
+from gptlab.analysis.report.svg import standalone
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import interval, number, tables
 
@@ -36,6 +37,13 @@ def write_comparison(outcomes: Outcomes, result: Mapping[str, Any], path: str | 
     histories = {arm: [read_history(run.path) for run in runs] for arm, runs in outcomes.runs.items()}
     path = Path(path)
     write(path, page(outcomes, result, histories))
+    return path
+
+
+def write_forest(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the paired differences of `result` as an SVG file of their own, and give its path; raises OSError."""
+    path = Path(path)
+    write(path, standalone(forest(_rows(result), result["delta"], "forest"), stylesheet()))
     return path
 
 

@@ -44,6 +44,10 @@ class Sample:
     tokens: Sequence[tuple[str, Sequence[tuple[str, float]]]]
 
 
+def stylesheet() -> str:
+    return (TEMPLATES / "style.css").read_text(encoding="utf-8")
+
+
 def render(template: str, **content: Any) -> str:
     """The page that `template` makes of `content`, whose text stays text whoever wrote it."""
     import jinja2
@@ -56,7 +60,7 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": figure, "visible": visible, "tenth": tenth, "value": value}
-    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    style = stylesheet()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     content |= {"style": style, "style_hash": digest, "version": gptlab.__version__}
     return environment.get_template(template).render(content).translate(_UNSHOWN)

@@ -50,6 +50,22 @@ def inline(figure: Figure, name: str, description: str, texts: Mapping[str, str]
     return ElementTree.tostring(root, encoding="unicode")
 
 
+def standalone(svg: str, style: str) -> str:
+    """An inline figure as a file of its own, which brings the page's colours and font with it, light and dark.
+
+    style: the page's style sheet.
+    """
+    root = ElementTree.fromstring(svg)
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    _, _, width, height = root.attrib["viewBox"].split()
+    root.attrib |= {"width": width, "height": height}
+    colours = style[style.index(":root") : style.index("* {")]  # variables come first in it, and nothing else
+    own = ElementTree.Element("style")
+    own.text = f"{colours}svg {{ background: var(--paper); color: var(--ink); font-family: system-ui, sans-serif; }}"
+    root.insert(0, own)
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
 def _tag(element: ElementTree.Element) -> str:
     return element.tag.rpartition("}")[2]
 
