@@ -1,7 +1,7 @@
 """How often a verdict is wrong: thousands of experiments whose truth is known, judged by `gptlab.analysis.compare`.
 
 python benchmarks/rigor.py [--experiments 10000]   simulated ones; about 20 minutes
-python benchmarks/rigor.py --real FOLDER           drawn from an experiment of two arms that are twins (--init_jitter)
+python benchmarks/rigor.py --real FOLDER           drawn from a real experiment of twins (experiments/aa.toml)
 
 Each keeps the other's part of benchmarks/results/rigor.json, and writes the table in docs/verdicts.md anew.
 """
@@ -192,36 +192,58 @@ def simulated(experiments: int) -> dict[str, Any]:
 
 
 def real(folder: Path, draws: int) -> dict[str, Any]:
-    """Errors on real runs: experiments drawn from the seeds of two arms that are twins, with the looks in use.
+    """What verdicts say of experiments drawn from real runs: errors between twins, and effects that were planted.
 
-    Each takes LOOKS[-1] of the seeds, and on every seed either twin as the baseline. The draws share runs, so that
-    their interval is narrower than that of as many new runs would be.
+    The first two arms differ by --init_jitter alone; each further arm truly differs from the first. The draws share
+    runs, so that their intervals are narrower than those of as many new runs would be.
     """
     from gptlab.analysis.outcomes import read
 
     table = read([folder])
-    baseline, *others = table.losses
-    if len(others) != 1 or table.undeclared:
+    first, *others = table.losses
+    if not others or table.undeclared or set(table.changes[others[0]]) != {"init_jitter"}:
         raise SystemExit(f"{folder}: expected two arms that differ by --init_jitter, found {', '.join(table.losses)}")
-    twins = [table.losses[baseline], table.losses[others[0]]]
-    seeds = [seed for seed in twins[0] if seed in twins[1]]
+    seeds = [seed for seed in table.losses[first] if all(seed in table.losses[arm] for arm in others)]
     if len(seeds) < LOOKS[-1]:
-        raise SystemExit(f"{folder}: expected at least {LOOKS[-1]} seeds of both arms, found {len(seeds)}")
-    pairs = np.array([[twin[seed] for twin in twins] for seed in seeds], dtype=np.float64)
-    spread = float(np.std(pairs[:, 0] - pairs[:, 1], ddof=1))
+        raise SystemExit(f"{folder}: expected at least {LOOKS[-1]} seeds of all arms, found {len(seeds)}")
+    pairs = {arm: np.array([[table.losses[name][s] for name in (first, arm)] for s in seeds]) for arm in others}
     generator = np.random.default_rng([9, 0])
+    twins, *planted_arms = pairs
+    changes = {arm: ", ".join(f"{k} {v[1]:g}" for k, v in table.changes[arm].items()) for arm in planted_arms}
+    return {
+        "real": _twins(pairs[twins], draws, generator),
+        "real_planted": [_planted(changes[arm], pairs[arm], draws, generator) for arm in planted_arms],
+    }
 
-    def draw(_: np.random.Generator) -> dict[str, dict[int, float]]:
-        chosen = generator.permutation(len(pairs))[: LOOKS[-1]]
-        rows = generator.permuted(pairs[chosen], axis=1).T
-        return {
-            name: dict(enumerate(map(float, row), 1)) for name, row in zip(("baseline", "arm 1"), rows, strict=True)
-        }
 
-    name = f"real twins, looks at {', '.join(map(str, LOOKS))} of {len(seeds)} seeds"
-    scenario = Drawn(name, (0.0,), LOOKS, spread / 1000, draw_from=draw)
-    known = {"available_seeds": len(seeds), "spread_of_differences": spread, "delta_in_sigma": 0.001, "tails": "real"}
+def _drawn(pairs: np.ndarray, most: int, *, swap: bool) -> Callable[[np.random.Generator], dict[str, dict[int, float]]]:
+    """Draws `most` of the seeds' pairs (seeds, 2); with swap either of the two is the baseline, seed by seed."""
+
+    def draw(generator: np.random.Generator) -> dict[str, dict[int, float]]:
+        rows = pairs[generator.permutation(len(pairs))[:most]]
+        return named((generator.permuted(rows, axis=1) if swap else rows).T)
+
+    return draw
+
+
+def _twins(pairs: np.ndarray, draws: int, generator: np.random.Generator) -> dict[str, Any]:
+    """Errors where there is nothing to find, with the looks in use."""
+    spread = float(np.std(pairs[:, 0] - pairs[:, 1], ddof=1))
+    name = f"real twins, looks at {', '.join(map(str, LOOKS))} of {len(pairs)} seeds"
+    scenario = Drawn(name, (0.0,), LOOKS, spread / 1000, draw_from=_drawn(pairs, LOOKS[-1], swap=True))
+    known = {"available_seeds": len(pairs), "spread_of_differences": spread, "delta_in_sigma": 0.001, "tails": "real"}
     return errors(scenario, draws, generator) | known
+
+
+def _planted(name: str, pairs: np.ndarray, draws: int, generator: np.random.Generator) -> dict[str, Any]:
+    """How often as many seeds as the planner asks for, power 0.9, find what all the seeds together show."""
+    differences = pairs[:, 1] - pairs[:, 0]
+    mean, spread = float(differences.mean()), float(np.std(differences, ddof=1))
+    needed = seeds_for_difference(mean, spread, level(0.05, None, 0), power=0.9) or len(pairs)
+    n = min(max(3, needed), len(pairs))
+    scenario = Drawn(name, (mean / SIGMA,), (n,), spread / 1000, draw_from=_drawn(pairs, n, swap=False))
+    known = {"available_seeds": len(pairs), "effect": mean, "spread_of_differences": spread, "tails": "real"}
+    return found(scenario, draws, generator) | known
 
 
 @dataclass(frozen=True)
@@ -255,6 +277,10 @@ def table(results: dict[str, Any]) -> str:
         for row in results["planted"]:
             seeds = ", ".join(map(str, row["seeds"]))
             lines.append(f"| {row['name']} | {seeds} | {percent(row['found'])} | {row['opposite']['rate']:.2%} |")
+        for row in results.get("real_planted", ()):
+            size = f"{row['effect']:+.3f} nats, {row['effect'] / row['spread_of_differences']:+.1f} sigma"
+            name = f"real runs, {row['name']}: {size}"
+            lines.append(f"| {name} | {row['seeds'][0]} | {percent(row['found'])} | {row['opposite']['rate']:.2%} |")
         lines += ["", "| two seeds, delta half a sigma | undecided | no difference | better | worse |"]
         lines.append("|---|---|---|---|---|")
         for row in results["two_seeds"]:
@@ -271,11 +297,11 @@ def percent(found: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", type=int, default=10_000, help="experiments of each kind [10000]")
-    parser.add_argument("--real", type=Path, metavar="FOLDER", help="an experiment of two twin arms")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="the folder of experiments/aa.toml, or one like it")
     options = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if options.real:
-        results["real"] = real(options.real, options.experiments)
+        results |= real(options.real, options.experiments)
     else:
         results |= simulated(options.experiments)
     RESULTS.parent.mkdir(exist_ok=True)

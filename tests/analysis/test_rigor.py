@@ -61,19 +61,26 @@ def test_a_scenario_is_the_same_every_time_and_an_effect_is_told_from_none(rigor
     assert judged(rigor.found, 9.0)["found"]["hits"] == 40
 
 
-def test_experiments_are_drawn_from_real_twins(rigor: ModuleType, tmp_path: Path, write_run: Any) -> None:
-    generator = np.random.default_rng(2)
-    for arm in ("plain", "twin"):
-        for seed in range(1, 25):
-            write_run(tmp_path / arm / f"seed_{seed}", 3 + 0.02 * float(generator.standard_normal()), seed=seed)
-    (tmp_path / "experiment.toml").write_text(
-        f"baseline = 'plain'\nseeds = {list(range(1, 25))}\n[arms.plain]\n[arms.twin]\n"
-    )
-    found = rigor.real(tmp_path, 60)
+def test_experiments_are_drawn_from_real_runs(rigor: ModuleType, tmp_path: Path, write_run: Any) -> None:
+    generator, seeds = np.random.default_rng(2), range(1, 25)
+    arms = {"plain": {}, "twin": {"init_jitter": 1e-6}, "slow": {"learning_rate": 1e-4}}
+    text = f"baseline = 'plain'\nseeds = {list(seeds)}\n"
+    for arm, options in arms.items():
+        for seed in seeds:
+            loss = 3 + 0.02 * float(generator.standard_normal()) + 0.05 * (arm == "slow")
+            write_run(tmp_path / arm / f"seed_{seed}", loss, seed=seed, options=options)
+        text += f"[arms.{arm}]\n" + "".join(f"{key} = {value}\n" for key, value in options.items())
+    (tmp_path / "experiment.toml").write_text(text)
+    results = rigor.real(tmp_path, 60)
+    found, (planted,) = results["real"], results["real_planted"]
     assert found["available_seeds"] == 24
     assert tuple(found["seeds"]) == (5, 10, 20)
     assert found["experiments_with_an_error"]["of"] == 60
     assert found["experiments_with_an_error"]["rate"] < 0.2
-    (tmp_path / "experiment.toml").write_text("baseline = 'plain'\nseeds = [1]\n[arms.plain]\n")
+    assert planted["name"] == "learning_rate 0.0001"
+    assert planted["effect"] == pytest.approx(0.05, abs=0.02)
+    assert 3 <= planted["seeds"][0] <= 12
+    assert planted["found"]["rate"] > 0.8
+    (tmp_path / "experiment.toml").write_text(text.replace("init_jitter", "learning_rate"))
     with pytest.raises(SystemExit, match="expected two arms that differ by --init_jitter"):
         rigor.real(tmp_path, 1)
