@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 BESIDE = {
+    "placebo": "against its placebo",
     "tempered": "at each one's best temperature",
     "equal_flops": "at equal FLOPs",
     "equal_time": "at equal time",
