@@ -3,64 +3,52 @@
 from __future__ import annotations
 
 import argparse
-import codecs
 import json
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
-from gptlab.cli.terminal import printable
+from gptlab.cli.sample_view import blocks, legend, text
 from gptlab.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptlab.data.tokenizers import Tokenizer
+    from gptlab.cli.model import Opened
     from gptlab.interpret.generate import Step
-    from gptlab.model.gpt import GPT
 
 
 def main(argv: list[str]) -> int:
     """Write samples; raises UsageError, and CheckpointError where there is no model."""
     options = _parse(argv)
 
-    import torch
+    from gptlab.cli.model import open_model
 
-    from gptlab.data.tokenizers import get_tokenizer
-    from gptlab.device import Machine, decide
-    from gptlab.interpret.generate import generate
-    from gptlab.randomness import torch_generator
-
-    model, name = _open(options.checkpoint)
-    tokenizer = get_tokenizer(name)
+    opened = open_model(options.checkpoint, options.device, options.dtype)
+    tokenizer = opened.tokenizer
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.document_start]
-    placement = decide(Machine.probe(), device=options.device, dtype=options.dtype, n_embd=model.config.n_embd)
-    placement.apply()
-    model.to(placement.device).eval()
-    cast = torch.autocast(placement.device.type, placement.autocast) if placement.autocast else nullcontext()
+    started = time.perf_counter()
     samples = []
-    for n in range(options.samples):
-        with cast:
-            steps = generate(
-                model,
-                prompt,
-                options.max_new_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                vocab_size=min(tokenizer.vocab_size, model.config.vocab_size),
-                generator=torch_generator("sample", options.seed, n),
-            )
-            if options.json:
-                samples.append(_as_json(list(steps), tokenizer, show_blocks=options.show_blocks))
-                continue
-            if n:
+    for number, steps in _texts(opened, prompt, options):
+        written = []
+        if options.json:
+            written = list(steps)
+        else:
+            if number:
                 print("\n" + "-" * 20)
-            for text in _blocks(steps, tokenizer) if options.show_blocks else _text(prompt, steps, tokenizer):
-                print(text, end="", flush=True)
+            L, coloured = opened.model.config.n_layer, options.exit_confidence is not None
+            shown = blocks if options.show_blocks else text
+            for piece in shown(prompt, _kept(steps, written), tokenizer, L if coloured else None):
+                print(piece, end="", flush=True)
             print()
+        samples.append(written)
+    seconds = time.perf_counter() - started
+    exits = {} if options.exit_confidence is None else _against_the_full_model(opened, prompt, samples, seconds, options)
     if options.json:
-        print(json.dumps({"samples": samples}))
+        told = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
+        print(json.dumps({"samples": told, **exits}))
+    elif exits:
+        print("\n" + legend(opened.model.config.n_layer, exits))
     return 0
 
 
@@ -69,12 +57,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", metavar="RUN|FOLDER", required=True, help="a run, a checkpoint or a Hugging Face GPT-2 folder")
     add("--prompt", metavar="TEXT", default="\n", help="what to write on from [a line break]")
-    add("--max_new_tokens", metavar="N", type=int, default=200, help="tokens to write, exactly [200]")
+    add("--max_new_tokens", metavar="N", type=int, default=200, help="tokens to write, at most [200]")
     add("--temperature", metavar="T", type=float, default=0.8, help="0 = always the likeliest token [0.8]")
     add("--top_k", metavar="K", type=int, help="draw from the K likeliest tokens only [all]")
     add("--top_p", metavar="P", type=float, default=1.0, help="from the fewest that hold P of the probability [1.0]")
     add("--seed", metavar="N", type=int, default=1, help="the same seed draws the same text [1]")
-    add("--samples", metavar="N", type=int, default=1, help="how many texts [1]")
+    add("--samples", metavar="N", type=int, default=1, help="how many texts, written side by side [1]")
+    add("--ignore_end", action="store_true", help="write on where a document ends, instead of stopping")
+    add("--exit_confidence", metavar="P", type=float, help="take a token from the first block at least so sure [none]")
     add("--show_blocks", action="store_true", help="a line per token: each block's best next token and its probability")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
@@ -84,52 +74,82 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         found = getattr(options, name)
         if found is not None and not least <= found < float("inf"):
             raise UsageError(f"--{name}: expected a number of at least {least}, found {found}")
-    if not 0 < options.top_p <= 1:
-        raise UsageError(f"--top_p: expected a number above 0 and at most 1, found {options.top_p}")
+    for name in ("top_p", "exit_confidence"):
+        if (found := getattr(options, name)) is not None and not 0 < found <= 1:
+            raise UsageError(f"--{name}: expected a number above 0 and at most 1, found {found}")
     return options
 
 
-def _open(source: str) -> tuple[GPT, str]:
-    """The model that `source` names, and the name of its tokenizer."""
-    from gptlab.runs.initial import any_model
+def _texts(opened: Opened, prompt: list[int], options: argparse.Namespace) -> Iterator[tuple[int, Iterator[Step]]]:
+    """Every text with its number. Side by side, the first streams and the others come whole after it."""
+    from functools import partial
 
-    model, config = any_model(source)
-    if config is None:
-        return model, "bytes" if model.config.vocab_size <= 256 else "gpt2"
-    return model, config.tokenizer
+    from gptlab.interpret.generate import Sampling, generate, generate_batch
+    from gptlab.randomness import torch_generator
+
+    tokenizer, numbers = opened.tokenizer, range(options.samples)
+    generators = [torch_generator("sample", options.seed, n) for n in numbers]
+    how: dict[str, Any] = {
+        "sampling": Sampling(options.temperature, options.top_k, options.top_p),
+        "vocab_size": min(tokenizer.vocab_size, opened.model.config.vocab_size),
+        "end": None if options.ignore_end else tokenizer.document_start,
+        "show_blocks": options.show_blocks,
+        "dtype": opened.placement.autocast,
+    }
+    start = partial(generate, opened.model, prompt, options.max_new_tokens, **how)
+    if options.exit_confidence is not None:
+        yield from ((n, start(generator=generators[n], exit_confidence=options.exit_confidence)) for n in numbers)
+        return
+    columns: list[list[Step]] = [[] for _ in numbers]
+
+    def first() -> Iterator[Step]:
+        for row in generate_batch(opened.model, prompt, options.max_new_tokens, generators=generators, **how):
+            for column, step in zip(columns, row, strict=True):
+                if step is not None:
+                    column.append(step)
+            if row[0] is not None:
+                yield row[0]
+
+    yield 0, first()
+    yield from ((n, iter(columns[n])) for n in numbers[1:])
 
 
-def _text(prompt: list[int], steps: Iterator[Step], tokenizer: Tokenizer) -> Iterator[str]:
-    """The prompt, dimmed on a terminal, then every piece of text as soon as its tokens make whole characters."""
-    given = printable(tokenizer.decode(prompt))
-    yield f"\033[2m{given}\033[0m" if sys.stdout.isatty() else given
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+def _kept(steps: Iterator[Step], into: list[Step]) -> Iterator[Step]:
     for step in steps:
-        yield printable(decoder.decode(tokenizer.token_bytes(step.token)))
-    yield printable(decoder.decode(b"", final=True))
+        into.append(step)
+        yield step
 
 
-def _blocks(steps: Iterator[Step], tokenizer: Tokenizer) -> Iterator[str]:
-    """A line per token: what was written, then for block 1 to L its best next token and how sure it was of it."""
-    for step in steps:
-        guesses = (f"{_shown(b, tokenizer):>8} {p:4.0%}" for b, p in zip(step.best, step.probability, strict=True))
-        yield f"{_shown(step.token, tokenizer):>8}  |{'  '.join(guesses)}\n"
+def _against_the_full_model(
+    opened: Opened, prompt: list[int], samples: list[list[Step]], seconds: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What early exit saved: the share of blocks computed, and the time the full model takes for as many tokens."""
+    from gptlab.interpret.generate import generate
+
+    started = time.perf_counter()
+    for steps in samples:
+        for _ in generate(opened.model, prompt, len(steps), dtype=opened.placement.autocast):
+            pass
+    in_full = time.perf_counter() - started
+    depths = [step.block for steps in samples for step in steps]
+    return {
+        "exit_confidence": options.exit_confidence,
+        "share_of_blocks": sum(depths) / (len(depths) * opened.model.config.n_layer) if depths else None,
+        "seconds": seconds,
+        "seconds_in_full": in_full,
+        "gain": in_full / seconds if depths else None,
+    }
 
 
-def _shown(token: int, tokenizer: Tokenizer) -> str:
-    return repr(tokenizer.decode([token]))
-
-
-def _as_json(steps: list[Step], tokenizer: Tokenizer, *, show_blocks: bool) -> dict[str, Any]:
-    tokens = [step.token for step in steps]
+def _as_json(steps: list[Step], opened: Opened, *, show_blocks: bool) -> dict[str, Any]:
+    decode, tokens = opened.tokenizer.decode, [step.token for step in steps]
     sample: dict[str, Any] = {
         "tokens": tokens,
-        "text": tokenizer.decode(tokens),
-        "exit_blocks": [len(step.best) for step in steps],  # every token is read from the last block
+        "text": decode(tokens),
+        "exit_blocks": [step.block for step in steps],
     }
     if show_blocks:
         sample["blocks"] = [
-            [[tokenizer.decode([b]), round(p, 4)] for b, p in zip(step.best, step.probability, strict=True)]
-            for step in steps
+            [[decode([b]), round(p, 4)] for b, p in zip(step.best, step.probability, strict=True)] for step in steps
         ]
     return sample

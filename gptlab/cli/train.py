@@ -158,11 +158,12 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
 
 def _sample(config: TrainingConfig, prompt: list[int], tokenizer: Tokenizer, state: TrainingState) -> dict[str, Any]:
     """Text written on from `prompt` by the model as it is now, with what each block would have said."""
-    from gptlab.interpret.generate import as_row, generate
+    from gptlab.interpret.generate import Sampling, as_row, generate
     from gptlab.randomness import torch_generator
 
     generator = torch_generator("sample", config.seed, state.step)
     steps = generate(
-        state.model, prompt, SAMPLE_TOKENS, temperature=0.8, vocab_size=tokenizer.vocab_size, generator=generator
-    )
+        state.model, prompt, SAMPLE_TOKENS, Sampling(temperature=0.8), generator=generator,
+        vocab_size=tokenizer.vocab_size, show_blocks=True,
+    )  # fmt: skip
     return as_row(prompt, list(steps), tokenizer)

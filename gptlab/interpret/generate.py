@@ -1,81 +1,208 @@
-"""Writing on from a prompt, one token at a time, with what each block would have said next beside it."""
+"""Writing on from a prompt: several texts at a time, a token a step, with what each block would have said if asked for.
+
+Beyond block_size the last block_size tokens are the context, as in nanoGPT. Positions are learnt and absolute, so every
+token of the window stands at another place than before and its keys and values are of no use: the window is read anew
+for every token, which is slow and exactly what the model was trained to do.
+
+Early exit: a token is taken from the first block whose reading gives its best token at least `exit_confidence` of the
+probability; the blocks above are not computed, and their keys and values made of the state it left with
+(decoder.py's `skip`). The prompt is read by all blocks, but for its last token, which the first written one comes from.
+A confidence of 1 or more never exits. How much is lost and saved by it is early_exit.py's to measure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gptlab.data.tokenizers import Tokenizer
+from gptlab.interpret.decoder import Decoder
 from gptlab.model.gpt import GPT
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature: 0 takes the likeliest; top_k, top_p: of the k likeliest only, of the fewest
+    that hold p of the probability (nucleus, 1904.09751)."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+
+PLAIN = Sampling()
+"""A token as often as the model expects it."""
+
+
+@dataclass(frozen=True)
 class Step:
-    """One written token; best and probability: of each block's reading z_1..z_L before it."""
+    """One written token and the block, of 1..L, whose reading it was drawn from.
+
+    best, probability: of each block's reading up to that one, where they were looked at.
+    """
 
     token: int
-    best: list[int]
-    probability: list[float]
+    block: int
+    best: list[int] = field(default_factory=list)
+    probability: list[float] = field(default_factory=list)
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Reading:
+    """logits (B, V) of block `block`; best, probability: (blocks, B) of the readings that were looked at."""
+
+    logits: Tensor
+    block: int
+    best: Tensor | None = None
+    probability: Tensor | None = None
+
+    def step(self, row: int, token: int) -> Step:
+        if self.best is None or self.probability is None:
+            return Step(token, self.block)
+        return Step(token, self.block, self.best[:, row].tolist(), self.probability[:, row].tolist())
+
+
 def generate(
     model: GPT,
     prompt: list[int],
     max_new_tokens: int,
+    sampling: Sampling = PLAIN,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    vocab_size: int | None = None,
     generator: torch.Generator | None = None,
+    **options: Any,
 ) -> Iterator[Step]:
-    """Yield tokens that go on from `prompt`; temperature 0 takes the likeliest.
+    """One text: the steps of `generate_batch` for a single generator."""
+    for (step,) in generate_batch(model, prompt, max_new_tokens, sampling, generators=[generator], **options):
+        assert step is not None, "the last text has not ended"
+        yield step
 
-    vocab_size: ids the tokenizer knows; rows that only pad the model's vocabulary are never written. top_k, top_p:
-    keep the k likeliest, or the fewest that hold p of the probability (nucleus, 1904.09751). generator: on the CPU.
+
+@torch.no_grad()
+def generate_batch(
+    model: GPT,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Sampling = PLAIN,
+    *,
+    generators: Sequence[torch.Generator | None],
+    vocab_size: int | None = None,
+    end: int | None = None,
+    show_blocks: bool = False,
+    exit_confidence: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[list[Step | None]]:
+    """Texts that go on from `prompt`, one for each generator (on the CPU; None: torch's own), a step of all at a time.
+
+    A text ends with its first token `end` and is None from then on; the batch ends when all have, or after
+    max_new_tokens. vocab_size: ids the tokenizer knows; rows that only pad the model's vocabulary are never written.
+    show_blocks: look at every block's reading. dtype: of the products (decoder.py). With exit_confidence texts are
+    written one at a time, since rows would leave at different blocks: give one generator.
     """
-    device = model.lm_head.weight.device
-    tokens = torch.tensor([prompt], device=device)
+    if exit_confidence is not None and exit_confidence >= 1:
+        exit_confidence = None
+    assert exit_confidence is None or len(generators) == 1, "texts with early exit are written one at a time"
+    if max_new_tokens < 1:
+        return
+    writer = _Writer(model, prompt, len(generators), max_new_tokens, dtype)
+    ended = [False] * len(generators)
     for _ in range(max_new_tokens):
-        window = tokens[:, -model.config.block_size :]
-        states = torch.stack([h[0, -1] for h in model.hidden_states(window)[1:]])  # (L, C)
-        logits = model.read(states).float().cpu()[:, :vocab_size]  # (L, V)
-        probability, best = logits.softmax(1).max(1)
-        token = choose(logits[-1], temperature, top_k, top_p, generator)
-        yield Step(token, best.tolist(), probability.tolist())
-        tokens = torch.cat([tokens, torch.tensor([[token]], device=device)], dim=1)
+        if exit_confidence is None:
+            reading = writer.read_in_full(vocab_size, show_blocks)
+        else:
+            reading = writer.read_until(exit_confidence, vocab_size)
+        draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
+        logits = reading.logits.expand(len(generators), -1)
+        chosen = choose(logits, sampling, draws)
+        tokens = chosen.tolist()
+        yield [None if over else reading.step(row, t) for row, (over, t) in enumerate(zip(ended, tokens, strict=True))]
+        ended = [over or t == end for over, t in zip(ended, tokens, strict=True)]
+        if all(ended):
+            return
+        writer.add(chosen)
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
-) -> int:
-    """One token drawn from logits (V,), as `generate` says."""
-    if temperature == 0:
-        return int(logits.argmax())
-    ordered, index = (logits / temperature).sort(descending=True, stable=True)
-    if top_k:
-        ordered, index = ordered[:top_k], index[:top_k]
-    p = ordered.softmax(0)
-    p[p.cumsum(0) - p >= top_p] = 0  # the likeliest token always stays
-    return int(index[torch.multinomial(p, 1, generator=generator)])
+class _Writer:
+    """The tokens written so far, and the decoder that has read all but the last of them."""
+
+    def __init__(self, model: GPT, prompt: list[int], rows: int, new: int, dtype: torch.dtype | None) -> None:
+        self.block_size = model.config.block_size
+        self.device = model.lm_head.weight.device
+        self.tokens = torch.tensor([prompt], device=self.device)  # (1, T), and (B, T) from the first written token on
+        self.decoder = Decoder(model, rows, min(self.block_size, len(prompt) + new), dtype)
+        self.rows = rows
+
+    def add(self, chosen: Tensor) -> None:
+        """Append a token (B,) to each text."""
+        self.tokens = torch.cat([self.tokens.expand(self.rows, -1), chosen[:, None]], dim=1)
+
+    def _unread(self) -> Tensor:
+        """The tokens (B, T) that the decoder is to read next: the last one, or the whole window."""
+        if self.decoder.length and self.tokens.shape[1] <= self.block_size:
+            return self.tokens[:, self.decoder.length :]
+        self.decoder.forget()
+        return self.tokens[:, -self.block_size :]
+
+    def read_in_full(self, vocab_size: int | None, show_blocks: bool) -> _Reading:
+        states = list(self.decoder.states(self._unread()))
+        if not show_blocks:
+            return _Reading(self.decoder.read(states[-1])[:, :vocab_size], len(states))
+        logits = self.decoder.read(torch.stack(states))[..., :vocab_size]  # (L, B, V)
+        probability, best = logits.softmax(2).max(2)
+        return _Reading(logits[-1], len(states), best.expand(-1, self.rows), probability.expand(-1, self.rows))
+
+    def read_until(self, confidence: float, vocab_size: int | None) -> _Reading:
+        """The reading of the first block that is sure enough, or of the last."""
+        unread = self._unread()
+        if unread.shape[1] > 1:
+            for _ in self.decoder.states(unread[:, :-1]):
+                pass
+        best, probability, number, logits = [], [], 0, None
+        for number, h in enumerate(self.decoder.states(unread[:, -1:]), 1):
+            logits = self.decoder.read(h)[:, :vocab_size]
+            p, token = logits.softmax(1).max(1)
+            best.append(token)
+            probability.append(p)
+            if number < self.decoder.config.n_layer and bool(p >= confidence):
+                self.decoder.skip(number, h)
+                break
+        assert logits is not None
+        return _Reading(logits, number, torch.stack(best), torch.stack(probability))
+
+
+def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
+    """A token of each row of logits (B, V), as (B,): where `draws` (B,), uniform in [0, 1), falls in the distribution.
+
+    >>> choose(torch.tensor([[0.0, 9.0, 9.0]]).repeat(2, 1), Sampling(), torch.tensor([0.1, 0.9]))
+    tensor([1, 2])
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(1)
+    index = None
+    if sampling.top_k and sampling.top_k < logits.shape[1]:
+        logits, index = logits.topk(sampling.top_k)
+    elif sampling.top_p < 1:
+        logits, index = logits.sort(descending=True, stable=True)
+    p = (logits / sampling.temperature).softmax(1)
+    reached = p.cumsum(1, dtype=torch.float64)
+    if sampling.top_p < 1:  # the likeliest token always stays
+        reached = p.masked_fill(reached - p >= sampling.top_p, 0).cumsum(1, dtype=torch.float64)
+    place = torch.searchsorted(reached, draws.to(reached)[:, None] * reached[:, -1:], right=True)
+    return (place if index is None else index.gather(1, place))[:, 0]
 
 
 def as_row(prompt: list[int], steps: list[Step], tokenizer: Tokenizer) -> dict[str, Any]:
     """A sample as a row of metrics.jsonl: the text, and for every token each block's best next one with its p."""
     tokens = [s.token for s in steps]
     return {
-        "prompt": tokenizer.decode(np.array(prompt)),
-        "text": tokenizer.decode(np.array(tokens)),
+        "prompt": tokenizer.decode(prompt),
+        "text": tokenizer.decode(tokens),
         "tokens": tokens,
-        "written": [tokenizer.decode(np.array([t])) for t in tokens],
+        "written": [tokenizer.decode([t]) for t in tokens],
         "blocks": [
-            [[tokenizer.decode(np.array([b])), round(p, 4)] for b, p in zip(s.best, s.probability, strict=True)]
-            for s in steps
+            [[tokenizer.decode([b]), round(p, 4)] for b, p in zip(s.best, s.probability, strict=True)] for s in steps
         ],
     }

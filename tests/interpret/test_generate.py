@@ -1,22 +1,41 @@
-"""Drawing tokens: temperature, top-k and top-p against closed forms, and each block's own guess beside the text."""
+"""Writing on: every token against a full recomputation and against transformers; draws against closed forms."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
+
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptlab.data.tokenizers import get_tokenizer
-from gptlab.interpret.generate import Step, as_row, choose, generate
+from gptlab.errors import ConfigError
+from gptlab.interpret.decoder import Decoder
+from gptlab.interpret.generate import Sampling, Step, as_row, choose, generate, generate_batch
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.huggingface import from_huggingface
+from gptlab.model.working import Workspace
 
+GREEDY = Sampling(temperature=0)
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
 P = LOGITS.double().softmax(0)
 
 
+def build(**changes: int) -> GPT:
+    """A model whose readings differ from block to block, so that a wrong state would be seen."""
+    sizes = {"block_size": 8, "vocab_size": 50, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig(**sizes | changes), seed=1)
+    source = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty_like(p).normal_(0, 0.3, generator=source))
+    return model
+
+
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    return GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=3, n_head=2, n_embd=16), seed=1)
+    return build()
 
 
 def generator(seed: int) -> torch.Generator:
@@ -24,18 +43,78 @@ def generator(seed: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def test_each_step_reads_every_block_and_takes_the_last_ones_choice(model: GPT) -> None:
-    prompt = [3, 1, 4]
-    steps = list(generate(model, prompt, 12, temperature=0))
-    tokens = list(prompt)
-    for step in steps:
-        window = torch.tensor([tokens[-8:]])  # the context is cut to block_size
-        states = model.hidden_states(window)[1:]
+@pytest.mark.parametrize("changes", [{}, {"share_blocks": True}, {"n_layer": 1}, {"vocab_size": 51, "n_head": 1}])
+def test_each_step_is_a_full_recomputation(changes: dict[str, int]) -> None:
+    """20 tokens with a block_size of 8: with kept keys and values, and then with a window that slides."""
+    model = build(**changes)
+    tokens = [3, 1, 4]
+    for step in generate(model, tokens.copy(), 20, GREEDY, show_blocks=True):
+        states = model.hidden_states(torch.tensor([tokens[-8:]]))[1:]
         read = [model.read(h[0, -1]).softmax(-1) for h in states]
         assert step.best == [int(p.argmax()) for p in read]
         assert step.probability == pytest.approx([float(p.max()) for p in read], abs=1e-6)
         assert step.token == step.best[-1]
+        assert step.block == model.config.n_layer
         tokens.append(step.token)
+    assert len(tokens) == 23
+
+
+@torch.no_grad()
+def test_a_decoder_reads_on_as_the_model_reads_in_one_go(model: GPT) -> None:
+    tokens = torch.randint(50, (3, 8), generator=generator(1))
+    expected = model.hidden_states(tokens)
+    decoder = Decoder(model, rows=3)
+    found = list(decoder.states(tokens[:, :5]))
+    for t in range(5, 9):
+        for h, whole in zip(found, expected[1:], strict=True):
+            torch.testing.assert_close(h, whole[:, t - 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(decoder.read(found[-1]), model(tokens)[:, t - 1], atol=1e-5, rtol=1e-5)
+        if t < 8:
+            found = list(decoder.states(tokens[:, t : t + 1]))
+    with pytest.raises(ConfigError, match="block_size 8 tokens at once, found 9"):
+        Decoder(model, capacity=9)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=61, n_positions=32, n_embd=24, n_layer=2, n_head=3, bos_token_id=7, eos_token_id=7)
+    model = GPT2LMHeadModel(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.empty_like(p).normal_(0, 0.2, generator=generator(3)))
+    return model
+
+
+@pytest.mark.parametrize("prompt", [[5], [1, 2, 3, 4, 5, 6], [60, 0, 60, 0]])
+def test_greedy_text_is_that_of_transformers(theirs: GPT2LMHeadModel, prompt: list[int]) -> None:
+    expected = theirs.generate(
+        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=7, eos_token_id=None,
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+    )[0, len(prompt) :].tolist()  # fmt: skip
+    found = [step.token for step in generate(from_huggingface(theirs), prompt, 24, GREEDY)]
+    assert found == expected
+    assert len(set(found)) > 5, "a text that repeats itself compares little"
+
+
+def test_texts_side_by_side_are_those_written_alone(model: GPT) -> None:
+    alone = [[s.token for s in generate(model, [1, 2], 12, generator=generator(n))] for n in range(4)]
+    rows = list(generate_batch(model, [1, 2], 12, generators=[generator(n) for n in range(4)], show_blocks=True))
+    assert [[row[n].token for row in rows if row[n]] for n in range(4)] == alone  # type: ignore[union-attr]
+    assert len({tuple(text) for text in alone}) == 4
+
+
+def test_a_text_stops_at_its_end_and_the_batch_with_the_last(model: GPT) -> None:
+    def texts(end: int | None) -> list[list[int]]:
+        rows = list(generate_batch(model, [1], 30, generators=[generator(n) for n in range(3)], end=end))
+        return [[step.token for row in rows if (step := row[n])] for n in range(3)]
+
+    whole = texts(None)
+    end = whole[0][4]
+    cut = [text[: text.index(end) + 1] if end in text else text for text in whole]
+    assert texts(end) == cut
+    assert len({len(text) for text in cut}) > 1
+    last = [step.token for step in generate(model, [1], 30, generator=generator(0), end=end)]
+    assert last == cut[0]
 
 
 def test_the_same_generator_draws_the_same_text(model: GPT) -> None:
@@ -47,15 +126,94 @@ def test_the_same_generator_draws_the_same_text(model: GPT) -> None:
 
 
 def test_padding_rows_are_never_written(model: GPT) -> None:
-    steps = list(generate(model, [1], 40, temperature=10.0, vocab_size=5, generator=generator(1)))
+    steps = list(
+        generate(model, [1], 40, Sampling(10.0), vocab_size=5, generator=generator(1), show_blocks=True)
+    )
     assert {step.token for step in steps} == set(range(5))
     assert max(best for step in steps for best in step.best) < 5
 
 
 def test_nothing_is_learnt_while_writing(model: GPT) -> None:
+    for _ in generate(model, [1], 2, generator=generator(1)):
+        assert torch.is_grad_enabled()
     assert all(p.grad is None for p in model.parameters())
-    assert not any(step.token < 0 for step in generate(model, [1], 1, generator=generator(1)))
-    assert torch.is_grad_enabled()
+
+
+@torch.no_grad()
+def test_bf16_multiplies_in_bf16_and_uses_working_copies() -> None:
+    model = build(n_embd=64)
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    exact = model(tokens)[:, -1]
+    decoder = Decoder(model, dtype=torch.bfloat16)
+    rounded = decoder.read(list(decoder.states(tokens))[-1])
+    assert rounded.dtype == torch.float32
+    assert 1e-4 < float((rounded - exact).abs().max() / exact.std()) < 0.05
+    Workspace(model, torch.bfloat16)
+    working = model.lm_head.working
+    assert working is not None
+    again = Decoder(model)
+    assert again.head.weight.data_ptr() == working.weight.data_ptr()
+    assert torch.equal(again.read(list(again.states(tokens))[-1]), rounded)
+
+
+@torch.no_grad()
+def left_early(model: GPT, tokens: Sequence[int], confidence: float) -> tuple[torch.Tensor, int]:
+    """Logits and exit block of the last of `tokens`, with plain attention over what each token left in each block.
+
+    All tokens but the last `1` are taken to have been read by all blocks, as a prompt's are.
+    """
+    L = model.config.n_layer
+    states = [h[0, :-1] for h in model.hidden_states(torch.tensor([tokens]))]
+    h = model.embed(torch.tensor([tokens]))[0, -1]
+    for j, block in enumerate(model.blocks, 1):
+        before = torch.cat([states[j - 1], h[None]])[None]
+        h = block(before)[0, -1]
+        logits = model.read(h)
+        if j == L or logits.softmax(0).max() >= confidence:
+            return logits, j
+    raise AssertionError
+
+
+@torch.no_grad()
+def test_early_exit_takes_the_first_block_that_is_sure() -> None:
+    model = build(block_size=16)
+    prompt, blocks = [3, 1, 4], set()
+    for confidence in (0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        (step,) = generate(model, prompt, 1, GREEDY, exit_confidence=confidence)
+        logits, block = left_early(model, prompt, confidence)
+        assert (step.token, step.block) == (int(logits.argmax()), block)
+        assert len(step.best) == len(step.probability) == block
+        assert max(step.probability[:-1], default=0) < confidence
+        blocks.add(block)
+    assert len(blocks) > 1, "the confidences should not all exit at the same block"
+
+
+@torch.no_grad()
+def test_what_skipped_blocks_are_given_is_the_state_that_was_left_with(model: GPT) -> None:
+    decoder = Decoder(model)
+    tokens = torch.tensor([[3, 1, 4]])
+    list(decoder.states(tokens[:, :2]))
+    h = next(iter(decoder.states(tokens[:, 2:])))
+    decoder.skip(1, h)
+    C = model.config.n_embd
+    for number in (1, 2):
+        block = model.blocks[number]
+        expected = F.linear(block.ln_1(h), block.attn.c_attn.weight[C:], block.attn.c_attn.bias[C:])
+        found = decoder.kept[number][:, :, :, 2].reshape(2 * C)
+        torch.testing.assert_close(found, expected[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("confidence", [1.0, None])
+def test_a_confidence_of_one_is_the_full_model(model: GPT, confidence: float | None) -> None:
+    full = list(generate(model, [1, 2], 20, generator=generator(1)))
+    assert list(generate(model, [1, 2], 20, generator=generator(1), exit_confidence=confidence)) == full
+
+
+def test_a_confidence_that_is_never_reached_writes_the_same_text(model: GPT) -> None:
+    """The window slides, and its last token is read apart from the others."""
+    full = list(generate(model, [1, 2], 20, generator=generator(1), show_blocks=True))
+    found = list(generate(model, [1, 2], 20, generator=generator(1), exit_confidence=1 - 1e-7))
+    assert [(s.token, s.block, s.best) for s in found] == [(s.token, s.block, s.best) for s in full]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +225,7 @@ def test_nothing_is_learnt_while_writing(model: GPT) -> None:
         (1.0, 99, 1.0, P),
         (1.0, None, float(P[1]) + 0.01, torch.tensor([0, P[1], P[2], 0]) / (P[1] + P[2])),
         (1.0, None, float(P[1]) - 0.01, torch.tensor([0, 1.0, 0, 0])),
+        (1.0, 3, 0.7, torch.tensor([0, P[1], P[2], 0]) / (P[1] + P[2])),
         (1.0, None, 1e-9, torch.tensor([0, 1.0, 0, 0])),
         (0.0, None, 1.0, torch.tensor([0, 1.0, 0, 0])),
         (1e-4, None, 1.0, torch.tensor([0, 1.0, 0, 0])),
@@ -75,15 +234,22 @@ def test_nothing_is_learnt_while_writing(model: GPT) -> None:
 def test_draws_follow_the_distribution_that_was_asked_for(
     temperature: float, top_k: int | None, top_p: float, expected: torch.Tensor
 ) -> None:
-    n, source = 3000, generator(7)
-    drawn = [choose(LOGITS, temperature, top_k, top_p, source) for _ in range(n)]
-    found = np.bincount(drawn, minlength=4) / n
-    tolerance = 5 * (expected * (1 - expected) / n).sqrt().numpy()  # five standard deviations
-    assert (np.abs(found - expected.numpy()) <= tolerance).all(), found
+    """Over draws that are spaced evenly each token comes as often as its probability says, but for one at its edges."""
+    n = 2000
+    draws = (torch.arange(n) + 0.5) / n
+    drawn = choose(LOGITS.expand(n, 4), Sampling(temperature, top_k, top_p), draws)
+    found = torch.bincount(drawn, minlength=4)
+    assert ((found - n * expected).abs() <= 1.001).all(), found
+
+
+def test_the_ends_of_the_draws_stay_within_what_is_kept() -> None:
+    draws = torch.tensor([0.0, 1 - 2**-24])
+    assert choose(LOGITS.expand(2, 4), Sampling(top_p=float(P[1] + P[2]) - 0.01), draws).tolist() == [1, 2]
+    assert choose(torch.tensor([[0.0, -200.0, -200.0]]).repeat(2, 1), Sampling(), draws).tolist() == [0, 0]
 
 
 def test_a_sample_becomes_a_row_of_json_values() -> None:
-    steps = [Step(104, [97, 98], [0.123456, 0.5]), Step(105, [0, 255], [1.0, 0.25])]
+    steps = [Step(104, 2, [97, 98], [0.123456, 0.5]), Step(105, 2, [0, 255], [1.0, 0.25])]
     assert as_row([72], steps, get_tokenizer("bytes")) == {
         "prompt": "H",
         "text": "hi",
