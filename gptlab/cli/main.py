@@ -19,6 +19,7 @@ COMMANDS = {
     "experiment": "run arms against seeds, see how they stand, or try every arm first",
     "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
     "sample": "write on from a prompt, each block's guess beside it",
+    "lens": "what every block would say at every position, and what early exit saves",
     "digest": "SHA-256 over a run's weights, moments, RNG and data cursor",
     "verify": "check a run's files against their checksums",
     "export": "write a run as a Hugging Face GPT-2 folder",

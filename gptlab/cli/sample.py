@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
             print()
         samples.append(written)
     seconds = time.perf_counter() - started
-    exits = {} if options.exit_confidence is None else _against_the_full_model(opened, prompt, samples, seconds, options)
+    exits = (
+        {} if options.exit_confidence is None else _against_the_full_model(opened, prompt, samples, seconds, options)
+    )
     if options.json:
         told = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
         print(json.dumps({"samples": told, **exits}))

@@ -1,0 +1,51 @@
+"""The page of a lens, and the plot of early exit, made of what `gptlab lens --json` prints."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from gptlab.analysis.report.page import render
+from gptlab.analysis.report.svg import SETTINGS
+
+TITLES = {"raw": "Raw reading", "tuned": "Tuned reading"}
+COLOURS = {"raw": "#0b6fc2", "tuned": "#c2410c"}
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The lens as HTML: for each reader a heat map block by position, and every position's likeliest tokens."""
+    readers = [(TITLES[name], lens) for name, lens in found["readers"].items()]
+    return render("lens.html", title="Lens", source=found["checkpoint"], prompt=found["prompt"], readers=readers)
+
+
+def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Loss and agreement against compute, a line for each reader and a mark for each confidence, as an SVG file."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(cast(Any, {**SETTINGS, "svg.hashsalt": "gptlab"})):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, key, label in zip(
+            figure.subplots(1, 2), ("loss", "agreement"), ("loss, nats a token", "agreement with the full model"),
+            strict=True,
+        ):  # fmt: skip
+            for name, points in found.items():
+                x = [point["compute"] for point in points]
+                y = [point[key] for point in points]
+                axes.plot(x, y, "o-", color=COLOURS[name], markersize=4, linewidth=1.4, label=TITLES[name])
+                for point, a, b in zip(points, x, y, strict=True):
+                    axes.annotate(
+                        f"{point['confidence']:g}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=8,
+                        color=COLOURS[name],
+                    )  # fmt: skip
+            axes.axvline(1, color="#8c959f", linewidth=0.8)
+            axes.set_xlabel("compute, full model = 1")
+            axes.set_ylabel(label)
+            axes.grid(color="#dcdddf", linewidth=0.6)
+            axes.margins(0.08)
+            if key == "loss":
+                axes.legend(frameon=False)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    return drawn.getvalue()

@@ -1,0 +1,101 @@
+"""Tuned readers: nothing at first, gradients against autograd, a fit whose answer is known, and the file they lie in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gptlab.errors import CheckpointError
+from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.signals import tuned_reader
+from gptlab.signals.tuned_reader import TunedReader, beside, divergences, fit, load, save
+
+
+def build() -> GPT:
+    return GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=3, n_head=1, n_embd=8), seed=1)
+
+
+def tokens(step: int = 0) -> torch.Tensor:
+    return torch.randint(20, (8, 8), generator=torch.Generator().manual_seed(step))
+
+
+def drawn(model: GPT) -> TunedReader:
+    reader, source = TunedReader.untuned(model), torch.Generator().manual_seed(3)
+    reader.weight.normal_(0, 0.3, generator=source)
+    reader.bias.normal_(0, 0.3, generator=source)
+    return reader
+
+
+def test_an_untuned_reader_changes_nothing_and_the_last_block_is_never_tuned() -> None:
+    model, h = build(), torch.randn(2, 5, 8)
+    assert all(torch.equal(TunedReader.untuned(model)(number, h), h) for number in (1, 2, 3))
+    reader = drawn(model)
+    expected = torch.einsum("btc,dc->btd", h, torch.eye(8) + reader.weight[1]) + reader.bias[1]
+    torch.testing.assert_close(reader(2, h), expected)
+    assert torch.equal(reader(3, h), h)
+
+
+def test_divergences_and_their_gradient_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned_reader, "CHUNK", 10)  # several chunks, and a last one that is not full
+    model, given = build(), tokens()
+    reader = drawn(model)
+    reader.weight.grad, reader.bias.grad = torch.zeros_like(reader.weight), torch.zeros_like(reader.bias)
+    found = divergences(model, given, reader, learn=True)
+    assert found == pytest.approx(divergences(model, given, reader), abs=1e-9)
+
+    weight, bias = reader.weight.clone().requires_grad_(), reader.bias.clone().requires_grad_()
+    states = [h.detach().flatten(0, 1) for h in model.hidden_states(given)[1:]]
+    final = model.read(states[-1]).log_softmax(1).detach()
+    expected = [
+        F.kl_div(model.read(TunedReader(weight, bias)(j, states[j - 1])).log_softmax(1), final,
+                 reduction="batchmean", log_target=True)
+        for j in (1, 2)
+    ]  # fmt: skip
+    assert found == pytest.approx([float(e) for e in expected], abs=1e-6)
+    torch.stack(expected).sum().backward()
+    torch.testing.assert_close(reader.weight.grad, weight.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(reader.bias.grad, bias.grad, atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_fit_finds_the_map_that_makes_a_block_speak_as_the_last() -> None:
+    """The last block only adds a constant, which an affine reader of block 2 can add as well: KL goes to 0."""
+    model = build()
+    with torch.no_grad():
+        last = model.blocks[-1]
+        for p in (last.attn.c_proj.weight, last.mlp.c_proj.weight):
+            p.zero_()
+        last.mlp.c_proj.bias.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    before = divergences(model, tokens(99), TunedReader.untuned(model))
+    told: list[int] = []
+    reader = fit(model, tokens, 150, learning_rate=0.02, told=lambda step, found: told.append(step))
+    after = divergences(model, tokens(99), reader)
+    assert before[1] > 0.01
+    assert after[1] < 0.001 * before[1]
+    assert after[0] < 0.8 * before[0]
+    assert told == list(range(1, 151))
+
+
+def test_a_kept_reader_belongs_to_its_weights(tmp_path: Path) -> None:
+    model = build()
+    reader, path = drawn(model), tmp_path / tuned_reader.FILE
+    assert load(model, path) is None
+    save(reader, model, path)
+    found = load(model, path)
+    assert found is not None
+    assert torch.equal(found.weight, reader.weight)
+    assert torch.equal(found.bias, reader.bias)
+    with torch.no_grad():
+        model.ln_f.bias[0] = 1
+    with pytest.raises(CheckpointError, match="fitted to other weights"):
+        load(model, path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(model, path)
+
+
+def test_it_lies_beside_the_run() -> None:
+    assert beside("log/run") == beside("log/run/checkpoints/step_00000100") == Path("log/run/tuned_reader.safetensors")
