@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
 from gptlab.cli.sample_view import blocks, legend, text
-from gptlab.errors import UsageError
+from gptlab.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from gptlab.cli.model import Opened
+    from gptlab.interpret.decoder import Weights
     from gptlab.interpret.generate import Step
+    from gptlab.signals.tuned_reader import TunedReader
 
 
 def main(argv: list[str]) -> int:
@@ -23,13 +24,15 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
 
     from gptlab.cli.model import open_model
+    from gptlab.interpret.decoder import Weights
 
     opened = open_model(options.checkpoint, options.device, options.dtype)
+    weights = Weights(opened.model, opened.placement.autocast)
     tokenizer = opened.tokenizer
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.document_start]
     started = time.perf_counter()
     samples = []
-    for number, steps in _texts(opened, prompt, options):
+    for number, steps in _texts(opened, weights, prompt, options):
         written = []
         if options.json:
             written = list(steps)
@@ -43,9 +46,9 @@ def main(argv: list[str]) -> int:
             print()
         samples.append(written)
     seconds = time.perf_counter() - started
-    exits = (
-        {} if options.exit_confidence is None else _against_the_full_model(opened, prompt, samples, seconds, options)
-    )
+    exits: dict[str, Any] = {}
+    if options.exit_confidence is not None:
+        exits = {"exit_confidence": options.exit_confidence, **_saved(weights, prompt, samples, seconds)}
     if options.json:
         told = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
         print(json.dumps({"samples": told, **exits}))
@@ -67,10 +70,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--samples", metavar="N", type=int, default=1, help="how many texts, written side by side [1]")
     add("--ignore_end", action="store_true", help="write on where a document ends, instead of stopping")
     add("--exit_confidence", metavar="P", type=float, help="take a token from the first block at least so sure [none]")
+    add(
+        "--reader",
+        choices=["raw", "tuned"],
+        default="raw",
+        help="how early blocks are read (`gptlab lens --fit`) [raw]",
+    )
     add("--show_blocks", action="store_true", help="a line per token: each block's best next token and its probability")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
-    add("--json", action="store_true", help='print {"samples": [{"tokens", "text", "exit_blocks"}]}, tokens as written')
+    add(
+        "--json", action="store_true", help='print {"samples": [{"tokens", "text", "exit_blocks"}]}, without the prompt'
+    )
     options = parser.parse(argv)
     for name, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1), ("samples", 1)):
         found = getattr(options, name)
@@ -82,7 +93,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _texts(opened: Opened, prompt: list[int], options: argparse.Namespace) -> Iterator[tuple[int, Iterator[Step]]]:
+def _texts(
+    opened: Opened, weights: Weights, prompt: list[int], options: argparse.Namespace
+) -> Iterator[tuple[int, Iterator[Step]]]:
     """Every text with its number. Side by side, the first streams and the others come whole after it."""
     from functools import partial
 
@@ -96,16 +109,16 @@ def _texts(opened: Opened, prompt: list[int], options: argparse.Namespace) -> It
         "vocab_size": min(tokenizer.vocab_size, opened.model.config.vocab_size),
         "end": None if options.ignore_end else tokenizer.document_start,
         "show_blocks": options.show_blocks,
-        "dtype": opened.placement.autocast,
     }
-    start = partial(generate, opened.model, prompt, options.max_new_tokens, **how)
+    start = partial(generate, weights, prompt, options.max_new_tokens, **how)
     if options.exit_confidence is not None:
-        yield from ((n, start(generator=generators[n], exit_confidence=options.exit_confidence)) for n in numbers)
+        early = partial(start, exit_confidence=options.exit_confidence, reader=_reader(opened, options))
+        yield from ((n, early(generator=generators[n])) for n in numbers)
         return
     columns: list[list[Step]] = [[] for _ in numbers]
 
     def first() -> Iterator[Step]:
-        for row in generate_batch(opened.model, prompt, options.max_new_tokens, generators=generators, **how):
+        for row in generate_batch(weights, prompt, options.max_new_tokens, generators=generators, **how):
             for column, step in zip(columns, row, strict=True):
                 if step is not None:
                     column.append(step)
@@ -122,21 +135,30 @@ def _kept(steps: Iterator[Step], into: list[Step]) -> Iterator[Step]:
         yield step
 
 
-def _against_the_full_model(
-    opened: Opened, prompt: list[int], samples: list[list[Step]], seconds: float, options: argparse.Namespace
-) -> dict[str, Any]:
+def _reader(opened: Opened, options: argparse.Namespace) -> TunedReader | None:
+    """The reader that was asked for; raises CheckpointError where a tuned one is missing or another model's."""
+    from gptlab.signals.tuned_reader import beside, load
+
+    if options.reader == "raw":
+        return None
+    reader = load(opened.model, path := beside(options.checkpoint))
+    if reader is None:
+        raise CheckpointError(f"expected a tuned reader at {path}, found none; fit it with `gptlab lens --fit`")
+    return reader
+
+
+def _saved(weights: Weights, prompt: list[int], samples: list[list[Step]], seconds: float) -> dict[str, Any]:
     """What early exit saved: the share of blocks computed, and the time the full model takes for as many tokens."""
     from gptlab.interpret.generate import generate
 
     started = time.perf_counter()
     for steps in samples:
-        for _ in generate(opened.model, prompt, len(steps), dtype=opened.placement.autocast):
+        for _ in generate(weights, prompt, len(steps)):
             pass
     in_full = time.perf_counter() - started
     depths = [step.block for steps in samples for step in steps]
     return {
-        "exit_confidence": options.exit_confidence,
-        "share_of_blocks": sum(depths) / (len(depths) * opened.model.config.n_layer) if depths else None,
+        "share_of_blocks": sum(depths) / (len(depths) * weights.config.n_layer) if depths else None,
         "seconds": seconds,
         "seconds_in_full": in_full,
         "gain": in_full / seconds if depths else None,

@@ -55,26 +55,36 @@ class BlockWeights:
         self.c_fc, self.mlp_proj = Product(block.mlp.c_fc, dtype), Product(block.mlp.c_proj, dtype)
 
 
-class Decoder:
-    """B rows of text that a model reads on together, all equally long; `length` tokens of each have been read.
+class Weights:
+    """A model's weights as decoders multiply by them, made once for any number of texts; they do not follow training.
 
-    The weights are those of the moment it is made. dtype: of the products; None = the model's working copies', else
-    its parameters'. Norms, sums and hidden states stay in the parameters' dtype.
+    dtype: of the products; None = the model's working copies', else its parameters'.
     """
 
-    def __init__(self, model: GPT, rows: int = 1, capacity: int | None = None, dtype: torch.dtype | None = None):
-        """capacity: the most tokens a row will hold; None = block_size. Raises ConfigError beyond block_size."""
-        c = model.config
-        if (capacity or 0) > c.block_size:
-            raise ConfigError(f"the model reads at most block_size {c.block_size} tokens at once, found {capacity}")
+    def __init__(self, model: GPT, dtype: torch.dtype | None = None) -> None:
         head = model.lm_head
-        self.model, self.config = model, c
+        self.config, self.device = model.config, head.weight.device
         self.dtype = dtype or (head.working.weight.dtype if head.working else head.weight.dtype)
+        self.wte, self.wpe, self.ln_f = model.wte.weight, model.wpe.weight, model.ln_f
         made = {id(block): BlockWeights(block, self.dtype) for block in model.blocks}  # with share_blocks there is one
         self.blocks = [made[id(block)] for block in model.blocks]
         self.head = Product(head, self.dtype)
+
+
+class Decoder:
+    """B rows of text that a model reads on together, all equally long; `length` tokens of each have been read.
+
+    Norms, sums and hidden states stay in the parameters' dtype.
+    """
+
+    def __init__(self, weights: Weights, rows: int = 1, capacity: int | None = None) -> None:
+        """capacity: the most tokens a row will hold; None = block_size. Raises ConfigError beyond block_size."""
+        c = weights.config
+        if (capacity or 0) > c.block_size:
+            raise ConfigError(f"the model reads at most block_size {c.block_size} tokens at once, found {capacity}")
+        self.weights, self.config = weights, c
         shape = (2, rows, c.n_head, capacity or c.block_size, c.n_embd // c.n_head)
-        self.kept = [torch.empty(shape, dtype=self.dtype, device=head.weight.device) for _ in self.blocks]
+        self.kept = [torch.empty(shape, dtype=weights.dtype, device=weights.device) for _ in weights.blocks]
         self.length = 0
 
     def forget(self) -> None:
@@ -91,7 +101,7 @@ class Decoder:
         T, first = tokens.shape[1], self.length
         assert T == 1 or first == 0, "several tokens are read into empty rows only"
         self.length += T
-        x = self.model.wte.weight[tokens] + self.model.wpe.weight[first : self.length]  # (B, T, C)
+        x = self.weights.wte[tokens] + self.weights.wpe[first : self.length]  # (B, T, C)
         for number in range(self.config.n_layer):
             x = self._block(number, x)
             yield x[:, -1]
@@ -105,17 +115,17 @@ class Decoder:
         """
         C = self.config.n_embd
         for above in range(number, self.config.n_layer):
-            weights = self.blocks[above]
+            weights = self.weights.blocks[above]
             self._keep(above, weights.c_attn.columns(self._normalised(weights.ln_1, h), C), self.length - 1, 1)
 
     @torch.no_grad()
     def read(self, h: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), at least float32."""
-        logits = self.head(self._normalised(self.model.ln_f, h).flatten(0, -2)).view(*h.shape[:-1], -1)
+        logits = self.weights.head(self._normalised(self.weights.ln_f, h).flatten(0, -2)).view(*h.shape[:-1], -1)
         return logits.float() if logits.dtype.itemsize < 4 else logits
 
     def _normalised(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(self.dtype)
+        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(self.weights.dtype)
 
     def _keep(self, number: int, kv: Tensor, first: int, T: int) -> Tensor:
         """Put keys and values (B·T, 2C), side by side, in their place; they come back as (2, B, H, T, C/H)."""
@@ -125,7 +135,7 @@ class Decoder:
         return kv
 
     def _block(self, number: int, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        weights = self.blocks[number]
+        weights = self.weights.blocks[number]
         B, T, C = x.shape
         flat = x.view(B * T, C)
         qkv = weights.c_attn(self._normalised(weights.ln_1, flat))  # (B·T, 3C)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from gptlab.data.tokenizers import Tokenizer
-from gptlab.interpret.decoder import Decoder
+from gptlab.interpret.decoder import Decoder, Weights
 from gptlab.model.gpt import GPT
+from gptlab.signals.tuned_reader import TunedReader
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Reading:
 
 
 def generate(
-    model: GPT,
+    model: GPT | Weights,
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling = PLAIN,
@@ -83,7 +84,7 @@ def generate(
 
 @torch.no_grad()
 def generate_batch(
-    model: GPT,
+    model: GPT | Weights,
     prompt: list[int],
     max_new_tokens: int,
     sampling: Sampling = PLAIN,
@@ -93,27 +94,29 @@ def generate_batch(
     end: int | None = None,
     show_blocks: bool = False,
     exit_confidence: float | None = None,
-    dtype: torch.dtype | None = None,
+    reader: TunedReader | None = None,
 ) -> Iterator[list[Step | None]]:
     """Texts that go on from `prompt`, one for each generator (on the CPU; None: torch's own), a step of all at a time.
 
     A text ends with its first token `end` and is None from then on; the batch ends when all have, or after
     max_new_tokens. vocab_size: ids the tokenizer knows; rows that only pad the model's vocabulary are never written.
-    show_blocks: look at every block's reading. dtype: of the products (decoder.py). With exit_confidence texts are
-    written one at a time, since rows would leave at different blocks: give one generator.
+    show_blocks: look at every block's reading. With exit_confidence texts are written one at a time, since rows would
+    leave at different blocks: give one generator; reader: what its blocks are read with, None = raw. A model's weights
+    are copied for the products (decoder.py): who writes several times, or in another dtype, gives `Weights`.
     """
     if exit_confidence is not None and exit_confidence >= 1:
         exit_confidence = None
     assert exit_confidence is None or len(generators) == 1, "texts with early exit are written one at a time"
     if max_new_tokens < 1:
         return
-    writer = _Writer(model, prompt, len(generators), max_new_tokens, dtype)
+    weights = model if isinstance(model, Weights) else Weights(model)
+    writer = _Writer(weights, prompt, len(generators), max_new_tokens)
     ended = [False] * len(generators)
     for _ in range(max_new_tokens):
         if exit_confidence is None:
             reading = writer.read_in_full(vocab_size, show_blocks)
         else:
-            reading = writer.read_until(exit_confidence, vocab_size)
+            reading = writer.read_until(exit_confidence, vocab_size, reader)
         draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
         logits = reading.logits.expand(len(generators), -1)
         chosen = choose(logits, sampling, draws)
@@ -128,11 +131,12 @@ def generate_batch(
 class _Writer:
     """The tokens written so far, and the decoder that has read all but the last of them."""
 
-    def __init__(self, model: GPT, prompt: list[int], rows: int, new: int, dtype: torch.dtype | None) -> None:
-        self.block_size = model.config.block_size
-        self.device = model.lm_head.weight.device
-        self.tokens = torch.tensor([prompt], device=self.device)  # (1, T), and (B, T) from the first written token on
-        self.decoder = Decoder(model, rows, min(self.block_size, len(prompt) + new), dtype)
+    def __init__(self, weights: Weights, prompt: list[int], rows: int, new: int) -> None:
+        self.block_size = weights.config.block_size
+        self.tokens = torch.tensor(
+            [prompt], device=weights.device
+        )  # (1, T), and (B, T) from the first written token on
+        self.decoder = Decoder(weights, rows, min(self.block_size, len(prompt) + new))
         self.rows = rows
 
     def add(self, chosen: Tensor) -> None:
@@ -154,7 +158,7 @@ class _Writer:
         probability, best = logits.softmax(2).max(2)
         return _Reading(logits[-1], len(states), best.expand(-1, self.rows), probability.expand(-1, self.rows))
 
-    def read_until(self, confidence: float, vocab_size: int | None) -> _Reading:
+    def read_until(self, confidence: float, vocab_size: int | None, reader: TunedReader | None) -> _Reading:
         """The reading of the first block that is sure enough, or of the last."""
         unread = self._unread()
         if unread.shape[1] > 1:
@@ -162,7 +166,7 @@ class _Writer:
                 pass
         best, probability, number, logits = [], [], 0, None
         for number, h in enumerate(self.decoder.states(unread[:, -1:]), 1):
-            logits = self.decoder.read(h)[:, :vocab_size]
+            logits = self.decoder.read(reader(number, h) if reader else h)[:, :vocab_size]
             p, token = logits.softmax(1).max(1)
             best.append(token)
             probability.append(p)

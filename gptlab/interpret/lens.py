@@ -1,6 +1,7 @@
 """The lens: what every block would say next at every position of a text, read raw or through a tuned reader.
 
-The raw reading is the logit lens (head(ln_f(h_j)), as everywhere in this project), the tuned one signals/tuned_reader's.
+The raw reading is the logit lens, head(ln_f(h_j)), as everywhere in this project; the tuned one is told in
+signals/tuned_reader.py.
 """
 
 from __future__ import annotations

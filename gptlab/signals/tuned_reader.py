@@ -1,4 +1,4 @@
-"""A tuned reader: one affine map a block before the model's own readout, fitted so that blocks speak the last one's way.
+"""A tuned reader: an affine map for each block before the model's own readout, fitted to the final block's reading.
 
 The raw reading z_j = head(ln_f(h_j)) asks a block in the last block's language, which lower blocks have no reason to
 speak. The tuned lens (Belrose et al., 2303.08112) reads head(ln_f(h_j + A_j h_j + b_j)) instead, with A_j and b_j

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError
-from gptlab.interpret.decoder import Decoder
+from gptlab.interpret.decoder import Decoder, Weights
 from gptlab.interpret.generate import Sampling, Step, as_row, choose, generate, generate_batch
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.working import Workspace
@@ -61,7 +61,7 @@ def test_each_step_is_a_full_recomputation(changes: dict[str, int]) -> None:
 def test_a_decoder_reads_on_as_the_model_reads_in_one_go(model: GPT) -> None:
     tokens = torch.randint(50, (3, 8), generator=generator(1))
     expected = model.hidden_states(tokens)
-    decoder = Decoder(model, rows=3)
+    decoder = Decoder(Weights(model), rows=3)
     found = list(decoder.states(tokens[:, :5]))
     for t in range(5, 9):
         for h, whole in zip(found, expected[1:], strict=True):
@@ -70,7 +70,7 @@ def test_a_decoder_reads_on_as_the_model_reads_in_one_go(model: GPT) -> None:
         if t < 8:
             found = list(decoder.states(tokens[:, t : t + 1]))
     with pytest.raises(ConfigError, match="block_size 8 tokens at once, found 9"):
-        Decoder(model, capacity=9)
+        Decoder(Weights(model), capacity=9)
 
 
 def test_texts_side_by_side_are_those_written_alone(model: GPT) -> None:
@@ -119,15 +119,15 @@ def test_bf16_multiplies_in_bf16_and_uses_working_copies() -> None:
     model = build(n_embd=64)
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
     exact = model(tokens)[:, -1]
-    decoder = Decoder(model, dtype=torch.bfloat16)
+    decoder = Decoder(Weights(model, torch.bfloat16))
     rounded = decoder.read(list(decoder.states(tokens))[-1])
     assert rounded.dtype == torch.float32
     assert 1e-4 < float((rounded - exact).abs().max() / exact.std()) < 0.05
     Workspace(model, torch.bfloat16)
     working = model.lm_head.working
     assert working is not None
-    again = Decoder(model)
-    assert again.head.weight.data_ptr() == working.weight.data_ptr()
+    again = Decoder(Weights(model))
+    assert again.weights.head.weight.data_ptr() == working.weight.data_ptr()
     assert torch.equal(again.read(list(again.states(tokens))[-1]), rounded)
 
 
@@ -165,7 +165,7 @@ def test_early_exit_takes_the_first_block_that_is_sure() -> None:
 
 @torch.no_grad()
 def test_what_skipped_blocks_are_given_is_the_state_that_was_left_with(model: GPT) -> None:
-    decoder = Decoder(model)
+    decoder = Decoder(Weights(model))
     tokens = torch.tensor([[3, 1, 4]])
     list(decoder.states(tokens[:, :2]))
     h = next(iter(decoder.states(tokens[:, 2:])))

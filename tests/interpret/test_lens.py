@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptlab.data.tokenizers import get_tokenizer
-from gptlab.interpret.decoder import Decoder
+from gptlab.interpret.decoder import Decoder, Weights
 from gptlab.interpret.early_exit import curve, leave
 from gptlab.interpret.lens import as_json, look, summary
 from gptlab.model.gpt import GPT, GPTConfig
@@ -80,7 +80,7 @@ def test_a_window_left_early_is_a_text_read_token_by_token(model: GPT, reader: T
     confidence, own = 0.35, reader if tuned else None
     found = leave(model, tokens, targets, confidence, reader=own, vocab_size=V)
     for row in range(len(tokens)):
-        decoder = Decoder(model)
+        decoder = Decoder(Weights(model))
         for t in range(tokens.shape[1]):
             number, logits = 0, torch.zeros(V)
             for number, h in enumerate(decoder.states(tokens[row, t].view(1, 1)), 1):

@@ -1,4 +1,4 @@
-"""Tuned readers: nothing at first, gradients against autograd, a fit whose answer is known, and the file they lie in."""
+"""Tuned readers: gradients against autograd, a fit whose answer is known, and the file they lie in."""
 
 from __future__ import annotations
 
