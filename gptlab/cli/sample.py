@@ -74,14 +74,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--reader",
         choices=["raw", "tuned"],
         default="raw",
-        help="how early blocks are read (`gptlab lens --fit`) [raw]",
+        help="how blocks are read (`gptlab lens --fit`) [raw]",
     )
     add("--show_blocks", action="store_true", help="a line per token: each block's best next token and its probability")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
-    add(
-        "--json", action="store_true", help='print {"samples": [{"tokens", "text", "exit_blocks"}]}, without the prompt'
-    )
+    add("--json", action="store_true", help='print {"samples": [{"tokens", "text", "exit_blocks"}]}, prompt left out')
     options = parser.parse(argv)
     for name, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1), ("samples", 1)):
         found = getattr(options, name)

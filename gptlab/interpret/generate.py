@@ -133,9 +133,7 @@ class _Writer:
 
     def __init__(self, weights: Weights, prompt: list[int], rows: int, new: int) -> None:
         self.block_size = weights.config.block_size
-        self.tokens = torch.tensor(
-            [prompt], device=weights.device
-        )  # (1, T), and (B, T) from the first written token on
+        self.tokens = torch.tensor([prompt], device=weights.device)  # (1, T), (B, T) once something is written
         self.decoder = Decoder(weights, rows, min(self.block_size, len(prompt) + new))
         self.rows = rows
 

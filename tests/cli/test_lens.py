@@ -1,0 +1,160 @@
+"""`gptlab lens`: readings, a fit that is kept and used, early exit, a page whose text stays text, clear refusals."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptlab.cli.main import main
+from gptlab.cli.sample_view import PLAIN, colour
+from gptlab.interpret.early_exit import CONFIDENCES
+from gptlab.model.huggingface import to_huggingface
+from gptlab.runs.initial import model_of
+from gptlab.signals.tuned_reader import FILE
+
+Capture = pytest.CaptureFixture[str]
+HOSTILE = '<img src=x onerror=alert(1)>"\x1b[2J'
+
+
+def lens(capsys: Capture, source: Path, *words: str) -> dict[str, Any]:
+    assert main(["lens", str(source), "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@torch.no_grad()
+def test_a_lens_is_the_models_own_reading(finished_run: Path, capsys: Capture) -> None:
+    found = lens(capsys, finished_run, "--prompt", "line 9", "--top", "3")
+    assert found["readers"].keys() == {"raw"}
+    positions = found["readers"]["raw"]["positions"]
+    assert "".join(position["text"] for position in positions) == "line 9"
+    model, _ = model_of(finished_run)
+    states = model.hidden_states(torch.tensor([list(b"line 9")]))[1:]
+    for j, h in enumerate(states):
+        p = model.read(h)[0].softmax(1)
+        for t, position in enumerate(positions):
+            top = position["blocks"][j]["top"]
+            assert [best["token"] for best in top] == p[t].topk(3).indices.tolist()
+            assert top[0]["probability"] == pytest.approx(float(p[t].max()), abs=1e-5)
+
+
+def test_a_fit_is_kept_beside_the_run_and_used(run: Path, capsys: Capture) -> None:
+    words = ("--fit", "--steps", "20", "--batch_tokens", "64", "--tokens", "128")
+    found = lens(capsys, run, *words)
+    assert found["reader"] == str(run / FILE)
+    assert found["divergence"]["tuned"][0] < found["divergence"]["raw"][0]
+    both = lens(capsys, run, "--prompt", "line")["readers"]
+    assert both["tuned"]["positions"][0]["blocks"][1] == both["raw"]["positions"][0]["blocks"][1]
+    assert both["tuned"]["positions"][0]["blocks"][0] != both["raw"]["positions"][0]["blocks"][0]
+    checkpoint = next((run / "checkpoints").glob("*6"))
+    assert lens(capsys, checkpoint, "--prompt", "line")["readers"] == both
+    sample = ["sample", "--checkpoint", str(run), "--reader", "tuned", "--exit_confidence", "0.001", "--json"]
+    assert main([*sample, "--max_new_tokens", "4"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["samples"][0]["exit_blocks"] == [1, 1, 1, 1]
+    assert told["share_of_blocks"] == 0.5
+    assert told["gain"] == pytest.approx(told["seconds_in_full"] / told["seconds"])
+    assert main(["verify", str(run)]) == 0
+
+
+def test_another_models_reader_is_left_alone_and_said(run: Path, capsys: Capture) -> None:
+    lens(capsys, run, "--fit", "--steps", "1", "--batch_tokens", "16", "--tokens", "16")
+    older = next((run / "checkpoints").glob("*3"))
+    assert main(["lens", str(older), "--prompt", "a", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["readers"].keys() == {"raw"}
+    assert "fitted to other weights" in err
+    assert main(["sample", "--checkpoint", str(older), "--reader", "tuned", "--exit_confidence", "0.5"]) == 3
+
+
+def test_early_exit_as_json_table_and_plot(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    plot = tmp_path / "exit.svg"
+    found = lens(capsys, finished_run, "--early_exit", "--tokens", "64", "--svg", str(plot))
+    points = found["early_exit"]["raw"]
+    assert [point["confidence"] for point in points] == list(CONFIDENCES)
+    assert found["tokens"] == 64
+    assert (points[-1]["agreement"], points[-1]["blocks"], points[-1]["compute"]) == (1, 1, 1)
+    drawn = ElementTree.fromstring(plot.read_text())
+    text = {element.text for element in drawn.iter() if element.text}
+    assert {"0.5", "0.99", "loss, nats a token", "agreement with the full model"} <= text
+    assert main(["lens", str(finished_run), "--early_exit", "--tokens", "64"]) == 0
+    out = capsys.readouterr().out
+    assert "64 validation tokens" in out
+    assert f"{points[-1]['loss']:.4f}" in out
+
+
+class Page(HTMLParser):
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.names: set[str] = set()
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.names |= {name for name, _ in attrs}
+
+
+def test_a_page_is_whole_and_its_text_stays_text(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "lens.html"
+    lens(capsys, finished_run, "--prompt", HOSTILE[:16], "--html", str(path))
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert not page.tags & {"script", "img", "iframe", "object", "form"}
+    assert not [name for name in page.names if name.startswith("on") or name == "style"]
+    assert "&lt;img src=x onerr" in source
+    style = source.partition("<style>")[2].partition("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'sha256-{digest}'" in source
+    assert source.count('<th scope="row">block 2</th>') == 1
+
+
+def test_a_terminal_shows_a_table_without_control_sequences(finished_run: Path, capsys: Capture) -> None:
+    assert main(["lens", str(finished_run), "--prompt", HOSTILE[-6:]]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "␛" in out
+    assert "block 2" in out
+
+
+def test_it_reads_hugging_face_folders(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    to_huggingface(model_of(finished_run)[0]).save_pretrained(tmp_path / "model")
+    found = lens(capsys, tmp_path / "model", "--prompt", "line")
+    expected = lens(capsys, finished_run, "--prompt", "line")
+    for theirs, ours in zip(*(x["readers"]["raw"]["positions"] for x in (found, expected)), strict=True):
+        assert [b["top"][0]["token"] for b in theirs["blocks"]] == [b["top"][0]["token"] for b in ours["blocks"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "expected --prompt TEXT, --fit or --early_exit"),
+        (["--prompt", "a", "--top", "0"], "--top: expected a number of at least 1, found 0"),
+        (["--fit", "--html", "x"], "--html shows a text"),
+        (["--prompt", "a", "--svg", "x"], "--svg draws early exit"),
+        (["--promt", "a"], "did you mean '--prompt'"),
+    ],
+)
+def test_usage(words: list[str], message: str, capsys: Capture) -> None:
+    assert main(["lens", "nowhere", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_text_longer_than_the_model_reads_is_refused(finished_run: Path, capsys: Capture) -> None:
+    assert main(["lens", str(finished_run), "--prompt", "a" * 17]) == 3
+    assert "at most block_size 16 tokens at once, found 17" in capsys.readouterr().err
+
+
+def test_colours_go_from_the_first_block_to_the_last_which_is_plain() -> None:
+    shades = [colour(j, 12) for j in range(1, 13)]
+    assert shades[-1] == PLAIN
+    assert len(set(shades)) > 9
+    assert colour(1, 1) == PLAIN
+    assert colour(1, 2) != PLAIN
