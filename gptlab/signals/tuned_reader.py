@@ -88,7 +88,7 @@ def divergences(
                 total = (final.exp() * (final - own)).sum()
             found[number - 1] += total.detach().double().cpu()
             if learn:
-                (dx,) = torch.autograd.grad(total / tokens.numel(), x)
+                dx = torch.autograd.grad(total, x)[0] / tokens.numel()
                 assert reader.weight.grad is not None
                 assert reader.bias.grad is not None
                 reader.weight.grad[number - 1].addmm_(dx.t(), h[rows])
