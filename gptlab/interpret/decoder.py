@@ -141,7 +141,7 @@ class Decoder:
         qkv = weights.c_attn(self._normalised(weights.ln_1, flat))  # (B·T, 3C)
         q = qkv[:, :C].view(B, T, self.config.n_head, -1).transpose(1, 2)  # (B, H, T, C/H)
         k, v = self._keep(number, qkv[:, C:], self.length - T, T)
-        if T == 1:
+        if self.length > T:  # else what has just come is all there is, of a single row where that stands for all
             k, v = self.kept[number][:, :, :, : self.length]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(B * T, C)
         flat = flat + weights.attn_proj(y)

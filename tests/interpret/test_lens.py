@@ -26,6 +26,7 @@ def model() -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.empty_like(p).normal_(0, 0.25, generator=source))
+        model.ln_f.weight.mul_(2.5)  # some readings are sure, some are not
     return model
 
 
