@@ -93,6 +93,8 @@ WITHOUT_TORCH = [
     (["data", "prepare", "shakespear"], 2),
     (["sample", "--help"], 0),
     (["sample"], 2),
+    (["lens", "--help"], 0),
+    (["lens", "run"], 2),
     (["digest"], 2),
     (["verify", "--help"], 0),
     (["export", "one"], 2),

@@ -72,7 +72,7 @@ def test_blocks_are_shown_with_their_probabilities(finished_run: Path, capsys: C
 
 
 def test_text_comes_on_standard_output_without_control_sequences(finished_run: Path, capsys: Capture) -> None:
-    words = ["--max_new_tokens", "99", "--temperature", "5", "--prompt", "\x1b[2Jhello"]
+    words = ["--max_new_tokens", "99", "--temperature", "5", "--prompt", "\x1b[2Jhello", "--ignore_end"]
     assert main(["sample", "--checkpoint", str(finished_run), *words]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("␛[2Jhello")
