@@ -54,7 +54,7 @@ def legend(blocks: int, exits: Mapping[str, Any]) -> str:
     shades = (f"{colour(j, blocks)}{j}{PLAIN}" for j in range(1, blocks + 1))
     key = f"exit block {' '.join(shades)}; " if sys.stdout.isatty() else ""
     return (
-        f"{key}{exits['share_of_blocks']:.0%} of the blocks computed; {exits['seconds']:.2f} s, "
+        f"{key}{exits['share_of_blocks']:.1%} of the blocks computed; {exits['seconds']:.2f} s, "
         f"the full model {exits['seconds_in_full']:.2f} s: {exits['gain']:.2f}x"
     )
 
