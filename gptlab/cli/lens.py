@@ -9,7 +9,6 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from gptlab.cli.model import Opened
     from gptlab.data.corpus import Corpus
     from gptlab.signals.tuned_reader import TunedReader
-
-tell = partial(print, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str]) -> int:
@@ -48,7 +45,7 @@ def main(argv: list[str]) -> int:
     for path, write in ((options.html, _write_page), (options.svg, _write_plot)):
         if path:
             write(Path(path), found)
-            tell(f"written to {path}")
+            _tell(f"written to {path}")
     return 0
 
 
@@ -124,7 +121,7 @@ def _fit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
 
     def told(step: int, found: list[float]) -> None:
         if step in (1, options.steps) or step % max(1, options.steps // 10) == 0:
-            tell(f"step {step} of {options.steps}: KL to the final block {sum(found) / len(found):.4f} nats, mean")
+            _tell(f"step {step} of {options.steps}: KL to the final block {sum(found) / len(found):.4f} nats, mean")
 
     def measured(reader: TunedReader) -> list[float]:
         found = [divergences(model, tokens, reader, opened.placement.autocast) for tokens in held_out]
@@ -153,9 +150,13 @@ def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
         at, cast = CONFIDENCES, opened.placement.autocast
         for point in curve(opened.model, batches, at, reader=reader, vocab_size=_vocabulary(opened), autocast=cast):
             points.append(asdict(point))
-            tell(f"{name} reader, confidence {point.confidence:g}: loss {point.loss:.4f}, blocks {point.blocks:.0%}")
+            _tell(f"{name} reader, confidence {point.confidence:g}: loss {point.loss:.4f}, blocks {point.blocks:.0%}")
         found[name] = points
     return {"early_exit": found, "tokens": sum(targets.numel() for _, targets in batches)}
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _vocabulary(opened: Opened) -> int:
@@ -169,7 +170,7 @@ def _tuned(opened: Opened, source: str) -> TunedReader | None:
     try:
         return load(opened.model, beside(source))
     except CheckpointError as error:
-        tell(f"no tuned reader: {error}")
+        _tell(f"no tuned reader: {error}")
         return None
 
 
@@ -178,7 +179,7 @@ def _corpus(opened: Opened, options: argparse.Namespace) -> Corpus:
     from gptlab.distributed import World
 
     data = options.data or (opened.config.data if opened.config else "shakespeare")
-    return open_or_prepare(data, opened.tokenizer.name, World(), tell)[0]
+    return open_or_prepare(data, opened.tokenizer.name, World(), _tell)[0]
 
 
 def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tensor, Tensor]]:
