@@ -65,6 +65,8 @@ class Weights:
         head = model.lm_head
         self.config, self.device = model.config, head.weight.device
         self.dtype = dtype or (head.working.weight.dtype if head.working else head.weight.dtype)
+        slow = self.dtype == torch.bfloat16 and self.device.type == "cpu"
+        self.attention_dtype = torch.float32 if slow else self.dtype  # one bf16 query took 6 times as long as in fp32
         self.wte, self.wpe, self.ln_f = model.wte.weight, model.wpe.weight, model.ln_f
         made = {id(block): BlockWeights(block, self.dtype) for block in model.blocks}  # with share_blocks there is one
         self.blocks = [made[id(block)] for block in model.blocks]
@@ -84,7 +86,7 @@ class Decoder:
             raise ConfigError(f"the model reads at most block_size {c.block_size} tokens at once, found {capacity}")
         self.weights, self.config = weights, c
         shape = (2, rows, c.n_head, capacity or c.block_size, c.n_embd // c.n_head)
-        self.kept = [torch.empty(shape, dtype=weights.dtype, device=weights.device) for _ in weights.blocks]
+        self.kept = [torch.empty(shape, dtype=weights.attention_dtype, device=weights.device) for _ in weights.blocks]
         self.length = 0
 
     def forget(self) -> None:
@@ -138,12 +140,12 @@ class Decoder:
         weights = self.weights.blocks[number]
         B, T, C = x.shape
         flat = x.view(B * T, C)
-        qkv = weights.c_attn(self._normalised(weights.ln_1, flat))  # (B·T, 3C)
+        qkv = weights.c_attn(self._normalised(weights.ln_1, flat)).to(self.weights.attention_dtype)  # (B·T, 3C)
         q = qkv[:, :C].view(B, T, self.config.n_head, -1).transpose(1, 2)  # (B, H, T, C/H)
         k, v = self._keep(number, qkv[:, C:], self.length - T, T)
         if self.length > T:  # else what has just come is all there is, of a single row where that stands for all
             k, v = self.kept[number][:, :, :, : self.length]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(B * T, C)
-        flat = flat + weights.attn_proj(y)
+        flat = flat + weights.attn_proj(y.to(self.weights.dtype))
         hidden = F.gelu(weights.c_fc(self._normalised(weights.ln_2, flat)), approximate="tanh")
         return (flat + weights.mlp_proj(hidden)).view(B, T, C)
