@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
     steps: dict[str, Callable[[], Any]] = {}
     written: dict[str, int] = {}
     for dtype in options.dtypes.split(","):
-        weights, theirs = Weights(model, DTYPES[dtype]), to_huggingface(model).to(DTYPES[dtype])  # type: ignore[arg-type]
+        theirs: Any = to_huggingface(model)
+        weights, theirs = Weights(model, DTYPES[dtype]), theirs.to(DTYPES[dtype])
         for batch in map(int, options.batches.split(",")):
             for name, step in (
                 ("gptlab", partial(ours, weights, batch, options.tokens)),

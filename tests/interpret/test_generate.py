@@ -76,7 +76,7 @@ def test_a_decoder_reads_on_as_the_model_reads_in_one_go(model: GPT) -> None:
 def test_texts_side_by_side_are_those_written_alone(model: GPT) -> None:
     alone = [[s.token for s in generate(model, [1, 2], 12, generator=generator(n))] for n in range(4)]
     rows = list(generate_batch(model, [1, 2], 12, generators=[generator(n) for n in range(4)], show_blocks=True))
-    assert [[row[n].token for row in rows if row[n]] for n in range(4)] == alone  # type: ignore[union-attr]
+    assert [[step.token for row in rows if (step := row[n])] for n in range(4)] == alone
     assert len({tuple(text) for text in alone}) == 4
 
 
