@@ -83,7 +83,7 @@ def test_early_exit_as_json_table_and_plot(finished_run: Path, tmp_path: Path, c
     assert (points[-1]["agreement"], points[-1]["blocks"], points[-1]["compute"]) == (1, 1, 1)
     drawn = ElementTree.fromstring(plot.read_text())
     text = {element.text for element in drawn.iter() if element.text}
-    assert {"0.5", "0.99", "loss, nats a token", "agreement with the full model"} <= text
+    assert {"0.5", "Full model", "loss, nats a token", "agreement with the full model"} <= text
     assert main(["lens", str(finished_run), "--early_exit", "--tokens", "64"]) == 0
     out = capsys.readouterr().out
     assert "64 validation tokens" in out

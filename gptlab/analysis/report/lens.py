@@ -31,14 +31,16 @@ def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             strict=True,
         ):  # fmt: skip
             for name, points in found.items():
-                x = [point["compute"] for point in points]
-                y = [point[key] for point in points]
+                early = [point for point in points if point["confidence"] < 1]
+                x, y = ([point[what] for point in early] for what in ("compute", key))
                 axes.plot(x, y, "o-", color=COLOURS[name], markersize=4, linewidth=1.4, label=TITLES[name])
-                for point, a, b in zip(points, x, y, strict=True):
+                for point in _apart(early, key):
                     axes.annotate(
-                        f"{point['confidence']:g}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=8,
-                        color=COLOURS[name],
+                        f"{point['confidence']:g}", (point["compute"], point[key]), textcoords="offset points",
+                        xytext=(4, 4), fontsize=8, color=COLOURS[name],
                     )  # fmt: skip
+            full = next(iter(found.values()))[-1]
+            axes.plot([full["compute"]], [full[key]], "s", color="#4a4d52", markersize=6, label="Full model")
             axes.axvline(1, color="#8c959f", linewidth=0.8)
             axes.set_xlabel("compute, full model = 1")
             axes.set_ylabel(label)
@@ -49,3 +51,13 @@ def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     return drawn.getvalue()
+
+
+def _apart(points: Sequence[Mapping[str, Any]], key: str, least: float = 0.06) -> list[Mapping[str, Any]]:
+    """The points whose labels have room: each at least a share of both ranges from the one before it."""
+    kept = list(points[:1])
+    room = {what: least * (max(p[what] for p in points) - min(p[what] for p in points)) for what in ("compute", key)}
+    for point in points[1:]:
+        if any(abs(point[what] - kept[-1][what]) > room[what] for what in room):
+            kept.append(point)
+    return kept
