@@ -75,8 +75,9 @@ def test_the_reader_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_heavy_packages_of_extras_are_imported_where_they_are_used(path: Path) -> None:
-    """datasets, transformers, matplotlib and pyarrow may be missing: no file needs them to be imported itself."""
+    """Packages of extras may be missing: no file needs them to be imported itself."""
     extras = {"datasets", "transformers", "pyarrow", "matplotlib", "jinja2", "lm_eval"}
+    extras |= {"submitit"}
     assert not [module for module, _, at_once in imports(path) if at_once and module.split(".")[0] in extras]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,14 @@ from gptlab.cli.terminal import printable
 from gptlab.errors import ConfigError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from gptlab.runs.executor import Executor
     from gptlab.runs.experiment import Progress, Runner
     from gptlab.runs.experiment_file import Experiment
+    from gptlab.runs.packing import Packing, Queue
     from gptlab.runs.smoke import Trial
 
 ACTIONS = ("run", "status", "smoke", "pack")
+EXECUTORS = ("slurm", "local")
 BUDGET = 120.0
 
 
@@ -32,6 +36,10 @@ def main(argv: list[str]) -> int:
             f"experiment: expected {', '.join(ACTIONS)}, found {argv[0]!r}{did_you_mean(argv[0], ACTIONS)}"
         )
     options = _parser().parse(argv)
+    if options.executor and options.action != "run":
+        raise UsageError(f"--executor is for run, found it with {options.action}")
+    if options.slurm and not options.executor:
+        raise UsageError("--slurm is for jobs of a cluster: add --executor slurm")
     return {"run": _run, "status": _status, "smoke": _smoke, "pack": _pack}[options.action](options)
 
 
@@ -51,6 +59,17 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
     parser.add_argument("--jobs", type=_count, metavar="N", help="cells at a time, at most [what suits the machine]")
+    parser.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        help="run: submit each cell as a job through submitit [processes of this machine]",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        metavar="KEY=VALUE",
+        help="what each job asks of the cluster, as in --slurm partition=gpu; may be repeated",
+    )
     parser.add_argument("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
     parser.add_argument(
         "--seconds", type=_count, default=BUDGET, metavar="N", help=f"time of smoke, about [{BUDGET:.0f}]"
@@ -85,12 +104,13 @@ def _run(options: argparse.Namespace) -> int:
     from gptlab.cli.experiment_view import Watch, stderr
     from gptlab.cli.stopping import StopRequest
     from gptlab.runs.experiment import Runner
-    from gptlab.runs.packing import Packing
 
     experiment, folder = _read(options)
-    packing = Packing.of_this_machine(options.jobs)
-    runner = Runner(experiment, folder, packing, options.seeds, options.allow_code)
+    packing, executor = _where(options, experiment, folder)
+    runner = Runner(experiment, folder, packing, options.seeds, options.allow_code, executor)
     runner.prepare()
+    if options.executor:
+        _prepare_data(experiment)
     note = f"{experiment.name}: {len(runner.cells)} cells in {folder}; {packing.why({c.n_embd for c in runner.cells})}"
     stderr().print(note, soft_wrap=True, markup=False)
     with StopRequest() as stop, Watch() as watch:
@@ -101,6 +121,39 @@ def _run(options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps(_summary(runner), indent=1))
     return _close(runner)
+
+
+def _where(options: argparse.Namespace, experiment: Experiment, folder: Path) -> tuple[Packing | Queue, Executor]:
+    """How many cells run at a time, and what runs them."""
+    from gptlab.runs.executor import Children
+    from gptlab.runs.packing import Packing, Queue
+
+    if not options.executor:
+        return Packing.of_this_machine(options.jobs), Children()
+    from gptlab.runs.cluster import JobOptions, Jobs
+
+    try:
+        asked = JobOptions.read(options.slurm or [])
+    except ConfigError as error:
+        raise UsageError(f"--slurm: {error}") from None
+    jobs = options.jobs
+    if options.executor == "local":
+        jobs = jobs or Packing.of_this_machine().cores
+    return Queue(jobs, asked.cpus_per_task, asked.gpus_per_node), Jobs(options.executor, experiment.name, folder, asked)
+
+
+def _prepare_data(experiment: Experiment) -> None:
+    """Prepare the corpora of all arms to their end: a cluster's nodes may not reach what they are made from."""
+    from gptlab.cli.corpus import open_or_prepare
+    from gptlab.cli.experiment_view import stderr
+    from gptlab.distributed import World
+
+    keys = ("data", "tokenizer")
+    corpora = {tuple(arm.get(k, experiment.preset) for k in keys) for arm in experiment.arms.values() if not arm.patch}
+    for data, tokenizer in sorted(corpora):
+        _, preparing = open_or_prepare(data, tokenizer, World(), lambda text: stderr().print(text, markup=False))
+        while preparing():
+            time.sleep(1.0)
 
 
 def _summary(runner: Runner) -> dict[str, Any]:

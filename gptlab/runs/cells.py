@@ -67,8 +67,13 @@ class Claim:
     @classmethod
     def take(cls, cell: Cell) -> Claim | None:
         """The claim, or None where another process has it."""
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        file = (cell.folder / CLAIM).open("a+", encoding="utf-8")
+        return cls.in_folder(cell.folder)
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Claim | None:
+        """The claim on the cell that lives in a folder, or None where another process has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / CLAIM).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -181,6 +186,12 @@ class Rows:
         if self.event in (None, "Stopped", "finished"):
             return said(self.cell) or self.damage
         return self.last.get("text")
+
+
+def saved_step(cell: Cell) -> int:
+    """The step of the cell's newest checkpoint; 0 while there is none."""
+    manifests = cell.folder.glob("checkpoints/step_*/MANIFEST.json")
+    return max((int(path.parent.name.removeprefix("step_")) for path in manifests), default=0)
 
 
 def said(cell: Cell) -> str | None:

@@ -1,4 +1,4 @@
-"""Running an experiment's cells: whatever is missing, side by side, each in a process of its own.
+"""Running an experiment's cells: whatever is missing, side by side, each in a process or a cluster's job of its own.
 
 It yields snapshots and shows nothing. Killed at any moment it leaves cells that go on exactly where they were; two
 runners on one experiment share the work and never a cell.
@@ -6,9 +6,6 @@ runners on one experiment share the work and never a cell.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import subprocess
 import time
 import tomllib
 from collections.abc import Callable, Iterator
@@ -16,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptlab.errors import ConfigError, Stopped
-from gptlab.runs import child
 from gptlab.runs.arm_options import as_toml, check_options, options_file
 from gptlab.runs.cells import ENDED, OUTPUT, Cell, Claim, Rows, State, cells_of, claimed
+from gptlab.runs.executor import Children, Executor, Worker
 from gptlab.runs.experiment_file import FILE, Experiment
-from gptlab.runs.packing import Packing
+from gptlab.runs.packing import Packing, Queue
 from gptlab.runs.patches import package, patched
 from gptlab.runs.results import Results, write_whole
 
@@ -53,10 +50,9 @@ class Snapshot:
 
 
 @dataclass
-class _Child:
-    process: subprocess.Popen[bytes]
-    claim: Claim
-    gpu: int
+class _Started:
+    worker: Worker
+    slot: int
     first: tuple[int, float] | None = None
     """The step and the moment at which it was first seen to make one."""
 
@@ -70,21 +66,23 @@ class _Child:
 class Runner:
     """Runs an experiment in `folder`. seeds: only so many of the first; allow_code: run users' own signals.
 
-    ran: names of the cells that this runner trained, in whole or in part.
+    packing: how many at a time; executor: where; ran: names of the cells that this runner had trained, in whole or in
+    part.
     """
 
     experiment: Experiment
     folder: Path
-    packing: Packing
+    packing: Packing | Queue
     seeds: int | None = None
     allow_code: bool = False
+    executor: Executor = field(default_factory=Children)
     ran: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.cells = cells_of(self.experiment, self.folder, self.seeds)
         self.results = Results(self.experiment, self.folder, cells_of(self.experiment, self.folder))
         self._rows = {cell.name: Rows(cell) for cell in self.cells}
-        self._children: dict[str, _Child] = {}
+        self._started: dict[str, _Started] = {}
         self._tried: set[str] = set()
         self._code: dict[str, Path] = {}
 
@@ -129,7 +127,7 @@ class Runner:
         """Run until every cell has ended, failed ones once; waits for cells that other runners have.
 
         stop: asked twice a second; then cells are asked to save, and Stopped is raised. However this ends, no process
-        that it started is left.
+        or job is left; only those of a cluster outlive a runner that is killed, and the next one watches them.
         """
         try:
             while True:
@@ -142,7 +140,7 @@ class Runner:
                     break
                 time.sleep(LOOK_EVERY)
         finally:
-            self._end_children()
+            self._end_all()
             self.results.write()
         left = [cell.name for cell in self.cells if self._state(cell) not in (*ENDED, "failed")]
         if left:
@@ -152,70 +150,86 @@ class Runner:
 
     def _start_what_fits(self) -> bool:
         """Start cells as long as there is room; whether anything is left to wait for."""
-        busy = bool(self._children)
+        busy = bool(self._started)
         for cell in self.cells:
             if cell.name in self._tried or self._rows[cell.name].state(False) in ENDED:
                 continue
             busy = True
-            widths = [self._rows[name].cell.n_embd for name in self._children]
+            widths = [self._rows[name].cell.n_embd for name in self._started]
             if not self.packing.fits(cell.n_embd, widths):
                 break
-            if claim := Claim.take(cell):
+            if worker := self.executor.find(cell):
+                self._watch(cell, worker)
+            elif claim := Claim.take(cell):
                 if self._rows[cell.name].look().state(False) in ENDED:  # by another runner since the last look
                     claim.release()
-                else:
-                    self._start(cell, claim)
+                elif not self._start(cell, claim):
+                    break
         return busy
 
-    def _start(self, cell: Cell, claim: Claim) -> None:
+    def _start(self, cell: Cell, claim: Claim) -> bool:
+        """Whether a worker was started, which then has the claim."""
+        worker = None
+        try:
+            if worker := self.executor.start(cell, claim, self._code[cell.arm.name], self._words(cell)):
+                self._watch(cell, worker)
+        finally:
+            if worker is None:
+                claim.release()
+        return worker is not None
+
+    def _words(self, cell: Cell) -> list[str]:
+        """What `gptlab` is started with for a cell."""
         arm = cell.arm
         words = ["train", "--config", str(options_file(self.folder, arm)), "--seed", str(cell.seed)]
         words += ["--out", str(cell.folder), "--resume", "auto"] + ["--allow_code"] * self.allow_code
-        gpu = min(set(range(len(self._children) + 1)) - {c.gpu for c in self._children.values()})
-        if "device" not in arm.options and self.packing.gpus:
-            words += ["--device", f"cuda:{gpu}"]
-        if "threads" not in arm.options and not self.packing.gpus:
-            words += ["--threads", str(self.packing.threads(cell.n_embd))]
-        output = cell.folder / OUTPUT
-        process = child.start(self._code[arm.name], words, output, keep_open=[claim.descriptor])
-        self._children[cell.name] = _Child(process, claim, gpu)
+        for key, value in self.packing.options(cell.n_embd, self._free_slot()).items():
+            words += [f"--{key}", value] if key not in arm.options else []
+        return words
+
+    def _free_slot(self) -> int:
+        return min(set(range(len(self._started) + 1)) - {one.slot for one in self._started.values()})
+
+    def _watch(self, cell: Cell, worker: Worker) -> None:
+        self._started[cell.name] = _Started(worker, self._free_slot())
         self._tried.add(cell.name)
-        self.ran.append(cell.name)
+        if cell.name not in self.ran:
+            self.ran.append(cell.name)
 
     def _collect(self) -> None:
-        """Take leave of the children that have ended, and write the results."""
-        for name, one in list(self._children.items()):
-            code = one.process.poll()
-            if code is None:
+        """Take leave of the workers that have ended, and write the results."""
+        for name, one in list(self._started.items()):
+            if not one.worker.over():
                 continue
-            rows = self._rows[name].look()
-            if code not in (0, Stopped.exit_code) and rows.state(False) in ("waiting", "stopped"):
-                with (rows.cell.folder / OUTPUT).open("a", encoding="utf-8") as file:
-                    file.write(f"\ngptlab: {child.how_it_ended(code)}\n")
-            del self._children[name]
-            one.claim.release()
+            rows, end = self._rows[name].look(), one.worker.close()
+            if rows.state(False) in ("waiting", "stopped"):
+                if self.executor.again(rows.cell):
+                    self._tried.discard(name)
+                elif end:
+                    with (rows.cell.folder / OUTPUT).open("a", encoding="utf-8") as file:
+                        file.write(f"\ngptlab: {end}\n")
+            del self._started[name]
             self.results.write()
 
-    def _end_children(self) -> None:
-        """Ask those that are left to stop, wait, and kill what does not."""
-        for one in self._children.values():
-            one.process.terminate()
+    def _end_all(self) -> None:
+        """Ask the workers that are left to stop, wait, and kill what does not."""
+        for one in self._started.values():
+            one.worker.stop()
         deadline = time.monotonic() + PATIENCE
-        for name, one in list(self._children.items()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.process.wait(max(0.0, deadline - time.monotonic()))
-            if one.process.poll() is None:
-                one.process.send_signal(signal.SIGKILL)
-                one.process.wait()
-            one.claim.release()
+        while time.monotonic() < deadline and not all(one.worker.over() for one in self._started.values()):
+            time.sleep(0.05)
+        for name, one in list(self._started.items()):
+            if not one.worker.over():
+                one.worker.kill()
+            one.worker.close()
             self._rows[name].look()
-            del self._children[name]
+            del self._started[name]
 
     def snapshot(self) -> Snapshot:
         """The cells as they stand now."""
-        now, left, speeds = time.monotonic(), 0, dict.fromkeys(self._children, 0.0)
+        now, left, speeds = time.monotonic(), 0, dict.fromkeys(self._started, 0.0)
         for cell in self.cells:
-            rows, one = self._rows[cell.name], self._children.get(cell.name)
+            rows, one = self._rows[cell.name], self._started.get(cell.name)
             if rows.state(False) not in ENDED:
                 rows.look()
             if one and rows.step:
@@ -229,10 +243,10 @@ class Runner:
         return Snapshot(cells, 0.0 if not left else left / speed if speed else None)
 
     def _state(self, cell: Cell) -> State:
-        rows, mine = self._rows[cell.name], cell.name in self._children
-        state = rows.state(running=mine or (rows.state(False) not in ENDED and claimed(cell)))
-        if state == "failed" and cell.name not in self._tried:  # before: it is about to be tried again
-            return "stopped" if rows.step else "waiting"
+        rows = self._rows[cell.name]
+        state = rows.state(running=rows.state(False) not in ENDED and claimed(cell))
+        if state == "failed" and (cell.name not in self._tried or cell.name in self._started):
+            return "stopped" if rows.step else "waiting"  # that was before: it is about to be tried again
         return state
 
 

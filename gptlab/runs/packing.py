@@ -1,4 +1,7 @@
-"""How many cells run at a time, with how many threads or on which GPU, and why. A pure choice; nothing is started."""
+"""How many cells run at a time, with how many threads or on which GPU, and why. A pure choice; nothing is started.
+
+Packing is the choice for this machine, Queue the one for a cluster, which packs its nodes itself.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,10 @@ class Packing:
             return len(running) < self.gpus
         return not running or sum(map(self.threads, [n_embd, *running])) <= self.cores
 
+    def options(self, n_embd: int, slot: int) -> dict[str, str]:
+        """What a run of a model that wide is given where its arm says nothing; slot: the lowest that no run has."""
+        return {"device": f"cuda:{slot}"} if self.gpus else {"threads": str(self.threads(n_embd))}
+
     def why(self, widths: set[int]) -> str:
         """The choice for models of these widths, in words."""
         if self.gpus:
@@ -62,3 +69,28 @@ class Packing:
         if max(widths) > SIDE_BY_SIDE:
             said.append(f"one run over all {self.cores} cores for models wider than {SIDE_BY_SIDE}")
         return "; ".join(said)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """jobs: the most that wait or run at a time, None for all; cores, gpus: of a job, 0 where none are asked for."""
+
+    jobs: int | None = None
+    cores: int = 0
+    gpus: int = 0
+
+    def fits(self, n_embd: int, running: list[int]) -> bool:
+        """Whether one more may join the queue: which node has room for it, the cluster knows."""
+        return self.jobs is None or len(running) < self.jobs
+
+    def options(self, n_embd: int, slot: int) -> dict[str, str]:
+        """The job's GPU; else threads as on this machine, wide models taking all the cores that the node gives."""
+        if self.gpus:
+            return {"device": "cuda:0"}
+        if n_embd <= SIDE_BY_SIDE:
+            return {"threads": "1"}
+        return {"threads": str(self.cores)} if self.cores else {}
+
+    def why(self, widths: set[int]) -> str:
+        """The choice in words."""
+        return f"a job a cell, {f'{self.jobs} at a time' if self.jobs else 'all in the queue at once'}"

@@ -126,10 +126,8 @@ def _start(experiment: Experiment, cell: Cell, packing: Packing, gpu: int, allow
         check_options(arm, code, file)
     words = ["train", "--config", str(file), "--seed", str(cell.seed), "--out", str(cell.folder)]
     words += ["--allow_code"] * allow_code
-    if packing.gpus and "device" not in arm.options:
-        words += ["--device", f"cuda:{gpu}"]
-    elif "threads" not in arm.options:
-        words += ["--threads", str(packing.threads(cell.n_embd))]
+    for key, value in packing.options(cell.n_embd, gpu).items():
+        words += [f"--{key}", value] if key not in arm.options else []
     return child.start(code, words, cell.folder / OUTPUT)
 
 

@@ -76,11 +76,15 @@ class RunnerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
+    def log(self) -> str:
+        """What it has said so far."""
+        return self._log.read_text()
+
     def end(self) -> tuple[int, str, str]:
         """Wait for its end, and for its children's: exit code, standard output, standard error."""
         out, _ = self.process.communicate()
         wait_until(lambda: not self.trainers(), "the end of the runner's children", 30.0)
-        return self.process.returncode, out.decode(), self._log.read_text()
+        return self.process.returncode, out.decode(), self.log()
 
     def abandon(self) -> None:
         """Kill what is left of it."""
