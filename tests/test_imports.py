@@ -77,7 +77,7 @@ def test_the_reader_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
 def test_heavy_packages_of_extras_are_imported_where_they_are_used(path: Path) -> None:
     """Packages of extras may be missing: no file needs them to be imported itself."""
     extras = {"datasets", "transformers", "pyarrow", "matplotlib", "jinja2", "lm_eval"}
-    extras |= {"submitit"}
+    extras |= {"submitit", "tensorboard", "wandb", "trackio"}
     assert not [module for module, _, at_once in imports(path) if at_once and module.split(".")[0] in extras]
 
 

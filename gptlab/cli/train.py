@@ -50,9 +50,19 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
                 f"{where}: unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; presets are {', '.join(PRESETS)}"
             )
     values = {**(defaults or {}), **filed, **given}
+    check_log(given, UsageError)
+    check_log(filed, ConfigError)
     check_signals(given, allow_code=parsed.allow_code, kind=UsageError)
     check_signals(values, allow_code=parsed.allow_code, kind=ConfigError)
     return _run(values, as_json=parsed.json)
+
+
+def check_log(values: Mapping[str, Any], kind: type[GptlabError]) -> None:
+    """Refuse, as an error of this kind, a tracker that is unknown."""
+    try:
+        TrainingConfig(log=values.get("log", "none"))
+    except ConfigError as error:
+        raise kind(str(error)) from None
 
 
 def check_signals(values: Mapping[str, Any], *, allow_code: bool, kind: type[GptlabError]) -> None:
@@ -113,7 +123,9 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
     from gptlab.runs.begin import Beginning, as_json, begin
     from gptlab.runs.folder import RunFolder
     from gptlab.runs.session import Session
+    from gptlab.runs.trackers import check_installed, tracking
 
+    check_installed(config)
     display = Display(config, quiet=not world.main)
     corpus, alive = open_or_prepare(config.data, config.tokenizer, world, display.note)
     windows = TrainingWindows(corpus, config.block_size, config.vocab_size, config.seed, alive)
@@ -144,11 +156,14 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
         session = Session(config, folder, beginning.checkpoint, placement, corpus.identity())
         display.note(f"  compile {session.compiled}")
         began, first = time.perf_counter(), session.state.step
+        track = ends.enter_context(tracking(config, folder.path, first, display.note)) if folder else None
         sample = partial(_sample, config, validation.stream[: config.block_size // 4].tolist(), tokenizer)
         for record in session.records(
             windows, validation, world, peak=peak, bytes_per_token=bytes_per_token, stop=stop, sample=sample
         ):
             display.show(record)
+            if track:
+                track(record)
         summary = session.finish(validation.sha256, time.perf_counter() - began, first, peak * world.size)
         if folder:
             display.note(f"  report  {after_run(folder.path)}")

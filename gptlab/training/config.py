@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gptlab.errors import ConfigError
+from gptlab.errors import ConfigError, did_you_mean
 from gptlab.options import option
 from gptlab.signals.config import SignalConfig
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class TrainingConfig:
     checkpoint_every: int = option(100, "save; also after the last step", unit="updates")
     sample_every: int = option(350, "write a sample, with each block's best next token", unit="updates")
     dose_every: int = option(50, "measure the signal's dose", unit="updates")
+    log: str = option("none", "also log figures with tensorboard, wandb or trackio; several with commas")
     noise_every: int = option(0, "measure gradient noise", unit="updates")
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="Machine")
@@ -88,6 +91,10 @@ class TrainingConfig:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, found {getattr(self, name)}")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ConfigError(f"log: expected none, {', '.join(TRACKERS)} or several with commas, found {name!r}"
+                                  f"{did_you_mean(name, TRACKERS)}")  # fmt: skip
         if not 0 <= self.target_flip < 1:
             raise ConfigError(f"target_flip must be at least 0 and below 1, found {self.target_flip}")
         if self.total_batch_tokens % self.block_size:
@@ -107,6 +114,11 @@ class TrainingConfig:
     def signals(self) -> tuple[SignalConfig, ...]:
         """The signals that are switched on; none for the baseline."""
         return tuple(s for s in (self.signal, *self.also) if s.name != "none")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Where figures are logged beside metrics.jsonl."""
+        return () if self.log == "none" else tuple(dict.fromkeys(name.strip() for name in self.log.split(",")))
 
     @property
     def sequences(self) -> int:
@@ -132,7 +144,7 @@ class TrainingConfig:
 
 
 FREE_ON_RESUME = frozenset(
-    {"out", "resume", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
+    {"out", "resume", "log", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
     | {"batch_size", "device", "threads", "compile"}
 )
 """What may change when a run goes on; `steps` may grow. Everything else makes it another run."""
