@@ -75,6 +75,7 @@ def train(
                 )
             yield Record("val", step, {
                 "loss": result.loss,
+                **({} if validation.floor is None else {"excess_loss": result.loss - validation.floor}),
                 **fitted,
                 "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
                 "block_loss": result.block_loss,
