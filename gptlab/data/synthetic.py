@@ -114,7 +114,8 @@ class Markov(SyntheticSource):
     """A stationary chain: every character hangs on the `order` characters before it and on nothing else.
 
     Each context has its own distribution, uneven as natural ones are, of which an eighth is for all symbols alike. The
-    floor is the entropy rate Σ_s π(s)·H(P(s, ·)), π being the stationary distribution of contexts (Shannon 1948, section 7).
+    floor is the entropy rate Σ_s π(s)·H(P(s, ·)), π being the contexts' stationary distribution (Shannon 1948, section
+    7).
     """
 
     SUMMARY = "a Markov chain whose entropy rate is known: markov:order=2,symbols=16,seed=1,tokens=8388608"
@@ -189,9 +190,9 @@ class LPN(SyntheticSource):
     (bits·log 2 + H(noise)) / (bits + 2); without a grasp of the secret the label costs log 2 instead.
     """
 
-    SUMMARY = "parity of a secret few of random bits, with noise: lpn:bits=14,ones=2,noise=0.1,seed=1,tokens=8388608"
+    SUMMARY = "parity of a secret few of random bits, with noise: lpn:bits=6,ones=2,noise=0.1,seed=1,tokens=8388608"
 
-    bits: int = option(14, "random bits a line", unit="bits")
+    bits: int = option(6, "random bits a line", unit="bits")
     ones: int = option(2, "bits of the secret that count", unit="bits")
     noise: float = option(0.1, "share of wrong labels, training and validation alike", unit="share of 1")
 

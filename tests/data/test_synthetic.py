@@ -131,7 +131,7 @@ def test_who_knows_the_secret_reaches_the_floor_and_no_other_secret_does(noise: 
 
 
 def test_more_noise_only_adds_wrong_labels_to_the_same_bits() -> None:
-    clean, some, more = (np.array(list(LPN(noise=n).text(16_000, "train", 0))) for n in (0.0, 0.1, 0.3))
+    clean, some, more = (np.array(list(LPN(bits=14, noise=n).text(16_000, "train", 0))) for n in (0.0, 0.1, 0.3))
     changed = [noisy != clean for noisy in (some, more)]
     assert not (changed[0] & ~changed[1]).any()
     assert {int(place) for place in np.flatnonzero(changed[1]) % 16} == {14}
@@ -214,7 +214,7 @@ def test_a_name_is_the_shortest_that_means_the_source() -> None:
         ("markov:order=4", "markov: expected order from 1 to 3, found 4"),
         ("markov:order=7,symbols=4", "expected order from 1 to 6, found 7"),
         ("markov:symbols=63", "expected symbols from 2 to 62, found 63"),
-        ("lpn:ones=15", "expected ones from 1 to 14, found 15"),
+        ("lpn:ones=7", "expected ones from 1 to 6, found 7"),
         ("lpn:bits=63", "expected bits from 1 to 62, found 63"),
         ("lpn:noise=0.6", "expected noise from 0 to 0.5, found 0.6"),
         ("copy:length=27", "expected length from 2 to 26, found 27"),
