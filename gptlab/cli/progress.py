@@ -99,7 +99,8 @@ class Display:
                 Text.assemble(
                     (f"{record.step:>6} val   loss {v['loss']:.4f}", "bold"),
                     *([f", {v['excess_loss']:+.4f} over the floor"] if "excess_loss" in v else []),
-                    f"  {v['bits_per_byte']:.3f} bits/byte",
+                    *([f", clean {v['clean_loss']:.4f}"] if "clean_loss" in v else []),
+                    f"  {v['bits_per_byte']:.3f} bits/byte, {v['accuracy']:.1%} right",
                     (f"  blocks {','.join(map(str, shown))}: loss {blocks}, p_max {sure}", "dim"),
                 ),
                 soft_wrap=True,

@@ -109,6 +109,12 @@ class TrainingConfig:
         return tuple(s for s in (self.signal, *self.also) if s.name != "none")
 
     @property
+    def undoable_flip(self) -> float:
+        """The share of uniformly flipped targets whose effect on predictions can be undone; 0 where none can."""
+        traces = self.target_flip < 1 - 1 / self.vocab_size  # from there on a target says nothing of the truth
+        return self.target_flip if traces and self.target_flip_to == "uniform" else 0.0
+
+    @property
     def sequences(self) -> int:
         """Sequences of one update, over all ranks and micro-batches."""
         return self.total_batch_tokens // self.block_size
