@@ -161,8 +161,8 @@ def compounding(singles: Sequence[LogRatios], everywhere: LogRatios) -> Compound
     if product and total:
         fits = [name for name, (low, high) in (("product", product), ("sum", total)) if low <= 1 <= high]
         verdict = {0: "neither", 1: "".join(fits), 2: "both"}[len(fits)]
-    means = (math.exp(sum(logs) / len(seeds)) for logs in (every, products, added))
-    return Compounding(len(seeds), *means, product, total, verdict)
+    mean, mean_product, mean_sum = (math.exp(sum(logs) / len(seeds)) for logs in (every, products, added))
+    return Compounding(len(seeds), mean, mean_product, mean_sum, product, total, verdict)
 
 
 def growth(early: LogRatios, late: LogRatios) -> tuple[float, Interval | None] | None:

@@ -48,7 +48,7 @@ def test_tokens_to_a_level(values: list[float], level: float, rising: bool, expe
 
 def test_a_multiplier_is_a_geometric_mean_with_a_paired_interval() -> None:
     """Ratios 2, 4, 8 around 4, whatever each seed's own pace is."""
-    reference, ends = {1: 10.0, 2: 50.0, 3: 30.0}, dict.fromkeys((1, 2, 3), 1000.0)
+    reference, ends = {1: 10.0, 2: 50.0, 3: 30.0}, {1: 1e3, 2: 1e3, 3: 1e3}
     found = multiplier({1: 20.0, 2: 200.0, 3: 240.0}, reference, ends)
     half = critical_t(0.05, 2) * math.log(2) / math.sqrt(3)
     assert (found.n, found.censored, found.whole) == (3, 0, True)

@@ -166,9 +166,9 @@ def test_nothing_is_drawn_from_a_global_generator(name: str) -> None:
         np.random.seed(seed)  # noqa: NPY002  # the very generator that must not be used
         random.seed(seed)
         torch.manual_seed(seed)
-        before = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()  # noqa: NPY002
+        before = repr(np.random.get_state()), random.getstate(), torch.get_rng_state().tolist()  # noqa: NPY002
         text = synthetic(name).text(2000, "train", 1)
-        after = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()  # noqa: NPY002
+        after = repr(np.random.get_state()), random.getstate(), torch.get_rng_state().tolist()  # noqa: NPY002
         assert before == after
         return (text, *before)
 

@@ -77,5 +77,6 @@ def test_validation_takes_all_three_figures_at_true_targets(tiny_corpus: Path) -
     assert found.loss == plain.loss == pytest.approx(cross_entropy(logits, y).item(), rel=1e-6)
     assert found.accuracy == plain.accuracy == pytest.approx((logits.argmax(1) == y).double().mean().item(), abs=1e-12)
     assert plain.clean_loss is None
+    assert found.clean_loss is not None
     assert found.clean_loss == pytest.approx(clean_loss(logits, y, share).mean().item(), rel=1e-5)
     assert abs(found.clean_loss - found.loss) > 0.01
