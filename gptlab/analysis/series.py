@@ -163,7 +163,8 @@ def _series(name: str, reference: Arm, members: Sequence[Arm], targets: Sequence
             ],
             "fit": asdict(fit) if fit else None,
         })  # fmt: skip
-    grown = {arm: growth(ms[0].logs, ms[-1].logs) for arm, ms in by_arm.items() if len(ms) > 1}
+    whole = {arm: ms for arm, ms in by_arm.items() if len(ms) > 1 and ms[0].whole and ms[-1].whole}  # else too small
+    grown = {arm: growth(ms[0].logs, ms[-1].logs) for arm, ms in whole.items()}
     return {
         "name": name,
         "reference": reference.name,

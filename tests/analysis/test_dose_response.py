@@ -239,6 +239,7 @@ def test_an_experiments_folder_as_dose_and_response(experiment: Path, capsys: Ca
             assert row["interval"] == pytest.approx([row["multiplier"]] * 2)
             assert row["fitted"] == pytest.approx(row["multiplier"])
     assert uniform["growth"]["uniform-0.2"]["ratio"] == pytest.approx(1)
+    assert "argmax-0.4" not in {arm for one in result["series"] for arm in one["growth"]}, "it never arrived"
     argmax = series["argmax flips in the true loss"]["levels"][1]
     assert [(row["multiplier"], row["censored"]) for row in argmax["doses"]] == [(pytest.approx(2), 0), (
         pytest.approx(np.exp(np.mean([np.log(4 * (1 + seed / 10) / 1.2) for seed in SEEDS]))), 3)]  # fmt: skip
