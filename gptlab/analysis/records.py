@@ -133,7 +133,7 @@ def passport(runs: list[Run], step: int) -> dict[str, Any]:
     """What an arm's figures rest on, from its runs at `step`; None for what the folders do not tell."""
     options = runs[0].options
     tokens = step * options["total_batch_tokens"]
-    parameters = count_parameters(options, vocabulary := _vocabulary(options))
+    parameters = count_parameters(options, vocabulary := count_vocabulary(options))
     trained = _training_tokens(runs[0])
     clipped = [c for run in runs if (c := run.ended.get("clipped_share")) is not None]
     return {
@@ -161,7 +161,7 @@ def count_parameters(options: Mapping[str, Any], vocabulary: int) -> int:
     return blocks * (12 * C * C + 13 * C) + 2 * C + (vocabulary + options["block_size"]) * C
 
 
-def _vocabulary(options: Mapping[str, Any]) -> int:
+def count_vocabulary(options: Mapping[str, Any]) -> int:
     return {"bytes": 256, "gpt2": 50304}[options["tokenizer"]]
 
 

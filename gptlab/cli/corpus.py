@@ -9,13 +9,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from gptlab.data.corpora import base_name
 from gptlab.data.corpus import Corpus, open_corpus, wait_for_shard
 from gptlab.data.prepare import LOCK, default_folder, prepare
+from gptlab.data.synthetic import SYNTHETIC
 from gptlab.distributed import World
 from gptlab.errors import ConfigError, DataError, did_you_mean
 
-SMALL = ("shakespeare",)
+SMALL = ("shakespeare", *SYNTHETIC)
 LARGE = ("fineweb-edu",)
+NAMES = ("shakespeare", "fineweb-edu", *SYNTHETIC)
 
 
 def open_or_prepare(
@@ -29,7 +32,7 @@ def open_or_prepare(
     """
     folder = Path(data) if Path(data).is_dir() else default_folder(data, tokenizer)
     alive: Callable[[], bool] = lambda: False  # noqa: E731
-    if data in SMALL and not (folder / "corpus.json").exists():
+    if base_name(data) in SMALL and not (folder / "corpus.json").exists():
         note(f"preparing {data} in {folder}")
         prepare(data, folder, tokenizer)
     elif data in LARGE and not (folder / "corpus.json").exists():
@@ -38,8 +41,7 @@ def open_or_prepare(
         wait_for_shard(folder, "train", 0, alive=alive, timeout=3600.0)
     elif not folder.is_dir():
         raise DataError(
-            f"no corpus {data!r}: expected a folder of shards or one of {', '.join((*SMALL, *LARGE))}"
-            f"{did_you_mean(data, (*SMALL, *LARGE))}; "
+            f"no corpus {data!r}: expected a folder of shards or one of {', '.join(NAMES)}{did_you_mean(data, NAMES)}; "
             f"make one with `gptlab data prepare text --input FILE --out {data}`"
         )
     corpus = open_corpus(folder)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gptlab.cli.terminal import printable
 from gptlab.data import prepare as preparation
-from gptlab.data.corpora import CORPORA, default_tokenizer
+from gptlab.data.corpora import CORPORA, default_tokenizer, is_known
 from gptlab.data.corpus import SPLITS, Corpus, open_corpus
 from gptlab.data.prepare import default_folder
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
@@ -95,7 +95,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _folder(given: str) -> Path:
     """The folder itself, or where a corpus of that name is by default."""
-    if given in CORPORA and not Path(given).is_dir():
+    if is_known(given) and not Path(given).is_dir():
         folders = [default_folder(given, tokenizer) for tokenizer in (default_tokenizer(given), *TOKENIZERS)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
     return Path(given)
@@ -117,6 +117,7 @@ def _summary(corpus: Corpus) -> dict[str, Any]:
         "tokenizer": corpus.tokenizer,
         "vocab_size": corpus.vocab_size,
         "complete": corpus.complete,
+        **({"floor": corpus.floor.as_json()} if corpus.floor else {}),
         "splits": {
             split: {
                 "tokens": corpus.tokens(split),
@@ -135,7 +136,8 @@ def _counts(corpus: Corpus) -> str:
     splits = ", ".join(
         f"{corpus.tokens(split):,} {split} tokens in {len(corpus.splits[split])} shard(s)" for split in SPLITS
     )
-    return f"{corpus.name} in {corpus.folder} (tokenizer {corpus.tokenizer}{state}): {splits}"
+    floor = f"; floor {corpus.floor.rate:.4f} nats a token" if corpus.floor else ""
+    return f"{corpus.name} in {corpus.folder} (tokenizer {corpus.tokenizer}{state}): {splits}{floor}"
 
 
 class _TokensPerSecond(ProgressColumn):
@@ -159,7 +161,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     prepare.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {what}" for name, what in CORPORA.items()))
     prepare.add_argument("--input", metavar="PATH", action="append", default=[], help="a file or folder; repeatable")
     prepare.add_argument(
-        "--tokenizer", metavar="NAME", help="bytes or gpt2 (default: bytes for shakespeare, else gpt2)"
+        "--tokenizer", metavar="NAME", help="bytes or gpt2 (default: gpt2 for text and fineweb-edu, else bytes)"
     )
     prepare.add_argument("--out", metavar="DIR", type=Path, help="default: data/NAME-TOKENIZER")
     prepare.add_argument("--workers", metavar="N", type=int, help="tokenising processes (default: half the processors)")
@@ -181,7 +183,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"expected a known option, found {unknown[0]!r}{nearest}")
     if options.run is _prepare:
         for given, known in ((options.name, CORPORA), (options.tokenizer, TOKENIZERS)):
-            if given is not None and given not in known:
+            if given is not None and given not in known and not (known is CORPORA and is_known(given)):
                 parser.error(f"expected one of {', '.join(known)}, found {given!r}{did_you_mean(given, known)}")
     return options
 

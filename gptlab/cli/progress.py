@@ -98,7 +98,9 @@ class Display:
             self.console.print(
                 Text.assemble(
                     (f"{record.step:>6} val   loss {v['loss']:.4f}", "bold"),
-                    f"  {v['bits_per_byte']:.3f} bits/byte",
+                    *([f", {v['excess_loss']:+.4f} over the floor"] if "excess_loss" in v else []),
+                    *([f", clean {v['clean_loss']:.4f}"] if "clean_loss" in v else []),
+                    f"  {v['bits_per_byte']:.3f} bits/byte, {v['accuracy']:.1%} right",
                     (f"  blocks {','.join(map(str, shown))}: loss {blocks}, p_max {sure}", "dim"),
                 ),
                 soft_wrap=True,
@@ -130,6 +132,8 @@ class Display:
         loss = summary["loss"]
         if loss is not None:
             table.add_row("validation loss", f"{loss:.4f} nats a token, {summary['bits_per_byte']:.4f} bits a byte")
+        if "excess_loss" in summary:
+            table.add_row("over the floor", f"{summary['excess_loss']:+.4f} nats a token")
         if summary["tokens_per_second"]:
             table.add_row(
                 "speed", f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['mfu']:.0%} of the matmul peak"

@@ -103,7 +103,10 @@ class TrainingWindows:
 
 
 class ValidationWindows:
-    """The pinned validation set: the first tokens of the validation stream, whatever its shards, cut into windows."""
+    """The pinned validation set: the first tokens of the validation stream, whatever its shards, cut into windows.
+
+    floor: nats a token that no model's expected loss is below on windows such as these, where that is known.
+    """
 
     def __init__(self, corpus: Corpus, block_size: int, vocab_size: int, tokens: int) -> None:
         parts, have = [], 0
@@ -124,6 +127,7 @@ class ValidationWindows:
         self.block_size, self.count = block_size, count
         self.sha256 = hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()
         self.stream = stream
+        self.floor = corpus.floor.of_windows(block_size, count) if corpus.floor else None
 
     def __len__(self) -> int:
         return self.count

@@ -1,7 +1,8 @@
-"""Where documents come from: Shakespeare's works, a user's own files, FineWeb-Edu.
+"""Where documents come from: Shakespeare's works, a user's own files, FineWeb-Edu; and every corpus by its name.
 
 A source yields (document, position) pairs in a fixed order; started again at a position, it goes on with the next
-document and loses or doubles none. Sources know nothing of tokens or shards: prepare.py makes those.
+document and loses or doubles none. Sources know nothing of tokens or shards: prepare.py makes those. Sources that are
+made up, and whose floor is known, are in synthetic.py.
 """
 
 from __future__ import annotations
@@ -11,26 +12,25 @@ import functools
 import hashlib
 import importlib.util
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.data.shards import sha256_of
+from gptlab.data.source import Documents, Position, Source
+from gptlab.data.synthetic import SYNTHETIC, synthetic
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.randomness import key_bits
 
 if TYPE_CHECKING:
     import datasets
 
-Position = Any  # JSON-able; None is the beginning
-Documents = Generator[tuple[str, Position], None, None]
-
 CORPORA = {
     "shakespeare": "Shakespeare's works, whole plays kept for validation",
     "text": "your own .txt, .jsonl and .parquet files, given with --input",
     "fineweb-edu": "FineWeb-Edu, the 10-billion-token sample",
+    **{name: kind.SUMMARY for name, kind in SYNTHETIC.items()},
 }
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 INSTALL_DATA = "pip install 'gptlab[data]'"
@@ -43,36 +43,28 @@ FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_CONFIG = "sample-10BT"
 
 
-def default_tokenizer(corpus: str) -> str:
-    """`bytes` for shakespeare, which is too small to fill GPT-2's vocabulary, else `gpt2`."""
-    return "bytes" if corpus == "shakespeare" else "gpt2"
+def base_name(corpus: str) -> str:
+    """A corpus's name without parameters.
 
-
-class Source(ABC):
-    """Documents in a fixed order, cut into `streams` that are read one after the other.
-
-    A stream named "val" or "train" is that split; in one named "all" the first shard is validation.
+    >>> base_name("markov:order=3")
+    'markov'
     """
+    return corpus.partition(":")[0]
 
-    name: str
-    streams: tuple[str, ...]
 
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """What decides the documents, JSON-able: a preparation is gone on with only if it is the same."""
+def is_known(corpus: str) -> bool:
+    """Whether there is such a corpus; only those that are made up take parameters."""
+    return corpus in CORPORA or base_name(corpus) in SYNTHETIC
 
-    @abstractmethod
-    def documents(self, stream: str, position: Position = None) -> Documents:
-        """The documents of a stream after `position`, each with the position after it. Raises DataError."""
 
-    def count(self) -> int | None:
-        """How many documents there are in all streams together, where that is known beforehand."""
-        return None
+def default_tokenizer(corpus: str) -> str:
+    """`bytes` for shakespeare, which is too small to fill GPT-2's vocabulary, and what is made up; else `gpt2`."""
+    return "bytes" if base_name(corpus) in ("shakespeare", *SYNTHETIC) else "gpt2"
 
 
 def get_source(name: str, inputs: Sequence[str | Path] = (), val_fraction: float = 0.05) -> Source:
     """The source of corpus `name`; raises ConfigError for an unknown name or unfit options, DataError for no data."""
-    if name not in CORPORA:
+    if not is_known(name):
         raise ConfigError(f"expected a corpus of {', '.join(CORPORA)}, found {name!r}{did_you_mean(name, CORPORA)}")
     if not 0 < val_fraction < 1:
         raise ConfigError(f"expected val_fraction between 0 and 1, found {val_fraction}: 0.05 is usual")
@@ -83,8 +75,8 @@ def get_source(name: str, inputs: Sequence[str | Path] = (), val_fraction: float
     if name == "fineweb-edu":
         return FineWebEdu(find_files(inputs, (".parquet",)))
     if inputs:
-        raise ConfigError("corpus 'shakespeare' has its own files, found --input: use corpus 'text' for yours")
-    return Shakespeare()
+        raise ConfigError(f"corpus {name!r} has its own documents, found --input: use corpus 'text' for yours")
+    return synthetic(name) if base_name(name) in SYNTHETIC else Shakespeare()
 
 
 @dataclass(frozen=True)

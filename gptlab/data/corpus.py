@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gptlab.data.floor import Floor
 from gptlab.data.shards import ShardInfo, open_shard, sha256_of
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import DataError
@@ -32,7 +33,10 @@ _FOREIGN_SHARD = re.compile(r"(?:.*_)?(train|val)(?:_\d{6})?\.(?:bin|npy)")
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder of shards as it was when opened; `complete` is False while more are being prepared."""
+    """A folder of shards as it was when opened; `complete` is False while more are being prepared.
+
+    floor: the loss that no model can beat, of a corpus that is made up.
+    """
 
     folder: Path
     name: str
@@ -41,6 +45,7 @@ class Corpus:
     complete: bool
     train: tuple[ShardInfo, ...]
     val: tuple[ShardInfo, ...]
+    floor: Floor | None = None
     _verified: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -130,6 +135,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _well_formed(content: Any) -> bool:
     try:
+        if "floor" in content:
+            Floor.from_json(content["floor"])
         return {"format", "name", "source", "tokenizer", "vocab_size", "complete"} <= content.keys() and all(
             # A name without folders: a manifest from elsewhere must not reach out of its own.
             Path(shard["file"]).name == shard["file"] and int(shard["tokens"]) > 0 and len(shard["sha256"]) == 64
@@ -171,7 +178,9 @@ def _open_ours(folder: Path, content: dict[str, Any]) -> Corpus:
     for shard in (*train, *val):
         if (found := len(open_shard(folder / shard.name))) != shard.tokens:  # header and size; checksums in read()
             raise DataError(f"{folder / shard.name}: expected {shard.tokens} tokens, found {found}: prepare it again")
-    return Corpus(folder, content["name"], content["tokenizer"], content["vocab_size"], content["complete"], train, val)
+    floor = Floor.from_json(content["floor"]) if "floor" in content else None
+    name, tokenizer = content["name"], content["tokenizer"]
+    return Corpus(folder, name, tokenizer, content["vocab_size"], content["complete"], train, val, floor)
 
 
 def _open_foreign(folder: Path) -> Corpus:

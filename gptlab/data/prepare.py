@@ -25,9 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.data.corpora import Documents, Position, Source, get_source
+from gptlab.data.corpora import get_source
 from gptlab.data.corpus import FORMAT, MANIFEST, PARTIAL_MANIFEST, SPLITS, Corpus, open_corpus, read_manifest
+from gptlab.data.floor import Floor
 from gptlab.data.shards import TEMPORARY_FILES, open_shard, write_atomically, write_shard
+from gptlab.data.source import Documents, Position, Source
+from gptlab.data.synthetic import canonical
 from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
 from gptlab.errors import ConfigError, DataError, GptlabError
 
@@ -66,8 +69,8 @@ class Resume:
 
 
 def default_folder(name: str, tokenizer: str, root: Path = Path("data")) -> Path:
-    """Where a corpus is prepared unless told otherwise: data/<name>-<tokenizer>."""
-    return root / f"{name}-{tokenizer}"
+    """Where a corpus is prepared unless told otherwise: data/<name>-<tokenizer>, parameters after a dash too."""
+    return root / f"{canonical(name).replace(':', '-')}-{tokenizer}"
 
 
 def prepare(
@@ -100,13 +103,20 @@ def prepare(
                 f"expected a folder to prepare {name!r} in, found {out}, and {file} is a file: change --out"
             )
         source = get_source(name, inputs, val_fraction)
-        settings = {"name": name, "source": source.settings(), "tokenizer": tokenizer, "shard_tokens": shard_tokens}
+        settings = {
+            "name": source.name,
+            "source": source.settings(),
+            "tokenizer": tokenizer,
+            "shard_tokens": shard_tokens,
+        }
         get_tokenizer(tokenizer)  # an unknown name is an error before anything is written
+        if (floor := source.floor()) and tokenizer != "bytes":
+            raise ConfigError(f"corpus {name!r} is made of bytes, found tokenizer {tokenizer}: use bytes")
         if not (out / PARTIAL_MANIFEST).exists() and (corpus := _finished(out, settings)):
             return corpus
         with _only_one(out):
             if _finished(out, settings) is None:  # it may be by now, through the one that was waited for
-                manifest = _begin(out, settings)
+                manifest = _begin(out, settings, floor)
                 _sweep(out)
                 _write_shards(out, source, manifest, workers or _default_workers(), progress, limit_shards)
             _sweep(out)
@@ -318,7 +328,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> Corpus | None:
         return None
 
 
-def _begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _begin(out: Path, settings: dict[str, Any], floor: Floor | None) -> dict[str, Any]:
     """The manifest of the unfinished preparation in `out` if it has these settings and its shards, else a fresh one."""
     (out / MANIFEST).unlink(missing_ok=True)  # there only if its shards are not
     manifest = read_manifest(out / PARTIAL_MANIFEST)
@@ -330,6 +340,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     manifest = {
         "format": FORMAT,
         **settings,
+        **({"floor": floor.as_json()} if floor else {}),
         "vocab_size": get_tokenizer(settings["tokenizer"]).vocab_size,
         "complete": False,
         "documents": 0,

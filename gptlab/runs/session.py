@@ -135,6 +135,7 @@ class Session:
         summary: dict[str, Any] = {
             "event": "finished",
             "loss": self._final.get("loss"),
+            **({"excess_loss": self._final["excess_loss"]} if "excess_loss" in self._final else {}),
             "bits_per_byte": self._final.get("bits_per_byte"),
             "validation_sha256": validation_hash,
             "clipped_share": self.state.clipped / max(1, self.state.step),

@@ -121,6 +121,12 @@ class TrainingConfig:
         return () if self.log == "none" else tuple(dict.fromkeys(name.strip() for name in self.log.split(",")))
 
     @property
+    def undoable_flip(self) -> float:
+        """The share of uniformly flipped targets whose effect on predictions can be undone; 0 where none can."""
+        traces = self.target_flip < 1 - 1 / self.vocab_size  # from there on a target says nothing of the truth
+        return self.target_flip if traces and self.target_flip_to == "uniform" else 0.0
+
+    @property
     def sequences(self) -> int:
         """Sequences of one update, over all ranks and micro-batches."""
         return self.total_batch_tokens // self.block_size

@@ -19,6 +19,7 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.signals.reader import Reader, true_loss
+from gptlab.training.clean import clean_loss
 
 SHAPE = 8
 """Windows of a validation batch, whatever the run's batch size is."""
@@ -31,10 +32,13 @@ NEWTON_STEPS = 12
 
 @dataclass(frozen=True)
 class Validation:
-    """windows: mean loss of every window (n,), float64 nats; block_loss and block_confidence: of z_1..z_L on the first
-    batch, mean over its tokens, nats and probability."""
+    """windows: mean loss of every window (n,), float64 nats; accuracy: share of tokens that were the likeliest;
+    clean_loss: the loss once the flips of training are undone, nats, None where there are none to undo; block_loss and
+    block_confidence: of z_1..z_L on the first batch, mean over its tokens, nats and probability."""
 
     windows: Tensor
+    accuracy: float
+    clean_loss: float | None
     block_loss: list[float]
     block_confidence: list[float]
 
@@ -50,11 +54,15 @@ def validate(
     world: World,
     placement: Placement,
     interrupted: Callable[[], bool] = lambda: False,
+    flip: float = 0.0,
 ) -> Validation | None:
-    """The validation of a model; None where any rank was interrupted."""
+    """The validation of a model, on true targets; None where any rank was interrupted.
+
+    flip: the share of its training targets that were flipped uniformly, for the clean loss.
+    """
     reader = Reader(model, placement.autocast)
     batches = range(0, len(windows), SHAPE)
-    losses = torch.zeros(len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
+    figures = torch.zeros(len(batches) * SHAPE, 3, dtype=torch.float64, device=placement.device)
     by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=placement.device)
     stopped = torch.zeros(1, device=placement.device)
     for first in batches[world.rank :: world.size]:
@@ -63,18 +71,20 @@ def validate(
             break
         tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
         states = _states(model, tokens, placement)
-        losses[first : first + SHAPE] = window_losses(reader, states[-1], targets)
+        figures[first : first + SHAPE] = window_figures(reader, states[-1], targets, flip)
         if first == 0:
             rows = min(SHAPE, len(windows))
             for j, h in enumerate(states[1:]):
                 flat, y = h[:rows].flatten(0, 1), targets[:rows].flatten()
                 by_block[0, j] = reader.values(flat, y, true_loss).double().mean()
                 by_block[1, j] = reader.values(flat, y, top_probability).double().mean()
-    world.sum_([losses, by_block])
+    world.sum_([figures, by_block])
     world.sum_([stopped])
     if stopped.item():
         return None
-    return Validation(losses[: len(windows)].cpu(), *by_block.tolist())
+    losses, right, clean = figures[: len(windows)].cpu().unbind(1)
+    clean_mean = float(clean.sum() / len(windows)) if flip else None
+    return Validation(losses, float(right.sum() / len(windows)), clean_mean, *by_block.tolist())
 
 
 @torch.no_grad()
@@ -115,9 +125,21 @@ def _at_inverse_temperature(inverse: float, logits: Tensor, targets: Tensor, oth
     return torch.stack([-log_p.gather(1, index)[:, 0], mean - logits.gather(1, index)[:, 0], variance], 1)
 
 
-def window_losses(reader: Reader, h: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss (B,) of every sequence of hidden states h (B, T, C), float64 nats."""
-    return reader.values(h.flatten(0, 1), targets.flatten(), true_loss).view(targets.shape).double().mean(1)
+def window_figures(reader: Reader, h: Tensor, targets: Tensor, flip: float) -> Tensor:
+    """(B, 3): mean loss, share of likeliest tokens that were right, and clean loss of every sequence h (B, T, C).
+
+    float64, nats; the clean loss is 0 where there is no flip to undo.
+    """
+    value = partial(_figures, flip)
+    values = reader.values(h.flatten(0, 1), targets.flatten(), value).double().T.contiguous()  # (3, B·T)
+    return values.view(3, *targets.shape).mean(2).T
+
+
+def _figures(flip: float, logits: Tensor, targets: Tensor, other: Tensor | None) -> Tensor:
+    """(n, 3) of logits (n, V), read once."""
+    loss = true_loss(logits, targets)
+    right = (logits.argmax(1) == targets).to(loss.dtype)
+    return torch.stack([loss, right, clean_loss(logits, targets, flip) if flip else torch.zeros_like(loss)], 1)
 
 
 def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:

@@ -59,7 +59,7 @@ def train(
     while True:
         step, last = state.step, state.step == config.steps
         if _due(config.eval_every, step, last) and state.validated != step:
-            result = validate(state.model, validation, world, placement, stop)
+            result = validate(state.model, validation, world, placement, stop, config.undoable_flip)
             if result is None:
                 yield from checkpoint_and_stop()
                 return
@@ -75,6 +75,9 @@ def train(
                 )
             yield Record("val", step, {
                 "loss": result.loss,
+                **({} if validation.floor is None else {"excess_loss": result.loss - validation.floor}),
+                **({} if result.clean_loss is None else {"clean_loss": result.clean_loss}),
+                "accuracy": result.accuracy,
                 **fitted,
                 "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
                 "block_loss": result.block_loss,

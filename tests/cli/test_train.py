@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -294,6 +295,25 @@ def test_a_shorter_context_than_the_source_is_explained(
     assert main(tiny(tmp_path / "run", init_from=finished_run, block_size=32)) == 3
     (line,) = told(capsys)
     assert "transformer.wpe.weight is (16, 32) there and (32, 32) here; give that model's --block_size" in line
+
+
+def test_a_made_up_corpus_shows_the_loss_over_its_floor(
+    tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Fourteen fair bits, a label that is wrong one time in ten, and the end of the line."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*tiny(tmp_path / "run", data="lpn:bits=14,tokens=8192"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    floor = (14 * math.log(2) - 0.1 * math.log(0.1) - 0.9 * math.log(0.9)) / 16
+    validated = [row for row in rows(tmp_path / "run") if row["kind"] == "val"]
+    assert len(validated) == 2
+    for row in validated:
+        assert row["excess_loss"] == pytest.approx(row["loss"] - floor, abs=1e-12)
+        assert f"{row['excess_loss']:+.4f} over the floor" in err
+    assert json.loads(out)["excess_loss"] == validated[-1]["excess_loss"]
+    assert (tmp_path / "data" / "lpn-bits=14,tokens=8192-bytes" / "corpus.json").exists()
+    assert main(tiny(tmp_path / "other", data="lpn:bits=14,tokens=8192", block_size=24, total_batch_tokens=96)) == 3
+    assert "windows of whole lines, of 16 tokens each, found block_size 24; try 32" in told(capsys)[0]
 
 
 def test_debug_shows_the_traceback_and_json_the_error(tmp_path: Path, capsys: Capture) -> None:

@@ -136,7 +136,8 @@ def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, t
     experiment = read_experiment(path)
     assert experiment.name == path.stem
     assert path.read_text().startswith("# "), "it says what it asks, and how long it takes"
-    quick = {"data": str(tiny_corpus), "steps": 4, "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16,
+    blocks = 4 if any("also" in arm.options for arm in experiment.arms.values()) else 2  # judges 1 to 3, one by one
+    quick = {"data": str(tiny_corpus), "steps": 4, "n_layer": blocks, "n_head": 2, "n_embd": 32, "block_size": 16,
              "batch_size": 4, "total_batch_tokens": 64, "eval_tokens": 512, "checkpoint_every": 0,
              "dose_every": 2, "threads": 1}  # fmt: skip
     for arm in experiment.arms.values():
@@ -149,7 +150,7 @@ def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, t
 
 def test_the_ready_experiments_are_the_ones_promised() -> None:
     found = {path.stem: read_experiment(path) for path in READY}
-    assert {"1_noise", "aa", "dose", "gating", "scale", "supervised"} <= found.keys()
+    assert {"1_noise", "aa", "dose", "dose_response", "gating", "scale", "supervised"} <= found.keys()
     assert len(found["aa"].seeds) == 64
     signals = {arm.options.get("signal.name") for arm in found["1_noise"].arms.values()}
     assert signals == {None, "confidence", "negated_cross_entropy", "negative_self_cross_entropy",

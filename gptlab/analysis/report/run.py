@@ -56,6 +56,8 @@ def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
     last = history.validations[-1] if history.validations else {}
     of = passport([run], run.last_step)
     yield "validation loss", figure(last.get("loss"), ".4f"), "nats a token"
+    if "excess_loss" in last:
+        yield "over the floor", figure(last["excess_loss"], "+.4f"), "nats a token"
     yield "for each byte of text", figure(last.get("bits_per_byte"), ".4f"), "bits a byte"
     if last.get("tempered_loss") is not None:
         yield "at the best temperature", figure(last["tempered_loss"], ".4f"), f"nats, at {last['temperature']:.3g}"

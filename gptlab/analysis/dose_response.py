@@ -1,0 +1,185 @@
+"""Dose and response: how many times the tokens a known error costs, against theory, and whether errors compound.
+
+Pure functions of numbers, in logarithms, since costs multiply: a multiplier's mean over seeds is geometric. Which runs
+belong together is in series.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gptlab.analysis.statistics import Interval, paired_t
+
+LogRatios = Mapping[int, float]
+"""{seed: log of tokens with the error over tokens without}, of seeds in which both arrived."""
+
+THEORIES: dict[str, tuple[str, Callable[[float, int], float]]] = {
+    "uniform": ("1/(1-ρV/(V-1))^a", lambda dose, vocabulary: -_log(1 - dose * vocabulary / (vocabulary - 1))),
+    "parity": ("1/(1-2ρ)^a", lambda dose, vocabulary: -_log(1 - 2 * dose)),
+    "gaussian": ("(1+s²)^a", lambda dose, vocabulary: math.log1p(dose * dose)),
+}
+"""By the kind of error: the multiplier as a formula, and log multiplier for a = 1 as (dose, vocabulary) -> number.
+
+uniform: the share of a flipped target's expected gradient that is the true one's. parity: what is left of a label's
+correlation with the truth, which enters the samples needed squared (a = 2; Blum, Kalai and Wasserman 2003). gaussian:
+the squared length of a gradient with noise over that without.
+"""
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def tokens_to_reach(
+    tokens: Sequence[float], values: Sequence[float], level: float, *, rising: bool = False
+) -> float | None:
+    """Tokens at which a validated figure first reaches `level`, linear between rows; None where it never does.
+
+    tokens: rising, (n,); values: (n,), which fall to the level, or rise to it. At the first row, which nothing is known
+    before, its own tokens: they are an upper bound.
+
+    >>> tokens_to_reach([10, 20, 30], [3.0, 2.0, 1.5], 1.75)
+    25.0
+    """
+    sign = -1 if rising else 1
+    for i, value in enumerate(values):
+        if sign * value <= sign * level:
+            if i == 0:
+                return float(tokens[0])
+            share = (values[i - 1] - level) / (values[i - 1] - value)
+            return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+    return None
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """Tokens with an error over tokens without, paired by seed.
+
+    ratio: the geometric mean over n seeds; where some are censored (did not arrive within their run) it takes them as
+    arriving at its end, so that it is a lower bound, and there is no interval. interval: 95%, paired t of logarithms.
+    logs: of the seeds that arrived. None where no seed can be paired.
+    """
+
+    n: int
+    censored: int
+    ratio: float | None
+    interval: Interval | None
+    logs: LogRatios = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        return self.n > 0 and not self.censored
+
+
+def multiplier(
+    reached: Mapping[int, float | None], reference: Mapping[int, float | None], ends: Mapping[int, float]
+) -> Multiplier:
+    """The multiplier of runs against a reference, both {seed: tokens to reach the level, None where never}.
+
+    ends: {seed: tokens that the run saw in all}. Seeds whose reference never arrived are left out.
+    """
+    paired = {seed: base for seed, base in reference.items() if base is not None and seed in reached}
+    if not paired:
+        return Multiplier(0, 0, None, None)
+    logs = {seed: math.log(own / base) for seed, base in paired.items() if (own := reached[seed]) is not None}
+    censored = len(paired) - len(logs)
+    bounds = [logs.get(seed, math.log(ends[seed] / base)) for seed, base in paired.items()]
+    interval = None
+    if not censored and len(logs) > 1:
+        low, high = paired_t(bounds).interval()
+        interval = math.exp(low), math.exp(high)
+    return Multiplier(len(paired), censored, math.exp(sum(bounds) / len(bounds)), interval, logs)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The exponent a of a theory, fitted to logarithms through multiplier 1 at dose 0, one fit a seed.
+
+    interval: 95% over seeds, None below two. worst: the largest factor between a dose's mean multiplier and the fit's.
+    """
+
+    exponent: float
+    interval: Interval | None
+    doses: int
+    worst: float
+
+
+def fit_exponent(found: Sequence[tuple[float, LogRatios]]) -> Fit | None:
+    """Fit log multiplier = a·x to pairs (x of the dose, log ratios by seed); None where no seed is in all of them.
+
+    Doses at which some seed is censored must be left out by the caller: a fit of those that arrived is too good.
+    """
+    found = [(x, logs) for x, logs in found if math.isfinite(x) and x > 0]
+    seeds = sorted(set.intersection(*(set(logs) for _, logs in found))) if found else []
+    if not seeds:
+        return None
+    x = np.array([x for x, _ in found])
+    y = np.array([[logs[seed] for seed in seeds] for _, logs in found])  # (doses, seeds)
+    by_seed = x @ y / (x @ x)
+    interval = paired_t(by_seed.tolist()).interval() if len(seeds) > 1 else None
+    exponent = float(by_seed.mean())
+    return Fit(exponent, interval, len(x), float(np.exp(np.abs(y.mean(1) - exponent * x).max())))
+
+
+@dataclass(frozen=True)
+class Compounding:
+    """Noise at every block against noise at each block alone.
+
+    everywhere, product, sum: multipliers, geometric means over seeds; the sum is of what each costs beyond 1. against:
+    95% intervals of everywhere over the product and over the sum. verdict: product, sum, both (they cannot be told
+    apart), neither, or undecided below two seeds.
+    """
+
+    n: int
+    everywhere: float
+    product: float
+    sum: float
+    against_product: Interval | None
+    against_sum: Interval | None
+    verdict: str
+
+
+def compounding(singles: Sequence[LogRatios], everywhere: LogRatios) -> Compounding | None:
+    """Whether the multiplier at every block is the product of the single blocks' or the sum; None without a seed.
+
+    A sum that is not above 0 (errors that save more tokens than there are) has no logarithm, so None as well.
+    """
+    seeds = sorted(set(everywhere).intersection(*singles))
+    ratios = {seed: [math.exp(single[seed]) for single in singles] for seed in seeds}
+    sums = {seed: 1 + sum(ratio - 1 for ratio in ratios[seed]) for seed in seeds}
+    if not seeds or not singles or min(sums.values()) <= 0:
+        return None
+    every = [everywhere[seed] for seed in seeds]
+    products = [sum(single[seed] for single in singles) for seed in seeds]
+    added = [math.log(sums[seed]) for seed in seeds]
+    product, total = (_ratio(every, predicted) for predicted in (products, added))
+    verdict = "undecided"
+    if product and total:
+        fits = [name for name, (low, high) in (("product", product), ("sum", total)) if low <= 1 <= high]
+        verdict = {0: "neither", 1: "".join(fits), 2: "both"}[len(fits)]
+    mean, mean_product, mean_sum = (math.exp(sum(logs) / len(seeds)) for logs in (every, products, added))
+    return Compounding(len(seeds), mean, mean_product, mean_sum, product, total, verdict)
+
+
+def growth(early: LogRatios, late: LogRatios) -> tuple[float, Interval | None] | None:
+    """The multiplier at a late level over that at an early one, with its 95% interval; None without a seed in both.
+
+    Above 1, the error costs more the further training is.
+    """
+    seeds = sorted(set(early) & set(late))
+    if not seeds:
+        return None
+    a, b = [late[seed] for seed in seeds], [early[seed] for seed in seeds]
+    return math.exp((sum(a) - sum(b)) / len(seeds)), _ratio(a, b)
+
+
+def _ratio(logs: Sequence[float], others: Sequence[float]) -> Interval | None:
+    """The 95% interval of a ratio of multipliers, paired by seed; None below two seeds."""
+    if len(logs) < 2:
+        return None
+    low, high = paired_t([a - b for a, b in zip(logs, others, strict=True)]).interval()
+    return math.exp(low), math.exp(high)

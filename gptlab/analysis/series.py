@@ -1,0 +1,216 @@
+"""An experiment's runs as dose and response: arms that differ in one error's size, at levels that the clean arm set.
+
+The figures are computed in dose_response.py; here runs are read, sorted and put in one JSON-able result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptlab.analysis.corruption import Clean, Corruption, corruptions
+from gptlab.analysis.dose_response import (
+    THEORIES,
+    Multiplier,
+    compounding,
+    fit_exponent,
+    growth,
+    multiplier,
+    tokens_to_reach,
+)
+from gptlab.analysis.outcomes import read
+from gptlab.analysis.records import Run, count_vocabulary, read_rows
+from gptlab.analysis.sameness import own_options
+from gptlab.errors import ConfigError, DataError
+
+SHARES = (0.125, 0.25, 0.5)
+"""Levels: what the clean arm has reached after these shares of its tokens, early to late."""
+
+RISING = {"accuracy"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be reached: what the clean arm has after a share of its tokens, or a level of the figure itself."""
+
+    share: float | None = None
+    level: float | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm that carries at most one kind of error: its runs by seed, and their validation rows."""
+
+    name: str
+    clean: Clean
+    error: Corruption | None
+    runs: Mapping[int, Run]
+    rows: Mapping[int, Sequence[Mapping[str, Any]]]
+
+    def curve(self, seed: int, figure: str) -> tuple[list[float], list[float]]:
+        """Tokens and the figure of every validation of a run."""
+        if any(figure not in row for row in self.rows[seed]):
+            raise DataError(f"{self.runs[seed].path}: expected {figure} in its validation rows; train it again")
+        per_step = self.runs[seed].options["total_batch_tokens"]
+        return [row["step"] * per_step for row in self.rows[seed]], [row[figure] for row in self.rows[seed]]
+
+    def reached(self, figure: str, level: float) -> dict[int, float | None]:
+        rising = figure in RISING
+        return {seed: tokens_to_reach(*self.curve(seed, figure), level, rising=rising) for seed in self.runs}
+
+    @property
+    def ends(self) -> dict[int, float]:
+        return {seed: run.last_step * run.options["total_batch_tokens"] for seed, run in self.runs.items()}
+
+
+def dose_response(folder: str | Path, targets: Sequence[Target] = tuple(map(Target, SHARES))) -> dict[str, Any]:
+    """Every series of an experiment's folder, at every target, with fits, growth and compounding; JSON-able.
+
+    targets: early to late. Raises ConfigError where the folder's runs may not be compared or hold no series, DataError
+    where they lack rows.
+    """
+    for target in targets:
+        if target.share is not None and not 0 < target.share <= 1:
+            raise ConfigError(f"expected shares above 0 and at most 1, found {target.share:g}")
+    outcomes = read([folder])
+    if outcomes.undeclared:
+        raise ConfigError("; ".join(outcomes.undeclared))
+    arms, notes = _arms(outcomes.runs)
+    for arm, losses in outcomes.losses.items():
+        notes += [f"{arm}, seed {seed} diverged: its cost is no number" for seed, v in losses.items() if v is None]
+    series = [_series(name, reference, members, targets) for name, reference, members in _sorted(arms)]
+    if not series:
+        raise ConfigError(
+            f"{folder}: expected arms that differ in one known error from a clean arm, found none; "
+            "experiments/dose_response.toml has some"
+        )
+    return {
+        "experiment": outcomes.name,
+        "series": series,
+        "compounding": list(_compounding(arms, targets)),
+        "notes": [*outcomes.notes, *notes],
+    }
+
+
+def _arms(runs: Mapping[str, Sequence[Run]]) -> tuple[list[Arm], list[str]]:
+    arms, notes = [], []
+    for name, members in runs.items():
+        if not members:
+            notes.append(f"{name} has no finished run")
+            continue
+        options = {**own_options(members[0]), "also": members[0].options.get("also", ())}
+        clean, errors = corruptions(options)
+        if len(errors) > 1:
+            notes.append(f"{name} has errors of {len(errors)} kinds, so that no dose is its own")
+            continue
+        rows = {run.seed: [r for r in read_rows(run.path / "metrics.jsonl") if r["kind"] == "val"] for run in members}
+        arms.append(Arm(name, clean, errors[0] if errors else None, {run.seed: run for run in members}, rows))
+    return arms, notes
+
+
+def _sorted(arms: Sequence[Arm]) -> Iterator[tuple[str, Arm, list[Arm]]]:
+    """(series, the clean arm, arms by dose), in the order of the experiment's file."""
+    for reference in (arm for arm in arms if arm.error is None):
+        found: dict[str, list[Arm]] = {}
+        for arm in arms:
+            if arm.error and arm.clean == reference.clean:
+                found.setdefault(arm.error.series, []).append(arm)
+        for name, members in found.items():
+            yield name, reference, sorted(members, key=lambda arm: arm.error.dose if arm.error else 0.0)
+
+
+def _figures(error: Corruption) -> tuple[str, str]:
+    """The figure of a clean arm's rows, which has nothing to undo, and of the arm's with the error."""
+    return ("loss", error.figure) if error.figure == "clean_loss" else (error.figure, error.figure)
+
+
+def _level(reference: Arm, figure: str, target: Target) -> float:
+    """The level itself, or the clean arm's mean over seeds after a share of its tokens, linear between validations."""
+    if target.level is not None:
+        return target.level
+    share = target.share or 1.0
+    at = [np.interp(share * reference.ends[seed], *reference.curve(seed, figure)) for seed in reference.runs]
+    return float(np.mean(at))
+
+
+def _series(name: str, reference: Arm, members: Sequence[Arm], targets: Sequence[Target]) -> dict[str, Any]:
+    error = members[0].error
+    assert error is not None
+    formula, abscissa = THEORIES[error.theory]
+    vocabulary = count_vocabulary(next(iter(reference.runs.values())).options)
+    levels, by_arm = [], {arm.name: [] for arm in members}
+    doses = [arm.error.dose for arm in members if arm.error]
+    predicted = [abscissa(dose, vocabulary) for dose in doses]
+    for target in targets:
+        level, base, found = _at(reference, members, error, target)
+        for arm, m in zip(members, found, strict=True):
+            by_arm[arm.name].append(m)
+        fit = fit_exponent([(x, m.logs) for x, m in zip(predicted, found, strict=True) if m.whole])
+        fitted = [math.exp(fit.exponent * x) if fit and math.isfinite(x) else None for x in predicted]
+        arrived = [tokens for tokens in base.values() if tokens is not None]
+        levels.append({
+            "share": target.share,
+            "level": level,
+            "reference_tokens": float(np.mean(arrived)) if arrived else None,
+            "doses": [
+                {"arm": arm.name, "dose": dose, **_row(m), "fitted": expected}
+                for arm, dose, m, expected in zip(members, doses, found, fitted, strict=True)
+            ],
+            "fit": asdict(fit) if fit else None,
+        })  # fmt: skip
+    whole = {arm: ms for arm, ms in by_arm.items() if len(ms) > 1 and ms[0].whole and ms[-1].whole}  # else too small
+    grown = {arm: growth(ms[0].logs, ms[-1].logs) for arm, ms in whole.items()}
+    return {
+        "name": name,
+        "reference": reference.name,
+        "figure": error.figure,
+        "theory": formula,
+        "levels": levels,
+        "growth": {arm: {"ratio": g[0], "interval": g[1]} for arm, g in grown.items() if g},
+    }
+
+
+def _at(
+    reference: Arm, members: Sequence[Arm], error: Corruption, target: Target
+) -> tuple[float, dict[int, float | None], list[Multiplier]]:
+    """The level of a target, the clean arm's tokens to it, and each arm's multiplier."""
+    plain, own = _figures(error)
+    level = _level(reference, plain, target)
+    base = reference.reached(plain, level)
+    return level, base, [multiplier(arm.reached(own, level), base, arm.ends) for arm in members]
+
+
+def _row(m: Multiplier) -> dict[str, Any]:
+    return {"n": m.n, "censored": m.censored, "multiplier": m.ratio, "interval": m.interval}
+
+
+def _compounding(arms: Sequence[Arm], targets: Sequence[Target]) -> Iterator[dict[str, Any]]:
+    """For every error that stands at all judges together and at each alone, at one dose: does it multiply or add?"""
+    for everywhere in arms:
+        error = everywhere.error
+        if error is None or len(error.judges) < 2:
+            continue
+        alone = [
+            arm
+            for arm in arms
+            if arm.error and arm.clean == everywhere.clean and len(arm.error.judges) == 1
+            and (arm.error.kind, arm.error.dose) == (error.kind, error.dose)
+        ]  # fmt: skip
+        reference = next((arm for arm in arms if arm.error is None and arm.clean == everywhere.clean), None)
+        if reference is None or {arm.error.judges[0] for arm in alone if arm.error} != set(error.judges):
+            continue
+        for target in targets:
+            level, _, (every, *singles) = _at(reference, [everywhere, *alone], error, target)
+            whole = every.whole and all(m.whole for m in singles)
+            found = compounding([m.logs for m in singles], every.logs) if whole else None
+            yield {
+                "kind": error.kind, "dose": error.dose, "share": target.share, "level": level,
+                "arms": [everywhere.name, *(arm.name for arm in alone)],
+                "singles": [m.ratio for m in singles],
+                **(asdict(found) if found else {"verdict": "undecided: not all runs arrived"}),
+            }  # fmt: skip
