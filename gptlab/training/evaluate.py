@@ -32,11 +32,12 @@ NEWTON_STEPS = 12
 @dataclass(frozen=True)
 class Validation:
     """windows: mean loss of every window (n,), float64 nats; block_loss and block_confidence: of z_1..z_L on the first
-    batch, mean over its tokens, nats and probability."""
+    batch, mean over its tokens, nats and probability; by_block: every block's mean loss over all windows, if asked."""
 
     windows: Tensor
     block_loss: list[float]
     block_confidence: list[float]
+    by_block: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -50,11 +51,14 @@ def validate(
     world: World,
     placement: Placement,
     interrupted: Callable[[], bool] = lambda: False,
+    *,
+    every_block: bool = False,
 ) -> Validation | None:
-    """The validation of a model; None where any rank was interrupted."""
+    """The validation of a model; None where any rank was interrupted. every_block: read each of them everywhere."""
     reader = Reader(model, placement.autocast)
     batches = range(0, len(windows), SHAPE)
-    losses = torch.zeros(len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
+    read = model.config.n_layer if every_block else 1
+    losses = torch.zeros(read, len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
     by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=placement.device)
     stopped = torch.zeros(1, device=placement.device)
     for first in batches[world.rank :: world.size]:
@@ -62,8 +66,9 @@ def validate(
             stopped += 1
             break
         tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-        states = _states(model, tokens, placement)
-        losses[first : first + SHAPE] = window_losses(reader, states[-1], targets)
+        states = hidden_states(model, tokens, placement)
+        for row, h in zip(losses, states[-read:], strict=True):
+            row[first : first + SHAPE] = window_losses(reader, h, targets)
         if first == 0:
             rows = min(SHAPE, len(windows))
             for j, h in enumerate(states[1:]):
@@ -74,7 +79,9 @@ def validate(
     world.sum_([stopped])
     if stopped.item():
         return None
-    return Validation(losses[: len(windows)].cpu(), *by_block.tolist())
+    losses = losses[:, : len(windows)].cpu()
+    every = tuple((losses.sum(1) / len(windows)).tolist()) if every_block else ()
+    return Validation(losses[-1], *by_block.tolist(), by_block=every)
 
 
 @torch.no_grad()
@@ -94,7 +101,7 @@ def tempered(
         for first in range(0, count, SHAPE)[world.rank :: world.size]:
             rows = min(SHAPE, count - first)
             tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-            h, y = _states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
+            h, y = hidden_states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
             sums += reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
         loss, slope, curvature = (sums / (count * windows.block_size)).tolist()
@@ -125,7 +132,8 @@ def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None
     return F.softmax(logits, 1).amax(1)
 
 
-def _states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
+def hidden_states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
+    """h_0..h_L of tokens (B, T), in the dtype of the matmuls that the placement says."""
     cast = torch.autocast(tokens.device.type, placement.autocast) if placement.autocast else nullcontext()
     with cast:
         return model.hidden_states(tokens)
