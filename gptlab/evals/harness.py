@@ -27,7 +27,7 @@ def _lm_eval(module: str = "lm_eval") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(
-            f"lm_eval tasks need the package lm-eval, which is missing ({error}); pip install lm-eval"
+            f"lm_eval tasks need the package lm-eval, which is missing ({error}); pip install 'gptlab[lm_eval]'"
         ) from None
 
 

@@ -19,7 +19,8 @@ from gptlab.evals.scoring import Scorer
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import write_folder
 
-lm_eval = pytest.importorskip("lm_eval", reason="needs the package lm-eval: pip install lm-eval")
+lm_eval = pytest.importorskip("lm_eval", reason="needs the package lm-eval: pip install 'lm-eval[hf]'")
+pytest.importorskip("accelerate", reason="lm-eval's own Hugging Face model needs it: pip install 'lm-eval[hf]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own, and its packages'
 GPT2 = get_tokenizer("gpt2")
 
