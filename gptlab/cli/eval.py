@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -219,16 +220,20 @@ def _validation(opened: Opened, options: argparse.Namespace, display: Any) -> di
 
 
 def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
-    from gptlab.interpret.generate import generate
+    from gptlab.interpret.decoder import Weights
+    from gptlab.interpret.generate import Sampling, generate
     from gptlab.randomness import torch_generator
 
     vocabulary = min(opened.tokenizer.vocab_size, opened.model.config.vocab_size)
 
+    @functools.cache
+    def weights() -> Weights:  # copied once, and only for a task in which the model writes
+        return Weights(opened.model)
+
     def write(prompt: list[int], count: int, temperature: float) -> Iterator[int]:
         generator = torch_generator("eval", 1)
-        steps = generate(
-            opened.model, prompt, count, temperature=temperature, vocab_size=vocabulary, generator=generator
-        )
+        sampling = Sampling(temperature=temperature)
+        steps = generate(weights(), prompt, count, sampling, vocab_size=vocabulary, generator=generator)
         return (step.token for step in steps)
 
     return write
