@@ -134,8 +134,8 @@ def _written(asked: list[tuple[str, dict[str, Any]]], scorer: Scorer, tokenizer:
         kept = row[:length]
         if kept and kept[-1] == tokenizer.document_start:
             kept.pop()
-        text = tokenizer.decode(kept)
-        texts.append(text[: _stopped(text, how)])
+        whole = tokenizer.decode(kept)
+        texts.append(whole[: _stopped(whole, how)])
     return texts
 
 
