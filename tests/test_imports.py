@@ -100,6 +100,11 @@ WITHOUT_TORCH = [
     (["verify", "--help"], 0),
     (["export", "one"], 2),
     (["doctor", "--jsn"], 2),
+    (["import", "model.bin"], 2),
+    (["eval", "run", "--tasks", "hellaswg"], 2),
+    (["runs", "log"], 0),
+    (["runs", "/nowhere"], 2),
+    (["completion", "bash"], 0),
 ]
 
 

@@ -1,4 +1,4 @@
-"""`gptlab export`: a run as a Hugging Face GPT-2 folder. What the weights become is told in model/huggingface.py."""
+"""`gptlab export`: a model in another program's format. What the weights become is told in gptlab/model/."""
 
 from __future__ import annotations
 
@@ -10,57 +10,50 @@ from gptlab.errors import UsageError
 
 
 def main(argv: list[str]) -> int:
-    """Write the folder; raises UsageError where it would overwrite something, CheckpointError where RUN is damaged."""
+    """Write the model; raises UsageError where it would overwrite something, CheckpointError where RUN is damaged."""
     parser = Parser(
         prog="gptlab export",
-        description="Write a run's newest checkpoint as a folder that transformers loads as GPT2LMHeadModel. "
-        "A run over GPT-2 tokens gets its tokenizer too.",
+        description="Write a model as a folder that transformers loads as GPT2LMHeadModel, or as a file that llm.c "
+        "reads. A Hugging Face folder of a model over GPT-2 tokens gets its tokenizer too.",
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write, new or empty")
-    parser.add_argument("--json", action="store_true", help='print {"folder", "parameters", "tokenizer"}')
+    parser.add_argument("run", metavar="RUN", help="a run, a checkpoint or a Hugging Face GPT-2 folder")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the folder (llm.c: the file) to write, which is not there"
+    )
+    parser.add_argument("--format", choices=["huggingface", "llm.c"], default="huggingface", help="[huggingface]")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of llm.c's weights [fp32]")
+    parser.add_argument(
+        "--json", action="store_true", help='print {"folder", "parameters", "tokenizer"}; llm.c: "file"'
+    )
     options = parser.parse(argv)
     out: Path = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"expected a new or empty folder to export to, found {out} in use; give another one")
+    huggingface = options.format == "huggingface"
+    if out.exists() and not (huggingface and out.is_dir() and not any(out.iterdir())):
+        kind = "a new or empty folder" if huggingface else "a new file"
+        raise UsageError(f"expected {kind} to export to, found {out} in use; give another one")
+    if huggingface and options.dtype != "fp32":
+        raise UsageError("--dtype: a Hugging Face folder is written in fp32; bf16 is for --format llm.c")
 
-    from gptlab.model.huggingface import to_huggingface
-    from gptlab.runs.initial import model_of
+    from gptlab.device import DTYPES
+    from gptlab.model.huggingface import GPT2_VOCABULARY, write_folder
+    from gptlab.model.llmc import write_llmc
+    from gptlab.runs.initial import any_model
 
-    model, config = model_of(options.run)
-    to_huggingface(model).save_pretrained(out)
-    written = config.tokenizer == "gpt2"
-    if written:
-        _write_tokenizer(out, config.block_size)
+    model, config = any_model(options.run)
+    gpt2 = config.tokenizer == "gpt2" if config else model.config.vocab_size >= GPT2_VOCABULARY
+    told = {"parameters": model.config.parameters}
+    if huggingface:
+        write_folder(model, out, tokenizer=gpt2)
+        told = {"folder": str(out), **told, "tokenizer": "gpt2" if gpt2 else None}
+    else:
+        write_llmc(model, out, DTYPES[options.dtype])
+        told = {"file": str(out), **told}
     if options.json:
-        parameters = model.config.parameters
-        print(json.dumps({"folder": str(out), "parameters": parameters, "tokenizer": "gpt2" if written else None}))
+        print(json.dumps(told))
         return 0
     print(f"{options.run} exported to {out}")
-    if not written:
+    if huggingface and not gpt2:
         print("no tokenizer was written: this run reads bytes, so a token is the value of a UTF-8 byte")
-    print(f'load it with: transformers.GPT2LMHeadModel.from_pretrained("{out}")')
+    if huggingface:
+        print(f'load it with: transformers.GPT2LMHeadModel.from_pretrained("{out}")')
     return 0
-
-
-def _write_tokenizer(out: Path, block_size: int) -> None:
-    """GPT-2's tokenizer in the files that transformers reads: the merges as they are, and every token's number."""
-    from gptlab.data.tokenizers import MERGES_FILE
-
-    merges = MERGES_FILE.read_bytes()
-    end = "<|endoftext|>"
-    # Merges are written in visible stand-ins of bytes: the printable of Latin-1 themselves, then U+0100 and on.
-    visible = [chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    singles = visible + [chr(256 + extra) for extra in range(256 - len(visible))]
-    joined = [line.replace(" ", "") for line in merges.decode().splitlines()[1:]]
-    vocabulary = {token: number for number, token in enumerate([*singles, *joined, end])}
-    settings = {
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "bos_token": end,
-        "eos_token": end,
-        "unk_token": end,
-    }
-    (out / "merges.txt").write_bytes(merges)
-    (out / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

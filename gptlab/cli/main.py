@@ -21,10 +21,14 @@ COMMANDS = {
     "dose_response": "how many times the tokens a known error costs, against theory",
     "sample": "write on from a prompt, each block's guess beside it",
     "lens": "what every block would say at every position, and what early exit saves",
+    "eval": "score a model and its blocks: validation, HellaSwag, LAMBADA, lm-eval's tasks",
     "digest": "SHA-256 over a run's weights, moments, RNG and data cursor",
     "verify": "check a run's files against their checksums",
-    "export": "write a run as a Hugging Face GPT-2 folder",
+    "export": "write a model as a Hugging Face GPT-2 folder or for llm.c",
+    "import": "read a model of Hugging Face, nanoGPT, build-nanogpt or llm.c",
     "bench": "measure training speed against the matmul limit and peers",
+    "runs": "list runs with their figures and differences, or move some to the trash",
+    "completion": "print a completion script for bash or zsh",
     "doctor": "what this machine has, and what a run would use and why",
 }
 

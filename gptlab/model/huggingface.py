@@ -2,22 +2,26 @@
 
 transformers' linear layers are `Conv1D`: their weights are (in, out), ours (out, in). Its vocabulary is GPT-2's own
 50,257 tokens, so rows that pad ours are cut on the way out. `share_blocks` is written out as L equal blocks.
+Weights are read from safetensors; an old folder's pickled pytorch_model.bin too, as tensors alone (weights_only).
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gptlab.errors import CheckpointError, DataError
+from gptlab.data.huggingface_tokenizer import write_tokenizer
+from gptlab.errors import CheckpointError, DataError, UsageError
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.nanogpt import refuse_bombs
+from gptlab.model.weights import GPT2_VOCABULARY, checked_config
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-GPT2_VOCABULARY = 50257
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -63,8 +67,26 @@ def to_huggingface(model: GPT) -> GPT2LMHeadModel:
     return theirs.eval()
 
 
+def write_folder(model: GPT, out: Path, *, tokenizer: bool) -> None:
+    """Write a folder that `transformers` loads, with GPT-2's tokenizer if asked for, whole or not at all.
+
+    Raises UsageError where there is something at `out` already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"expected a new or empty folder to write to, found {out} in use; give another one")
+    building = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        to_huggingface(model).save_pretrained(building)
+        if tokenizer:
+            write_tokenizer(building, model.config.block_size)
+        building.replace(out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def from_huggingface(path_or_model: str | Path | GPT2LMHeadModel) -> GPT:
-    """A `GPT` with the weights of a GPT-2 folder (safetensors) or of a loaded `GPT2LMHeadModel`.
+    """A `GPT` with the weights of a GPT-2 folder or of a loaded `GPT2LMHeadModel`.
 
     Raises CheckpointError where the folder is missing or is not a GPT-2 that this model can be equal to.
     """
@@ -96,13 +118,27 @@ def from_huggingface(path_or_model: str | Path | GPT2LMHeadModel) -> GPT:
 
 def _load(transformers: Any, folder: Path) -> GPT2LMHeadModel:
     """transformers' model of a folder, with all its weights: a missing one would be drawn at random without a word."""
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    files = sorted(folder.glob("model*.safetensors")) or pickled
+    kind = "pickled tensors" if files and files == pickled else "safetensors"
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _check(config)
+        if files:
+            room = sum(file.stat().st_size for file in files)
+            checked_config({**vars(config), "block_size": config.n_positions}, room, folder)
+        if files == pickled:
+            for file in files:
+                refuse_bombs(file)
         model, found = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as error:  # transformers, its hub client and safetensors have no common kind
+            folder, config=config, local_files_only=True, use_safetensors=kind == "safetensors", weights_only=True,
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers, its hub client, pickle and safetensors have no common kind
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"{folder} cannot be read as a GPT-2 in safetensors: {reason}") from error
+        raise CheckpointError(f"{folder} cannot be read as a GPT-2 in {kind}: {reason}") from error
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{folder} lacks weights of a GPT-2: {missing[0]} and {len(missing) - 1} more")
     return model
@@ -110,8 +146,9 @@ def _load(transformers: Any, folder: Path) -> GPT2LMHeadModel:
 
 def _check(config: Any) -> None:
     """Refuse a Hugging Face GPT-2 whose arithmetic differs from GPT-2's own."""
+    if (found := getattr(config, "model_type", None)) != "gpt2":
+        raise CheckpointError(f"expected a GPT-2 with model_type 'gpt2', found {found!r}; it cannot be imported")
     expected = {
-        "model_type": ("gpt2", None),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "n_inner": (None, 4 * config.n_embd),
         "scale_attn_weights": (True, True),

@@ -18,6 +18,7 @@ from typing import IO, Any
 from gptlab.errors import CheckpointError, ConfigError
 from gptlab.options import build, flatten
 from gptlab.runs import checkpoint
+from gptlab.runs.lock import LOCK
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
 
 LOCK_PATIENCE = 30.0
@@ -49,7 +50,7 @@ class RunFolder:
     def lock(self, patience: float = LOCK_PATIENCE) -> None:
         """Become the only writer; raises CheckpointError naming the holder if it does not let go in `patience` s."""
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("a+", encoding="utf-8")
+        file = (self.path / LOCK).open("a+", encoding="utf-8")
         deadline = time.monotonic() + patience
         while True:
             try:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from pathlib import Path
 
 import torch
 
 from gptlab.errors import CheckpointError
+from gptlab.model.foreign import is_huggingface
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.weights import GPT2_VOCABULARY
 from gptlab.randomness import torch_generator
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
 from gptlab.training.config import TrainingConfig
 
-GPT2_VOCABULARY = 50257
 _OPTION = {"transformer.wpe.weight": "--block_size and --n_embd", "transformer.wte.weight": "--tokenizer and --n_embd"}
 
 
@@ -39,19 +40,20 @@ def any_model(source: str | Path) -> tuple[GPT, TrainingConfig | None]:
 
     Raises CheckpointError where there is none.
     """
-    if _is_huggingface(Path(source)):
+    if is_huggingface(Path(source)):
         from gptlab.model.huggingface import from_huggingface
 
         return from_huggingface(source), None
     return model_of(source)
 
 
-def _is_huggingface(folder: Path) -> bool:
-    """Whether the folder's config.json is of transformers: a run's own has no model_type."""
-    try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
+def weights_digest(model: GPT) -> str:
+    """SHA-256 over a model's weights, by name: what figures of it belong to, whatever folder it came from."""
+    h = hashlib.sha256()
+    for name, p in model.named_parameters():
+        h.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+        h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return h.hexdigest()
 
 
 def initial_model(source: str, shape: GPTConfig, seed: int) -> GPT:

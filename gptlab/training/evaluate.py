@@ -34,13 +34,15 @@ NEWTON_STEPS = 12
 class Validation:
     """windows: mean loss of every window (n,), float64 nats; accuracy: share of tokens that were the likeliest;
     clean_loss: the loss once the flips of training are undone, nats, None where there are none to undo; block_loss and
-    block_confidence: of z_1..z_L on the first batch, mean over its tokens, nats and probability."""
+    block_confidence: of z_1..z_L on the first batch, mean over its tokens, nats and probability; by_block: every
+    block's mean loss over all windows, if asked."""
 
     windows: Tensor
     accuracy: float
     clean_loss: float | None
     block_loss: list[float]
     block_confidence: list[float]
+    by_block: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -55,14 +57,19 @@ def validate(
     placement: Placement,
     interrupted: Callable[[], bool] = lambda: False,
     flip: float = 0.0,
+    *,
+    every_block: bool = False,
 ) -> Validation | None:
     """The validation of a model, on true targets; None where any rank was interrupted.
 
-    flip: the share of its training targets that were flipped uniformly, for the clean loss.
+    flip: the share of its training targets that were flipped uniformly, for the clean loss. every_block: read each of
+    them everywhere, not on the first batch alone.
     """
     reader = Reader(model, placement.autocast)
     batches = range(0, len(windows), SHAPE)
     figures = torch.zeros(len(batches) * SHAPE, 3, dtype=torch.float64, device=placement.device)
+    lower = model.config.n_layer - 1 if every_block else 0
+    losses_below = torch.zeros(lower, len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
     by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=placement.device)
     stopped = torch.zeros(1, device=placement.device)
     for first in batches[world.rank :: world.size]:
@@ -70,21 +77,25 @@ def validate(
             stopped += 1
             break
         tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-        states = _states(model, tokens, placement)
+        states = hidden_states(model, tokens, placement)
         figures[first : first + SHAPE] = window_figures(reader, states[-1], targets, flip)
+        for row, h in zip(losses_below, states[1 : 1 + lower], strict=True):
+            row[first : first + SHAPE] = window_figures(reader, h, targets, 0.0)[:, 0]
         if first == 0:
             rows = min(SHAPE, len(windows))
             for j, h in enumerate(states[1:]):
                 flat, y = h[:rows].flatten(0, 1), targets[:rows].flatten()
                 by_block[0, j] = reader.values(flat, y, true_loss).double().mean()
                 by_block[1, j] = reader.values(flat, y, top_probability).double().mean()
-    world.sum_([figures, by_block])
+    world.sum_([figures, losses_below, by_block])
     world.sum_([stopped])
     if stopped.item():
         return None
     losses, right, clean = figures[: len(windows)].cpu().unbind(1)
     clean_mean = float(clean.sum() / len(windows)) if flip else None
-    return Validation(losses, float(right.sum() / len(windows)), clean_mean, *by_block.tolist())
+    every = [*losses_below[:, : len(windows)].cpu(), losses] if every_block else []
+    by_all = tuple(float(of_block.sum() / len(windows)) for of_block in every)
+    return Validation(losses, float(right.sum() / len(windows)), clean_mean, *by_block.tolist(), by_block=by_all)
 
 
 @torch.no_grad()
@@ -104,7 +115,7 @@ def tempered(
         for first in range(0, count, SHAPE)[world.rank :: world.size]:
             rows = min(SHAPE, count - first)
             tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-            h, y = _states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
+            h, y = hidden_states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
             sums += reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
         loss, slope, curvature = (sums / (count * windows.block_size)).tolist()
@@ -147,7 +158,8 @@ def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None
     return F.softmax(logits, 1).amax(1)
 
 
-def _states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
+def hidden_states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
+    """h_0..h_L of tokens (B, T), in the dtype of the matmuls that the placement says."""
     cast = torch.autocast(tokens.device.type, placement.autocast) if placement.autocast else nullcontext()
     with cast:
         return model.hidden_states(tokens)

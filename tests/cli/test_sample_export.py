@@ -139,7 +139,7 @@ def another_shape(folder: Path) -> None:
         (without_weights, "cannot be read as a GPT-2 in safetensors: .*model.safetensors"),
         (cut_weights, "cannot be read as a GPT-2 in safetensors"),
         (fewer_weights, "lacks weights of a GPT-2: transformer.h.1.ln_1.weight and 0 more"),
-        (another_shape, "cannot be read as a GPT-2 in safetensors"),
+        (another_shape, ": expected at least .* bytes for .*n_embd 64"),
     ],
 )
 def test_a_damaged_hugging_face_folder_is_one_line(
@@ -150,7 +150,7 @@ def test_a_damaged_hugging_face_folder_is_one_line(
     assert main(["sample", "--checkpoint", str(folder)]) == 3
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gptlab: ")]
     assert len(lines) == 1
-    assert re.search(f"{re.escape(str(folder))} {message}", lines[0]), lines[0]
+    assert re.search(f"{re.escape(str(folder))} ?{message}", lines[0]), lines[0]
 
 
 def test_an_export_can_be_sampled_and_started_from(

@@ -1,0 +1,239 @@
+"""`gptlab eval`: what a model, and each of its blocks, scores. Scoring is gptlab/evals/'s, validation training's."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from gptlab.cli.arguments import Parser
+from gptlab.errors import ConfigError, UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from gptlab.data.tokenizers import Tokenizer
+    from gptlab.device import Placement
+    from gptlab.distributed import World
+    from gptlab.evals.rows import Task
+    from gptlab.model.gpt import GPT
+    from gptlab.training.config import TrainingConfig
+
+TASKS = ("val", "hellaswag", "lambada")
+HARNESS = "lm_eval:"
+Figures = list[dict[str, float]]
+"""Every block's, the last block's last; the last block's alone without --blocks."""
+
+
+class Opened(NamedTuple):
+    """A model ready to be read, and where from."""
+
+    model: GPT
+    config: TrainingConfig | None
+    tokenizer: Tokenizer
+    placement: Placement
+    world: World
+    identity: dict[str, Any]
+
+
+def main(argv: list[str]) -> int:
+    """Score; raises UsageError, CheckpointError where there is no model, DataError where a test cannot be read."""
+    options = _parse(argv)
+
+    from gptlab.cli.eval_view import Display, table
+    from gptlab.distributed import World, end_with_launcher
+
+    world = World.from_environment()
+    if world.launched:
+        end_with_launcher()
+    display = Display(quiet=not world.main)
+    try:
+        opened = _open(options, world, display)
+        found: dict[str, Any] = {}
+        for name in options.tasks:
+            for task, told in _score(name, opened, options, display):
+                found[task] = told
+    finally:
+        display.close()
+        world.disconnect()
+    if world.main:
+        result = {"model": options.run, **opened.identity, "tasks": found}
+        if options.json:
+            print(json.dumps(result, indent=1, allow_nan=False))
+        else:
+            table(result)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="gptlab eval",
+        description="Score a model: loss on the pinned validation tokens, HellaSwag as build-nanogpt scores it, "
+        "LAMBADA, and any task of lm-evaluation-harness. Under torchrun, ranks share the work: `torchrun "
+        "--nproc_per_node=2 -m gptlab eval RUN`. Stopped, the same command goes on where it was.",
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run, a checkpoint or a Hugging Face GPT-2 folder")
+    add("--tasks", metavar="A,B", default="val", help="of val, hellaswag, lambada and lm_eval:NAME [val]")
+    add("--blocks", action="store_true", help="score every block's reading, not the last one's alone")
+    add("--hellaswag", metavar="FILE", help="JSON lines or parquet [Rowan/hellaswag by the package datasets]")
+    add("--lambada", metavar="FILE", help="JSON lines or parquet [EleutherAI/lambada_openai by datasets]")
+    add("--include_path", metavar="FOLDER", help="a folder of your own lm_eval tasks (YAML)")
+    add("--limit", metavar="N", type=int, help="the first N rows of a test, for a quick look [all]")
+    add("--data", metavar="CORPUS", help="whose validation tokens val reads [the run's]")
+    add("--eval_tokens", metavar="N", type=int, help="how many, the first of the pinned set [the run's]")
+    add("--tokenizer", choices=["bytes", "gpt2"], help="[the run's; a folder's by its vocabulary]")
+    add("--batch_size", metavar="N", type=int, default=16, help="rows read at once by a process [16]")
+    add("--out", metavar="FOLDER", help="where finished rows are kept [RUN/eval]")
+    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
+    add("--threads", metavar="N", type=int, default=0, help="threads a process [its share of the cores]")
+    add("--compile", choices=["auto", "on", "off"], default="off", help="torch.compile [off]")
+    add("--json", action="store_true", help='print {"model", ..., "tasks": {NAME: {..., "blocks": [..]}}}')
+    options = parser.parse(argv)
+    options.tasks = list(dict.fromkeys(filter(None, options.tasks.split(","))))
+    for name in options.tasks:
+        if name not in TASKS and not (name.startswith(HARNESS) and name != HARNESS):
+            raise UsageError(f"--tasks: no task {name!r}{did_you_mean(name, TASKS)}; other tests are {HARNESS}NAME")
+    if not options.tasks:
+        raise UsageError(f"--tasks: expected one or more of {', '.join(TASKS)} and {HARNESS}NAME, found none")
+    for name in ("limit", "eval_tokens", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name}: expected a number of at least 1, found {value}")
+    return options
+
+
+def _open(options: argparse.Namespace, world: World, display: Any) -> Opened:
+    from gptlab.data.tokenizers import get_tokenizer
+    from gptlab.device import Machine, decide
+    from gptlab.model.working import Workspace
+    from gptlab.runs.initial import any_model, weights_digest
+    from gptlab.training.compilation import compile_blocks
+
+    model, config = any_model(options.run)
+    name = options.tokenizer or (config.tokenizer if config else "bytes" if model.config.vocab_size <= 256 else "gpt2")
+    tokenizer = get_tokenizer(name)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"{options.run} knows {model.config.vocab_size} tokens, {name} has {tokenizer.vocab_size}; its tokens are "
+            "another tokenizer's, so that no text can be scored"
+        )
+    placement = decide(
+        Machine.probe(), device=options.device, dtype=options.dtype, threads=options.threads, compile=options.compile,
+        n_embd=model.config.n_embd, local_rank=world.local_rank, local_size=world.local_size,
+    )  # fmt: skip
+    placement.apply()
+    digest = weights_digest(model)
+    model.to(placement.device).eval()
+    world.connect(placement.device)
+    if placement.working_copies and placement.autocast:
+        Workspace(model, placement.autocast, placement.row_block)
+    if options.compile != "off":
+        display.note(f"  compile {compile_blocks(model, placement)}")
+    model.requires_grad_(False)
+    identity = {"weights_sha256": digest, "dtype": placement.dtype_name, "tokenizer": name}
+    return Opened(model, config, tokenizer, placement, world, identity)
+
+
+def _score(
+    name: str, opened: Opened, options: argparse.Namespace, display: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(task, what is told of it) of one name of --tasks."""
+    from gptlab.evals.harness import run_harness
+    from gptlab.evals.hellaswag import hellaswag
+    from gptlab.evals.lambada import lambada
+    from gptlab.evals.scoring import Scorer
+
+    if name == "val":
+        yield name, _validation(opened, options, display)
+        return
+    scorer = Scorer(
+        opened.model, opened.placement, opened.world, batch_size=options.batch_size, every_block=options.blocks
+    )
+    if name in TASKS:
+        read: Callable[..., Task] = {"hellaswag": hellaswag, "lambada": lambada}[name]
+        task = read(getattr(options, name), opened.tokenizer, options.limit)
+        yield name, _rows(task, scorer, opened, options, display)
+        return
+    display.note(f"{name}: going through its requests")
+    found = run_harness(
+        name.removeprefix(HARNESS), scorer, opened.tokenizer, _writer(opened),
+        limit=options.limit, include_path=options.include_path,
+    )  # fmt: skip
+    for task, blocks in found.items():
+        yield HARNESS + task, _told({}, blocks, options)
+
+
+def _told(about: Mapping[str, Any], blocks: Figures, options: argparse.Namespace) -> dict[str, Any]:
+    """The last block's figures, what they rest on, and every block's where they were asked for."""
+    return {**blocks[-1], **about, **({"blocks": blocks} if options.blocks else {})}
+
+
+def _rows(task: Task, scorer: Any, opened: Opened, options: argparse.Namespace, display: Any) -> dict[str, Any]:
+    from gptlab.evals.rows import Record, run_task
+
+    identity = {**opened.identity, "rows": task.sha256, "limit": options.limit, "blocks": scorer.blocks}
+    world, path = opened.world, Path(options.out or Path(options.run) / "eval") / f"{task.name}.json"
+    record = Record(path if world.main else None, identity)
+    record.done = {int(n): done for n, done in world.agree(lambda: record.done, opened.placement.device).items()}
+    with display.counting(task.name, len(task.rows), len(record.done)) as progress:
+        blocks = run_task(task, scorer, record, progress)
+    return _told({"rows": len(task.rows), "source": task.source}, blocks, options)
+
+
+def _validation(opened: Opened, options: argparse.Namespace, display: Any) -> dict[str, Any]:
+    """Loss on the pinned tokens in nats, perplexity, and bits a byte of their text."""
+    from gptlab.cli.corpus import open_or_prepare
+    from gptlab.data.batches import ValidationWindows
+    from gptlab.training.config import TrainingConfig
+    from gptlab.training.evaluate import validate
+
+    config = opened.config
+    data = options.data or (config.data if config else None)
+    if data is None:
+        raise UsageError(f"{options.run} is no run: say with --data whose validation tokens to read, or leave val out")
+    tokens = options.eval_tokens or (config or TrainingConfig()).eval_tokens
+    corpus, _ = open_or_prepare(data, opened.tokenizer.name, opened.world, display.note)
+    shape = opened.model.config
+    windows = ValidationWindows(corpus, shape.block_size, shape.vocab_size, tokens)
+    display.note(f"val: {len(windows):,} windows of {shape.block_size} tokens")
+    found = validate(opened.model, windows, opened.world, opened.placement, every_block=options.blocks)
+    assert found is not None, "nothing interrupts it"
+    bytes_per_token = opened.tokenizer.count_bytes(windows.stream) / len(windows.stream)
+    blocks = [
+        {
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) / bytes_per_token,
+            "perplexity": math.exp(min(loss, 700.0)),
+        }
+        for loss in (found.by_block or (found.loss,))
+    ]
+    about = {
+        "tokens": len(windows) * shape.block_size,
+        "validation_sha256": windows.sha256,
+        "source": str(corpus.folder),
+    }
+    return _told(about, blocks, options)
+
+
+def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
+    from gptlab.interpret.decoder import Weights
+    from gptlab.interpret.generate import Sampling, generate
+    from gptlab.randomness import torch_generator
+
+    vocabulary = min(opened.tokenizer.vocab_size, opened.model.config.vocab_size)
+
+    @functools.cache
+    def weights() -> Weights:  # copied once, and only for a task in which the model writes
+        return Weights(opened.model)
+
+    def write(prompt: list[int], count: int, temperature: float) -> Iterator[int]:
+        generator = torch_generator("eval", 1)
+        sampling = Sampling(temperature=temperature)
+        steps = generate(weights(), prompt, count, sampling, vocab_size=vocabulary, generator=generator)
+        return (step.token for step in steps)
+
+    return write

@@ -1,0 +1,84 @@
+"""Rows of a test: from a local file, JSON lines or parquet as its content tells, or through the package datasets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptlab.errors import DataError
+
+PARQUET = b"PAR1"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """rows: as they stand in the source; source: where that is; sha256: of all rows, so that a resume knows them."""
+
+    rows: list[dict[str, Any]]
+    source: str
+    sha256: str
+
+
+def read_rows(file: str | None, dataset: str, split: str, option: str) -> Rows:
+    """The rows of `file`, or of a dataset's split; raises DataError where there are none. option: what names a file."""
+    if file is None:
+        source, rows = f"{dataset} ({split})", _from_hub(dataset, split, option)
+    else:
+        source, rows = file, _from_file(Path(file))
+    if not rows:
+        raise DataError(f"{source}: expected rows, found none")
+    text = json.dumps(rows, sort_keys=True, ensure_ascii=False, default=str)
+    return Rows(rows, source, hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest())
+
+
+def _from_file(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            parquet = file.read(4) == PARQUET
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
+    return _from_parquet(path) if parquet else _from_lines(path)
+
+
+def _from_lines(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
+            rows.append(row)
+    return rows
+
+
+def _from_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{path} needs the package pyarrow, which is missing; pip install 'gptlab[data]'") from None
+    try:
+        return parquet.ParquetFile(path).read().to_pylist()
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no parquet file that can be read: {str(error).splitlines()[0]}") from None
+
+
+def _from_hub(dataset: str, split: str, option: str) -> list[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{dataset} needs the package datasets, which is missing; pip install 'gptlab[data]', or give {option} FILE"
+        ) from None
+    try:
+        return [dict(row) for row in datasets.load_dataset(dataset, split=split)]
+    except Exception as error:  # datasets, its hub client and the network have no common kind
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"cannot load {dataset} ({split}): {reason[:160]}; give a file with {option} FILE") from None

@@ -1,0 +1,172 @@
+"""HellaSwag and LAMBADA from files in their real formats: figures by hand, damage named, and stopping at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from pyarrow import parquet
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from gptlab.data.tokenizers import get_tokenizer
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.errors import DataError
+from gptlab.evals.hellaswag import hellaswag
+from gptlab.evals.lambada import lambada
+from gptlab.evals.rows import PORTION, Record, Task, portions, run_task
+from gptlab.evals.scoring import Scorer
+from gptlab.model.gpt import GPT
+
+Naive = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
+BYTES = get_tokenizer("bytes")
+WORDS = ["sits", "on a roof", "pulls at it", "sings", "is using wrap", "climbs", "rips tiles off", "holds a cube"]
+
+
+def swag(n: int) -> dict[str, Any]:
+    """A row as the authors' files have it."""
+    endings = [WORDS[(n * 3 + k * 5 + n * k) % 8] + "." * (k + n % 3) for k in range(4)]
+    return {
+        "ind": n, "activity_label": "Roof", "ctx_a": f"A man {WORDS[n % 8]}.", "ctx_b": "he", "split": "val",
+        "ctx": f"A man {WORDS[n % 8]}. he", "label": n * 7 % 4, "endings": endings, "split_type": "indomain",
+        "source_id": "activitynet~v_-JhWjGDPHMY",
+    }  # fmt: skip
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def unrecorded(task: Task, scorer: Scorer) -> list[dict[str, float]]:
+    return run_task(task, scorer, Record(None, {}), lambda done, figures: None)
+
+
+@torch.no_grad()
+def reference(model: GPT, rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(acc, acc_norm) of every block: four padded rows at a time, the ending masked, its losses' sum and mean."""
+    right = torch.zeros(model.config.n_layer, 2)
+    for row in rows:
+        context = BYTES.encode(row["ctx"]).tolist()
+        endings = [BYTES.encode(" " + ending).tolist() for ending in row["endings"]]
+        tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for k, ending in enumerate(endings):
+            tokens[k, : len(context) + len(ending)] = torch.tensor(context + ending)
+            mask[k, len(context) : len(context) + len(ending)] = 1
+        for j, h in enumerate(model.hidden_states(tokens)[1:]):
+            losses = cross_entropy(model.read(h)[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
+            sums = (losses * mask[:, 1:]).sum(1)
+            right[j, 0] += int(sums.argmin()) == row["label"]
+            right[j, 1] += int((sums / mask[:, 1:].sum(1)).argmin()) == row["label"]
+    return [tuple(figures) for figures in (right / len(rows)).tolist()]
+
+
+def test_hellaswag_is_scored_as_a_completion(model: GPT, cpu: Placement, tmp_path: Path) -> None:
+    rows = [swag(n) for n in range(40)]
+    scorer = Scorer(model, cpu, World(), batch_size=7, every_block=True)
+    found = unrecorded(hellaswag(lines(tmp_path / "val.jsonl", rows), BYTES), scorer)
+    expected = reference(model, rows)
+    assert [f["acc"] for f in found] == pytest.approx([acc for acc, _ in expected])
+    assert [f["acc_norm"] for f in found] == pytest.approx([acc_norm for _, acc_norm in expected])
+    assert len({figure for block in expected for figure in block}) > 2, "figures too alike to tell blocks apart"
+
+
+def test_the_datasets_parquet_with_its_label_as_text_is_the_same_test(
+    model: GPT, cpu: Placement, tmp_path: Path
+) -> None:
+    rows = [swag(n) for n in range(9)]
+    parquet.write_table(
+        pyarrow.Table.from_pylist([{**row, "label": str(row["label"])} for row in rows]), tmp_path / "x"
+    )
+    read = hellaswag(str(tmp_path / "x"), BYTES)
+    assert list(read.rows) == list(hellaswag(lines(tmp_path / "val.jsonl", rows), BYTES).rows)
+    assert len(hellaswag(str(tmp_path / "x"), BYTES, limit=4).rows) == 4
+
+
+def test_lambada_is_the_last_word(model: GPT, cpu: Placement, naive: Naive, tmp_path: Path) -> None:
+    texts = [f"he {a}, and she {b}" for a in WORDS for b in ("sat", "went", "is")]
+    context = BYTES.encode("so it").tolist()
+    guesses = []
+    with torch.no_grad():
+        row = [*context, 32]
+        for _ in range(2):
+            guesses.append(int(model(torch.tensor([row]))[0, -1, 33:127].argmax()) + 33)
+            row.append(guesses[-1])
+    texts.append("so it " + bytes(guesses).decode())
+    scorer = Scorer(model, cpu, World(), every_block=True)
+    found = unrecorded(lambada(lines(tmp_path / "l.jsonl", [{"text": text} for text in texts]), BYTES), scorer)
+    split = [text.rpartition(" ") for text in texts]
+    scores = [naive(BYTES.encode(a).tolist(), BYTES.encode(" " + c).tolist()) for a, _, c in split]
+    for j, figures in enumerate(found):
+        losses = [float(loss[j]) for loss, _ in scores]
+        assert figures["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+        assert figures["acc"] == pytest.approx(sum(bool(greedy[j]) for _, greedy in scores) / len(scores))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": ""}, "row 1: expected a label of 0 to 3, found ''"),
+        ({"label": 4}, "row 1: expected a label of 0 to 3, found 4"),
+        ({"endings": ["a", "b"]}, "row 1: expected ctx and 4 endings"),
+        ({"endings": [1, 2, 3, 4]}, "row 1: expected endings that are text"),
+        ({"ctx": None}, "row 1: expected ctx and 4 endings"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    file = lines(tmp_path / "val.jsonl", [swag(0), swag(1) | change])
+    with pytest.raises(DataError, match=message):
+        hellaswag(file, BYTES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a b"}\n{"text"', "line 2: expected a JSON object"),
+        (b"[1]\n", "line 1: expected a JSON object"),
+        (b"\n\n", "expected rows, found none"),
+        (b'{"text": "one"}\n', "row 0: expected a text of several words"),
+        (b'{"text": "ends with a blank "}\n', "row 0: expected a text of several words"),
+        (b"PAR1 and then nothing", "is no parquet file that can be read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        lambada(str(tmp_path / "f"), BYTES)
+    with pytest.raises(DataError, match=r"cannot read .*nowhere"):
+        lambada(str(tmp_path / "nowhere"), BYTES)
+
+
+def test_a_test_that_was_stopped_goes_on_with_the_portion_it_was_at(model: GPT, cpu: Placement, tmp_path: Path) -> None:
+    texts = [{"text": f"he {WORDS[n % 8] * (1 + n % 5)} {n}"} for n in range(2 * PORTION + 10)]
+    task = lambada(lines(tmp_path / "l.jsonl", texts), BYTES)
+    scorer, path = Scorer(model, cpu, World(), every_block=True), tmp_path / "eval" / "lambada.json"
+    unbroken = unrecorded(task, scorer)
+
+    def stop(done: int, figures: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_task(task, scorer, Record(path, {"model": "a"}), stop)
+    told: list[int] = []
+    record = Record(path, {"model": "a"})
+    assert sorted(record.done) == sorted(portions(task.rows)[0])
+    assert run_task(task, scorer, record, lambda done, figures: told.append(done)) == unbroken
+    assert told == [2 * PORTION, len(texts)]
+    again = Record(path, {"model": "a"})
+    assert run_task(task, scorer, again, lambda done, figures: told.append(-1)) == unbroken
+    assert told == [2 * PORTION, len(texts)]
+    assert Record(path, {"model": "b"}).done == {}
+    assert not list(path.parent.glob(".*"))
+    for damaged in ("", "{", "[]", '{"identity": {"model": "a"}, "done": {"0": [[1, 2, 3]]}}'):
+        path.write_text(damaged)
+        assert Record(path, {"model": "a"}).done == {}
