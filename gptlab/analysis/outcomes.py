@@ -49,7 +49,7 @@ class Outcomes:
     curves: Mapping[str, Mapping[int, Mapping[int, float]]] = field(default_factory=dict)
     runs: Mapping[str, Sequence[Run]] = field(default_factory=dict)
     longer: Mapping[str, str] = field(default_factory=dict)
-    tuning: Tuning = Tuning()
+    tuning: Tuning = field(default_factory=Tuning)
 
     def verdicts(self, **given: Any) -> dict[str, Any]:
         """`compare`'s result with each arm's passport and changes; `given` arguments stand over the declared ones.
@@ -187,10 +187,11 @@ def _outcomes(
     arguments: dict[str, Any],
     allowed: Mapping[str, frozenset[str]],
     *,
-    tuning: Tuning = Tuning(),
+    tuning: Tuning | None = None,
     notes: Sequence[str] = (),
 ) -> Outcomes:
     """declared: {arm: options that were set}; allowed: {arm: keys in which its runs may differ from its baseline's}."""
+    tuning = tuning or Tuning()
     runs = [run for members in arms.values() for run in members]
     ended = {arm: [run for run in members if run.finished or run.diverged] for arm, members in arms.items()}
     left = [run for run in runs if not (run.finished or run.diverged)]
@@ -227,9 +228,7 @@ def _outcomes(
             "signals": signals,
             "doses": {arm: mean_dose(ended[arm]) for arm in [*signals, *controls]},
         },
-        passports={
-            arm: {**passport(members, step), **tuning.of_arm(arm)} for arm, members in ended.items() if members
-        },
+        passports={arm: {**passport(members, step), **tuning.of_arm(arm)} for arm, members in ended.items() if members},
         changes={arm: _changes(ended[arm], ended.get(baselines[arm], [])) for arm in arms if arm != baselines[arm]},
         undeclared=tuple(differences),
         notes=(*notes, *(f"{run.path} stands at step {run.last_step} and has not finished" for run in left)),

@@ -203,7 +203,8 @@ def _close(runner: Runner | TunedRunner) -> int:
         if states[state]:
             print(
                 f"gptlab: {states[state]} of {len(runner.cells)} cells {state}; see `gptlab experiment status "
-                f"{runner.folder}`" + "; run again to try them again" * (state == "failed")
+                f"{runner.folder}`"
+                + "; run again to try them again" * (state == "failed")
                 + ", an arm waits until all its trials have ended" * (state == "failed" and waits),
                 file=sys.stderr,
             )

@@ -91,6 +91,11 @@ class Experiment:
         return Path("log", self.name)
 
     @property
+    def baselines(self) -> list[str]:
+        """The baseline of all, or the first arm of every group."""
+        return [group[0] for group in self.table.get("groups", {}).values()] or [self.baseline]
+
+    @property
     def codes(self) -> list[str]:
         """The users' own signals, FILE.py:FUNCTION, that arms use."""
         signals = [s for arm in self.arms.values() for s in (arm.options, *arm.options.get("also", ()))]

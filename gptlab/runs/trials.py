@@ -18,8 +18,11 @@ from gptlab.errors import ConfigError
 from gptlab.runs.arm_options import as_toml
 from gptlab.runs.experiment_file import TRIALS, Arm, Experiment
 
-CONTROL = {"signal.control", "signal.flip", "signal.flip_to"}
+CONTROL = frozenset({"signal.control", "signal.flip", "signal.flip_to"})
 """What a control arm may differ in from its signal's arm and still take over its choice."""
+
+LENGTH = frozenset({"steps", "warmup_steps"})
+"""Options in which a longer run of a baseline may differ from it."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +128,15 @@ def leaders(experiment: Experiment) -> dict[str, str]:
     """{arm: the arm whose trials choose for it}, which mostly is itself.
 
     A control must differ from its signal's arm in the control alone, so it takes over that arm's choice. An arm whose
-    signals all have weight 0 is the arm without them, bit for bit, and takes over that one's.
+    signals all have weight 0 is the arm without them, bit for bit, and takes over that one's. What is nothing but a
+    longer run of a baseline stays one.
     """
-    return {arm.name: _leader(experiment, arm).name for arm in experiment.arms.values()}
+    found = {arm.name: _leader(experiment, arm).name for arm in experiment.arms.values()}
+    for arm, leader in found.items():
+        while found[leader] != leader:  # it follows another itself: weight 0 in a longer run, say
+            leader = found[leader]
+        found[arm] = leader
+    return found
 
 
 def _leader(experiment: Experiment, arm: Arm) -> Arm:
@@ -137,11 +146,16 @@ def _leader(experiment: Experiment, arm: Arm) -> Arm:
             if _is_plain(experiment, other) and (other.patch, _signalless(other)) == (arm.patch, wanted):
                 return other
     elif _is_control(experiment, arm):
-        wanted = _uncontrolled(arm)
+        wanted = _without(CONTROL, arm)
         for other in experiment.arms.values():
-            alike = (other.patch, _uncontrolled(other)) == (arm.patch, wanted)
+            alike = (other.patch, _without(CONTROL, other)) == (arm.patch, wanted)
             if alike and not _is_control(experiment, other):
                 return other
+    for name in experiment.baselines:
+        other = experiment.arms[name]
+        alike = (other.patch, _without(LENGTH, other)) == (arm.patch, _without(LENGTH, arm))
+        if alike and int(arm.get("steps", experiment.preset)) > int(other.get("steps", experiment.preset)):
+            return other
     return arm
 
 
@@ -162,8 +176,8 @@ def _signalless(arm: Arm) -> dict[str, Any]:
     return {key: value for key, value in arm.options.items() if key.partition(".")[0] not in ("signal", "also")}
 
 
-def _uncontrolled(arm: Arm) -> dict[str, Any]:
-    return {key: value for key, value in arm.options.items() if key not in CONTROL}
+def _without(keys: frozenset[str], arm: Arm) -> dict[str, Any]:
+    return {key: value for key, value in arm.options.items() if key not in keys}
 
 
 def all_trials(experiment: Experiment) -> dict[str, tuple[Trial, ...]]:
