@@ -56,8 +56,20 @@ def test_cells_run_with_what_their_arms_trials_chose(whole: Path, capsys: pytest
     status = json.loads(capsys.readouterr().out)
     assert status["states"] == {"finished": 6}
     assert status["tuning"] == content(whole / "tuning.json")
-    assert main(["experiment", "run", str(whole.parent / "tiny.toml"), "--out", str(whole), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["ran"] == [], "nothing is missing"
+
+
+def test_nothing_runs_again_where_it_was_run_or_where_its_packed_copy_lies(
+    whole: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = tmp_path / "packed"
+    assert main(["experiment", "pack", str(whole), "--out", str(packed)]) == 0
+    before = (whole / "results.json").read_bytes()
+    for out in (whole, packed):
+        capsys.readouterr()
+        assert main(["experiment", "run", str(file), "--out", str(out), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["ran"] == []
+    assert (whole / "results.json").read_bytes() == before
+    assert (packed / "tuning.json").read_bytes() == (whole / "tuning.json").read_bytes()
 
 
 def test_killed_among_trials_and_among_cells_and_identical(whole: Path, file: Path, tmp_path: Path) -> None:
