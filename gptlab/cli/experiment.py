@@ -258,14 +258,15 @@ def _smoke(options: argparse.Namespace) -> int:
 
     experiment, _ = _read(options)
     packing = Packing.of_this_machine(options.jobs)
-    cells = cells_an_arm(experiment, len(experiment.seeds[: options.seeds]))
-    trials = []
+    seeds = len(experiment.seeds[: options.seeds])
+    cells, trials = cells_an_arm(experiment, seeds), []
     with StopRequest() as stop:
         for trial in smoke(experiment, packing, options.seconds, allow_code=options.allow_code, stop=stop):
             said = trial.reason or f"{trial.signal}, a cell takes {minutes(trial.seconds)}"
             stderr().print(f"{trial.arm}: {printable(said)}", markup=False, soft_wrap=True)
             trials.append(trial)
     total = _total(experiment, trials, cells, packing)
+    tuning = f", {total['cells'] - seeds * len(cells)} of them trials that choose options" if experiment.tune else ""
     if options.json:
         print(json.dumps({"experiment": experiment.name, "arms": {t.arm: vars(t) for t in trials}, "total": total}))
     else:
@@ -274,7 +275,7 @@ def _smoke(options: argparse.Namespace) -> int:
         console = Console(highlight=False)
         console.print(smoke_table(trials, cells), "")
         console.print(
-            f"One cell of each is shown; in all {total['cells']} cells, {total['at_a_time']} at a time: about "
+            f"One cell of each is shown; in all {total['cells']} cells{tuning}, {total['at_a_time']} at a time: about "
             f"{minutes(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"
         )
     return 3 if any(trial.reason for trial in trials) else 0

@@ -98,7 +98,8 @@ def choices(kept: Mapping[str, Any]) -> Text:
     lines = []
     for arm, found in kept["arms"].items():
         options = ", ".join(f"{key} {_short(value)}" for key, value in found["options"].items()) or "as declared"
-        whose = f", as {found['follows']}" if found["follows"] else f", the best of {kept['trials']} trials"
+        whose = f", the best of {kept['trials']} trials" if found["trial"] else ""
+        whose += f" of {found['follows']}" if found["follows"] else ""
         lines += [(f"{arm}: {options}{whose}\n", ""), *((f"  {note}\n", "yellow") for note in found["notes"])]
     return Text.assemble(*lines)
 
