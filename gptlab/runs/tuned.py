@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptlab.runs.cells import ENDED, Cell
 from gptlab.runs.choice import Choice, choices, chosen, keep
+from gptlab.runs.executor import Children, Executor
 from gptlab.runs.experiment import Runner, Snapshot
 from gptlab.runs.experiment_file import Experiment
-from gptlab.runs.packing import Packing
+from gptlab.runs.packing import Packing, Queue
 from gptlab.runs.trials import trial_experiment, trials_folder
 
 
@@ -23,16 +24,18 @@ class TunedRunner:
 
     experiment: Experiment
     folder: Path
-    packing: Packing
+    packing: Packing | Queue
     seeds: int | None = None
     allow_code: bool = False
+    executor: Executor = field(default_factory=Children)
 
     def __post_init__(self) -> None:
-        self.trials = Runner(
-            trial_experiment(self.experiment), trials_folder(self.folder), self.packing, None, self.allow_code
-        )
-        self.verdict = Runner(self.experiment, self.folder, self.packing, self.seeds, self.allow_code)
+        self.trials = self._runner(trial_experiment(self.experiment), trials_folder(self.folder), None)
+        self.verdict = self._runner(self.experiment, self.folder, self.seeds)
         self.choices: dict[str, Choice] = {}
+
+    def _runner(self, experiment: Experiment, folder: Path, seeds: int | None) -> Runner:
+        return Runner(experiment, folder, self.packing, seeds, self.allow_code, self.executor)
 
     @property
     def cells(self) -> list[Cell]:
@@ -57,8 +60,7 @@ class TunedRunner:
             yield self.snapshot()
         self.choices = choices(self.experiment, self.trials.results.write()["cells"])
         keep(self.experiment, self.folder, self.choices)
-        experiment = chosen(self.experiment, self.choices)
-        self.verdict = Runner(experiment, self.folder, self.packing, self.seeds, self.allow_code)
+        self.verdict = self._runner(chosen(self.experiment, self.choices), self.folder, self.seeds)
         self.verdict.prepare()
         for _ in self.verdict.run(stop):
             yield self.snapshot()
