@@ -15,11 +15,9 @@ from gptlab.analysis.records import Run
 from gptlab.analysis.sameness import own_options
 from gptlab.errors import ConfigError
 from gptlab.options import build
+from gptlab.runs.trials import LENGTH
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import run_flops
-
-LENGTH = frozenset({"steps", "warmup_steps"})
-"""Options in which a longer run of a baseline may differ from it."""
 
 NEAR = {"equal_flops": 0.05, "equal_time": 0.10}
 """How far costs may differ that are called equal, as a share; clocks are less exact than counts."""

@@ -16,6 +16,7 @@ from gptlab.analysis.beside import beside, longer_runs_of
 from gptlab.analysis.logs import SUFFIXES, read_log
 from gptlab.analysis.records import Run, mean_dose, passport, read_run
 from gptlab.analysis.sameness import COMMON, TUNED, arm_of, own_options, undeclared
+from gptlab.analysis.tuned import Tuning, read_tuning
 from gptlab.analysis.verdicts import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.options import flatten_table
@@ -34,7 +35,7 @@ class Outcomes:
 
     passports: {arm: figures}; changes: {arm: {option: [the baseline's, its own]}}; undeclared: differences that
     forbid to compare, one line each; notes: runs that were left out, and why. curves: {arm: {seed: {step: validation
-    loss}}}, runs: {arm: its finished runs}, none of a log's; both in the order of seeds.
+    loss}}}, runs: {arm: its finished runs}, none of a log's; both in the order of seeds. tuning: what trials chose.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Outcomes:
     curves: Mapping[str, Mapping[int, Mapping[int, float]]] = field(default_factory=dict)
     runs: Mapping[str, Sequence[Run]] = field(default_factory=dict)
     longer: Mapping[str, str] = field(default_factory=dict)
+    tuning: Tuning = field(default_factory=Tuning)
 
     def verdicts(self, **given: Any) -> dict[str, Any]:
         """`compare`'s result with each arm's passport and changes; `given` arguments stand over the declared ones.
@@ -64,7 +66,8 @@ class Outcomes:
                 found |= beside(arm, found["baseline"], longer, self.runs, result["looks"])
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
         head = {"experiment": self.name, "step": self.step}
-        return {**head, **result, "undeclared": list(self.undeclared), "notes": list(self.notes)}
+        tail = {"tuning": self.tuning.as_json(), "undeclared": list(self.undeclared), "notes": list(self.notes)}
+        return {**head, **result, **tail}
 
 
 def read(sources: Sequence[str | Path], *, step: int | None = None, baseline: str | None = None) -> Outcomes:
@@ -160,7 +163,8 @@ def _of_experiment(folder: Path, step: int | None) -> Outcomes:
     declared = {arm: {**common, **changed[arm]} for arm in arms}
     name = str(table.get("name", folder.name))
     notes = [f"{run.path}: seed {run.seed} was not declared" for run in extra]
-    return _outcomes(name, arms, declared, step, arguments, allowed, tuned="tune" in table, notes=notes)
+    tuning = read_tuning(folder, table)
+    return _outcomes(name, arms, declared, step, arguments, allowed, tuning=tuning, notes=notes)
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,10 +187,11 @@ def _outcomes(
     arguments: dict[str, Any],
     allowed: Mapping[str, frozenset[str]],
     *,
-    tuned: bool = False,
+    tuning: Tuning | None = None,
     notes: Sequence[str] = (),
 ) -> Outcomes:
     """declared: {arm: options that were set}; allowed: {arm: keys in which its runs may differ from its baseline's}."""
+    tuning = tuning or Tuning()
     runs = [run for members in arms.values() for run in members]
     ended = {arm: [run for run in members if run.finished or run.diverged] for arm, members in arms.items()}
     left = [run for run in runs if not (run.finished or run.diverged)]
@@ -223,13 +228,14 @@ def _outcomes(
             "signals": signals,
             "doses": {arm: mean_dose(ended[arm]) for arm in [*signals, *controls]},
         },
-        passports={arm: {**passport(members, step), "tuned": tuned} for arm, members in ended.items() if members},
+        passports={arm: {**passport(members, step), **tuning.of_arm(arm)} for arm, members in ended.items() if members},
         changes={arm: _changes(ended[arm], ended.get(baselines[arm], [])) for arm in arms if arm != baselines[arm]},
         undeclared=tuple(differences),
         notes=(*notes, *(f"{run.path} stands at step {run.last_step} and has not finished" for run in left)),
         curves={arm: {run.seed: run.losses for run in members} for arm, members in whole.items()},
         runs=whole,
         longer=longer,
+        tuning=tuning,
     )
 
 

@@ -18,7 +18,7 @@ FREE = FREE_ON_RESUME | {"seed", "preset"}
 COMMON = frozenset({"data", "tokenizer", "block_size", "eval_tokens", "n_layer", "n_head", "n_embd", "share_blocks"})
 """Options of data and model: runs that are compared by themselves, without an experiment file, share them."""
 
-TUNED = frozenset({"learning_rate", "min_lr", "signal.dose", "signal.weight"})
+TUNED = frozenset({"learning_rate", "min_lr", "signal.dose", "signal.weight", "also"})
 """What [tune] may set for each arm."""
 
 

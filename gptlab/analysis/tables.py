@@ -46,6 +46,31 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     if any("parameters" in arm["passport"] for arm in arms.values()):
         rows = [(name, _passport(arm["passport"])) for name, arm in arms.items()]
         yield Table("How far to trust it", ("arm", "passport"), rows)
+    if tuning := result.get("tuning"):
+        seeds = ", ".join(map(str, tuning["seeds"] or ())) or "–"
+        yield Table(
+            f"What {number(tuning['trials'], 'd')} trials an arm chose, on seeds {seeds}",
+            ("arm", "options", "factors", "loss", "note"),
+            [(name, *_choice(arm)) for name, arm in tuning["arms"].items()],
+        )
+
+
+def _choice(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Options, their factors of what was declared, the best trial's loss, and what to know of them."""
+    options = ", ".join(f"{key} {format(v, 'g') if isinstance(v, float) else v}" for key, v in found["options"].items())
+    factors = [(what, found[key]) for what, key in (("learning rate", "learning_rate"), ("dose", "dose"))]
+    shown = ", ".join(f"{what} x{factor:g}" for what, factor in factors if factor is not None)
+    notes = [f"as {found['follows']}", *found["notes"]] if found["follows"] else found["notes"]
+    return options or "as declared", shown or "–", number(found["loss"], ".4f"), "; ".join(notes)
+
+
+def _tuned(found: Mapping[str, Any]) -> str:
+    """How a passport's learning rate was come by."""
+    if not found.get("tuned"):
+        return ""
+    best = f", best of {found['trials']} trials" if found.get("trials") else ""
+    whose = f" of {found['follows']}" if best and found.get("follows") else ""
+    return f" (tuned for each arm{best}{whose})"
 
 
 def _beside(found: Mapping[str, Any] | None) -> str:
@@ -56,7 +81,6 @@ def _beside(found: Mapping[str, Any] | None) -> str:
 
 
 def _passport(found: Mapping[str, Any]) -> str:
-    tuned = " (tuned)" if found.get("tuned") else ""
     return ", ".join(
         [
             f"{number(found.get('parameters'), ',')} parameters",
@@ -64,7 +88,7 @@ def _passport(found: Mapping[str, Any]) -> str:
             f"{number(found.get('epochs'), '.3g')} epochs",
             f"vocabulary {number(found.get('vocabulary'), ',')}",
             f"{number(found.get('depth'), 'd')} blocks",
-            f"learning rate {number(found.get('learning_rate'), 'g')}{tuned}",
+            f"learning rate {number(found.get('learning_rate'), 'g')}{_tuned(found)}",
             f"{number(found.get('clipped_share'), '.0%')} of steps clipped",
             f"noise floor {number(found['noise_floor'], '.4f')}",
             f"seed correlation {number(found['seed_correlation'], '.2f')}",

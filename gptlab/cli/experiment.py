@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gptlab.runs.experiment_file import Experiment
     from gptlab.runs.packing import Packing, Queue
     from gptlab.runs.smoke import Trial
+    from gptlab.runs.tuned import TunedRunner
 
 ACTIONS = ("run", "status", "smoke", "pack")
 EXECUTORS = ("slurm", "local")
@@ -104,14 +105,19 @@ def _run(options: argparse.Namespace) -> int:
     from gptlab.cli.experiment_view import Watch, stderr
     from gptlab.cli.stopping import StopRequest
     from gptlab.runs.experiment import Runner
+    from gptlab.runs.tuned import TunedRunner
 
     experiment, folder = _read(options)
     packing, executor = _where(options, experiment, folder)
-    runner = Runner(experiment, folder, packing, options.seeds, options.allow_code, executor)
+    kind = TunedRunner if experiment.tune else Runner
+    runner = kind(experiment, folder, packing, options.seeds, options.allow_code, executor)
     runner.prepare()
     if options.executor:
         _prepare_data(experiment)
-    note = f"{experiment.name}: {len(runner.cells)} cells in {folder}; {packing.why({c.n_embd for c in runner.cells})}"
+    trials = sum(cell.arm.trial_of is not None for cell in runner.cells)
+    first = f", {trials} of them trials that choose options first" * (trials > 0)
+    why = packing.why({cell.n_embd for cell in runner.cells})
+    note = f"{experiment.name}: {len(runner.cells)} cells in {folder}{first}; {why}"
     stderr().print(note, soft_wrap=True, markup=False)
     with StopRequest() as stop, Watch() as watch:
         try:
@@ -156,7 +162,7 @@ def _prepare_data(experiment: Experiment) -> None:
             time.sleep(1.0)
 
 
-def _summary(runner: Runner) -> dict[str, Any]:
+def _summary(runner: Runner | TunedRunner) -> dict[str, Any]:
     cells = runner.snapshot().cells
     return {
         "experiment": runner.experiment.name,
@@ -171,6 +177,7 @@ def _summary(runner: Runner) -> dict[str, Any]:
 def _as_json(one: Progress) -> dict[str, Any]:
     return {
         "arm": one.cell.arm.name,
+        "trial_of": one.cell.arm.trial_of,
         "seed": one.cell.seed,
         "state": one.state,
         "step": one.step,
@@ -182,14 +189,23 @@ def _as_json(one: Progress) -> dict[str, Any]:
     }
 
 
-def _close(runner: Runner) -> int:
-    """Say what became of the cells; the exit code."""
-    states = Counter(cell.state for cell in runner.snapshot().cells)
+def _close(runner: Runner | TunedRunner) -> int:
+    """Say what became of the cells; the exit code. A trial may diverge: finding that out is what it is for."""
+    from gptlab.cli.experiment_view import choices, stderr
+    from gptlab.runs.choice import read_kept
+
+    if runner.experiment.tune and (kept := read_kept(runner.folder)):
+        stderr().print(choices(kept), soft_wrap=True, end="")
+    cells = runner.snapshot().cells
+    states = Counter(one.state for one in cells if one.state != "diverged" or not one.cell.arm.trial_of)
+    waits = any(one.state == "failed" and one.cell.arm.trial_of for one in cells)
     for state, code in (("failed", 3), ("diverged", 4)):
         if states[state]:
             print(
                 f"gptlab: {states[state]} of {len(runner.cells)} cells {state}; see `gptlab experiment status "
-                f"{runner.folder}`" + "; run again to try them again" * (state == "failed"),
+                f"{runner.folder}`"
+                + "; run again to try them again" * (state == "failed")
+                + ", an arm waits until all its trials have ended" * (state == "failed" and waits),
                 file=sys.stderr,
             )
             return code
@@ -198,23 +214,26 @@ def _close(runner: Runner) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from gptlab.runs.choice import read_kept
     from gptlab.runs.experiment import standing
 
     experiment, folder = _read(options)
-    snapshot = standing(experiment, folder)
+    snapshot, kept = standing(experiment, folder), read_kept(folder) if experiment.tune else None
     if options.json:
         cells = [_as_json(cell) for cell in snapshot.cells]
         states = dict(Counter(cell.state for cell in snapshot.cells))
         head = {"experiment": experiment.name, "folder": str(folder), "seconds_left": snapshot.seconds_left}
-        print(json.dumps({**head, "states": states, "cells": cells}, indent=1))
+        print(json.dumps({**head, "states": states, "cells": cells, "tuning": kept}, indent=1))
         return 0
 
     from rich.console import Console
 
-    from gptlab.cli.experiment_view import cell_table, reasons, summary
+    from gptlab.cli.experiment_view import cell_table, choices, reasons, summary
 
     console = Console(highlight=False)
     console.print(cell_table(snapshot.cells), "", reasons(snapshot.cells), summary(snapshot), sep="\n")
+    if kept:
+        console.print("", choices(kept), sep="\n", end="")
     return 0
 
 
@@ -235,39 +254,41 @@ def _smoke(options: argparse.Namespace) -> int:
     from gptlab.cli.stopping import StopRequest
     from gptlab.runs.packing import Packing
     from gptlab.runs.smoke import smoke
+    from gptlab.runs.trials import cells_an_arm
 
     experiment, _ = _read(options)
     packing = Packing.of_this_machine(options.jobs)
     seeds = len(experiment.seeds[: options.seeds])
-    trials = []
+    cells, trials = cells_an_arm(experiment, seeds), []
     with StopRequest() as stop:
         for trial in smoke(experiment, packing, options.seconds, allow_code=options.allow_code, stop=stop):
             said = trial.reason or f"{trial.signal}, a cell takes {minutes(trial.seconds)}"
             stderr().print(f"{trial.arm}: {printable(said)}", markup=False, soft_wrap=True)
             trials.append(trial)
-    total = _total(experiment, trials, seeds, packing)
+    total = _total(experiment, trials, cells, packing)
+    tuning = f", {total['cells'] - seeds * len(cells)} of them trials that choose options" if experiment.tune else ""
     if options.json:
         print(json.dumps({"experiment": experiment.name, "arms": {t.arm: vars(t) for t in trials}, "total": total}))
     else:
         from rich.console import Console
 
         console = Console(highlight=False)
-        console.print(smoke_table(trials, seeds), "")
+        console.print(smoke_table(trials, cells), "")
         console.print(
-            f"One cell of each is shown; in all {total['cells']} cells, {total['at_a_time']} at a time: about "
+            f"One cell of each is shown; in all {total['cells']} cells{tuning}, {total['at_a_time']} at a time: about "
             f"{minutes(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"
         )
     return 3 if any(trial.reason for trial in trials) else 0
 
 
-def _total(experiment: Experiment, trials: list[Trial], seeds: int, packing: Any) -> dict[str, Any]:
+def _total(experiment: Experiment, trials: list[Trial], cells: dict[str, int], packing: Any) -> dict[str, Any]:
     """Of the arms that ran: what all their cells cost, about."""
     threads = {arm.name: packing.threads(arm.get("n_embd", experiment.preset)) for arm in experiment.arms.values()}
     share = {name: 1 / packing.gpus if packing.gpus else many / packing.cores for name, many in threads.items()}
     return {
-        "cells": seeds * len(trials),
-        "at_a_time": min(seeds * len(trials), packing.gpus or packing.cores // min(threads.values())),
-        "seconds": sum(seeds * (t.seconds or 0) * share[t.arm] for t in trials),
-        "bytes": sum(seeds * (t.bytes or 0) for t in trials),
-        "flops": sum(seeds * (t.flops or 0) for t in trials),
+        "cells": sum(cells.values()),
+        "at_a_time": min(sum(cells.values()), packing.gpus or packing.cores // min(threads.values())),
+        "seconds": sum(cells[t.arm] * (t.seconds or 0) * share[t.arm] for t in trials),
+        "bytes": sum(cells[t.arm] * (t.bytes or 0) for t in trials),
+        "flops": sum(cells[t.arm] * (t.flops or 0) for t in trials),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -93,6 +93,21 @@ def reasons(cells: Sequence[Progress]) -> Text:
     return Text("".join(lines), "red")
 
 
+def choices(kept: Mapping[str, Any]) -> Text:
+    """What tuning.json says was chosen, a line an arm, with what to know of it."""
+    lines = []
+    for arm, found in kept["arms"].items():
+        options = ", ".join(f"{key} {_short(value)}" for key, value in found["options"].items()) or "as declared"
+        whose = f", the best of {kept['trials']} trials" if found["trial"] else ""
+        whose += f" of {found['follows']}" if found["follows"] else ""
+        lines += [(f"{arm}: {options}{whose}\n", ""), *((f"  {note}\n", "yellow") for note in found["notes"])]
+    return Text.assemble(*lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
 def summary(snapshot: Snapshot) -> Text:
     """How many cells are in which state, and the time left."""
     counts = Counter(cell.state for cell in snapshot.cells)
@@ -113,8 +128,8 @@ def minutes(seconds: float | None) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def smoke_table(trials: Sequence[Trial], seeds: int) -> Table:
-    """A row an arm: what a few steps showed, and what one whole cell of its `seeds` would cost."""
+def smoke_table(trials: Sequence[Trial], cells: Mapping[str, int]) -> Table:
+    """A row an arm: what a few steps showed, how many `cells` it takes, and what one whole cell would cost."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("arm")
     for name in ("steps", "dose"):
@@ -128,7 +143,7 @@ def smoke_table(trials: Sequence[Trial], seeds: int) -> Table:
             f"{one.steps:,}",
             "" if one.dose is None else f"{one.dose:.3f}",
             Text(one.signal, "yellow" if one.signal == "inactive so far" else ""),
-            str(seeds),
+            str(cells[one.arm]),
             minutes(one.seconds),
             megabytes(one.bytes),
             "–" if one.flops is None else f"{one.flops:.2g}",

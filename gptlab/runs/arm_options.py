@@ -18,15 +18,18 @@ def options_file(folder: Path, arm: Arm) -> Path:
     return folder / arm.name / "options.toml"
 
 
-def as_toml(options: Mapping[str, Any]) -> str:
-    """Options under dotted keys as TOML; `also` becomes further [[signal]] tables."""
+def as_toml(options: Mapping[str, Any], table: str = "") -> str:
+    """Options under dotted keys as TOML; `also` becomes further [[signal]] tables.
+
+    table: the name, dot included, of the table that they are put under; the caller has opened it.
+    """
     options, also = dict(options), options.get("also", ())
     options.pop("also", None)
     if not also:
         return "".join(f"{key} = {_value(value)}\n" for key, value in options.items())
     signal = {key.removeprefix("signal."): value for key, value in options.items() if key.startswith("signal.")}
     plain = {key: value for key, value in options.items() if not key.startswith("signal.")}
-    tables = [f"[[signal]]\n{as_toml(one)}" for one in (signal, *also)]
+    tables = [f"[[{table}signal]]\n{as_toml(one)}" for one in (signal, *also)]
     return as_toml(plain) + "".join(tables)
 
 

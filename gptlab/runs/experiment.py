@@ -20,6 +20,7 @@ from gptlab.runs.experiment_file import FILE, Experiment
 from gptlab.runs.packing import Packing, Queue
 from gptlab.runs.patches import package, patched
 from gptlab.runs.results import Results, write_whole
+from gptlab.runs.trials import trial_experiment, trials_folder
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at the cells."""
@@ -95,7 +96,7 @@ class Runner:
             arm.name: patched(arm.patch, self.folder / ".code") if arm.patch else package().parent
             for arm in self.experiment.arms.values()
         }
-        self._check_same()
+        self.check_same()
         self.folder.mkdir(parents=True, exist_ok=True)
         for arm in self.experiment.arms.values():
             file = options_file(self.folder, arm)
@@ -103,12 +104,17 @@ class Runner:
             write_whole(file, as_toml({"preset": self.experiment.preset, **arm.options}))
             if arm.patch:
                 check_options(arm, self._code[arm.name], file)
+        self.declare()
+
+    def declare(self) -> None:
+        """Write the copy of the file, which status and compare read."""
         write_whole(self.folder / FILE, self.experiment.text)
 
-    def _check_same(self) -> None:
+    def check_same(self) -> None:
         """Refuse to change what was declared once a cell has begun; arms may be added, at the price of Holm."""
         copy = self.folder / FILE
-        begun = {path.parents[1].name for path in self.folder.glob("*/seed_*/metrics.jsonl")}
+        rows = [*self.folder.glob("*/seed_*/metrics.jsonl"), *trials_folder(self.folder).glob("*/seed_*/metrics.jsonl")]
+        begun = {path.parents[1].name for path in rows}
         if not copy.is_file() or not begun:
             return
         before, now = tomllib.loads(copy.read_text(encoding="utf-8")), self.experiment.table
@@ -260,9 +266,13 @@ def progress(rows: Rows, state: State, steps_per_second: float = 0.0) -> Progres
 
 
 def standing(experiment: Experiment, folder: Path) -> Snapshot:
-    """The cells of an experiment as their folders tell it, whoever runs them; seconds_left by their own speeds."""
+    """The cells of an experiment as their folders tell it, whoever runs them; seconds_left by their own speeds.
+
+    Its trials come first, where it has any.
+    """
     cells, speed, left = [], 0.0, 0.0
-    for cell in cells_of(experiment, folder):
+    trials = cells_of(trial_experiment(experiment), trials_folder(folder)) if experiment.tune else []
+    for cell in [*trials, *cells_of(experiment, folder)]:
         rows = Rows(cell).look()
         state = rows.state(running=claimed(cell))
         batch = int(cell.arm.get("total_batch_tokens", experiment.preset))

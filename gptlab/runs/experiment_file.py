@@ -14,6 +14,10 @@ signal.name = "confidence"
 patch = "idea.diff"                   a change of gptlab's code, beside the file
 [groups]                              arms that pair only within a group, its baseline first
 small = ["baseline", "confidence"]
+[tune]                                options chosen for every arm by as many trials: gptlab/runs/tune.py
+seeds = [101, 102]                    kept apart from the verdict's
+learning_rate = [0.5, 1, 2]           factors; the default
+dose = [0.5, 1, 2]                    factors; [1], which tunes none, is the default
 """
 
 from __future__ import annotations
@@ -27,13 +31,17 @@ from typing import Any
 
 from gptlab.errors import ConfigError, did_you_mean
 from gptlab.options import build, flatten, flatten_table, table_options
+from gptlab.runs.tune import Tune, read_tune
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
 
 FILE = "experiment.toml"
 """The copy of the experiment file in the experiment's folder; gptlab/analysis/outcomes.py reads it too."""
 
-KEYS = ("name", "preset", "baseline", "seeds", "looks", "delta", "options", "arms", "groups")
+TRIALS = ".tune"
+"""The folder of an experiment's trials, in the experiment's own."""
+
+KEYS = ("name", "preset", "baseline", "seeds", "looks", "delta", "options", "arms", "groups", "tune")
 NOT_AN_ARMS = {
     "preset": "give it once, above [options]",
     "seed": "give seeds = [..] above [options]",
@@ -50,11 +58,13 @@ class Arm:
     """options: what its cells' runs are given over the preset, under dotted keys; patch: a change of gptlab's code.
 
     The options of a patched arm are as the file has them: what they may be, only the patched code knows.
+    trial_of: the arm for which it tries options, where it is a trial.
     """
 
     name: str
     options: Mapping[str, Any]
     patch: Path | None = None
+    trial_of: str | None = None
 
     def get(self, key: str, preset: str) -> Any:
         """The value of an option in the arm's runs."""
@@ -63,7 +73,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """seeds: all that were declared, of looks those of the last one; table: the file's content."""
+    """seeds: all that were declared, of looks those of the last one; table: the file's content; tune: [tune] of it."""
 
     name: str
     preset: str
@@ -74,10 +84,16 @@ class Experiment:
     arms: Mapping[str, Arm]
     table: Mapping[str, Any] = field(repr=False)
     text: str = field(repr=False)
+    tune: Tune | None = None
 
     @property
     def folder(self) -> Path:
         return Path("log", self.name)
+
+    @property
+    def baselines(self) -> list[str]:
+        """The baseline of all, or the first arm of every group."""
+        return [group[0] for group in self.table.get("groups", {}).values()] or [self.baseline]
 
     @property
     def codes(self) -> list[str]:
@@ -110,8 +126,6 @@ def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
 
 def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Experiment:
     for key in table:
-        if key == "tune":
-            raise ConfigError("[tune] is not there yet; give each trial an arm of its own, on seeds kept apart")
         if key not in KEYS:
             raise ConfigError(f"unknown key {key!r}{did_you_mean(key, KEYS)}; there are {', '.join(KEYS)}")
     name, preset = _text(table, "name"), _text(table, "preset", "shakespeare-tiny")
@@ -134,7 +148,8 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     delta = table.get("delta", 0.01)
     if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta < float("inf"):
         raise ConfigError(f"delta: expected nats, at least 0, found {delta!r}")
-    return Experiment(name, preset, baseline, seeds, looks, float(delta), arms, table, text)
+    tune = read_tune(_table(table, "tune"), seeds) if "tune" in table else None
+    return Experiment(name, preset, baseline, seeds, looks, float(delta), arms, table, text, tune)
 
 
 def _text(table: Mapping[str, Any], key: str, default: str | None = None) -> str:

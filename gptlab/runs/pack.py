@@ -13,9 +13,11 @@ from typing import Any
 
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import ENDED, Cell, Rows, cells_of
+from gptlab.runs.choice import FILE as CHOICE
 from gptlab.runs.experiment_file import FILE, Experiment
 from gptlab.runs.results import FILE as RESULTS
 from gptlab.runs.results import write_whole
+from gptlab.runs.trials import trial_experiment, trials_folder
 
 EVERY = 50
 """Updates between two train rows that are kept, beside those in which a dose was measured."""
@@ -43,9 +45,16 @@ def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
             write_whole(there / name, (cell.folder / name).read_text(encoding="utf-8"))
         write_whole(there / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in _kept(cell)))
     write_whole(out / FILE, experiment.text)
-    if (folder / RESULTS).is_file():
-        write_whole(out / RESULTS, (folder / RESULTS).read_text(encoding="utf-8"))
-    return ended
+    for name in (RESULTS, CHOICE):
+        if (folder / name).is_file():
+            write_whole(out / name, (folder / name).read_text(encoding="utf-8"))
+    trials = trials_folder(folder)
+    return [*pack(trial_experiment(experiment), trials, trials_folder(out)), *ended] if _has_trials(trials) else ended
+
+
+def _has_trials(folder: Path) -> bool:
+    """A choice stands without its trials, whose folder may be removed."""
+    return (folder / FILE).is_file()
 
 
 def _kept(cell: Cell) -> Iterator[dict[str, Any]]:

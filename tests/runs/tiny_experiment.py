@@ -31,15 +31,19 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def write(
-    folder: Path, arms: Mapping[str, Mapping[str, Any]] = ARMS, head: Mapping[str, Any] = HEAD, **options: Any
+    folder: Path,
+    arms: Mapping[str, Mapping[str, Any]] = ARMS,
+    head: Mapping[str, Any] = HEAD,
+    tune: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Path:
     """An experiment file in `folder`, over a corpus beside it that is made where it is missing."""
     corpus = folder / "corpus"
     if not corpus.is_dir():
         make_corpus(corpus)
-    parts = [head, {"options": {**OPTIONS, "data": str(corpus), **options}}]
-    lines = [f"{key} = {json.dumps(value)}" for key, value in parts[0].items()]
-    for table, values in {"options": parts[1]["options"], **{f"arms.{arm}": own for arm, own in arms.items()}}.items():
+    tables = {"options": {**OPTIONS, "data": str(corpus), **options}, **({"tune": tune} if tune else {})}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in head.items()]
+    for table, values in {**tables, **{f"arms.{arm}": own for arm, own in arms.items()}}.items():
         lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
     path = folder / "tiny.toml"
     path.write_text("\n".join(lines) + "\n")
@@ -97,9 +101,9 @@ class RunnerProcess:
 
 
 def rows(out: Path) -> int:
-    """Rows of all cells together."""
+    """Rows of all cells together, trials too."""
     count = 0
-    for path in out.glob("*/seed_*/metrics.jsonl"):
+    for path in [*out.glob("*/seed_*/metrics.jsonl"), *out.glob(".tune/*/seed_*/metrics.jsonl")]:
         with contextlib.suppress(FileNotFoundError):
             count += path.read_bytes().count(b"\n")
     return count
