@@ -1,8 +1,8 @@
 """Branches of one checkpoint: some steps with the true loss alone, and the same steps with a signal added.
 
 The true loss reads the same batches in every branch of a data seed. The signal's gradient is averaged over M batches
-of its own, drawn by (seed, step, m) away from those of the true loss, so that the M of a branch sets how much of the
-signal's noise is left and nothing else. Everything is an ordinary `update`: Adam with the checkpoint's moments,
+of its own, drawn away from those of the true loss, so that the M of a branch sets how much of the signal's noise is
+left and nothing else. What M batches are is decided by (seed, step): 4 are the first of 16. Everything is an ordinary `update`: Adam with the checkpoint's moments,
 clipping, schedule. What the branches' losses say is analysis/branch.py's.
 """
 
@@ -31,7 +31,7 @@ from gptlab.training.step import micro_batches, update
 from gptlab.training.verdicts import Batch
 
 MOST_AVERAGED = 2**20
-"""The M of a branch lies below it: batch m of step s is draw s·MOST_AVERAGED + m."""
+"""The M of a branch lies below it, so that (step, m) fits into one number: step·MOST_AVERAGED + m."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,7 @@ class _Lab:
             seed: TrainingWindows(corpus, config.block_size, config.vocab_size, seed) for seed in plan.seeds
         }
         S, first = config.sequences, self.checkpoint.step
-        self.drawn = {
-            seed: DrawnWindows(windows, windows.window_ids(first * S, plan.steps * S), "signal", seed)
-            for seed, windows in self.windows.items()
-        }
+        self.taken = {seed: frozenset(w.window_ids(first * S, plan.steps * S)) for seed, w in self.windows.items()}
         tokens = plan.eval_tokens or config.eval_tokens
         self.validation = ValidationWindows(corpus, config.block_size, config.vocab_size, tokens)
         self._progress, self._done, self._total = progress, 0, plan.cost(arms)
@@ -257,16 +254,21 @@ class _Lab:
         part = "true loss" if averaged else "all"
         for batch in micro_batches(config, self.windows[config.seed], self.world, step, device):
             yield replace(batch, part=part)
-        for m in range(averaged):  # a step of its own for each, so that what is drawn by step is drawn anew too
+        # The M batches are read as one of M times the tokens. Only the judge that `rotate` draws by step would then be
+        # the same in all of them, so there each batch has a step of its own.
+        alone = averaged if any(signal.layers == "rotate" for signal in config.signals) else min(averaged, 1)
+        for m in range(alone):
             own = step * MOST_AVERAGED + m
-            for batch in micro_batches(config, self.drawn[config.seed], self.world, own, device):
-                yield replace(batch, part="signals", share=batch.share / averaged)
+            drawn = DrawnWindows(self.windows[config.seed], self.taken[config.seed], "signal", config.seed, own)
+            joined = replace(config, total_batch_tokens=config.total_batch_tokens * averaged // alone)
+            for batch in micro_batches(joined, drawn, self.world, 0, device):
+                yield replace(batch, part="signals", step=own, share=batch.share / alone)
 
     def weigh(self, name: str, arm: Arm) -> tuple[float | None, float | None]:
         """An arm's weight and dose: the weight asked for or 1/L; or the one that has the dose asked for, held fixed.
 
         Held fixed, because a dose held in every update would raise the weight as averaging shortens the gradient. A
-        signal that is silent at the checkpoint keeps its weight and has dose 0.
+        signal that is silent at the checkpoint keeps its weight and has dose 0; None where it diverges at once.
         """
         if isinstance(arm, GradientNoise):
             return None, arm.size
@@ -275,8 +277,11 @@ class _Lab:
         for seed in self.plan.seeds:
             config, _ = _branch_config(replace(self.config, seed=seed), arm, weight, 1)
             self.rewind()
-            batches = micro_batches(config, self.windows[seed], self.world, self.state.step, self.placement.device)
-            done = update(self.state, config, batches, self.world, self.placement, measure_dose=True)
+            try:
+                batches = self._batches(config, 0)
+                done = update(self.state, config, batches, self.world, self.placement, measure_dose=True)
+            except DivergedError:  # the branches will say so, each for itself
+                return weight, None
             doses.append(done.dose or 0.0)
             self.say(f"{name}, dose", 1)
         dose = sum(doses) / len(doses)
