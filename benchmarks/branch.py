@@ -140,7 +140,8 @@ def main() -> None:
         trials.append(trial_of(number, runs[seed], corpus))
         results = {
             "command": f"python benchmarks/branch.py --trials {options.trials}",
-            "machine": f"{Machine.probe().cpu}, 1 thread, torch {torch.__version__}, Python {platform.python_version()}",
+            "machine": f"{Machine.probe().processor}, 1 thread",
+            "software": f"torch {torch.__version__}, Python {platform.python_version()}",
             "run": RUN,
             "plan": {"steps": STEPS, "averages": Plan().averages, "seeds": SEEDS, "dose": DOSE},
             "arms": summary(trials),

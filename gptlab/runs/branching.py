@@ -2,8 +2,8 @@
 
 The true loss reads the same batches in every branch of a data seed. The signal's gradient is averaged over M batches
 of its own, drawn away from those of the true loss, so that the M of a branch sets how much of the signal's noise is
-left and nothing else. What M batches are is decided by (seed, step): 4 are the first of 16. Everything is an ordinary `update`: Adam with the checkpoint's moments,
-clipping, schedule. What the branches' losses say is analysis/branch.py's.
+left and nothing else. Which batches these are is decided by (seed, step): 4 are the first of 16. Everything is an
+ordinary `update`: Adam with the checkpoint's moments, clipping, schedule. What the losses say is analysis/branch.py's.
 """
 
 from __future__ import annotations
