@@ -6,6 +6,7 @@ number of batches can be had for one step, each independent of the others and of
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Collection
 from itertools import accumulate
@@ -33,6 +34,12 @@ class DrawnWindows:
                 f"{len(self.taken)} of them are spoken for: too few are left to draw others from; take fewer steps or "
                 "add text"
             )
+
+    def keyed(self, *more: str | int) -> DrawnWindows:
+        """Other draws from the same windows, by the key and `more`."""
+        other = copy.copy(self)
+        other.key = (*self.key, *more)
+        return other
 
     def window(self, n: int) -> Window:
         """(shard, window of the shard) of sequence n."""

@@ -216,7 +216,10 @@ class _Lab:
             seed: TrainingWindows(corpus, config.block_size, config.vocab_size, seed) for seed in plan.seeds
         }
         S, first = config.sequences, self.checkpoint.step
-        self.taken = {seed: frozenset(w.window_ids(first * S, plan.steps * S)) for seed, w in self.windows.items()}
+        self.drawn = {
+            seed: DrawnWindows(windows, windows.window_ids(first * S, plan.steps * S), "signal", seed)
+            for seed, windows in self.windows.items()
+        }
         tokens = plan.eval_tokens or config.eval_tokens
         self.validation = ValidationWindows(corpus, config.block_size, config.vocab_size, tokens)
         self._progress, self._done, self._total = progress, 0, plan.cost(arms)
@@ -259,7 +262,7 @@ class _Lab:
         alone = averaged if any(signal.layers == "rotate" for signal in config.signals) else min(averaged, 1)
         for m in range(alone):
             own = step * MOST_AVERAGED + m
-            drawn = DrawnWindows(self.windows[config.seed], self.taken[config.seed], "signal", config.seed, own)
+            drawn = self.drawn[config.seed].keyed(own)
             joined = replace(config, total_batch_tokens=config.total_batch_tokens * averaged // alone)
             for batch in micro_batches(joined, drawn, self.world, 0, device):
                 yield replace(batch, part="signals", step=own, share=batch.share / alone)

@@ -48,6 +48,7 @@ def test_a_draw_is_decided_by_its_key_and_its_number_alone(windows: TrainingWind
     drawn = DrawnWindows(windows, TAKEN, "test", 1)
     ids = drawn.window_ids(100, 40)
     assert ids == [*drawn.window_ids(100, 7), *DrawnWindows(windows, TAKEN, "test", 1).window_ids(107, 33)]
+    assert ids == DrawnWindows(windows, TAKEN, "test").keyed(1).window_ids(100, 40)
     assert ids != DrawnWindows(windows, TAKEN, "test", 2).window_ids(100, 40)
     assert ids != drawn.window_ids(140, 40)
 
