@@ -72,6 +72,21 @@ def test_the_rule(bias: list[float], noise: list[float], verdict: str, reason: s
     assert reason in found.reason
 
 
+@pytest.mark.parametrize(
+    ("averages", "dose", "share"),
+    [(AVERAGES, 1, 0.0071), (AVERAGES, 2, 0.0620), (AVERAGES, 3, 0.1748), ((*AVERAGES, 64), 3, 0.0904)],
+)
+def test_how_much_of_a_noise_that_slows_adam_down_the_fit_takes_for_bias(
+    averages: tuple[int, ...], dose: float, share: float
+) -> None:
+    """Adam's steps keep their length, so that noise leaves 1/√(1 + dose²/M) of their progress; docs/noise_branch.md."""
+    lost = {M: {seed: 1 - (1 + dose**2 / M) ** -0.5 for seed in SEEDS} for M in averages}
+    found = judge(lost)
+    assert found.bias is not None
+    assert found.noise is not None
+    assert found.bias.value / found.noise.value == pytest.approx(share, abs=5e-5)
+
+
 def test_what_diverged_is_undecided() -> None:
     lost = differences(around(0.05, 0.01), around(0.0, 0.01))
     lost[1][2] = None
