@@ -80,7 +80,7 @@ def test_how_much_of_a_noise_that_slows_adam_down_the_fit_takes_for_bias(
     averages: tuple[int, ...], dose: float, share: float
 ) -> None:
     """Adam's steps keep their length, so that noise leaves 1/√(1 + dose²/M) of their progress; docs/noise_branch.md."""
-    lost = {M: {seed: 1 - (1 + dose**2 / M) ** -0.5 for seed in SEEDS} for M in averages}
+    lost = {M: dict.fromkeys(SEEDS, 1 - (1 + dose**2 / M) ** (-0.5)) for M in averages}
     found = judge(lost)
     assert found.bias is not None
     assert found.noise is not None
