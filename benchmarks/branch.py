@@ -33,7 +33,7 @@ from gptlab.data.corpus import Corpus
 from gptlab.device import Machine, Placement
 from gptlab.distributed import World
 from gptlab.randomness import torch_generator
-from gptlab.runs.branching import Arm, GradientNoise, Plan
+from gptlab.runs.branch_plan import Arm, GradientNoise, Plan
 from gptlab.signals import SIGNALS, Signal, SignalConfig
 
 ROOT = Path(__file__).parent.parent

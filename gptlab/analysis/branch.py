@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from gptlab.data.corpus import Corpus
     from gptlab.device import Placement
     from gptlab.distributed import World
-    from gptlab.runs.branching import Arm, Branched, Plan, Progress
+    from gptlab.runs.branch_plan import Arm, Plan
+    from gptlab.runs.branching import Branched, Progress
 
 DELTA = 0.001
 """Nats below which an effect of a branch counts as none."""
@@ -164,9 +165,10 @@ def branch_test(
     """Run the branches of every signal from a checkpoint and judge them: name -> the object of `as_json`.
 
     run: a run (its newest checkpoint) or the folder of a checkpoint. See `runs.branching.branch` for what is raised
-    and for `progress`, whose first call tells the cost, and `arms_named` for signals by name.
+    and for `progress`, whose first call tells the cost, and `runs.branch_plan.arms_named` for signals by name.
     """
-    from gptlab.runs.branching import Plan, branch
+    from gptlab.runs.branch_plan import Plan
+    from gptlab.runs.branching import branch
 
     plan = plan or Plan()
     found = branch(run, signals, corpus, placement, plan, world=world, progress=progress)

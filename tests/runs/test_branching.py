@@ -15,7 +15,8 @@ from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.device import Placement
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs import branching
-from gptlab.runs.branching import Arm, Branched, GradientNoise, Plan, Progress, arms_named, branch
+from gptlab.runs.branch_plan import Arm, GradientNoise, Plan, arms_named
+from gptlab.runs.branching import Branched, Progress, branch
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig
