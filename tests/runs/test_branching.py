@@ -31,7 +31,7 @@ PLAN = Plan(steps=3, averages=(1, 4), seeds=(1, 2))
 def straight(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A baseline of 6 steps with a checkpoint at step 3: what comes after is what a branch of seed 1 does."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    assert main(tiny(out, checkpoint_every=3, eval_every=6, schedule="constant", seed=1)) == 0
+    assert main(tiny(out, checkpoint_every=3, eval_every=6, schedule="constant", threads=1)) == 0
     return out
 
 
