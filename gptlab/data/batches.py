@@ -9,9 +9,9 @@ being written; in later epochs they are shuffled too. Every window comes once an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,22 @@ from gptlab.randomness import permutation
 
 PATIENCE = 3600.0
 """Seconds to wait for a shard that is being prepared."""
+
+
+Window = tuple[int, int]
+"""(shard, window of the shard): what a training window is called in every epoch."""
+
+
+class Windows(Protocol):
+    """Training windows in some order of sequences, counted from 0."""
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, (count, T) int64 each, of sequences first..first+count-1."""
+        ...
+
+    def window_ids(self, first: int, count: int) -> list[Window]:
+        """Which windows these are: what draws that belong to a window are keyed by."""
+        ...
 
 
 class TrainingWindows:
@@ -55,6 +71,11 @@ class TrainingWindows:
             self.corpus = self.corpus.wait_for("train", shard, timeout=PATIENCE, alive=self.alive)
         return shard < len(self.corpus.train)
 
+    @property
+    def counts(self) -> list[int]:
+        """Windows of every training shard there is so far."""
+        return [self._windows(shard) for shard in range(len(self.corpus.train))]
+
     def _windows(self, shard: int) -> int:
         return max(0, (self.corpus.train[shard].tokens - 1) // self.block_size)
 
@@ -77,22 +98,25 @@ class TrainingWindows:
                 if place < self._windows(shard):
                     return epoch, shard, int(self._order(epoch, shard)[place])
                 place -= self._windows(shard)
-            per_epoch = sum(self._windows(s) for s in range(len(self.corpus.train)))
+            per_epoch = sum(self.counts)
             epoch, place = epoch + 1 + place // per_epoch, place % per_epoch
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets, (count, T) int64 each, of sequences first..first+count-1 of the run."""
+        return self.read(self.window_ids(first, count))
+
+    def read(self, ids: Sequence[Window]) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, (n, T) int64 each, of the windows named. Raises DataError for a token out of range."""
         T = self.block_size
-        windows = np.empty((count, T + 1), dtype=np.int64)
-        for row in range(count):
-            _, shard, window = self.locate(first + row)
+        windows = np.empty((len(ids), T + 1), dtype=np.int64)
+        for row, (shard, window) in enumerate(ids):
             windows[row] = self.corpus.read("train", shard)[window * T : window * T + T + 1]
             if windows[row].max() >= self.vocab_size:
                 check_tokens(windows[row], self.vocab_size, self.corpus.train[shard].name)
         both = torch.from_numpy(windows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def window_ids(self, first: int, count: int) -> list[tuple[int, int]]:
+    def window_ids(self, first: int, count: int) -> list[Window]:
         """(shard, window) of the same sequences: what draws that belong to a window are keyed by."""
         return [self.locate(first + row)[1:] for row in range(count)]
 

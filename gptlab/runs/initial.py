@@ -21,9 +21,13 @@ _OPTION = {"transformer.wpe.weight": "--block_size and --n_embd", "transformer.w
 
 def model_of(run: str | Path) -> tuple[GPT, TrainingConfig]:
     """The model of a run's newest checkpoint (or of a checkpoint's folder) and the config it was trained with."""
+    return model_in(checkpoint.load(newest(run)))
+
+
+def model_in(found: checkpoint.Checkpoint) -> tuple[GPT, TrainingConfig]:
+    """The model of a loaded checkpoint and the config it was trained with."""
     from gptlab.options import build
 
-    found = checkpoint.load(newest(run))
     config: TrainingConfig = build(TrainingConfig, found.state["options"])
     shape = GPTConfig(
         config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks

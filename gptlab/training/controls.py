@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gptlab.data.batches import Window
 from gptlab.randomness import key_bits, permutation, torch_generator
 
 
@@ -41,10 +42,6 @@ def shuffled(gradient: Tensor, seed: int, step: int, first_sequence: int, judge:
     B, T, _ = gradient.shape
     orders = [torch.from_numpy(permutation(T, "shuffled", seed, step, first_sequence + b, judge)) for b in range(B)]
     return torch.stack([row[order.to(row.device)] for row, order in zip(gradient, orders, strict=True)])
-
-
-Window = tuple[int, int]
-"""(shard, window of the shard): what a training window is called in every epoch."""
 
 
 def flipped(

@@ -98,25 +98,34 @@ def accumulate(
     flip: TargetFlip = CLEAN,
     ledger: Ledger | None = None,
 ) -> Losses:
-    """Add one micro-batch's gradient, scaled by its share of the update's tokens, to `.grad` or to a ledger."""
+    """Add one micro-batch's gradient, scaled by its share of the update's tokens, to `.grad` or to a ledger.
+
+    What the batch is not for is not computed, and its losses are 0 or left out.
+    """
+    truth = batch.part != "signals"
+    voices = () if batch.part == "true loss" else voices
     run = trace(model, batch.tokens, autocast)
     L = model.config.n_layer
     judges = (voice.config.judges_at(batch.step, L, batch.seed)[0] for voice in voices)
-    reader = Reader(model, autocast, readings=1 + sum(map(len, judges)))
+    reader = Reader(model, autocast, readings=truth + sum(map(len, judges)))
+    loss = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     if ledger is None:
-        true = _read_true_loss(model, run, reader, batch, flip)
+        lessons, apart = [], []
+        if truth:
+            true = _read_true_loss(model, run, reader, batch, flip)
+            loss, lessons = true.values, [Lesson(L, true.gradient)]
         said = [hear(model, run, reader, voice, batch) for voice in voices]
-        lessons = [Lesson(L, true.gradient)]
-        apart = []
         for voice, what in zip(voices, said, strict=True):
             (lessons if voice.config.embeddings else apart).extend(what.lessons)
         descend(model, run, lessons, keep=bool(apart))
         if apart:
             descend(model, run, apart, embeddings=False, keep=False)
     else:
-        with ledger.entry(ledger.true):
-            true = _read_true_loss(model, run, reader, batch, flip)
-            descend(model, run, [Lesson(L, true.gradient)], keep=bool(voices))
+        if truth:
+            with ledger.entry(ledger.true):
+                true = _read_true_loss(model, run, reader, batch, flip)
+                loss = true.values
+                descend(model, run, [Lesson(L, true.gradient)], keep=bool(voices))
         said = []
         for k, voice in enumerate(voices):
             with ledger.entry(ledger.judges[k]):
@@ -127,11 +136,11 @@ def accumulate(
             if voice.config.control == "placebo":
                 with ledger.entry(ledger.placebos[k]):
                     descend(model, run, placebo(taught, batch.seed), embeddings=embeddings, keep=True)
-    signal_loss = torch.zeros_like(true.values)
+    signal_loss = torch.zeros_like(loss)
     for voice, what in zip(voices, said, strict=True):
         for mean in what.means.values():
             signal_loss += voice.weight * what.factor * mean
-    return Losses(true.values, signal_loss, tuple(what.means for what in said))
+    return Losses(loss, signal_loss, tuple(what.means for what in said))
 
 
 def _read_true_loss(model: GPT, run: Trace, reader: Reader, batch: Batch, flip: TargetFlip) -> Reading:

@@ -44,6 +44,7 @@ class TrainingState:
         self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], scalars: dict[str, Any]
     ) -> None:
         """Take over a checkpoint's content, exactly; the optimizer's own bookkeeping (groups, lr) stays as built."""
+        self.optimizer.state.clear()  # moments that the checkpoint does not have are not to stay
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])

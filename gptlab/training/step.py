@@ -9,14 +9,14 @@ from typing import TypeVar
 
 import torch
 
-from gptlab.data.batches import TrainingWindows
+from gptlab.data.batches import Windows
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import add_noise
 from gptlab.training.divergence import where_not_finite
-from gptlab.training.gradients import Ledger, TargetFlip, accumulate, length, needs_parts, voices_of
+from gptlab.training.gradients import Ledger, Losses, TargetFlip, accumulate, length, needs_parts, voices_of
 from gptlab.training.optimizer import learning_rate_at
 from gptlab.training.state import TrainingState
 from gptlab.training.verdicts import Batch, Voice
@@ -56,7 +56,7 @@ def update(
     measure_dose: bool = False,
     stop: bool = False,
 ) -> Update:
-    """Make update number `state.step` from this rank's micro-batches of it (see `micro_batches`).
+    """Make update number `state.step` from this rank's micro-batches of it (see `micro_batches`, and `Batch.part`).
 
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
@@ -76,11 +76,7 @@ def update(
     for batch in batches:
         seen.append(batch)
         losses = accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger if apart else None)
-        sums.loss += losses.loss * batch.share
-        sums.signal += losses.signal_loss * batch.share
-        for k, means in enumerate(losses.by_judge):
-            for judge, mean in means.items():
-                sums.judges[k, judge] += mean * batch.share
+        sums.add(losses, batch.share)
         if ledger and not apart:  # a second pass, so that measuring changes nothing of what is learnt
             accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger)
     if not apart:
@@ -117,7 +113,7 @@ def update(
         model.workspace.refresh()
     state.step += 1
     state.clipped += clipped
-    by_judge = _by_judge(config, voices, sums, step)
+    by_judge = _by_judge(config, voices, sums)
     stopped = bool(sums.stop)
     loss, signal_loss = float(sums.loss), float(sums.signal)
     weights = _of_all(config, voices, weights, 0.0)
@@ -126,7 +122,7 @@ def update(
 
 
 def micro_batches(
-    config: TrainingConfig, windows: TrainingWindows, world: World, step: int, device: torch.device
+    config: TrainingConfig, windows: Windows, world: World, step: int, device: torch.device
 ) -> Iterator[Batch]:
     """This rank's micro-batches of update `step`: consecutive sequences of the same global order for any ranks."""
     size = world.share(config.sequences, config.batch_size)
@@ -140,12 +136,22 @@ def micro_batches(
 
 
 class _Sums:
-    """What is summed over the update and all ranks, in one tensor of float64."""
+    """What is summed over the update and all ranks, in one tensor of float64; spoke: each signal's judges that did."""
 
     def __init__(self, voices: int, n_layer: int, device: torch.device) -> None:
         self.all = torch.zeros(3 + voices * (n_layer + 1), dtype=torch.float64, device=device)
         self.loss, self.signal, self.stop = self.all[0], self.all[1], self.all[2]
         self.judges = self.all[3:].view(voices, n_layer + 1)  # a signal's judge j in column j
+        self.spoke: list[set[int]] = [set() for _ in range(voices)]
+
+    def add(self, losses: Losses, share: float) -> None:
+        """Add what a micro-batch gave."""
+        self.loss += losses.loss * share
+        self.signal += losses.signal_loss * share
+        for k, means in enumerate(losses.by_judge):
+            self.spoke[k] |= means.keys()
+            for judge, mean in means.items():
+                self.judges[k, judge] += mean * share
 
 
 def _voices(state: TrainingState, config: TrainingConfig) -> list[Voice]:
@@ -183,10 +189,9 @@ def _of_all(config: TrainingConfig, voices: Sequence[Voice], values: Sequence[_T
     return [of.get(signal, silent) for signal in config.signals]
 
 
-def _by_judge(config: TrainingConfig, voices: Sequence[Voice], sums: _Sums, step: int) -> list[list[float | None]]:
+def _by_judge(config: TrainingConfig, voices: Sequence[Voice], sums: _Sums) -> list[list[float | None]]:
     found: list[list[float | None]] = []
-    for voice, row in zip(voices, sums.judges.tolist(), strict=True):
-        spoke, _ = voice.config.judges_at(step, config.n_layer, config.seed)
+    for spoke, row in zip(sums.spoke, sums.judges.tolist(), strict=True):
         found.append([row[j] if j in spoke else None for j in range(1, config.n_layer)])
     return _of_all(config, voices, found, [None] * (config.n_layer - 1))
 

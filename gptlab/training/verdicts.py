@@ -10,17 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptlab.data.batches import Window
 from gptlab.model.gpt import GPT
 from gptlab.randomness import permutation
 from gptlab.signals.closed_form import CLOSED_FORMS
 from gptlab.signals.config import SignalConfig
 from gptlab.signals.reader import Reader, Reading, Value
-from gptlab.training.controls import Window, flipped, named, rotated, shuffled
+from gptlab.training.controls import flipped, named, rotated, shuffled
 from gptlab.training.trace import Lesson, Trace, pass_through
 
 
@@ -29,7 +30,8 @@ class Batch:
     """One micro-batch and where it stands in the update.
 
     first_sequence: its first row's index in the update; share: of the update's tokens; windows: each row's name in the
-    corpus, which flips are keyed by (without one, a row's index stands for it).
+    corpus, which flips are keyed by (without one, a row's index stands for it). part: what its gradient is taken of;
+    an update may give its signals other sequences than its true loss, and then the shares of each add up to 1.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class Batch:
     first_sequence: int
     share: float = 1.0
     windows: Sequence[Window] | None = None
+    part: Literal["all", "true loss", "signals"] = "all"
 
     @property
     def names(self) -> Sequence[Window]:

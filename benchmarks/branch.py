@@ -1,0 +1,156 @@
+"""Does the branch test tell noise from bias? Trials on real branches, of signals that are one or the other by make.
+
+    python benchmarks/branch.py --trials 50 --out benchmarks/results/branch.json
+
+Every branch is of ordinary updates: AdamW with the checkpoint's moments, clipped. Three arms know the answer:
+
+- bias: a direction at the judge's logits that is fixed for the trial, the same for every batch;
+- noise: a direction that is drawn anew for every sequence, with mean 0;
+- gradient noise: Gaussian, over all parameters, fresh each step.
+
+A trial has its own direction, data seeds and, with the others of its turn, checkpoint. It goes on with the trials that
+the file of results already holds. The signals are registered in this process only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptlab.analysis.branch import branch_test
+from gptlab.analysis.statistics import binomial_interval
+from gptlab.cli.corpus import open_or_prepare
+from gptlab.cli.main import main as gptlab
+from gptlab.data.corpus import Corpus
+from gptlab.device import Machine, Placement
+from gptlab.distributed import World
+from gptlab.randomness import torch_generator
+from gptlab.runs.branch_plan import Arm, GradientNoise, Plan
+from gptlab.signals import SIGNALS, Signal, SignalConfig
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "branch.json"
+EXPECTED = {"bias": "bias", "noise": "noise", "gradient noise": "noise"}
+DOSE = 1.0
+CHECKPOINTS = 5
+STEPS, SEEDS, EVAL_TOKENS = 10, 8, 4096
+RUN = {
+    "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 32, "total_batch_tokens": 256, "batch_size": 64,
+    "steps": 20, "learning_rate": 0.003, "warmup_steps": 10, "schedule": "constant", "eval_tokens": EVAL_TOKENS,
+    "eval_every": 0, "sample_every": 0, "log_every": 0, "threads": 1, "dtype": "fp32", "device": "cpu",
+}  # fmt: skip
+
+
+def fixed_direction(trial: int) -> Signal:
+    """r·z, with one direction r for all tokens of all batches."""
+
+    def signal(logits: Tensor, targets: Tensor) -> Tensor:
+        r = torch.randn(logits.shape[1], generator=torch_generator("fixed direction", trial))
+        return logits @ r.to(logits.dtype)
+
+    return _registered("fixed_direction", signal)
+
+
+def fresh_direction(trial: int) -> Signal:
+    """r·z, with a direction r for every sequence, drawn by what the sequence is and so without any mean."""
+
+    def signal(logits: Tensor, targets: Tensor) -> Tensor:
+        z = logits.unflatten(0, (-1, RUN["block_size"]))
+        rows = [
+            torch.randn(z.shape[2], generator=torch_generator("fresh direction", trial, *sequence))
+            for sequence in targets.view(z.shape[:2]).tolist()
+        ]
+        return (z @ torch.stack(rows).to(z.dtype)[:, :, None]).flatten()
+
+    return _registered("fresh_direction", signal)
+
+
+def _registered(name: str, function: Any) -> Signal:
+    signal = Signal(name, "known", "r·z", "benchmarks/branch.py", uses_truth=True)
+    signal.__dict__["function"] = function  # in place of the one that `Signal` would look up
+    SIGNALS[name] = signal
+    return signal
+
+
+def arms_of(trial: int) -> dict[str, Arm]:
+    """The arms of a trial, by what they are. The embeddings are left alone: what they get hangs on a batch's tokens."""
+    signals = {"bias": fixed_direction(trial), "noise": fresh_direction(trial)}
+    arms: dict[str, Arm] = {k: SignalConfig(s.name, dose=DOSE, embeddings=False) for k, s in signals.items()}
+    return arms | {"gradient noise": GradientNoise(DOSE)}
+
+
+def train(folder: Path, data: str, seed: int) -> Path:
+    """A run's folder with the checkpoint that a turn of trials starts from."""
+    out = folder / f"seed_{seed}"
+    words = [f"--{key}={value}" for key, value in {**RUN, "data": data, "out": out, "seed": seed}.items()]
+    if code := gptlab(["train", *words]):
+        raise SystemExit(code)
+    return out
+
+
+def trial_of(number: int, run: Path, corpus: Corpus, plan: Plan | None = None) -> dict[str, Any]:
+    """One trial: what was said of every arm, with bias and noise."""
+    first = 100 * number
+    plan = plan or Plan(STEPS, seeds=tuple(range(first, first + SEEDS)), eval_tokens=EVAL_TOKENS)
+    found = branch_test(run, arms_of(number), corpus, Placement(torch.device("cpu"), None, 1, False, {}), plan)
+    kept = ("verdict", "bias", "noise", "weight", "dose")
+    return {"trial": number, "arms": {name: {key: result[key] for key in kept} for name, result in found.items()}}
+
+
+def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    """For every arm the verdicts counted, and the share that is right with its exact 95% binomial interval."""
+    arms = {}
+    for name, expected in EXPECTED.items():
+        said = [trial["arms"][name]["verdict"] for trial in trials]
+        right = said.count(expected)
+        arms[name] = {
+            "expected": expected,
+            "right": right,
+            "of": len(said),
+            "rate": right / len(said),
+            "interval": binomial_interval(right, len(said)),
+            "verdicts": {verdict: said.count(verdict) for verdict in sorted(set(said))},
+        }
+    return arms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--data", default="shakespeare", help="a corpus by name, or a folder of shards, of bytes")
+    parser.add_argument("--work", type=Path, default=Path("log/branch"), help="where the checkpoints go")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    corpus, _ = open_or_prepare(options.data, "bytes", World(), lambda text: print(text, file=sys.stderr))
+    trials = json.loads(options.out.read_text())["trials"] if options.out.exists() else []
+    runs: dict[int, Path] = {}
+    for number in range(len(trials), options.trials):
+        began, seed = time.process_time(), 1 + number % CHECKPOINTS
+        if seed not in runs:
+            runs[seed] = train(options.work, options.data, seed)
+        trials.append(trial_of(number, runs[seed], corpus))
+        results = {
+            "command": f"python benchmarks/branch.py --trials {options.trials}",
+            "machine": f"{Machine.probe().processor}, 1 thread",
+            "software": f"torch {torch.__version__}, Python {platform.python_version()}",
+            "run": RUN,
+            "plan": {"steps": STEPS, "averages": Plan().averages, "seeds": SEEDS, "dose": DOSE},
+            "arms": summary(trials),
+            "trials": trials,
+        }
+        options.out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        said = ", ".join(f"{name}: {result['verdict']}" for name, result in trials[-1]["arms"].items())
+        print(f"trial {number}: {said} ({time.process_time() - began:.0f} s)", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

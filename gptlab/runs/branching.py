@@ -1,0 +1,212 @@
+"""Branches of one checkpoint: some steps with the true loss alone, and the same steps with a signal added.
+
+The true loss reads the same batches in every branch of a data seed. The signal's gradient is averaged over M batches
+of its own, drawn away from those of the true loss, so that the M of a branch sets how much of the signal's noise is
+left and nothing else. Which batches these are is decided by (seed, step): 4 are the first of 16. Everything is an
+ordinary `update`: Adam with the checkpoint's moments, clipping, schedule. What the losses say is analysis/branch.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gptlab.data.batches import TrainingWindows, ValidationWindows
+from gptlab.data.corpus import Corpus
+from gptlab.data.drawn import DrawnWindows
+from gptlab.device import Placement
+from gptlab.distributed import World
+from gptlab.errors import DivergedError
+from gptlab.runs import checkpoint
+from gptlab.runs.branch_plan import MOST_AVERAGED, Arm, GradientNoise, Plan
+from gptlab.runs.folder import newest
+from gptlab.runs.initial import model_in
+from gptlab.signals.config import SignalConfig
+from gptlab.training.config import TrainingConfig
+from gptlab.training.evaluate import validate
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.state import TrainingState
+from gptlab.training.step import micro_batches, update
+from gptlab.training.verdicts import Batch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """done of total: gradients of an update's batch; doing: in words."""
+
+    done: int
+    total: int
+    doing: str
+
+
+@dataclass
+class Branched:
+    """The losses of one arm's branches, held-out nats in the order of the plan's seeds; None of one that diverged.
+
+    start: at the checkpoint; true: after the steps with the true loss alone; losses: M -> with the arm. weight: the
+    signal's, as used; dose: |weight·g_signal| / |g_CE| on a batch, mean over the seeds' first. diverged: in words.
+    """
+
+    start: float
+    true: list[float]
+    weight: float | None
+    dose: float | None
+    losses: dict[int, list[float | None]] = field(default_factory=dict)
+    diverged: list[str] = field(default_factory=list)
+
+    @property
+    def differences(self) -> dict[int, list[float | None]]:
+        """M -> loss minus that of the true loss's branch, nats, seed by seed."""
+        return {
+            M: [None if x is None else x - true for x, true in zip(row, self.true, strict=True)]
+            for M, row in self.losses.items()
+        }
+
+
+def branch(
+    run: str | Path,
+    arms: Mapping[str, Arm],
+    corpus: Corpus,
+    placement: Placement,
+    plan: Plan | None = None,
+    *,
+    world: World | None = None,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Branched]:
+    """The branches of every arm from a run's newest checkpoint, or from the folder of one.
+
+    progress: called before the first gradient, so that the cost can be told, and after every branch. Raises
+    CheckpointError, ConfigError for an arm that does not suit the model, DataError for a corpus that is too small, and
+    DivergedError where the true loss alone diverges.
+    """
+    lab = _Lab(run, corpus, placement, plan or Plan(), world or World(), progress, list(arms.values()))
+    lab.say("held-out loss of the checkpoint")
+    lab.rewind()
+    start = lab.held_out_loss()
+    true = [lab.loss_after(seed, lab.config, 0, "the true loss") for seed in lab.plan.seeds]
+    found: dict[str, Branched] = {}
+    for name, arm in arms.items():
+        weight, dose = lab.weigh(name, arm)
+        result = found[name] = Branched(start, true, weight, dose)
+        for M in lab.plan.averages:
+            config, drawn = _branch_config(lab.config, arm, weight, M)
+            result.losses[M] = []
+            for seed in lab.plan.seeds:
+                loss = None
+                try:
+                    loss = lab.loss_after(seed, config, drawn, f"{name}, M = {M}")
+                except DivergedError as error:
+                    result.diverged.append(f"M = {M}, data seed {seed}: {error}")
+                result.losses[M].append(loss)
+    return found
+
+
+def _branch_config(config: TrainingConfig, arm: Arm, weight: float | None, M: int) -> tuple[TrainingConfig, int]:
+    """The config of an arm's branch, and over how many drawn batches its signal is averaged (0: it has none)."""
+    if isinstance(arm, GradientNoise):
+        return replace(config, gradient_noise=arm.size / M**0.5), 0
+    return replace(config, signal=replace(arm, weight=weight, dose=None)), M
+
+
+class _Lab:
+    """One model that is set back to the checkpoint before every branch."""
+
+    def __init__(
+        self,
+        run: str | Path,
+        corpus: Corpus,
+        placement: Placement,
+        plan: Plan,
+        world: World,
+        progress: Callable[[Progress], None],
+        arms: Sequence[Arm],
+    ) -> None:
+        self.checkpoint = checkpoint.load(newest(run))
+        model, config = model_in(self.checkpoint)
+        config = replace(config, signal=SignalConfig(), also=(), gradient_noise=0.0)
+        if plan.learning_rate is not None:
+            config = replace(config, learning_rate=plan.learning_rate, schedule="constant", warmup_steps=0)
+        for arm in arms:  # refused here, before an hour's work
+            _branch_config(config, arm, None, 1)
+        self.config, self.placement, self.plan, self.world = config, placement, plan, world
+        self.state = TrainingState(model.to(placement.device), build_optimizer(model, config))
+        self.windows = {
+            seed: TrainingWindows(corpus, config.block_size, config.vocab_size, seed) for seed in plan.seeds
+        }
+        S, first = config.sequences, self.checkpoint.step
+        self.drawn = {
+            seed: DrawnWindows(windows, windows.window_ids(first * S, plan.steps * S), "signal", seed)
+            for seed, windows in self.windows.items()
+        }
+        tokens = plan.eval_tokens or config.eval_tokens
+        self.validation = ValidationWindows(corpus, config.block_size, config.vocab_size, tokens)
+        self._progress, self._done, self._total = progress, 0, plan.cost(arms)
+
+    def say(self, doing: str, done: int = 0) -> None:
+        self._done += done
+        self._progress(Progress(self._done, self._total, doing))
+
+    def rewind(self) -> None:
+        """Be at the checkpoint, weights and moments and all. Weights that a dose had set belong to the run's signal."""
+        found = self.checkpoint
+        self.state.restore(found.weights, found.moments, {**found.state["scalars"], "weights": []})
+
+    def held_out_loss(self) -> float:
+        """Raises DivergedError where it is not finite."""
+        result = validate(self.state.model, self.validation, self.world, self.placement)
+        assert result is not None
+        if not result.loss < float("inf"):
+            raise DivergedError(f"diverged by step {self.state.step}: the held-out loss is not finite")
+        return result.loss
+
+    def loss_after(self, seed: int, config: TrainingConfig, averaged: int, doing: str) -> float:
+        """Held-out loss after a branch of the data seed; its signals read `averaged` drawn batches a step."""
+        config = replace(config, seed=seed)
+        self.rewind()
+        try:
+            for _ in range(self.plan.steps):
+                update(self.state, config, self._batches(config, averaged), self.world, self.placement)
+            return self.held_out_loss()
+        finally:
+            self.say(f"{doing}, data seed {seed}", self.plan.steps * (1 + averaged))
+
+    def _batches(self, config: TrainingConfig, averaged: int) -> Iterator[Batch]:
+        step, device = self.state.step, self.placement.device
+        part = "true loss" if averaged else "all"
+        for batch in micro_batches(config, self.windows[config.seed], self.world, step, device):
+            yield replace(batch, part=part)
+        # The M batches are read as one of M times the tokens. Only the judge that `rotate` draws by step would then be
+        # the same in all of them, so there each batch has a step of its own.
+        alone = averaged if any(signal.layers == "rotate" for signal in config.signals) else min(averaged, 1)
+        for m in range(alone):
+            own = step * MOST_AVERAGED + m
+            drawn = self.drawn[config.seed].keyed(own)
+            joined = replace(config, total_batch_tokens=config.total_batch_tokens * averaged // alone)
+            for batch in micro_batches(joined, drawn, self.world, 0, device):
+                yield replace(batch, part="signals", step=own, share=batch.share / alone)
+
+    def weigh(self, name: str, arm: Arm) -> tuple[float | None, float | None]:
+        """An arm's weight and dose: the weight asked for or 1/L; or the one that has the dose asked for, held fixed.
+
+        Held fixed, because a dose held in every update would raise the weight as averaging shortens the gradient. A
+        signal that is silent at the checkpoint keeps its weight and has dose 0; None where it diverges at once.
+        """
+        if isinstance(arm, GradientNoise):
+            return None, arm.size
+        weight = 1 / self.config.n_layer if arm.weight is None else arm.weight
+        doses = []
+        for seed in self.plan.seeds:
+            config, _ = _branch_config(replace(self.config, seed=seed), arm, weight, 1)
+            self.rewind()
+            try:
+                batches = self._batches(config, 0)
+                done = update(self.state, config, batches, self.world, self.placement, measure_dose=True)
+            except DivergedError:  # the branches will say so, each for itself
+                return weight, None
+            doses.append(done.dose or 0.0)
+            self.say(f"{name}, dose", 1)
+        dose = sum(doses) / len(doses)
+        if arm.dose is None or dose == 0:
+            return weight, dose
+        return weight * arm.dose / dose, arm.dose

@@ -1,0 +1,46 @@
+"""Trials of benchmarks/branch.py: what is bias or noise by make is named so, on real branches under AdamW."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from gptlab.data.corpus import open_corpus
+from gptlab.runs.branch_plan import Plan
+from gptlab.signals import SIGNALS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def trials() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("branch_trials", ROOT / "benchmarks" / "branch.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["branch_trials"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_trial_tells_bias_from_noise(
+    trials: ModuleType, tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fixed_direction", "fresh_direction"):
+        monkeypatch.setitem(SIGNALS, name, None)  # so that both are gone afterwards
+    monkeypatch.setitem(trials.RUN, "block_size", 16)
+    monkeypatch.setitem(trials.RUN, "total_batch_tokens", 64)
+    run = trials.train(tmp_path, str(tiny_corpus), 1)
+    plan = Plan(steps=8, seeds=(1, 2, 3), eval_tokens=512)
+    found = trials.trial_of(0, run, open_corpus(tiny_corpus), plan)
+    assert found["arms"]["bias"]["verdict"] == "bias"
+    assert found["arms"]["gradient noise"]["verdict"] == "noise"
+    assert found["arms"]["noise"]["dose"] == trials.DOSE
+    counted = trials.summary([found, found])
+    assert counted["bias"]["right"] == counted["bias"]["of"] == 2
+    assert counted["bias"]["interval"][1] == 1.0
+    assert counted["gradient noise"]["verdicts"] == {"noise": 2}

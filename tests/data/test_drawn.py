@@ -1,0 +1,65 @@
+"""Windows drawn by key: uniform over what is not taken, the same however they are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gptlab.data.batches import TrainingWindows
+from gptlab.data.corpus import open_corpus
+from gptlab.data.drawn import DrawnWindows
+from gptlab.data.shards import write_shard
+from gptlab.errors import DataError
+
+T = 4
+SIZES = (21, 41, 9)
+"""Tokens of the training shards: 5, 10 and 2 windows. The first token of each window is its number."""
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> TrainingWindows:
+    (tmp_path / "tokenizer.txt").write_text("bytes\n")
+    first = 0
+    for shard, size in enumerate(SIZES):
+        write_shard(tmp_path / f"train_{shard:06d}.bin", (first + np.arange(size) // T).astype(np.uint16))
+        first += size // T
+    write_shard(tmp_path / "val_000000.bin", np.zeros(9, np.uint16))
+    return TrainingWindows(open_corpus(tmp_path), T, 256, seed=1)
+
+
+ALL = [(0, n) for n in range(5)] + [(1, n) for n in range(10)] + [(2, n) for n in range(2)]
+TAKEN = [(0, 3), (1, 0), (1, 9), (2, 0)]
+
+
+def test_draws_are_uniform_over_every_shard_and_leave_out_what_is_taken(windows: TrainingWindows) -> None:
+    count = 13_000
+    found = Counter(DrawnWindows(windows, TAKEN, "test").window_ids(0, count))
+    assert sorted(found) == sorted(set(ALL) - set(TAKEN))
+    expected = count / len(found)
+    chi_squared = sum((n - expected) ** 2 / expected for n in found.values())
+    assert chi_squared < 26.2, "the 99% point of 12 degrees of freedom"
+
+
+def test_a_draw_is_decided_by_its_key_and_its_number_alone(windows: TrainingWindows) -> None:
+    drawn = DrawnWindows(windows, TAKEN, "test", 1)
+    ids = drawn.window_ids(100, 40)
+    assert ids == [*drawn.window_ids(100, 7), *DrawnWindows(windows, TAKEN, "test", 1).window_ids(107, 33)]
+    assert ids == DrawnWindows(windows, TAKEN, "test").keyed(1).window_ids(100, 40)
+    assert ids != DrawnWindows(windows, TAKEN, "test", 2).window_ids(100, 40)
+    assert ids != drawn.window_ids(140, 40)
+
+
+def test_the_rows_are_those_of_the_windows(windows: TrainingWindows) -> None:
+    drawn = DrawnWindows(windows, TAKEN, "test")
+    tokens, targets = drawn.rows(3, 30)
+    assert tokens[:, 0].tolist() == [ALL.index(window) for window in drawn.window_ids(3, 30)]
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+
+
+def test_a_corpus_too_small_to_draw_from_is_refused(windows: TrainingWindows) -> None:
+    with pytest.raises(DataError, match="17 training windows of 4 tokens and 9 of them are spoken for"):
+        DrawnWindows(windows, ALL[:9], "test")
