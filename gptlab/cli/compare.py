@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
-from gptlab.cli.terminal import printable
+from gptlab.cli.terminal import printable, show_table
 from gptlab.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
@@ -137,20 +137,13 @@ def _placebos(given: list[str]) -> dict[str, str] | None:
 
 def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from gptlab.analysis.tables import remarks, tables
 
     console = Console(highlight=False)
-    for title, header, rows in tables(result):
-        shown = Table(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
-        for name, cells in zip(header, zip(*rows, strict=True), strict=True):
-            widest = max(map(len, (name, *cells)))
-            shown.add_column(name, overflow="fold", min_width=min(widest, 24))
-        for row in rows:
-            shown.add_row(*(Text(printable(cell)) for cell in row))
-        console.print(shown, "")
+    for table in tables(result):
+        show_table(console, *table)
     for line in remarks(result):
         console.print(Text(printable(line)))
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "prepare a corpus, or look at one",
     "experiment": "run arms against seeds, see how they stand, or try every arm first",
     "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
+    "noise": "measure whether a signal teaches, or is bias or noise",
     "sample": "write on from a prompt, each block's guess beside it",
     "lens": "what every block would say at every position, and what early exit saves",
     "digest": "SHA-256 over a run's weights, moments, RNG and data cursor",

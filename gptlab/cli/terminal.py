@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _KEPT = "\n\t"
 _BIDI = {0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
@@ -28,3 +33,17 @@ def _stand_in(character: str) -> str:
         return "␡"
     steers = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or code in _BIDI
     return "\N{REPLACEMENT CHARACTER}" if steers else character
+
+
+def show_table(console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table of text that others may have chosen; narrow columns stay whole, wide ones fold."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
+    for name, cells in zip(header, zip(*rows, strict=True), strict=True):
+        widest = max(map(len, (name, *cells)))
+        shown.add_column(name, overflow="fold", min_width=min(widest, 24))
+    for row in rows:
+        shown.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(shown, "")

@@ -62,11 +62,11 @@ def validate(
             stopped += 1
             break
         tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-        states = _states(model, tokens, placement)
-        losses[first : first + SHAPE] = window_losses(reader, states[-1], targets)
+        hidden = states(model, tokens, placement)
+        losses[first : first + SHAPE] = window_losses(reader, hidden[-1], targets)
         if first == 0:
             rows = min(SHAPE, len(windows))
-            for j, h in enumerate(states[1:]):
+            for j, h in enumerate(hidden[1:]):
                 flat, y = h[:rows].flatten(0, 1), targets[:rows].flatten()
                 by_block[0, j] = reader.values(flat, y, true_loss).double().mean()
                 by_block[1, j] = reader.values(flat, y, top_probability).double().mean()
@@ -94,7 +94,7 @@ def tempered(
         for first in range(0, count, SHAPE)[world.rank :: world.size]:
             rows = min(SHAPE, count - first)
             tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-            h, y = _states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
+            h, y = states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
             sums += reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
         loss, slope, curvature = (sums / (count * windows.block_size)).tolist()
@@ -125,7 +125,9 @@ def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None
     return F.softmax(logits, 1).amax(1)
 
 
-def _states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
+@torch.no_grad()
+def states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
+    """h_0..h_L, L + 1 tensors (B, T, C), of tokens (B, T), without any gradient."""
     cast = torch.autocast(tokens.device.type, placement.autocast) if placement.autocast else nullcontext()
     with cast:
         return model.hidden_states(tokens)
