@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from gptlab.data.batches import TrainingWindows
-from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.training.gradients import Ledger, accumulate, check_tokens
-from gptlab.training.inner_products import Gradients, over_pairs, products, sums_over
+from gptlab.training.inner_products import Gradients
 from gptlab.training.verdicts import Batch, Voice
 
 Rows = Callable[[int, int], tuple[Tensor, Tensor, list[tuple[int, int]]]]
@@ -104,48 +103,10 @@ def parts_of(model: GPT) -> tuple[list[int], list[int]]:
     With share_blocks all blocks are the same part.
     """
     part_of: dict[int, int] = {}
-    blocks = []
+    blocks: list[int] = []
     for block in model.blocks:
-        blocks.append(part_of.get(id(next(block.parameters())), max(blocks, default=-1) + 1))
-        part_of.update((id(p), blocks[-1]) for p in block.parameters())
-    rest = max(blocks) + 1
+        mine = part_of.get(id(next(block.parameters())), len(set(blocks)))
+        blocks.append(mine)
+        part_of.update((id(p), mine) for p in block.parameters())
+    rest = len(set(blocks))
     return [part_of.get(id(p), rest) for p in model.parameters()], blocks
-
-
-@dataclass(frozen=True)
-class QuickNoise:
-    """What one pass over the groups says, without intervals; None where an estimate of a squared length is not positive.
-
-    noise_scale: tr Σ/|G|² of the true loss, in groups. alignment: of every voice with the true loss; by_block: the
-    same within each block.
-    """
-
-    noise_scale: float | None
-    alignment: list[float | None]
-    by_block: list[list[float | None]]
-
-
-def quick_noise(gather: GroupGradients, world: World) -> QuickNoise:
-    """The cheap measures of noise, the groups shared among the ranks. Leaves `.grad` and the weights as they are."""
-    parts, blocks = parts_of(gather.model)
-    n = gather.groups.count
-    sums, own = sums_over(gather, range(world.rank, n, world.size), parts, gather.nothing())
-    own_sum = torch.from_numpy(own).to(gather.device)
-    world.sum_([g for source in sums for g in source] + [own_sum])
-    own, of_sums = own_sum.cpu().numpy(), products(sums, sums, parts)
-    pairs = over_pairs(of_sums, own, n)
-    total, trace = pairs.sum(0), own.sum(0)[0, 0] / n - pairs.sum(0)[0, 0]
-    voices = range(1, 1 + len(gather.voices))
-    return QuickNoise(
-        float(trace / total[0, 0]) if total[0, 0] > 0 else None,
-        [_cosine(total, k) for k in voices],
-        [[_cosine(pairs[part], k) for part in blocks] for k in voices],
-    )
-
-
-def _cosine(pairs: np.ndarray, k: int) -> float | None:
-    """Of source k with the first, from means over pairs (K, K); a factor on a source does not change it."""
-    lengths = pairs[0, 0], pairs[k, k]
-    if min(lengths) <= 0:
-        return None
-    return float(pairs[0, k] / np.sqrt(lengths[0] * lengths[1]))

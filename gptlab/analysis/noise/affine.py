@@ -56,7 +56,7 @@ def fit(
             p.grad = torch.zeros_like(p)
         for j, h in enumerate(hidden, 1):
             flat = h.flatten(0, 1).float()
-            gradient = reader.read(readers(j, flat), y, true_loss, 1 / len(y)).gradient.float()
+            gradient = reader.read(readers(j, flat), y, true_loss, 1 / len(y), learn=False).gradient.float()
             _of(readers.matrices)[j - 1] = flat.T @ gradient
             _of(readers.shifts)[j - 1] = gradient.sum(0)
         optimizer.step()

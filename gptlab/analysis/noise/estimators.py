@@ -53,9 +53,7 @@ def mean_product(products: InnerProducts, x: int, y: int) -> Estimate:
     own, of_x, of_y = products.own[:, x, y], products.cross[:, x, y], products.cross[:, y, x]
     everything = of_x.sum()
     without = everything - of_x - of_y + own  # pairs that hold the group, which the sum over pairs must lose
-    return Estimate(
-        float(over_pairs(everything, own.sum(), n)), over_pairs(without, own.sum() - own, n - 1)
-    )
+    return Estimate(float(over_pairs(everything, own.sum(), n)), over_pairs(without, own.sum() - own, n - 1))
 
 
 def covariance_trace(products: InnerProducts, x: int, y: int) -> Estimate:

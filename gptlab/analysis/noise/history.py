@@ -27,7 +27,9 @@ def alignment_history(source: Path) -> dict[str, Any] | None:
         "signals": [
             {
                 "total": [row["alignment"][k] for row in rows],
-                "blocks": [list(values) for values in zip(*(row["alignment_by_block"][k] for row in rows), strict=True)],
+                "blocks": [
+                    list(values) for values in zip(*(row["alignment_by_block"][k] for row in rows), strict=True)
+                ],
             }
             for k in signals
         ],

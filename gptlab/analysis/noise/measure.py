@@ -6,11 +6,10 @@ A figure that means nothing is null, never NaN. What each means is in docs/noise
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gptlab.analysis.noise import affine
@@ -114,7 +113,7 @@ def gradient_figures(
         progress("gradients", done, 2 * groups.count)
 
     measured = inner_products(gather, groups.count, parts, metrics, progress=told)
-    factors = gather.factors(sum(part.cross for part in measured[0]).sum(0))
+    factors = gather.factors(over_all(measured[0]).cross.sum(0))
     scaled = [[part.scaled(factors) for part in of_metric] for of_metric in measured]
     tokens = groups.size * subject.windows.block_size
     signals = {}
@@ -138,11 +137,16 @@ def entry(measured: list[list[InnerProducts]], blocks: list[int], source: int, n
         adam = figures(sections[1], source)["alignment"] if len(sections) > 1 else None
         return {**figures(sections[0], source), "preconditioned_alignment": adam}
 
-    total = [sum(of_metric[1:], of_metric[0]) for of_metric in measured]
+    total = [over_all(of_metric) for of_metric in measured]
     return {
         "total": both(total),
         "blocks": [both([of_metric[part] for of_metric in measured]) for part in blocks],
     }
+
+
+def over_all(parts: list[InnerProducts]) -> InnerProducts:
+    """Over the parameters of all parts."""
+    return sum(parts[1:], parts[0])
 
 
 def reading_figures(subject: Subject, options: NoiseConfig, unread: int, progress: Progress) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def probe(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> dict[str, Any]:
-    """How each loss's gradient stands to that of the first, which is the true one: noise, alignment, progress, variance.
+    """How each loss's gradient stands to the first one's, the true loss: noise, alignment, progress, variance.
 
     losses: name -> function of (model, batch) that gives a scalar, auxiliary ones times their weight. batches: groups,
     each a batch of what the functions take; at least 3, and 32 or more for intervals to be trusted. optimizer: an Adam

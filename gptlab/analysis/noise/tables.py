@@ -18,11 +18,16 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     signals = result["signals"]
     yield Table(
         f"Gradients of {result['groups']} groups of {result['group']} sequence(s), against the true loss",
-        ("signal", "alignment", "under Adam", "progress left", "variance", "dose", "noise scale"),
-        [(name, *_gradients(signal["total"])) for name, signal in signals.items()],
+        ("signal", "alignment", "under Adam's moment", "noise scale"),
+        [(name, *_directions(signal["total"])) for name, signal in signals.items()],
     )
     others = {name: signal for name, signal in signals.items() if name != TRUE_LOSS}
     if others:
+        yield Table(
+            "What adding it does to the true loss's gradient",
+            ("signal", "progress left", "variance, times", "dose"),
+            [(name, *_effects(signal["total"])) for name, signal in others.items()],
+        )
         yield Table(
             "Alignment by block",
             ("block", *others),
@@ -33,8 +38,8 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         )
     quality = result["label_quality"]
     yield Table(
-        f"Verdicts as labels, on {quality['tokens']:,} validation tokens",
-        ("block", "loss", "right", "mean p_m", *_headers(), "calibration error"),
+        f"Verdicts as labels, on {quality['tokens']:,} validation tokens; at τ, how many and how many right",
+        ("block", "loss", "right", "mean p_m", *_headers(), "ECE"),
         [row for j, block in enumerate(quality["blocks"], 1) for row in _labels(j, block)],
     )
     yield Table(
@@ -69,13 +74,16 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _gradients(total: Mapping[str, Any]) -> Iterator[str]:
+def _directions(total: Mapping[str, Any]) -> Iterator[str]:
     yield aligned(total["alignment"])
     yield aligned(total["preconditioned_alignment"])
+    yield _with_interval(total["noise_scale"], total["noise_scale_interval"], ",.3g")
+
+
+def _effects(total: Mapping[str, Any]) -> Iterator[str]:
     yield _with_interval(total["progress"], total["progress_interval"])
     yield _with_interval(total["variance"], total["variance_interval"])
     yield number(total["dose"], ".3f")
-    yield _with_interval(total["noise_scale"], total["noise_scale_interval"], ",.3g")
 
 
 def _with_interval(value: float | None, bounds: list[float] | None, form: str = ".2f") -> str:
@@ -90,8 +98,8 @@ def _with_interval(value: float | None, bounds: list[float] | None, form: str = 
 
 def _headers() -> Iterator[str]:
     for threshold in SHOWN:
-        yield f"p_m >= {threshold:g}"
-        yield "right of these"
+        yield f"τ {threshold:g}"
+        yield "right"
 
 
 def _labels(j: int, block: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
