@@ -99,6 +99,9 @@ WITHOUT_TORCH = [
     (["verify", "--help"], 0),
     (["export", "one"], 2),
     (["doctor", "--jsn"], 2),
+    (["noise", "--help"], 0),
+    (["noise", "run", "--groups", "31"], 2),
+    (["noise", "run", "--signals", "placebo:confidense"], 2),
 ]
 
 

@@ -66,16 +66,23 @@ def covariance_trace(products: InnerProducts, x: int, y: int) -> Estimate:
 def noise_scale(products: InnerProducts, x: int) -> tuple[float, Interval] | None:
     """tr Σ/|G|² (McCandlish 2018, 1812.06162, eq. 2.9) in groups, and its interval.
 
-    None where the interval of |G|² reaches 0. The interval is that of |G|²/tr Σ, turned over: it is |G|² that is hard
+    None where the interval of |G|² reaches 0; 0 where all groups agree. The interval is that of |G|²/tr Σ, turned over: it is |G|² that is hard
     to know, and as a divisor it would make the jackknife's straight line a bad one.
     """
     squared = mean_product(products, x, x)
     trace = covariance_trace(products, x, x)
-    if squared.interval[0] <= 0 or min(trace.value, trace.left_out.min()) <= 0:
+    if squared.interval[0] <= 0:
         return None
+    if _is_rounding(trace, products, x):
+        return 0.0, (0.0, 0.0)
     inverse = combined(lambda length, spread: length / spread, squared, trace)
     low, high = inverse.interval
     return (1 / inverse.value, (1 / high, 1 / low)) if low > 0 else None
+
+
+def _is_rounding(trace: Estimate, products: InnerProducts, x: int) -> bool:
+    """Whether the groups of a source differ by no more than rounding does, with any one of them left out."""
+    return min(trace.value, trace.left_out.min()) <= 1e-12 * products.own[:, x, x].mean()
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def progress(products: InnerProducts, true: int, signal: int) -> Estimate | None
 def variance_ratio(products: InnerProducts, true: int, signal: int) -> Estimate | None:
     """tr Σ_total/tr Σ_CE of the gradients with the weighted signal and without; None where there is no variance."""
     own = covariance_trace(products, true, true)
-    if min(own.value, own.left_out.min()) <= 0:
+    if _is_rounding(own, products, true):
         return None
     return combined(
         lambda a, b, ab: (a + b + 2 * ab) / a,

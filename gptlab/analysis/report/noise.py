@@ -46,9 +46,9 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         if name == TRUE_LOSS:
             continue
         total = signal["total"]
-        yield f"{name}: alignment", figure(total["alignment"]["value"], "+.3f"), "with the true loss, 1 = the same way"
-        yield f"{name}: progress left", figure(total["progress"], ".2f"), "to first order, 1 = none lost"
-        yield f"{name}: variance", figure(total["variance"], ".2f"), "times that of the true loss alone"
+        left, times = figure(total["progress"], ".2f"), figure(total["variance"], ".2f")
+        value = figure(total["alignment"]["value"], "+.3f")
+        yield f"alignment of {name}", value, f"with it, progress left {left}, variance × {times}"
 
 
 def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Panel]:
