@@ -66,8 +66,8 @@ def covariance_trace(products: InnerProducts, x: int, y: int) -> Estimate:
 def noise_scale(products: InnerProducts, x: int) -> tuple[float, Interval] | None:
     """tr Σ/|G|² (McCandlish 2018, 1812.06162, eq. 2.9) in groups, and its interval.
 
-    None where the interval of |G|² reaches 0; 0 where all groups agree. The interval is that of |G|²/tr Σ, turned over: it is |G|² that is hard
-    to know, and as a divisor it would make the jackknife's straight line a bad one.
+    None where the interval of |G|² reaches 0; 0 where all groups agree. The interval is that of |G|²/tr Σ, turned over:
+    it is |G|² that is hard to know, and as a divisor it would make the jackknife's straight line a bad one.
     """
     squared = mean_product(products, x, x)
     trace = covariance_trace(products, x, x)
