@@ -66,7 +66,7 @@ def test_affine_readers_begin_as_the_identity_and_find_what_a_block_hides() -> N
             tokens = torch.randint(16, (8, 8), generator=generator)
             yield tokens, (tokens + 1) % 16
 
-    readers = fit(model, batches(1), 60, placement)
+    readers = fit(model, batches(1), 200, placement)
     tokens, targets = next(batches(2))
     reader = Reader(model)
     for j, hidden in enumerate(states(model, tokens, placement)[1:], 1):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_run import SEQUENCES, Run, make_run, text
+from small_run import SEQUENCES, Run, make_run
 from torch import Tensor
 
 from gptlab.signals import SignalConfig
@@ -25,7 +25,7 @@ SIGNALS = (
 
 
 def gathered(run: Run, groups: Groups, signals: tuple[SignalConfig, ...] = SIGNALS) -> GroupGradients:
-    windows = text()
+    windows = run.text
 
     def rows(first: int, count: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         names = [(0, (first + b) % len(windows)) for b in range(count)]

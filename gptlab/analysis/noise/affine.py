@@ -17,8 +17,8 @@ from gptlab.model.gpt import GPT
 from gptlab.signals.reader import Reader, true_loss
 from gptlab.training.evaluate import states
 
-RATE = 0.2
-"""Adam's step over the width: a sum of C entries that each move by RATE/C moves a hidden state by a fifth of itself."""
+RATE = 0.5
+"""Adam's step times the width: C entries that each move by RATE/C move a hidden state by at most half of itself."""
 
 
 class AffineReaders:

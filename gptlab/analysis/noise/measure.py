@@ -32,7 +32,7 @@ from gptlab.training.verdicts import Voice
 Progress = Callable[[str, int, int], None]
 """(what, done, of): told while something long is under way."""
 
-READER_BATCH = 2048
+READER_BATCH = 512
 """Tokens of a batch that the affine readers are fitted on, or one window where that is longer."""
 
 
