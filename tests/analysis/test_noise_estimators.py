@@ -135,7 +135,7 @@ class Point(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self) -> torch.Tensor:
-        return torch.cat([p.flatten() for p in self.parameters()])
+        return torch.cat([*(layer["w"] for layer in self.layers), self.rest])
 
 
 def test_a_quadratic_model_in_closed_form() -> None:
