@@ -71,7 +71,7 @@ def tiny(tiny_corpus: Path) -> Callable[..., list[str]]:
 def finished_run(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with the block loss. It is shared: a test that changes it takes `run`."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert main(tiny(out, signal_name="confidence", sample_every=3, checkpoint_every=3)) == 0
+    assert main(tiny(out, signal_name="confidence", sample_every=3, checkpoint_every=3, noise_every=3)) == 0
     return out
 
 

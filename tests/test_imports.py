@@ -105,6 +105,9 @@ WITHOUT_TORCH = [
     (["runs", "log"], 0),
     (["runs", "/nowhere"], 2),
     (["completion", "bash"], 0),
+    (["noise", "--help"], 0),
+    (["noise", "run", "--groups", "31"], 2),
+    (["noise", "run", "--signals", "placebo:confidense"], 2),
 ]
 
 

@@ -19,6 +19,7 @@ COMMANDS = {
     "experiment": "run arms against seeds, see how they stand, or try every arm first",
     "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
     "dose_response": "how many times the tokens a known error costs, against theory",
+    "noise": "measure whether a signal teaches, or is bias or noise",
     "sample": "write on from a prompt, each block's guess beside it",
     "lens": "what every block would say at every position, and what early exit saves",
     "eval": "score a model and its blocks: validation, HellaSwag, LAMBADA, lm-eval's tasks",

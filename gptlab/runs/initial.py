@@ -11,10 +11,13 @@ from gptlab.errors import CheckpointError
 from gptlab.model.foreign import is_huggingface
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import GPT2_VOCABULARY
+from gptlab.options import build
 from gptlab.randomness import torch_generator
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
 from gptlab.training.config import TrainingConfig
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.state import TrainingState
 
 _OPTION = {"transformer.wpe.weight": "--block_size and --n_embd", "transformer.wte.weight": "--tokenizer and --n_embd"}
 
@@ -26,17 +29,34 @@ def model_of(run: str | Path) -> tuple[GPT, TrainingConfig]:
 
 def model_in(found: checkpoint.Checkpoint) -> tuple[GPT, TrainingConfig]:
     """The model of a loaded checkpoint and the config it was trained with."""
-    from gptlab.options import build
-
     config: TrainingConfig = build(TrainingConfig, found.state["options"])
-    shape = GPTConfig(
-        config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
-    )
-    model = GPT(shape)
+    model = GPT(_shape(config))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(found.weights[name])
     return model, config
+
+
+def any_state(source: str | Path) -> tuple[TrainingState, TrainingConfig | None]:
+    """What `any_model` gives, with the optimizer's moments and the step; a Hugging Face folder's has step 0 and none.
+
+    Raises CheckpointError where there is none.
+    """
+    if is_huggingface(Path(source)):
+        model, _ = any_model(source)
+        return TrainingState(model, build_optimizer(model, TrainingConfig())), None
+    found = checkpoint.load(newest(source))
+    config: TrainingConfig = build(TrainingConfig, found.state["options"])
+    model = GPT(_shape(config))
+    state = TrainingState(model, build_optimizer(model, config))
+    state.restore(found.weights, found.moments, found.state["scalars"])
+    return state, config
+
+
+def _shape(config: TrainingConfig) -> GPTConfig:
+    return GPTConfig(
+        config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
+    )
 
 
 def any_model(source: str | Path) -> tuple[GPT, TrainingConfig | None]:

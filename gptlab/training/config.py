@@ -65,7 +65,7 @@ class TrainingConfig:
     sample_every: int = option(350, "write a sample, with each block's best next token", unit="updates")
     dose_every: int = option(50, "measure the signal's dose", unit="updates")
     log: str = option("none", "also log figures with tensorboard, wandb or trackio; several with commas")
-    noise_every: int = option(0, "measure gradient noise", unit="updates")
+    noise_every: int = option(0, "log noise scale and alignment, from 32 sequences", unit="updates")
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="Machine")
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of the matmuls; weights and moments stay fp32")

@@ -158,8 +158,9 @@ def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None
     return F.softmax(logits, 1).amax(1)
 
 
+@torch.no_grad()
 def hidden_states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
-    """h_0..h_L of tokens (B, T), in the dtype of the matmuls that the placement says."""
+    """h_0..h_L of tokens (B, T), without any gradient, in the dtype of the matmuls that the placement says."""
     cast = torch.autocast(tokens.device.type, placement.autocast) if placement.autocast else nullcontext()
     with cast:
         return model.hidden_states(tokens)

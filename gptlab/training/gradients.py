@@ -203,17 +203,27 @@ class Ledger:
         apart = [own for own, taught in zip(self.judges, self.signals, strict=True) if own is not taught]
         return [g for gradients in [self.true, *self.signals, *apart, *self.placebos] for g in gradients]
 
+    def unscaled(self, k: int) -> Gradients:
+        """What voice k puts into the update, before a placebo is brought to its signal's length: sums over groups."""
+        if self.voices[k].config.control != "placebo":
+            return self.signals[k]
+        both = zip(self.placebos[k], self.judges[k], self.names, strict=True)
+        return [turned + permuted(own, self.seed, name) for turned, own, name in both]
+
+    def measure(self, k: int) -> Gradients:
+        """The gradient of voice k without its rotation: as long as this a placebo has to be."""
+        if self.voices[k].config.control != "placebo":
+            return self.signals[k]
+        return [taught + own for taught, own in zip(self.signals[k], self.judges[k], strict=True)]
+
     def settle(self) -> None:
         """Make the parts, once the whole batch (and every rank) is in: a placebo is scaled to its signal's length."""
-        for voice, taught, own, turned in zip(self.voices, self.signals, self.judges, self.placebos, strict=True):
-            if voice.config.control != "placebo":
-                self.parts.append(taught)
-                continue
-            signal = length([t + o for t, o in zip(taught, own, strict=True)])
-            part = [t + permuted(o, self.seed, n) for t, o, n in zip(turned, own, self.names, strict=True)]
-            found = length(part)
-            for g in part:
-                g.mul_(signal / found if found else 0.0)
+        for k, voice in enumerate(self.voices):
+            part = self.unscaled(k)
+            if voice.config.control == "placebo":
+                signal, found = length(self.measure(k)), length(part)
+                for g in part:
+                    g.mul_(signal / found if found else 0.0)
             self.parts.append(part)
 
     def doses(self) -> list[float]:

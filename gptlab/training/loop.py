@@ -18,6 +18,7 @@ from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import tempered, validate
+from gptlab.training.quick_noise import quick_noise
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, micro_batches, update
 
@@ -91,10 +92,14 @@ def train(
         if last:
             return
         start = time.perf_counter()
+        noise = None
+        if _due(config.noise_every, step, False, first=True):
+            noise = quick_noise(state, config, windows, world, placement)
         measure = _due(config.dose_every, step, False, first=True)
         batches = micro_batches(config, windows, world, step, placement.device)
         done = update(state, config, batches, world, placement, measure_dose=measure, stop=stop())
-        yield Record("train", state.step, _train_row(state, config, done, time.perf_counter() - start, peak, world))
+        row = _train_row(state, config, done, time.perf_counter() - start, peak, world)
+        yield Record("train", state.step, row | (noise or {}))
         if done.stop:
             yield from checkpoint_and_stop()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
@@ -40,3 +42,21 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
         falling = (step - config.steps * (1 - WSD_DECAY)) / (config.steps * WSD_DECAY)
         return peak + min(1.0, max(0.0, falling)) * (low - peak)
     return peak
+
+
+def adam_metric(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor] | None:
+    """1/(sqrt(v̂) + ε) for each parameter: what Adam multiplies a gradient by, of its second moment v as it stands.
+
+    <a, metric·b> is how far a step along Adam's version of b changes a loss of gradient a, to first order. None where
+    the optimizer keeps no second moment for one of the parameters: it is no Adam, or has made no step.
+    """
+    options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    metric = []
+    for p in parameters:
+        state = optimizer.state.get(p, {})
+        if "exp_avg_sq" not in state or id(p) not in options:
+            return None
+        group = options[id(p)]
+        corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+        metric.append(1 / (corrected.sqrt() + group["eps"]))
+    return metric

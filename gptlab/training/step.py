@@ -61,7 +61,7 @@ def update(
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
     model, step = state.model, state.step
-    voices = _voices(state, config)
+    voices = speaking(state, config)
     flip = TargetFlip(config.target_flip, config.target_flip_to)
     noisy = config.gradient_noise > 0
     held = any(v.config.dose is not None for v in voices)
@@ -116,8 +116,8 @@ def update(
     by_judge = _by_judge(config, voices, sums)
     stopped = bool(sums.stop)
     loss, signal_loss = float(sums.loss), float(sums.signal)
-    weights = _of_all(config, voices, weights, 0.0)
-    doses = None if doses is None else _of_all(config, voices, doses, 0.0)
+    weights = of_all(config, voices, weights, 0.0)
+    doses = None if doses is None else of_all(config, voices, doses, 0.0)
     return Update(loss, signal_loss, norm, learning_rate, clipped, stopped, by_judge, weights, dose, doses)
 
 
@@ -154,7 +154,7 @@ class _Sums:
                 self.judges[k, judge] += mean * share
 
 
-def _voices(state: TrainingState, config: TrainingConfig) -> list[Voice]:
+def speaking(state: TrainingState, config: TrainingConfig) -> list[Voice]:
     """The signals of this update with their weights, set by dose where one is held."""
     weights = []
     for k, signal in enumerate(config.signals):
@@ -183,7 +183,7 @@ def _hold(state: TrainingState, config: TrainingConfig, voices: Sequence[Voice],
     return factors
 
 
-def _of_all(config: TrainingConfig, voices: Sequence[Voice], values: Sequence[_T], silent: _T) -> list[_T]:
+def of_all(config: TrainingConfig, voices: Sequence[Voice], values: Sequence[_T], silent: _T) -> list[_T]:
     """One value for each signal of the config, where there is one for each voice."""
     of = dict(zip([voice.config for voice in voices], values, strict=True))
     return [of.get(signal, silent) for signal in config.signals]
@@ -193,7 +193,7 @@ def _by_judge(config: TrainingConfig, voices: Sequence[Voice], sums: _Sums) -> l
     found: list[list[float | None]] = []
     for spoke, row in zip(sums.spoke, sums.judges.tolist(), strict=True):
         found.append([row[j] if j in spoke else None for j in range(1, config.n_layer)])
-    return _of_all(config, voices, found, [None] * (config.n_layer - 1))
+    return of_all(config, voices, found, [None] * (config.n_layer - 1))
 
 
 def _unweighted(voices: Sequence[Voice], sums: _Sums) -> list[float]:

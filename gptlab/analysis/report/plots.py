@@ -69,7 +69,7 @@ def curves(
     """
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    figure, axes = _figure(HEIGHT)
+    figure, axes = blank(HEIGHT)
     if zero:
         axes.axhline(0, color=theme.MUTED, linewidth=1)
     if within:
@@ -84,7 +84,7 @@ def curves(
             band.steps, band.mean, color=line.colour, linewidth=width, alpha=0.45 if line.faint else 1,
             linestyle=(0, (4, 2)) if line.dashed else "-", marker=marker, markersize=3.2,
         )  # fmt: skip
-    _scale(axes)
+    plain_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     if limits:
@@ -100,7 +100,7 @@ def curves(
 def forest(rows: Sequence[Row], delta: float, name: str) -> str:
     """Each arm's paired differences: a dot a seed, their mean with its interval, and the band of ±delta."""
     height = 38 * len(rows) + 52
-    figure, axes = _figure(height, left=RIGHT, top=4)
+    figure, axes = blank(height, left=RIGHT, top=4)
     axes.axvspan(-delta, delta, color=theme.MUTED, alpha=0.15, linewidth=0)
     axes.axvline(0, color=theme.MUTED, linewidth=1)
     texts = {}
@@ -120,7 +120,7 @@ def forest(rows: Sequence[Row], delta: float, name: str) -> str:
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("loss minus the baseline's, nats a token", color=theme.MUTED)
-    _scale(axes)
+    plain_scale(axes)
     return inline(figure, name, _forest_told(rows, delta), texts)
 
 
@@ -133,7 +133,8 @@ def shortened(label: str, most: int = 40) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
-def _figure(height: float, left: float = LEFT, top: float = TOP) -> tuple[Figure, Axes]:
+def blank(height: float, left: float = LEFT, top: float = TOP) -> tuple[Figure, Axes]:
+    """A figure of WIDTH, and its axes in the style of all."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -151,7 +152,7 @@ def _figure(height: float, left: float = LEFT, top: float = TOP) -> tuple[Figure
     return figure, axes
 
 
-def _scale(axes: Axes) -> None:
+def plain_scale(axes: Axes) -> None:
     """Few ticks in plain figures; thousands where figures are large."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 

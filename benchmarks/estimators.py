@@ -1,0 +1,127 @@
+"""How often the intervals of the measures of noise miss: synthetic gradients of known mean and covariance.
+
+python benchmarks/estimators.py [--trials 1000]   writes benchmarks/results/estimators.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptlab.analysis.noise import estimators
+from gptlab.analysis.statistics import Interval, binomial_interval
+from gptlab.training.inner_products import InnerProducts
+
+RESULTS = Path(__file__).parent / "results" / "estimators.json"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """n groups' gradients of P parameters. length: of the true loss's mean gradient; signal: of the signal's.
+
+    angle: between the two, radians. Noise has the deviation `noise` in every direction up to a factor that grows
+    geometrically from 1 to `spread` over the parameters; the signal has half of the true loss's noise besides its own.
+    """
+
+    name: str
+    groups: int = 32
+    parameters: int = 200
+    length: float = 3.0
+    signal: float = 2.0
+    angle: float = 1.2
+    noise: float = 0.5
+    spread: float = 1.0
+
+    def means(self) -> tuple[np.ndarray, np.ndarray]:
+        true, signal = np.zeros(self.parameters), np.zeros(self.parameters)
+        true[0] = self.length
+        signal[:2] = self.signal * np.cos(self.angle), self.signal * np.sin(self.angle)
+        return true, signal
+
+    def deviations(self) -> np.ndarray:
+        return self.noise * np.geomspace(1, self.spread, self.parameters)
+
+    def draw(self, generator: np.random.Generator) -> InnerProducts:
+        shared, own = generator.standard_normal((2, self.groups, self.parameters)) * self.deviations()
+        true, signal = self.means()
+        return InnerProducts.of(np.stack([true + shared, signal + 0.5 * shared + own], 1))
+
+    def truth(self) -> dict[str, float]:
+        true, signal = self.means()
+        trace, squared = float((self.deviations() ** 2).sum()), self.length**2
+        return {
+            "squared_length": squared,
+            "noise_scale": trace / squared,
+            "alignment": float(np.cos(self.angle)),
+            "progress": 1 + float(true @ signal) / squared,
+            "variance": 1 + 1 + 0.25 + 1,  # of CE + signal: (1 + 1/2)² + 1
+        }
+
+
+SCENARIOS = (
+    Scenario("clear"),
+    Scenario("64 groups", groups=64),
+    Scenario("unequal noise", spread=8.0, noise=0.1),
+    Scenario("against each other", angle=2.8),
+    Scenario("at right angles", angle=np.pi / 2),
+    Scenario("as much noise as signal", length=1.0, signal=1.0, noise=0.25, parameters=1000),
+    Scenario("few directions", parameters=5, noise=1.0),
+    Scenario("drowned in noise", length=1.0, signal=1.0, noise=1.0),
+)
+
+
+def intervals(products: InnerProducts) -> dict[str, Interval | None]:
+    """The intervals of one trial; None where no figure is given, or none that is resolved."""
+    scale = estimators.noise_scale(products, 0)
+    aligned = estimators.alignment(products, 0, 1)
+    left, ratio = estimators.progress(products, 0, 1), estimators.variance_ratio(products, 0, 1)
+    return {
+        "squared_length": estimators.mean_product(products, 0, 0).interval,
+        "noise_scale": scale[1] if scale else None,
+        "alignment": aligned.estimate.interval if aligned.estimate and aligned.resolved else None,
+        "progress": left.interval if left else None,
+        "variance": ratio.interval if ratio else None,
+    }
+
+
+def missed(scenario: Scenario, trials: int, generator: np.random.Generator) -> dict[str, Any]:
+    """Of every figure: in how many trials it was given, and in how many its interval missed the truth."""
+    truth = scenario.truth()
+    given, misses = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0)
+    for _ in range(trials):
+        for name, interval in intervals(scenario.draw(generator)).items():
+            if interval:
+                given[name] += 1
+                misses[name] += not interval[0] <= truth[name] <= interval[1]
+    return {
+        "name": scenario.name,
+        "figures": {
+            name: {
+                "truth": truth[name],
+                "given": given[name],
+                "missed": misses[name],
+                "miss_rate_interval": binomial_interval(misses[name], trials),
+            }
+            for name in truth
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=1000, help="trials of each scenario [1000]")
+    trials = parser.parse_args().trials
+    rows = [missed(scenario, trials, np.random.default_rng([1, k])) for k, scenario in enumerate(SCENARIOS)]
+    RESULTS.write_text(json.dumps({"trials": trials, "scenarios": rows}, indent=1, allow_nan=False) + "\n")
+    for row in rows:
+        shown = (f"{name} {one['missed']}/{one['given']}" for name, one in row["figures"].items())
+        print(f"{row['name']:<25}" + ", ".join(shown))
+
+
+if __name__ == "__main__":
+    main()

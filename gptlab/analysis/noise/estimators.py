@@ -1,0 +1,170 @@
+"""Measures of noise from inner products of group gradients: unbiased, with delete-one-group jackknife intervals.
+
+Pure functions of numbers; how the gradients are made is in training/group_gradients.py. x_i is the gradient of source x
+in group i of n: the true mean is G_x, the covariance between groups Σ_x. Everything is built of two means: over pairs
+of different groups, which has the expectation <G_x, G_y> because their noise is independent, and over the groups
+themselves, which has <G_x, G_y> + tr Σ_xy. DESIGN: 'Bias or noise'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gptlab.analysis.statistics import Interval, jackknife
+from gptlab.training.inner_products import InnerProducts, over_pairs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, and the same figure with each of the n groups left out in turn, (n,)."""
+
+    value: float
+    left_out: np.ndarray
+
+    @cached_property
+    def interval(self) -> Interval:
+        """The 95% jackknife interval, with t of n - 1 degrees of freedom."""
+        return jackknife(self.value, self.left_out.tolist())
+
+    def constant(self, value: float) -> Estimate:
+        """A number that no group changes."""
+        return Estimate(value, np.full_like(self.left_out, value))
+
+
+def combined(function: Callable[..., Any], *estimates: Estimate) -> Estimate:
+    """A function of figures, left-out groups and all.
+
+    >>> double = combined(lambda x: 2 * x, Estimate(1.0, np.array([0.9, 1.1])))
+    >>> double.value, double.left_out.tolist()
+    (2.0, [1.8, 2.2])
+    """
+    return Estimate(float(function(*(e.value for e in estimates))), function(*(e.left_out for e in estimates)))
+
+
+def mean_product(products: InnerProducts, x: int, y: int) -> Estimate:
+    """The mean of <x_i, y_k> over pairs i≠k: unbiased for <G_x, G_y>."""
+    n = len(products.own)
+    own, of_x, of_y = products.own[:, x, y], products.cross[:, x, y], products.cross[:, y, x]
+    everything = of_x.sum()
+    without = everything - of_x - of_y + own  # pairs that hold the group, which the sum over pairs must lose
+    return Estimate(float(over_pairs(everything, own.sum(), n)), over_pairs(without, own.sum() - own, n - 1))
+
+
+def covariance_trace(products: InnerProducts, x: int, y: int) -> Estimate:
+    """The unbiased tr Σ_xy of the groups' gradients: what <x_i, y_i> has over <x_i, y_k>."""
+    n, own = len(products.own), products.own[:, x, y]
+    itself = Estimate(float(own.mean()), (own.sum() - own) / (n - 1))
+    return combined(lambda same, other: same - other, itself, mean_product(products, x, y))
+
+
+def noise_scale(products: InnerProducts, x: int) -> tuple[float, Interval] | None:
+    """tr Σ/|G|² (McCandlish 2018, 1812.06162, eq. 2.9) in groups, and its interval.
+
+    None where the interval of |G|² reaches 0; 0 where all groups agree. The interval is that of |G|²/tr Σ, turned over:
+    it is |G|² that is hard to know, and as a divisor it would make the jackknife's straight line a bad one.
+    """
+    squared = mean_product(products, x, x)
+    trace = covariance_trace(products, x, x)
+    if squared.interval[0] <= 0:
+        return None
+    if _is_rounding(trace, products, x):
+        return 0.0, (0.0, 0.0)
+    inverse = combined(lambda length, spread: length / spread, squared, trace)
+    low, high = inverse.interval
+    return (1 / inverse.value, (1 / high, 1 / low)) if low > 0 else None
+
+
+def _is_rounding(trace: Estimate, products: InnerProducts, x: int) -> bool:
+    """Whether the groups of a source differ by no more than rounding does, with any one of them left out."""
+    return min(trace.value, trace.left_out.min()) <= 1e-12 * products.own[:, x, x].mean()
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The cosine between two mean gradients; estimate is None where one of them is 0 as far as can be seen.
+
+    resolved: whether both lengths are known to be above 0. Where one is not, its upper end stands in for it, so that
+    the cosine is rather too near 0.
+    """
+
+    estimate: Estimate | None
+    resolved: bool
+
+    def as_json(self) -> dict[str, Any]:
+        if self.estimate is None:
+            return {"value": None, "interval": None, "resolved": False}
+        return {"value": self.estimate.value, "interval": list(self.estimate.interval), "resolved": self.resolved}
+
+
+def alignment(products: InnerProducts, x: int, y: int) -> Alignment:
+    """N/sqrt(D_x·D_y), of N the mean of <x_i, y_k> and D the same of one source with itself, over pairs i≠k.
+
+    It lies between -1 and 1 up to its own error: an unbiased length may be too short.
+    """
+    lengths, resolved = [], True
+    for source in (x, y):
+        squared = mean_product(products, source, source)
+        low, high = squared.interval
+        if high <= 0:
+            return Alignment(None, False)
+        lengths.append(squared if low > 0 else squared.constant(high))
+        resolved = resolved and low > 0
+    product = mean_product(products, x, y)
+    return Alignment(combined(lambda n, a, b: n / np.sqrt(a * b), product, *lengths), resolved)
+
+
+def progress(products: InnerProducts, true: int, signal: int) -> Estimate | None:
+    """1 + <G_CE, w·G_sig>/|G_CE|²: the first-order progress in the true loss that is left, 1 = none lost.
+
+    The signal's gradients come with their weight w. None where |G_CE|²'s interval reaches 0.
+    """
+    squared = mean_product(products, true, true)
+    if squared.interval[0] <= 0:
+        return None
+    return combined(lambda n, d: 1 + n / d, mean_product(products, true, signal), squared)
+
+
+def variance_ratio(products: InnerProducts, true: int, signal: int) -> Estimate | None:
+    """tr Σ_total/tr Σ_CE of the gradients with the weighted signal and without; None where there is no variance."""
+    own = covariance_trace(products, true, true)
+    if _is_rounding(own, products, true):
+        return None
+    return combined(
+        lambda a, b, ab: (a + b + 2 * ab) / a,
+        own,
+        covariance_trace(products, signal, signal),
+        covariance_trace(products, true, signal),
+    )
+
+
+def dose(products: InnerProducts, true: int, signal: int) -> float | None:
+    """|w·g_sig|/|g_CE| over the batch that all groups make: what training logs; None without a true gradient."""
+    squares = [products.cross[:, source, source].sum() for source in (signal, true)]
+    return math.sqrt(squares[0] / squares[1]) if squares[1] > 0 else None
+
+
+def figures(products: InnerProducts, source: int, true: int = 0) -> dict[str, Any]:
+    """All measures of one source against the true loss, as JSON values: a figure that means nothing is null.
+
+    The true loss itself adds nothing to itself: its progress and variance are 1.
+    """
+    itself = source == true
+    scale = noise_scale(products, source)
+    left = None if itself else progress(products, true, source)
+    ratio = None if itself else variance_ratio(products, true, source)
+    return {
+        "noise_scale": None if scale is None else scale[0],
+        "noise_scale_interval": None if scale is None else list(scale[1]),
+        "alignment": alignment(products, true, source).as_json(),
+        "progress": 1.0 if itself else None if left is None else left.value,
+        "progress_interval": None if left is None else list(left.interval),
+        "variance": 1.0 if itself else None if ratio is None else ratio.value,
+        "variance_interval": None if ratio is None else list(ratio.interval),
+        "dose": None if itself else dose(products, true, source),
+    }

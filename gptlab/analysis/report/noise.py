@@ -1,0 +1,143 @@
+"""The page of the measures of noise: alignment by block, verdicts as labels, calibration, collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gptlab.analysis.noise.labels import THRESHOLDS
+from gptlab.analysis.noise.options import TRUE_LOSS
+from gptlab.analysis.noise.tables import remarks, tables
+from gptlab.analysis.report import theme
+from gptlab.analysis.report.history import Band
+from gptlab.analysis.report.noise_plots import Series, over_blocks, shares
+from gptlab.analysis.report.page import Panel, arm_class, figure, render, write
+from gptlab.analysis.report.plots import Line, curves
+from gptlab.analysis.report.run import block_legend
+
+
+def write_noise(result: Mapping[str, Any], path: Path) -> None:
+    """Write the page of what `measure` found."""
+    write(path, page(result))
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page as HTML; the same bytes for the same figures."""
+    others = {name: one for name, one in result["signals"].items() if name != TRUE_LOSS}
+    return render(
+        "noise.html",
+        title=f"Signal, bias or noise: {Path(result['source']).resolve().name}",
+        lead=remarks(result),
+        facts=list(facts(result)),
+        alignment=list(alignment(result, others)),
+        labels=list(labels(result)),
+        collapse=list(collapse(result)),
+        tables=list(tables(result)),
+    )
+
+
+def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(name, figure, unit) of what one asks first."""
+    signals = result["signals"]
+    scale = signals[TRUE_LOSS]["total"]["noise_scale_tokens"]
+    yield "noise scale", figure(scale, ",.0f"), "tokens, of the true loss"
+    for name, signal in signals.items():
+        if name == TRUE_LOSS:
+            continue
+        total = signal["total"]
+        left, times = figure(total["progress"], ".2f"), figure(total["variance"], ".2f")
+        value = figure(total["alignment"]["value"], "+.3f")
+        yield f"alignment of {name}", value, f"with it, progress left {left}, variance × {times}"
+
+
+def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Panel]:
+    """Alignment of each signal by block, plain and under Adam, and over training where it was logged."""
+    blocks = result["n_layer"]
+    legend = [(arm_class(k), name) for k, name in enumerate(others, 1)]
+    note = "with 95% intervals; a ring: a length is not resolved"
+    for key, title in (("alignment", "As they are"), ("preconditioned_alignment", "Under Adam’s second moment")):
+        series = [_aligned(name, signal["blocks"], key, k) for k, (name, signal) in enumerate(others.items(), 1)]
+        series = [one for one in series if one.x]
+        if series:
+            svg = over_blocks(series, blocks, key, title, unit="cosine", zero=True, limits=(-1.05, 1.05))
+            yield Panel(title, svg, legend, note)
+    for k, signal in enumerate((result["history"] or {"signals": []})["signals"], 1):
+        lines = [
+            Line(Band.of(_points(result["history"]["steps"], values)), theme.block(j, blocks), f"block {j}")
+            for j, values in enumerate(signal["blocks"], 1)
+        ]
+        lines = [line for line in lines if line.band.steps]
+        if lines:
+            title = f"Over training, signal {k} of the run"
+            svg = curves(lines, f"history-{k}", title, unit="cosine", zero=True)
+            yield Panel(title, svg, block_legend(blocks), "as logged, without intervals")
+
+
+def _aligned(name: str, blocks: list[dict[str, Any]], key: str, k: int) -> Series:
+    found = [(j, block[key]) for j, block in enumerate(blocks, 1) if block[key] and block[key]["value"] is not None]
+    return Series(
+        name,
+        theme.arm(k),
+        [j for j, _ in found],
+        [one["value"] for _, one in found],
+        [tuple(one["interval"]) for _, one in found],
+        [not one["resolved"] for _, one in found],
+    )
+
+
+def _points(steps: list[int], values: list[float | None]) -> dict[int, float]:
+    return {step: value for step, value in zip(steps, values, strict=True) if value is not None}
+
+
+def labels(result: Mapping[str, Any]) -> Iterator[Panel]:
+    """Precision against coverage for τ, and reliability, raw and by the tuned readers."""
+    qualities, blocks = result["label_quality"]["blocks"], result["n_layer"]
+    legend = block_legend(blocks)
+    for kind, words in (("raw", "as the head reads it"), ("tuned", "by a tuned affine reader")):
+        found = [(j, block[kind]) for j, block in enumerate(qualities, 1) if block[kind]]
+        if not found:
+            continue
+        series = [_precision(j, blocks, one) for j, one in found]
+        title = f"Precision against coverage, {words}"
+        note = f"a dot a threshold τ from {THRESHOLDS[0]:g} (right) to {THRESHOLDS[-1]:g}"
+        svg = shares(series, f"precision-{kind}", title, x="tokens with p_m of at least τ", y="right of these")
+        yield Panel(title, svg, legend, note)
+        series = [_reliability(j, blocks, one) for j, one in found]
+        title = f"Reliability, {words}"
+        svg = shares(series, f"reliability-{kind}", title, x="p_m, by bins", y="right of these", diagonal=True)
+        yield Panel(title, svg, legend, "on the line: as sure as it is right")
+
+
+def _precision(j: int, blocks: int, quality: Mapping[str, Any]) -> Series:
+    both = zip(quality["coverage"], quality["precision"], strict=True)
+    x, y = zip(*((c, p) for c, p in both if p is not None), strict=True)
+    return Series(f"block {j}", theme.block(j, blocks), x, y)
+
+
+def _reliability(j: int, blocks: int, quality: Mapping[str, Any]) -> Series:
+    bins = [b for b in quality["reliability"] if b["count"]]
+    return Series(f"block {j}", theme.block(j, blocks), [b["confidence"] for b in bins], [b["accuracy"] for b in bins])
+
+
+def collapse(result: Mapping[str, Any]) -> Iterator[Panel]:
+    """Each monitor over the blocks."""
+    found, blocks = result["collapse"], result["n_layer"]
+    x = list(range(1, blocks + 1))
+    entropies = [
+        Series("of a reading", theme.arm(1), x, [one["entropy"] for one in found]),
+        Series("of the argmax’s marginal", theme.arm(2), x, [one["argmax_entropy"] for one in found]),
+    ]
+    title = "Entropy"
+    legend = [(arm_class(k), one.label) for k, one in enumerate(entropies, 1)]
+    yield Panel(title, over_blocks(entropies, blocks, "entropy", title, unit="nats", zero=True), legend)
+    median = Series(
+        "p_m", theme.arm(3), x, [one["p_max"]["0.5"] for one in found],
+        [(one["p_max"]["0.05"], one["p_max"]["0.95"]) for one in found],
+    )  # fmt: skip
+    title = "Confidence p_m"
+    svg = over_blocks([median], blocks, "confidence", title, unit="probability", limits=(-0.03, 1.03))
+    yield Panel(title, svg, [], "median, and from the 5th to the 95th of a hundred tokens")
+    size = Series("logits", theme.arm(4), x, [one["logit_rms"] for one in found])
+    title = "Size of the logits"
+    yield Panel(title, over_blocks([size], blocks, "logits", title, unit="root mean square", zero=True))

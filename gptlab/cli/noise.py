@@ -1,0 +1,194 @@
+"""`gptlab noise`: is a signal bias or noise? Measured on one checkpoint; the figures are analysis/noise/'s."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gptlab.analysis.noise.options import NoiseConfig, names_in, own_names, signal_configs, split_name
+from gptlab.cli.arguments import Parser, add_options, given_options
+from gptlab.cli.table import show_table
+from gptlab.cli.terminal import printable
+from gptlab.cli.train import check_signals
+from gptlab.errors import ConfigError, UsageError
+from gptlab.options import build
+
+if TYPE_CHECKING:
+    from gptlab.analysis.noise.measure import Progress, Subject
+    from gptlab.device import Placement
+    from gptlab.training.config import TrainingConfig
+    from gptlab.training.state import TrainingState
+
+NOT_HERE = ("signal.name", "signal.control", "signal.dose", "signal.start", "signal.anneal")
+"""Options of a signal that are part of its name in --signals, or make no sense for a single step."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the figures; raises UsageError, CheckpointError without a model, ConfigError without data for it."""
+    parser = _parser()
+    parsed = parser.parse(argv)
+    given = given_options(parsed, NoiseConfig)
+    try:
+        options: NoiseConfig = build(NoiseConfig, given)
+    except ConfigError as error:
+        raise UsageError(f"--{error}") from None
+    names = names_in(options.signals)
+    for name in names:
+        check_signals({"signal.name": split_name(name)[0]}, allow_code=parsed.allow_code, kind=UsageError)
+    if options.branch_steps:
+        raise UsageError("--branch_steps: this version has no branch test yet; leave it at 0")
+    if find_spec("scipy") is None:
+        raise ConfigError("intervals need the package scipy, which is not installed; pip install 'gptlab[report]'")
+    if parsed.html:
+        _check_report(parsed.html)
+    changes = {key.removeprefix("signal."): value for key, value in given.items() if key.startswith("signal.")}
+    result = _measure(parsed, options, names, changes)
+    if parsed.html:
+        from gptlab.analysis.report.noise import write_noise
+
+        write_noise(result, Path(parsed.html))
+        print(f"report: {parsed.html}", file=sys.stderr)
+    if parsed.json:
+        print(json.dumps(result, indent=1, allow_nan=False))
+    else:
+        _show(result)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="gptlab noise",
+        description="Measure whether a signal teaches, or is bias or noise, on one model as it stands: noise scale, "
+        "alignment with the true loss, progress and variance of group gradients; what each block's verdicts are worth "
+        "as labels; whether anything collapses. docs/noise.md says how to read it.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint, or a Hugging Face GPT-2 folder")
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
+    parser.add_argument("--html", metavar="FILE", help="write a page with plots too")
+    parser.add_argument("--allow_code", action="store_true", help="let a signal be a function in a file of yours")
+    add_options(parser, NoiseConfig, skip=NOT_HERE)
+    return parser
+
+
+def _check_report(path: str) -> None:
+    """Refuse a page that could not be written, before minutes are spent on what should stand in it."""
+    from gptlab.analysis.report import missing
+
+    if problem := missing():
+        raise ConfigError(f"--html: {problem}")
+    if not Path(path).resolve().parent.is_dir():
+        raise UsageError(f"--html: expected a file in a folder that exists, found {path}")
+
+
+def _measure(
+    parsed: argparse.Namespace, options: NoiseConfig, names: list[str], changes: Mapping[str, Any]
+) -> dict[str, Any]:
+    from gptlab.analysis.noise.history import alignment_history
+    from gptlab.analysis.noise.measure import measure
+    from gptlab.runs.initial import any_state
+
+    state, config = any_state(parsed.checkpoint)
+    own = config.signals if config else ()
+    if not options.signals:
+        names = own_names(own)
+        for signal in own:
+            check_signals({"signal.name": signal.name}, allow_code=parsed.allow_code, kind=UsageError)
+    with _Bars() as progress:
+        subject = _subject(state, config, options, lambda text: print(text, file=sys.stderr))
+        signals = signal_configs(names, own, changes)
+        result = measure(subject, options, signals, progress=progress)
+    history = alignment_history(Path(parsed.checkpoint))
+    return {"source": str(parsed.checkpoint), **result, "history": history}
+
+
+def _subject(
+    state: TrainingState, config: TrainingConfig | None, options: NoiseConfig, note: Callable[[str], None]
+) -> Subject:
+    """The model where it is computed, with its run's data or the data asked for."""
+    from gptlab.analysis.noise.measure import Subject
+    from gptlab.cli.corpus import open_or_prepare
+    from gptlab.data.batches import TrainingWindows, ValidationWindows
+    from gptlab.device import Machine, decide
+    from gptlab.distributed import World
+
+    shape = state.model.config
+    if config is None and options.data is None:
+        raise UsageError("--data: expected a corpus, as a Hugging Face folder tells of none; try --data shakespeare")
+    if config is None:
+        config = _made_up(state, options)
+    data, tokenizer = options.data or config.data, options.tokenizer or config.tokenizer
+    block_size = options.block_size or config.block_size
+    if block_size > shape.block_size:
+        raise UsageError(f"--block_size: the model reads at most {shape.block_size} tokens, found {block_size}")
+    corpus, alive = open_or_prepare(data, tokenizer, World(), note)
+    seed = config.seed if options.seed is None else options.seed
+    windows = TrainingWindows(corpus, block_size, shape.vocab_size, seed, alive)
+    validation = ValidationWindows(corpus, block_size, shape.vocab_size, options.eval_tokens)
+    placement = decide(
+        Machine.probe(), device=options.device, dtype=options.dtype, threads=options.threads, n_embd=shape.n_embd
+    )
+    placement.apply()
+    _move(state, placement)
+    return Subject(state, config, windows, validation, placement)
+
+
+def _move(state: TrainingState, placement: Placement) -> None:
+    state.model.to(placement.device)
+    for moments in state.optimizer.state.values():
+        moments.update({key: value.to(placement.device) for key, value in moments.items()})
+
+
+def _made_up(state: TrainingState, options: NoiseConfig) -> TrainingConfig:
+    """A config for a model without one: its shape, an update of one sequence."""
+    from gptlab.training.config import TrainingConfig
+
+    shape = state.model.config
+    tokenizer = options.tokenizer or ("bytes" if shape.vocab_size <= 256 else "gpt2")
+    return TrainingConfig(
+        tokenizer=tokenizer, block_size=shape.block_size, total_batch_tokens=shape.block_size, n_layer=shape.n_layer,
+        n_head=shape.n_head, n_embd=shape.n_embd, share_blocks=shape.share_blocks,
+    )  # fmt: skip
+
+
+class _Bars:
+    """A bar for each thing that takes long, on standard error; a line each where that is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.live = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Progress:
+        self.live.start()
+        return self._told
+
+    def __exit__(self, *_: object) -> None:
+        self.live.stop()
+
+    def _told(self, what: str, done: int, of: int) -> None:
+        if what not in self.tasks:
+            self.tasks[what] = self.live.add_task(what, total=of)
+            if self.live.disable:
+                print(f"measuring {what}", file=sys.stderr, flush=True)
+        self.live.update(self.tasks[what], completed=done)
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from gptlab.analysis.noise.tables import remarks, tables
+
+    console = Console(highlight=False)
+    for table in tables(result):
+        show_table(console, table)
+    for line in remarks(result):
+        console.print(Text(printable(line)))

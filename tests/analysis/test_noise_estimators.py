@@ -1,0 +1,220 @@
+"""Measures of noise against known answers: brute force, closed forms, and the evidence of a thousand trials."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gptlab.analysis import probe
+from gptlab.analysis.noise import estimators
+from gptlab.errors import ConfigError, DivergedError
+from gptlab.training.inner_products import InnerProducts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("estimators_benchmark", ROOT / "benchmarks" / "estimators.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["estimators_benchmark"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def drawn(n: int = 6, sources: int = 2, parameters: int = 4) -> np.ndarray:
+    return np.random.default_rng(3).standard_normal((n, sources, parameters)) + 0.5
+
+
+def by_pairs(g: np.ndarray, x: int, y: int) -> float:
+    """The definition, pair by pair."""
+    n = len(g)
+    return float(np.mean([g[i, x] @ g[k, y] for i in range(n) for k in range(n) if i != k]))
+
+
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (0, 1), (1, 1)])
+def test_means_over_pairs_are_those_of_the_definition_with_any_group_left_out(x: int, y: int) -> None:
+    g = drawn()
+    found = estimators.mean_product(InnerProducts.of(g), x, y)
+    assert found.value == pytest.approx(by_pairs(g, x, y))
+    assert found.left_out == pytest.approx([by_pairs(np.delete(g, j, 0), x, y) for j in range(len(g))])
+
+
+def test_the_trace_is_that_of_the_sample_covariance() -> None:
+    g = drawn()
+    products = InnerProducts.of(g)
+    for rows, found in (
+        (g, estimators.covariance_trace(products, 0, 0).value),
+        (np.delete(g, 2, 0), estimators.covariance_trace(products, 0, 0).left_out[2]),
+    ):
+        assert found == pytest.approx(np.trace(np.cov(rows[:, 0].T)))
+    crossed = np.cov(g[:, 0].T, g[:, 1].T)[:4, 4:]
+    assert estimators.covariance_trace(products, 0, 1).value == pytest.approx(np.trace(crossed))
+
+
+def test_figures_of_gradients_without_noise_are_exact() -> None:
+    true, signal = np.array([3.0, 4.0]), np.array([0.0, -2.0])
+    found = estimators.figures(InnerProducts.of(np.tile(np.stack([true, signal]), (32, 1, 1))), 1)
+    assert found["noise_scale"] == 0
+    assert found["alignment"]["value"] == pytest.approx(-8 / 10)
+    assert found["alignment"]["resolved"] is True
+    assert found["progress"] == pytest.approx(1 - 8 / 25)
+    assert found["dose"] == pytest.approx(2 / 5)
+    assert found["variance"] is None
+
+
+def test_a_signal_without_gradient_has_no_alignment_and_changes_nothing() -> None:
+    g = drawn(32)
+    g[:, 1] = 0
+    found = estimators.figures(InnerProducts.of(g), 1)
+    assert found["alignment"] == {"value": None, "interval": None, "resolved": False}
+    assert (found["progress"], found["variance"], found["dose"], found["noise_scale"]) == (1.0, 1.0, 0.0, None)
+
+
+def test_pure_noise_is_not_resolved_and_its_upper_end_stands_in() -> None:
+    g = np.random.default_rng(1).standard_normal((32, 2, 50))
+    g[:, 0, 0] += 20
+    products = InnerProducts.of(g)
+    squared = estimators.mean_product(products, 1, 1)
+    assert squared.interval[0] <= 0 < squared.interval[1]
+    found = estimators.alignment(products, 0, 1)
+    assert not found.resolved
+    assert found.estimate is not None
+    expected = by_pairs(g, 0, 1) / np.sqrt(by_pairs(g, 0, 0) * squared.interval[1])
+    assert found.estimate.value == pytest.approx(expected)
+    assert estimators.noise_scale(products, 1) is None
+    assert estimators.progress(products, 1, 0) is None
+
+
+def test_scaling_a_source_scales_its_gradients_and_drops_those_behind() -> None:
+    g = drawn(5, 3)
+    found, expected = InnerProducts.of(g).scaled([1.0, -3.0]), InnerProducts.of(g[:, :2] * [[1.0], [-3.0]])
+    assert np.allclose(found.own, expected.own)
+    assert np.allclose(found.cross, expected.cross)
+
+
+def test_a_thousand_trials_of_every_scenario_kept_the_promise() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "estimators.json").read_text(encoding="utf-8"))
+    assert results["trials"] >= 1000
+    for row in results["scenarios"]:
+        for name, figure in row["figures"].items():
+            assert figure["missed"] <= 0.07 * results["trials"], (row["name"], name)
+            if figure["given"] > 0.9 * results["trials"]:
+                assert figure["missed"] <= 0.07 * figure["given"], (row["name"], name)
+    clear = results["scenarios"][0]["figures"]
+    assert all(figure["given"] == results["trials"] for figure in clear.values())
+
+
+def test_a_scenario_is_drawn_the_same_every_time_and_its_truth_is_covered(benchmark: ModuleType) -> None:
+    scenario = benchmark.SCENARIOS[0]
+    found = benchmark.missed(scenario, 150, np.random.default_rng(5))
+    assert found == benchmark.missed(scenario, 150, np.random.default_rng(5))
+    for name, figure in found["figures"].items():
+        assert figure["given"] == 150
+        assert figure["missed"] <= 18, name  # 5% expected, more than 12% once in 10,000
+        assert 0 < figure["missed"], name
+
+
+class Point(nn.Module):
+    """Parameters of a quadratic loss, in two numbered blocks and a rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ParameterDict({"w": torch.zeros(2, dtype=torch.float64)}) for _ in range(2))
+        self.rest = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self) -> torch.Tensor:
+        return torch.cat([*(layer["w"] for layer in self.layers), self.rest])
+
+
+def test_a_quadratic_model_in_closed_form() -> None:
+    """Loss of group i: |θ - c_i|²/2, so its gradient at θ = 0 is -c_i; the signal's is -w·c_i/2 in the first block."""
+    centres = torch.from_numpy(np.random.default_rng(2).standard_normal((40, 5)) + 1.0)
+    model, weight = Point(), 0.6
+
+    def true(model: nn.Module, c: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (model() - c).square().sum()
+
+    def first_block(model: nn.Module, c: torch.Tensor) -> torch.Tensor:
+        return weight * 0.25 * (model()[:2] - c[:2]).square().sum()
+
+    optimizer = torch.optim.Adam(model.parameters())
+    result = probe(model, {"ce": true, "first": first_block}, iter(centres), optimizer=optimizer)
+    signal, c = result["signals"]["first"], centres.numpy()
+    squared, inside = by_pairs(c[:, None], 0, 0), by_pairs(c[:, None, :2], 0, 0)
+    assert signal["total"]["progress"] == pytest.approx(1 + weight / 2 * inside / squared)
+    assert signal["total"]["alignment"]["value"] == pytest.approx(np.sqrt(inside / squared))
+    assert [b["alignment"]["value"] for b in signal["blocks"]] == [pytest.approx(1.0), None]
+    variances = c.var(0, ddof=1)
+    expected = (variances[:2].sum() * (1 + weight / 2) ** 2 + variances[2:].sum()) / variances.sum()
+    assert signal["total"]["variance"] == pytest.approx(expected)
+    scale = result["signals"]["ce"]["total"]["noise_scale"]
+    assert scale == pytest.approx(variances.sum() / squared)
+    # progress is what it says: the loss that a small step with the signal takes off, over that of one without
+    step, mean = 1e-6, c.mean(0)
+    with_signal = mean + weight / 2 * np.r_[mean[:2], 0, 0, 0]
+    fell = [0.5 * np.square(step * move - c).sum(1).mean() - 0.5 * np.square(c).sum(1).mean()
+            for move in (with_signal, mean)]  # fmt: skip
+    biased = 1 + weight / 2 * np.square(mean[:2]).sum() / np.square(mean).sum()
+    assert fell[0] / fell[1] == pytest.approx(biased, rel=1e-4)
+    assert result["preconditioned"] is False  # no step was made
+    assert signal["total"]["preconditioned_alignment"] is None
+
+
+def test_adams_second_moment_changes_the_metric_of_an_alignment() -> None:
+    model = nn.Linear(2, 1, bias=False).double()
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.5))
+    model.weight.grad = torch.tensor([[10.0, 0.1]], dtype=torch.float64)
+    optimizer.step()  # v̂ = g², so Adam divides by 10 and by 0.1
+    x, y = torch.tensor([1.0, 1.0]), torch.tensor([1.0, -1.0])
+    losses = {"a": lambda m, _: (m.weight * x).sum(), "b": lambda m, _: (m.weight * y).sum()}
+    total = probe(model, losses, range(32), optimizer=optimizer)["signals"]["b"]["total"]
+    assert total["alignment"]["value"] == pytest.approx(0.0)
+    assert total["preconditioned_alignment"]["value"] == pytest.approx((0.1 - 10) / (0.1 + 10), rel=1e-6)
+
+
+def test_a_probe_leaves_the_model_as_it_was_and_draws_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5), nn.Linear(3, 1))
+    model[2].eval()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    data = [torch.randn(2, 3, generator=torch.Generator().manual_seed(k)) for k in range(8)]
+    first = probe(model, {"loss": lambda m, x: m(x).square().mean()}, data)
+    assert first == probe(model, {"loss": lambda m, x: m(x).square().mean()}, data)
+    assert [module.training for module in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("losses", "batches", "message"),
+    [
+        ({}, range(32), "a loss and at least 3 groups"),
+        ({"a": lambda m, x: m.weight.sum()}, range(2), "at least 3 groups"),
+        ({"a": lambda m, x: m.weight * 2}, range(3), r"'a' must give a scalar tensor, found \(1, 2\)"),
+        ({"a": lambda m, x: 1.0}, range(3), "found float"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused(losses: dict, batches: range, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        probe(nn.Linear(2, 1, bias=False), losses, batches)
+
+
+def test_a_gradient_that_is_not_finite_is_named() -> None:
+    with pytest.raises(DivergedError, match="gradient of b is not finite"):
+        probe(
+            nn.Linear(2, 1, bias=False),
+            {"a": lambda m, x: m.weight.sum(), "b": lambda m, x: (m.weight * float("inf")).sum()},
+            range(3),
+        )

@@ -1,0 +1,126 @@
+"""`gptlab noise`: the shape of its JSON, its refusals, its page; and that logging noise changes no run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptlab.cli.main import main
+from gptlab.runs.folder import RunFolder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
+from pages import Page
+
+Capture = pytest.CaptureFixture[str]
+QUICK = ("--eval_tokens", "128", "--reader_tokens", "0", "--threads", "1")
+
+
+def measured(capsys: Capture, source: Path, *words: str) -> dict[str, Any]:
+    assert main(["noise", str(source), "--json", *QUICK, *words]) == 0
+
+    def never(name: str) -> None:
+        raise AssertionError(f"JSON holds {name}")
+
+    return json.loads(capsys.readouterr().out, parse_constant=never)
+
+
+def test_json_has_every_signal_in_total_and_by_block(finished_run: Path, capsys: Capture, tmp_path: Path) -> None:
+    names = "confidence,placebo:confidence,gated_confidence,true_loss"
+    html = tmp_path / "noise.html"
+    result = measured(capsys, finished_run, "--signals", names, "--reader_tokens", "4096", "--html", str(html))
+    assert list(result["signals"]) == ["true_loss", "confidence", "placebo:confidence", "gated_confidence"]
+    assert result["preconditioned"] is True
+    assert result["sequences"] == [6 * 4, 6 * 4 + 32]  # what the run of 6 updates of 4 sequences would read next
+    for signal in result["signals"].values():
+        assert len(signal["blocks"]) == 2
+        for one in (signal["total"], *signal["blocks"]):
+            assert {"noise_scale", "alignment", "progress", "variance"} <= one.keys()
+            assert one["alignment"].keys() == {"value", "interval", "resolved"}
+    true, confidence, placebo, gated = (signal["total"] for signal in result["signals"].values())
+    assert (true["progress"], true["variance"]) == (1.0, 1.0)
+    assert true["alignment"]["value"] == pytest.approx(1.0)
+    assert placebo["dose"] == pytest.approx(confidence["dose"])  # a placebo is as long as its signal
+    assert (gated["dose"], gated["progress"], gated["alignment"]["value"]) == (0.0, 1.0, None)  # nobody is so sure yet
+    # block 2 is taught by the true loss alone
+    assert result["signals"]["confidence"]["blocks"][1]["alignment"]["value"] is None
+    assert [b["tuned"]["loss"] < b["raw"]["loss"] for b in result["label_quality"]["blocks"]] == [True, True]
+    page = Page(html.read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert not [v for v in (*page.values("src"), *page.values("href")) if not v.startswith(("data:", "#"))]
+    for word in ("placebo:confidence", "Alignment with the true loss", "Precision against coverage", "Reliability",
+                 "tuned affine reader", "Over training, signal 1"):  # fmt: skip
+        assert word in page.text, word
+
+
+def test_groups_are_the_same_for_any_batch_size_and_the_seed_decides_them(finished_run: Path, capsys: Capture) -> None:
+    def alignment(*words: str) -> Any:
+        found = measured(capsys, finished_run, "--group", "2", *words)["signals"]
+        assert list(found) == ["true_loss", "confidence"]  # the run's own
+        return found["confidence"]["total"]["alignment"]["value"]
+
+    found = alignment("--batch_size", "1")
+    assert alignment("--batch_size", "2") == pytest.approx(found, rel=1e-3)
+    assert alignment("--seed", "5") != pytest.approx(found, rel=1e-3)
+
+
+def test_a_run_logs_what_the_command_finds(finished_run: Path, capsys: Capture) -> None:
+    rows = [row for row in RunFolder(finished_run).rows() if "noise_scale" in row]
+    assert [row["step"] for row in rows] == [1, 4]  # before updates 0 and 3
+    checkpoint = finished_run / "checkpoints" / "step_00000003"
+    result = measured(capsys, checkpoint, "--dtype", "fp32")
+    found = result["signals"]["confidence"]
+    assert rows[1]["alignment"][0] == pytest.approx(found["total"]["alignment"]["value"], rel=0.02)
+    assert rows[1]["alignment_by_block"][0][1] is None
+    assert rows[1]["noise_scale"] == pytest.approx(result["signals"]["true_loss"]["total"]["noise_scale"], rel=0.02)
+
+
+def test_logging_noise_changes_no_bit_of_a_run(tiny: Callable[..., list[str]], tmp_path: Path, capsys: Capture) -> None:
+    digests = []
+    for every in (0, 1):
+        out = tmp_path / str(every)
+        words = tiny(out, steps=3, noise_every=every, signal_name="confidence", checkpoint_every=3, eval_every=0)
+        assert main(words) == 0
+        capsys.readouterr()
+        assert main(["digest", str(out), "--json"]) == 0
+        digests.append(json.loads(capsys.readouterr().out))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--groups", "31"], "--groups must be at least 32, found 31"),
+        (["--signals", "confidense"], "unknown signal 'confidense'; did you mean 'confidence'?"),
+        (["--signals", "placebo:confidense"], "unknown signal 'confidense'; did you mean 'confidence'?"),
+        (["--signals", "mine.py:f"], "add --allow_code"),
+        (["--branch_steps", "4"], "no branch test"),
+        (["--html", "/nowhere/page.html"], "expected a file in a folder that exists"),
+        (["--block_size", "64"], "the model reads at most 16 tokens, found 64"),
+    ],
+)
+def test_wrong_usage_is_one_line(words: list[str], message: str, finished_run: Path, capsys: Capture) -> None:
+    assert main(["noise", str(finished_run), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_hugging_face_folder_is_measured_on_data_that_is_named(
+    finished_run: Path, tiny_corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "model"
+    assert main(["export", str(finished_run), str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["noise", str(folder)]) == 2
+    assert "--data: expected a corpus" in capsys.readouterr().err
+    result = measured(capsys, folder, "--data", str(tiny_corpus), "--signals", "none")
+    assert list(result["signals"]) == ["true_loss"]
+    assert result["preconditioned"] is False
+    assert result["signals"]["true_loss"]["total"]["preconditioned_alignment"] is None
+    assert main(["noise", str(folder), *QUICK, "--data", str(tiny_corpus), "--signals", "confidence"]) == 0
+    out = capsys.readouterr().out
+    assert "no second moments here" in out
+    assert "Alignment by block" in out
