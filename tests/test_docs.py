@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -73,8 +74,15 @@ def test_the_tree_in_the_readme_is_the_tree_there_is() -> None:
     assert done.returncode == 0, f"run `python docs/tree.py` after adding or renaming a file\n{done.stderr}"
 
 
-def test_the_readmes_first_result_is_the_findings_own() -> None:
-    shown = README.partition("<!-- first look -->\n")[2].partition("<!-- end of first look -->")[0].strip().splitlines()
-    found = (ROOT / "docs/findings/first_look.md").read_text().splitlines()
-    assert len(shown) > 4
-    assert set(shown) <= set(found)
+def test_the_findings_show_what_compare_says_of_the_committed_results() -> None:
+    spec = importlib.util.spec_from_file_location("findings", ROOT / "docs" / "findings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    findings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(findings)
+    pages = list(findings.pages())
+    tables = [mark for page in pages for mark in findings.MARK.findall(page.read_text(encoding="utf-8"))]
+    assert ("verdicts", "1_noise") in tables
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert findings.renewed(text) == text, f"{page}: run `python docs/findings.py`"

@@ -253,7 +253,7 @@ def _smoke(options: argparse.Namespace) -> int:
     from gptlab.cli.experiment_view import megabytes, minutes, smoke_table, stderr
     from gptlab.cli.stopping import StopRequest
     from gptlab.runs.packing import Packing
-    from gptlab.runs.smoke import smoke
+    from gptlab.runs.smoke import equal_steps, smoke
     from gptlab.runs.trials import cells_an_arm
 
     experiment, _ = _read(options)
@@ -265,15 +265,16 @@ def _smoke(options: argparse.Namespace) -> int:
             said = trial.reason or f"{trial.signal}, a cell takes {minutes(trial.seconds)}"
             stderr().print(f"{trial.arm}: {printable(said)}", markup=False, soft_wrap=True)
             trials.append(trial)
-    total = _total(experiment, trials, cells, packing)
+    total, longer = _total(experiment, trials, cells, packing), equal_steps(experiment, trials)
     tuning = f", {total['cells'] - seeds * len(cells)} of them trials that choose options" if experiment.tune else ""
     if options.json:
-        print(json.dumps({"experiment": experiment.name, "arms": {t.arm: vars(t) for t in trials}, "total": total}))
+        arms = {t.arm: {**vars(t), "equal_flops_steps": longer.get(t.arm)} for t in trials}
+        print(json.dumps({"experiment": experiment.name, "arms": arms, "total": total}))
     else:
         from rich.console import Console
 
         console = Console(highlight=False)
-        console.print(smoke_table(trials, cells), "")
+        console.print(smoke_table(trials, cells, longer), "")
         console.print(
             f"One cell of each is shown; in all {total['cells']} cells{tuning}, {total['at_a_time']} at a time: about "
             f"{minutes(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"

@@ -128,14 +128,17 @@ def minutes(seconds: float | None) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def smoke_table(trials: Sequence[Trial], cells: Mapping[str, int]) -> Table:
-    """A row an arm: what a few steps showed, how many `cells` it takes, and what one whole cell would cost."""
+def smoke_table(trials: Sequence[Trial], cells: Mapping[str, int], longer: Mapping[str, int]) -> Table:
+    """A row an arm: what a few steps showed, how many `cells` it takes, and what one whole cell would cost.
+
+    longer: updates of its baseline that cost as many FLOPs.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("arm")
     for name in ("steps", "dose"):
         table.add_column(name, justify="right")
     table.add_column("signal")
-    for name in ("cells", "time", "disk", "FLOPs"):
+    for name in ("cells", "time", "disk", "FLOPs", "as baseline steps"):
         table.add_column(name, justify="right")
     for one in trials:
         table.add_row(
@@ -147,6 +150,7 @@ def smoke_table(trials: Sequence[Trial], cells: Mapping[str, int]) -> Table:
             minutes(one.seconds),
             megabytes(one.bytes),
             "–" if one.flops is None else f"{one.flops:.2g}",
+            f"{longer[one.arm]:,}" if one.arm in longer else "",
         )
     return table
 

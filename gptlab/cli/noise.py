@@ -21,6 +21,8 @@ from gptlab.options import build
 if TYPE_CHECKING:
     from gptlab.analysis.noise.measure import Progress, Subject
     from gptlab.device import Placement
+    from gptlab.runs.branching import Progress as Branching
+    from gptlab.signals.config import SignalConfig
     from gptlab.training.config import TrainingConfig
     from gptlab.training.state import TrainingState
 
@@ -40,8 +42,6 @@ def main(argv: list[str]) -> int:
     names = names_in(options.signals)
     for name in names:
         check_signals({"signal.name": split_name(name)[0]}, allow_code=parsed.allow_code, kind=UsageError)
-    if options.branch_steps:
-        raise UsageError("--branch_steps: this version has no branch test yet; leave it at 0")
     if find_spec("scipy") is None:
         raise ConfigError("intervals need the package scipy, which is not installed; pip install 'gptlab[report]'")
     if parsed.html:
@@ -101,9 +101,36 @@ def _measure(
     with _Bars() as progress:
         subject = _subject(state, config, options, lambda text: print(text, file=sys.stderr))
         signals = signal_configs(names, own, changes)
-        result = measure(subject, options, signals, progress=progress)
+        branches = _branches(parsed.checkpoint, config, subject, options, signals, progress)
+        result = measure(subject, options, signals, branches, progress)
     history = alignment_history(Path(parsed.checkpoint))
     return {"source": str(parsed.checkpoint), **result, "history": history}
+
+
+def _branches(
+    checkpoint: str,
+    config: TrainingConfig | None,
+    subject: Subject,
+    options: NoiseConfig,
+    signals: Mapping[str, SignalConfig],
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """What the branch test says of each signal; nothing where it was left out or there are no moments to go on from."""
+    from gptlab.analysis.branch import branch_test
+    from gptlab.runs.branch_plan import Plan
+
+    if not options.branch_steps or not signals:
+        return {}
+    if config is None:
+        print("no branch test: a Hugging Face folder has no optimizer moments to go on from", file=sys.stderr)
+        return {}
+    plan = Plan(options.branch_steps, eval_tokens=options.eval_tokens)
+    corpus, placement = subject.windows.corpus, subject.placement
+
+    def told(at: Branching) -> None:
+        progress("branches", at.done, at.total)
+
+    return branch_test(checkpoint, signals, corpus, placement, plan, progress=told)
 
 
 def _subject(

@@ -10,7 +10,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ FEWEST = 4
 
 INACTIVE = 0.01
 """The dose under which a verdict calls a signal inactive."""
+
+
+WORTH_A_RUN = 0.05
+"""How much more an arm must cost than its baseline for a longer baseline to be worth a run, as a share."""
 
 
 @dataclass(frozen=True)
@@ -186,3 +190,20 @@ def _flops(arm: Arm, preset: str) -> float | None:
         return None
     config: TrainingConfig = build(TrainingConfig, {**PRESETS[preset], **arm.options})
     return run_flops(config)
+
+
+def equal_steps(experiment: Experiment, trials: Sequence[Trial]) -> dict[str, int]:
+    """{arm: updates of its baseline that cost as many FLOPs as the arm's}: what a longer baseline takes.
+
+    Arms that cost what their baseline does, and patched ones, whose arithmetic nobody knows, are left out.
+    """
+    flops = {trial.arm: trial.flops for trial in trials}
+    groups: Mapping[str, Sequence[str]] = experiment.table.get("groups", {})
+    baselines = {arm: members[0] for members in groups.values() for arm in members}
+    found = {}
+    for arm, own in flops.items():
+        baseline = baselines.get(arm, experiment.baseline)
+        theirs = flops.get(baseline)
+        if own and theirs and abs(own / theirs - 1) > WORTH_A_RUN:
+            found[arm] = round(int(experiment.arms[baseline].get("steps", experiment.preset)) * own / theirs)
+    return found

@@ -58,7 +58,7 @@ def file(tiny_corpus: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["rnu", "x.toml"], 2, "expected run, status or smoke, found 'rnu'; did you mean 'run'?"),
+        (["rnu", "x.toml"], 2, "expected run, status, smoke, pack, found 'rnu'; did you mean 'run'?"),
         (["run"], 2, "the following arguments are required: FILE"),
         (["run", "{file}", "--jobs", "0"], 2, "--jobs: expected a whole number of at least 1, found '0'"),
         (["run", "{file}", "--job", "2"], 2, "unknown argument '--job'; did you mean '--jobs'?"),
@@ -174,6 +174,9 @@ def test_smoke_tells_of_every_arm_and_leaves_nothing(file: Path, capsys: Capture
     ran = [arm for name, arm in arms.items() if name != "wild"]
     assert all(4 <= arm["steps"] <= 2000 and arm["seconds"] > 0 and arm["bytes"] > 300_000 for arm in ran)
     assert arms["sure"]["flops"] > arms["plain"]["flops"] == arms["off"]["flops"]
+    as_long = arms["sure"]["equal_flops_steps"]
+    assert as_long == round(2000 * arms["sure"]["flops"] / arms["plain"]["flops"]) > 2100
+    assert arms["off"]["equal_flops_steps"] is None
     assert found["total"]["cells"] == 10
     assert found["total"]["flops"] == pytest.approx(2 * sum(arm["flops"] for arm in ran))
     assert sorted(tmp_path.rglob("*")) == before

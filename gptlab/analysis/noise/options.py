@@ -28,7 +28,7 @@ class NoiseConfig:
     group: int = option(1, "size of a group", unit="sequences")
     batch_size: int = option(16, "the most that are computed at once", unit="sequences")
     seed: int | None = option(None, "decides which sequences are read, and every draw", shown="the run's")
-    branch_steps: int = option(0, "length of the branch test, 0 leaves it out", unit="updates")
+    branch_steps: int = option(20, "length of the branch test, 0 leaves it out", unit="updates")
     eval_tokens: int = option(65536, "validation tokens for labels and collapse", unit="tokens", group="Labels")
     reader_tokens: int = option(65536, "training tokens for the tuned affine readers, 0: none", unit="tokens")
     data: str | None = option(None, "a corpus by name, or a folder of shards", shown="the run's", group="Data")

@@ -7,15 +7,24 @@ from typing import Any
 
 from gptlab.analysis.noise.labels import THRESHOLDS
 from gptlab.analysis.noise.options import TRUE_LOSS
-from gptlab.analysis.tables import Table, number
+from gptlab.analysis.tables import Table, interval, number
 
 SHOWN = (0.5, 0.9)
 """The τ of the table of labels."""
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """Gradients in total and by block, labels by block, collapse by block."""
+    """The branch test, gradients in total and by block, labels by block, collapse by block."""
     signals = result["signals"]
+    tested = {name: signal["branch"] for name, signal in signals.items() if "branch" in signal}
+    if tested:
+        plan = next(iter(tested.values()))
+        yield Table(
+            f"Bias or noise, by branches of {plan['steps']} updates over {len(plan['seeds'])} data seeds, nats",
+            ("signal", "verdict", "bias", "noise", "dose"),
+            [(name, *_branched(branch)) for name, branch in tested.items()],
+        )
+        yield Table("Why", ("signal", "reason"), [(name, branch["reason"]) for name, branch in tested.items()])
     yield Table(
         f"Gradients of {result['groups']} groups of {result['group']} sequence(s), against the true loss",
         ("signal", "alignment", "under Adam's moment", "noise scale"),
@@ -47,6 +56,13 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         ("block", "entropy", "p_m 5%", "p_m 50%", "p_m 95%", "logit RMS", "argmax entropy"),
         [(f"block {j}", *_collapse(block)) for j, block in enumerate(result["collapse"], 1)],
     )
+
+
+def _branched(branch: Mapping[str, Any]) -> tuple[str, ...]:
+    """Verdict, bias and noise with their intervals, and dose of a branch test."""
+    parts = (branch["bias"], branch["noise"])
+    shown = (f"{part['value']:+.4f} ({interval(part['interval'])})" if part else "–" for part in parts)
+    return branch["verdict"], *shown, number(branch["dose"], ".3f")
 
 
 def aligned(alignment: Mapping[str, Any] | None) -> str:
