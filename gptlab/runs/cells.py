@@ -142,7 +142,8 @@ class Rows:
         for row in self._new(path):
             self.step, self.last = row["step"], row
             if row["kind"] == "train":
-                self.loss, self.tokens_per_second = row["loss"], row["tokens_per_second"]
+                self.loss = row.get("loss", self.loss)  # a packed cell's rows may hold a dose alone
+                self.tokens_per_second = row.get("tokens_per_second", self.tokens_per_second)
                 self.doses += [row["dose"]] if row.get("dose") is not None else []
             elif row["kind"] == "val":
                 self.val_loss = row["loss"]

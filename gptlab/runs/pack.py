@@ -20,7 +20,7 @@ from gptlab.runs.results import write_whole
 from gptlab.runs.trials import trial_experiment, trials_folder
 
 EVERY = 50
-"""Updates between two train rows that are kept, beside those in which a dose was measured."""
+"""Updates between two train rows that are kept whole."""
 
 KEPT = ("config.json", "environment.json")
 
@@ -28,7 +28,8 @@ KEPT = ("config.json", "environment.json")
 def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
     """Copy the cells of `folder` that have ended into `out`, and give them; raises ConfigError where none has.
 
-    Of metrics.jsonl validations, events and every EVERYth update are kept, of checkpoints and samples nothing.
+    Of metrics.jsonl validations, events, every EVERYth update and of the others the doses are kept, of checkpoints and
+    samples nothing.
     """
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out: expected another folder than the experiment's own, found {out}")
@@ -60,6 +61,7 @@ def _has_trials(folder: Path) -> bool:
 def _kept(cell: Cell) -> Iterator[dict[str, Any]]:
     for line in (cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        update = row["kind"] == "train" and (row.get("dose") is not None or row["step"] % EVERY == 0)
-        if update or row["kind"] in ("val", "event"):
+        if row["kind"] in ("val", "event") or (row["kind"] == "train" and row["step"] % EVERY == 0):
             yield row
+        elif row.get("dose") is not None:  # a verdict shows the mean of all
+            yield {key: row[key] for key in ("step", "kind", "dose")}

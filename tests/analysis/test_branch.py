@@ -80,7 +80,7 @@ def test_the_rule(bias: list[float], noise: list[float], verdict: str, reason: s
 def test_how_much_of_a_noise_that_slows_adam_down_the_fit_takes_for_bias(
     averages: tuple[int, ...], dose: float, share: float
 ) -> None:
-    """Adam's steps keep their length, so that noise leaves 1/√(1 + dose²/M) of their progress; docs/noise_branch.md."""
+    """Adam's steps keep their length, so that noise leaves 1/√(1 + dose²/M) of their progress; docs/noise.md."""
     lost = differences([0.0] * 4, [0.0] * 4, averages=averages)
     for M, row in lost.items():
         row.update(dict.fromkeys(row, 1 - (1 + dose**2 / M) ** -0.5))
