@@ -105,9 +105,10 @@ def test_slurm_jobs_are_neither_lost_nor_doubled(
     script = (slurm.folder / "1.sh").read_text()
     assert "#SBATCH --partition=gpu\n" in script
     assert "#SBATCH --time=7\n" in script
+    lost = next(cell.folder for cell in cells(file, out) if str(licensed(cell.folder)["id"]) == "1")
     second = start(out, *words)
     slurm.release()
-    wait_until(lambda: any(cell.folder.glob("checkpoints/step_*") for cell in cells(file, out)), "a checkpoint")
+    wait_until(lambda: any(lost.glob("checkpoints/step_*/MANIFEST.json")), "a checkpoint of job 1")
     slurm.lose_node(1)
     code, said, err = second.end()
     assert code == 0, err

@@ -145,7 +145,7 @@ def test_a_config_is_recorded_and_read_back(tmp_path: Path) -> None:
 
 def test_only_what_is_free_on_resume_and_more_steps_are_no_difference() -> None:
     before = TrainingConfig()
-    free = {"out": "x", "resume": "must", "device": "cpu", "compile": "on"}
+    free = {"out": "x", "resume": "must", "device": "cpu", "compile": "on", "log": "tensorboard"}
     free |= dict.fromkeys(FREE_ON_RESUME - free.keys(), 3)
     assert differences(before, replace(before, steps=before.steps + 1, **free)) == []
     changed = replace(before, seed=2, steps=before.steps - 1, weight_decay=0.3)
