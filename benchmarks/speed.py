@@ -1,15 +1,18 @@
 """Training speed as ratios in one run: `gptlab bench` over its sizes, and the tables of docs/performance.md from it.
 
-    python benchmarks/speed.py [--sizes tiny,small,124m] [--rounds N] [--peer nanogpt=PATH] [--peer build-nanogpt=PATH]
+    python benchmarks/speed.py [--sizes tiny,small,124m,help] [--rounds N] [--peer nanogpt=PATH] [--peer ...]
 
-Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables. Run it on a machine that does
-nothing else: what counts is the ratios within a run, and a busy machine blurs them.
+Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables; `help` is the time of `gptlab --help`.
+Run it on a machine that does nothing else: what counts is the ratios within a run, and a busy machine blurs them.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
+import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,17 +26,21 @@ RESULTS = ROOT / "benchmarks/results"
 START, END = "<!-- measured by benchmarks/speed.py -->", "<!-- end of what was measured -->"
 PEERS = ("transformers", "nanogpt", "build-nanogpt")
 PER_ROUND = {"tiny": "8", "small": "2", "124m": "1"}
+HELP = "help"
+HELP_TIMES = 15
 
 
 def main(argv: list[str]) -> int:
     """Measure the sizes asked for and renew the page."""
-    sizes = list(SIZES)
+    sizes = [*SIZES, HELP]
     if "--sizes" in argv:
         at = argv.index("--sizes")
         sizes = argv[at + 1].split(",")
         argv = argv[:at] + argv[at + 2 :]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for size in [s for s in sizes if s]:
+    if HELP in sizes:
+        (RESULTS / "speed_help.json").write_text(json.dumps(help_time(), indent=1) + "\n", encoding="utf-8")
+    for size in [s for s in sizes if s in SIZES]:
         ladder = [] if size == "124m" else ["--ladder"]
         options = ["--size", size, "--per_round", PER_ROUND[size], *ladder, *argv]
         result = measure(options)
@@ -45,8 +52,35 @@ def main(argv: list[str]) -> int:
     _, _, after = rest.partition(END)
     paths = [path for size in SIZES if (path := RESULTS / f"speed_{size}.json").exists()]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    PAGE.write_text(f"{before}{START}\n\n{''.join(map(table, found))}{END}{after}", encoding="utf-8")
+    told = RESULTS / "speed_help.json"
+    last = help_line(json.loads(told.read_text(encoding="utf-8"))) if told.exists() else ""
+    PAGE.write_text(f"{before}{START}\n\n{''.join(map(table, found))}{last}{END}{after}", encoding="utf-8")
     return 0
+
+
+def help_time() -> dict[str, Any]:
+    """Seconds of `gptlab --help` and of a Python that does nothing, in turn."""
+    commands = {"help": [str(Path(sys.executable).with_name("gptlab")), "--help"], "python": [sys.executable, "-c", ""]}
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(HELP_TIMES):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            seconds[name].append(time.perf_counter() - start)
+    return {
+        "command": "gptlab --help",
+        "date": date.today().isoformat(),
+        "rounds": HELP_TIMES,
+        **{name: {"median": statistics.median(x), "least": min(x), "most": max(x)} for name, x in seconds.items()},
+    }
+
+
+def help_line(found: dict[str, Any]) -> str:
+    one, none = found["help"], found["python"]
+    return (
+        f"`{found['command']}` takes {one['median']:.3f} s ({one['least']:.3f} to {one['most']:.3f}; Python alone "
+        f"{none['median']:.3f}), median of {found['rounds']}, {found['date']}.\n\n"
+    )
 
 
 def table(result: dict[str, Any]) -> str:
