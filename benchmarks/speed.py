@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [--sizes tiny,small,124m,help] [--rounds N] [--peer nanogpt=PATH] [--peer ...]
 
-Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables; `help` is the time of `gptlab --help`.
+Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables; `help` times `gptlab --help`.
 Run it on a machine that does nothing else: what counts is the ratios within a run, and a busy machine blurs them.
 """
 
