@@ -12,9 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptlab.data.corpus import MANIFEST, read_manifest
-from gptlab.data.prepare import default_folder
-from gptlab.errors import CheckpointError, DataError
+from gptlab.data.prepare import known_tokens
+from gptlab.errors import CheckpointError
 from gptlab.options import flatten
 from gptlab.training.config import TrainingConfig
 
@@ -166,13 +165,6 @@ def count_vocabulary(options: Mapping[str, Any]) -> int:
 
 
 def _training_tokens(run: Run) -> int | None:
-    """Tokens of the corpus, where its manifest is at hand and is the one the run was trained on."""
-    data = Path(run.options["data"])
-    folder = data if data.is_dir() else default_folder(run.options["data"], run.options["tokenizer"])
-    try:
-        manifest = read_manifest(folder / MANIFEST)
-    except DataError:
-        return None
-    if manifest is None or [s["sha256"] for s in manifest["splits"]["train"]] != run.config["data"]["train"]:
-        return None
-    return sum(shard["tokens"] for shard in manifest["splits"]["train"])
+    """Tokens of the corpus: as a packed run tells, or where the corpus is at hand."""
+    data = run.config["data"]
+    return data.get("train_tokens") or known_tokens(run.options["data"], run.options["tokenizer"], data["train"])

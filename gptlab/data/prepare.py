@@ -73,6 +73,18 @@ def default_folder(name: str, tokenizer: str, root: Path = Path("data")) -> Path
     return root / f"{canonical(name).replace(':', '-')}-{tokenizer}"
 
 
+def known_tokens(data: str, tokenizer: str, shards: Sequence[str]) -> int | None:
+    """Training tokens of the corpus that `--data` names, where it is at hand and its shards have these SHA-256s."""
+    folder = Path(data) if Path(data).is_dir() else default_folder(data, tokenizer)
+    try:
+        manifest = read_manifest(folder / MANIFEST)
+    except DataError:
+        return None
+    if manifest is None or [shard["sha256"] for shard in manifest["splits"]["train"]] != list(shards):
+        return None
+    return sum(shard["tokens"] for shard in manifest["splits"]["train"])
+
+
 def prepare(
     name: str,
     out: Path,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gptlab.data.prepare import known_tokens
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import ENDED, Cell, Rows, cells_of
 from gptlab.runs.choice import FILE as CHOICE
@@ -21,8 +22,6 @@ from gptlab.runs.trials import trial_experiment, trials_folder
 
 EVERY = 50
 """Updates between two train rows that are kept whole."""
-
-KEPT = ("config.json", "environment.json")
 
 
 def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
@@ -42,8 +41,8 @@ def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
     for cell in ended:
         there = out / cell.folder.relative_to(folder)
         there.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            write_whole(there / name, (cell.folder / name).read_text(encoding="utf-8"))
+        write_whole(there / "config.json", json.dumps(_config(cell), indent=1) + "\n")
+        write_whole(there / "environment.json", (cell.folder / "environment.json").read_text(encoding="utf-8"))
         write_whole(there / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in _kept(cell)))
     write_whole(out / FILE, experiment.text)
     for name in (RESULTS, CHOICE):
@@ -56,6 +55,14 @@ def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
 def _has_trials(folder: Path) -> bool:
     """A choice stands without its trials, whose folder may be removed."""
     return (folder / FILE).is_file()
+
+
+def _config(cell: Cell) -> dict[str, Any]:
+    """The cell's config, and how many tokens its corpus has, which elsewhere may not be at hand."""
+    config = json.loads((cell.folder / "config.json").read_text(encoding="utf-8"))
+    options, data = config["options"], config["data"]
+    tokens = data.get("train_tokens") or known_tokens(options["data"], options["tokenizer"], data["train"])
+    return {**config, "data": {**data, "train_tokens": tokens}}
 
 
 def _kept(cell: Cell) -> Iterator[dict[str, Any]]:
