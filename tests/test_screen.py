@@ -67,7 +67,7 @@ def test_a_detached_session_trains_to_the_end_and_logs_it(launcher: str, screen:
     command = f"torchrun --standalone --nproc_per_node=1 {launcher} {QUICK} > log/screen.txt 2>&1"
     started = screen("-dm", "bash", "-c", command, cwd=tmp_path)
     assert (started.returncode, started.stdout, started.stderr) == (0, "", "")
-    assert len(screen.sessions()) == 1, "a session to come back to with screen -r"
+    assert until(lambda: len(screen.sessions()) == 1), "a session to come back to with screen -r"
     assert until(lambda: not screen.sessions()), (tmp_path / "log/screen.txt").read_text()
     output = (tmp_path / "log/screen.txt").read_text()
     assert "step 3: finished" in output, output
