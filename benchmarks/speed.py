@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py [--sizes tiny,small,124m,help] [--rounds N] [--peer nanogpt=PATH] [--peer ...]
 
+Peers run in fp32 and in bf16, and the tables compare with the fastest of them all.
 Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables; `help` times `gptlab --help`.
 Run it on a machine that does nothing else: what counts is the ratios within a run, and a busy machine blurs them.
 """
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
         (RESULTS / "speed_help.json").write_text(json.dumps(help_time(), indent=1) + "\n", encoding="utf-8")
     for size in [s for s in sizes if s in SIZES]:
         ladder = [] if size == "124m" else ["--ladder"]
-        options = ["--size", size, "--per_round", PER_ROUND[size], *ladder, *argv]
+        options = ["--size", size, "--per_round", PER_ROUND[size], "--peers_in_both", *ladder, *argv]
         result = measure(options)
         shown = [word.partition("=")[0] + "=PATH" if "=" in word else word for word in options]
         result |= {"command": " ".join(["gptlab", "bench", *shown]), "date": date.today().isoformat()}

@@ -20,12 +20,15 @@ from gptlab.model.gpt import GPTConfig
 from gptlab.signals.config import SignalConfig
 
 NARROW = 256
-"""Below this width a peer may be faster in fp32, so that it is measured in both."""
+"""Below this width a peer may well be faster in fp32, so that it is measured in both without being asked."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What to measure. modes: of MODES; peers: (name, checkout); batch, threads: 0 = the size's own, all cores."""
+    """What to measure. modes: of MODES; peers: (name, checkout); batch, threads: 0 = the size's own, all cores.
+
+    peers_in_both: peers in fp32 and in bf16 (where the processor has it) at every width, not below 256 channels only.
+    """
 
     size: str
     modes: tuple[str, ...] = tuple(MODES)
@@ -36,6 +39,7 @@ class Bench:
     rounds: int = 5
     per_round: int = 1
     ladder: bool = False
+    peers_in_both: bool = False
 
     @cached_property
     def machine(self) -> Machine:
@@ -58,9 +62,10 @@ class Bench:
 
     def theirs(self) -> dict[str, Callable[[], Step]]:
         """How to build the step of each peer, in its dtypes."""
-        narrow = self.work.config.n_embd < NARROW and (self.machine.cpu_bf16 or self.machine.gpu_bf16)
+        wanted = self.peers_in_both or self.work.config.n_embd < NARROW
+        both = wanted and (self.machine.cpu_bf16 or self.machine.gpu_bf16)
         steps: dict[str, Callable[[], Step]] = {}
-        for dtype in ("fp32", "bf16") if narrow else (self.placement.dtype_name,):
+        for dtype in ("fp32", "bf16") if both else (self.placement.dtype_name,):
             there = placed(self.placement, dtype)
             steps[f"transformers {dtype}"] = partial(contenders.transformers_step, self.work, there)
             for name, path in self.peers:

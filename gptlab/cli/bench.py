@@ -45,6 +45,7 @@ def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
     parser.add_argument("--per_round", type=int, default=1, help="steps a round [1]")
     parser.add_argument("--modes", default=",".join(MODES), help=f"signal modes, of {', '.join(MODES)} [all]")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=" or ".join(PEERS))
+    parser.add_argument("--peers_in_both", action="store_true", help="peers in fp32 and bf16 [below 256 channels only]")
     parser.add_argument("--dtype", default="auto", help="of our steps: auto, fp32, bf16 [auto]")
     parser.add_argument("--ladder", action="store_true", help="also one run a core, side by side, as experiments do")
     parser.add_argument("--threads", type=int, default=0, help="threads [all cores]")
@@ -67,7 +68,7 @@ def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
 
     bench = Bench(
         options.size, modes, peers, options.batch, options.dtype, options.threads, options.rounds, options.per_round,
-        options.ladder,
+        options.ladder, options.peers_in_both,
     )  # fmt: skip
     return bench, options
 

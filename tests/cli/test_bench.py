@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from gptlab.benchmark.run import Bench
 from gptlab.cli.main import main
 
 
@@ -37,6 +39,16 @@ def test_the_json_has_a_row_a_contender(capfd: pytest.CaptureFixture[str]) -> No
         )
     assert rows["baseline"]["peak_memory_bytes"] > 2**20
     assert 0 < rows["rotate"]["share_of_limit"]
+
+
+@pytest.mark.parametrize(("size", "both"), [("tiny", False), ("small", False), ("small", True)])
+def test_peers_run_in_both_dtypes_where_asked_or_narrow(size: str, both: bool) -> None:
+    bench = Bench(size, peers_in_both=both)
+    bench.__dict__["machine"] = replace(bench.machine, cpu_bf16="AVX-512")
+    names = {"transformers bf16", "transformers fp32"} if both or size == "tiny" else {"transformers bf16"}
+    assert set(bench.theirs()) == names
+    bench.__dict__["machine"] = replace(bench.machine, cpu_bf16="")
+    assert set(bench.theirs()) == {"transformers fp32"}
 
 
 def test_a_profile_names_the_products(capfd: pytest.CaptureFixture[str]) -> None:
