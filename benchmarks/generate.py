@@ -4,7 +4,8 @@
 
 Greedy, from a prompt of 16 tokens, every contender to the same length; a turn begins with one text that is not timed.
 Beside them the linear layers and the head alone, as a token needs them: no more than that can be reached. Writes
-benchmarks/results/generate.json unless --n_layer makes it a trial. Run it on a machine that does nothing else.
+benchmarks/results/generate.json and the table of docs/performance.md, unless --n_layer makes it a trial. Run it on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marked import rewrite
 
 from gptlab.benchmark.measure import Timing, interleave
 from gptlab.cli.arguments import Parser
@@ -28,6 +30,8 @@ from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import GPT2_VOCABULARY, to_huggingface
 
 RESULT = Path(__file__).parent / "results" / "generate.json"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+START, END = "<!-- measured by benchmarks/generate.py -->", "<!-- end of what generate.py measured -->"
 PROMPT = list(range(100, 116))
 
 
@@ -63,7 +67,9 @@ def main(argv: list[str]) -> int:
     if options.n_layer == GPTConfig().n_layer:
         about = {"processor": machine.processor, "threads": placement.threads, "date": date.today().isoformat()}
         about |= {"command": " ".join(["python benchmarks/generate.py", *argv]), "tokens": options.tokens}
+        about |= {"rounds": options.rounds}
         RESULT.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        rewrite(PAGE, START, END, table({**about, "rows": rows}))
     return 0
 
 
@@ -72,6 +78,24 @@ def row(name: str, timing: Timing, written: int, timings: dict[str, Timing]) -> 
     _, dtype, batch = name.rsplit(" ", 2)
     ratio = timings[f"transformers {dtype} {batch}"].median / timing.median
     return {"name": name, "tokens_per_second": written / timing.median, "spread": timing.spread, "ratio": ratio}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [
+        f"GPT-2 124M, {found['tokens']} tokens a text, {found['threads']} threads, medians of {found['rounds']} "
+        f"interleaved rounds; {found['processor']}, {found['date']}.",
+        "",
+        f"`{found['command']}`",
+        "",
+        "| who | dtype | texts at once | tokens/s | ± | against transformers |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        name, dtype, batch = row["name"].rsplit(" ", 2)
+        rate, spread = f"{row['tokens_per_second']:,.1f}", f"{row['spread']:.1%}"
+        lines.append(f"| {name} | {dtype} | {batch} | {rate} | {spread} | {row['ratio']:.2f}x |")
+    return "\n".join([*lines, "", ""])
 
 
 def ours(weights: Weights, batch: int, tokens: int) -> None:

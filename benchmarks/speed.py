@@ -18,6 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from marked import rewrite
+
 from gptlab.benchmark.sizes import SIZES
 from gptlab.cli.bench import measure
 
@@ -49,13 +51,11 @@ def main(argv: list[str]) -> int:
         result |= {"command": " ".join(["gptlab", "bench", *shown]), "date": date.today().isoformat()}
         (RESULTS / f"speed_{size}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(table(result))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, _, after = rest.partition(END)
     paths = [path for size in SIZES if (path := RESULTS / f"speed_{size}.json").exists()]
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     told = RESULTS / "speed_help.json"
     last = help_line(json.loads(told.read_text(encoding="utf-8"))) if told.exists() else ""
-    PAGE.write_text(f"{before}{START}\n\n{''.join(map(table, found))}{last}{END}{after}", encoding="utf-8")
+    rewrite(PAGE, START, END, "".join(map(table, found)) + last)
     return 0
 
 

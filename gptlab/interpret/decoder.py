@@ -1,9 +1,9 @@
 """A GPT-2 that reads on: keys and values of what it has read are kept, so that a new token costs one row of products.
 
-At one row a product is as fast as its weights come from memory. So each weight is read once a token, in the dtype and
-layout that measured fastest: bf16 as (out, in) with the bias added after it, fp32 on a CPU as (in, out) (15.7 ms for
-the linear layers of 124M where (out, in) took 19.3, the head 5.4 where it took 9.1). The price is a copy of the
-weights; a run's working copies (model/working.py) are used as they are.
+At one row a product is as fast as its weights come from memory. So on a CPU they are packed once, in the order in
+which oneDNN reads them: the products of a token of 124M then took 11 ms in fp32 where (in, out) had taken 21 and
+PyTorch's own (out, in) 27, and 6 ms in bf16 where it had taken 11; at eight rows 13 ms in fp32 where both took 45. The
+price is a copy of the weights. Where oneDNN is not there, products are PyTorch's own.
 
 What is written with it, and when a block is sure enough, is told in generate.py.
 """
@@ -11,6 +11,7 @@ What is written with it, and when a block is sure enough, is told in generate.py
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +20,53 @@ from torch.nn import functional as F
 from gptlab.errors import ConfigError
 from gptlab.model.gpt import GPT, Block, Linear
 
+PACKED_FOR = 16
+"""Rows that weights are packed for: at 1 to 512 rows this packing was no slower than one made for the number itself."""
+
 
 class Product:
-    """A linear layer as a decoder multiplies by it: x (N, K) -> (N, M), in the decoder's dtype."""
+    """A linear layer as a decoder multiplies by it, in its dtype: x (N, K) -> (N, M).
 
-    def __init__(self, layer: Linear, dtype: torch.dtype) -> None:
-        copy = layer.working
-        source = layer if copy is None or copy.weight.dtype != dtype else copy
-        weight = source.weight.detach().to(dtype)
-        self.turned = dtype == torch.float32 and weight.device.type == "cpu"
-        self.weight = weight.t().contiguous() if self.turned else weight
-        self.bias = None if source.bias is None else source.bias.detach().to(dtype)
+    weight (M, K), bias (M): of any dtype. Results are sums in fp32, rounded once.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._source, self._dtype = (weight, bias), dtype
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.weight = weight.detach().to(dtype)
+        self.is_packed = _packs(self.weight)
+        if self.is_packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._times(x, self.weight, self.bias)
+        if self.is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
 
-    def columns(self, x: Tensor, first: int) -> Tensor:
-        """The results from column `first` on, for which only their own weights are read."""
-        weight = self.weight[:, first:] if self.turned else self.weight[first:]
-        return self._times(x, weight, None if self.bias is None else self.bias[first:])
+    def from_column(self, first: int) -> Product:
+        """The product that gives the results from column `first` on, for which only their own weights are read."""
+        weight, bias = self._source
+        return Product(weight[first:], None if bias is None else bias[first:], self._dtype)
 
-    def _times(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.turned:
-            return x @ weight if bias is None else torch.addmm(bias, x, weight)
-        y = F.linear(x, weight)
-        return y if bias is None else y.add_(bias)
+
+def product(layer: Linear, dtype: torch.dtype) -> Product:
+    """A layer's product, made of its working copy if that is of the dtype."""
+    copy = layer.working
+    source = layer if copy is None or copy.weight.dtype != dtype else copy
+    return Product(source.weight, source.bias, dtype)
+
+
+def _packs(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by a weight on this machine.
+
+    The operators are those that PyTorch's own compiler freezes linear layers into; they stand in no manual.
+    """
+    ops = torch.ops.mkldnn
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not (hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")):
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
 class BlockWeights:
@@ -51,8 +74,13 @@ class BlockWeights:
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
-        self.c_attn, self.attn_proj = Product(block.attn.c_attn, dtype), Product(block.attn.c_proj, dtype)
-        self.c_fc, self.mlp_proj = Product(block.mlp.c_fc, dtype), Product(block.mlp.c_proj, dtype)
+        self.c_attn, self.attn_proj = product(block.attn.c_attn, dtype), product(block.attn.c_proj, dtype)
+        self.c_fc, self.mlp_proj = product(block.mlp.c_fc, dtype), product(block.mlp.c_proj, dtype)
+
+    @cached_property
+    def keys_values(self) -> Product:
+        """The last two thirds of c_attn alone: what a block that is left out still needs (N, C) -> (N, 2C)."""
+        return self.c_attn.from_column(len(self.ln_1.weight))
 
 
 class Weights:
@@ -70,7 +98,7 @@ class Weights:
         self.wte, self.wpe, self.ln_f = model.wte.weight, model.wpe.weight, model.ln_f
         made = {id(block): BlockWeights(block, self.dtype) for block in model.blocks}  # with share_blocks there is one
         self.blocks = [made[id(block)] for block in model.blocks]
-        self.head = Product(head, self.dtype)
+        self.head = product(head, self.dtype)
 
 
 class Decoder:
@@ -115,10 +143,9 @@ class Decoder:
         Their keys and values are made of it, as CALM does (2207.07061): later tokens attend to every position in every
         block, so something must stand there, and that state is what is there at no more than their own cost.
         """
-        C = self.config.n_embd
         for above in range(number, self.config.n_layer):
             weights = self.weights.blocks[above]
-            self._keep(above, weights.c_attn.columns(self._normalised(weights.ln_1, h), C), self.length - 1, 1)
+            self._keep(above, weights.keys_values(self._normalised(weights.ln_1, h)), self.length - 1, 1)
 
     @torch.no_grad()
     def read(self, h: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError
-from gptlab.interpret.decoder import Decoder, Weights
+from gptlab.interpret.decoder import Decoder, Product, Weights
 from gptlab.interpret.generate import Sampling, Step, as_row, choose, generate, generate_batch
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.working import Workspace
@@ -127,8 +127,34 @@ def test_bf16_multiplies_in_bf16_and_uses_working_copies() -> None:
     working = model.lm_head.working
     assert working is not None
     again = Decoder(Weights(model))
-    assert again.weights.head.weight.data_ptr() == working.weight.data_ptr()
     assert torch.equal(again.read(list(again.states(tokens))[-1]), rounded)
+    working.weight.zero_()
+    assert not Weights(model).head(torch.ones(1, 64, dtype=torch.bfloat16)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("rows", [1, 8, 40])
+@torch.no_grad()
+def test_a_product_is_a_linear_layer_packed_or_not(
+    dtype: torch.dtype, packs: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packs:
+        monkeypatch.setattr("gptlab.interpret.decoder._packs", lambda weight: False)
+    weight, bias, x = (torch.randn(*shape, generator=generator(7)) for shape in ((48, 64), (48,), (rows, 64)))
+    found = Product(weight, bias, dtype)
+    assert found.is_packed <= packs
+    rounded = [t.to(dtype).double() for t in (x, weight, bias)]
+    expected = rounded[0] @ rounded[1].T + rounded[2]
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.05}
+    torch.testing.assert_close(found(x.to(dtype)).double(), expected, **tolerance)
+    part = found.from_column(16)(x.to(dtype))
+    torch.testing.assert_close(part.double(), expected[:, 16:], **tolerance)
+
+
+def test_products_are_packed_on_a_cpu_that_has_onednn() -> None:
+    assert Product(torch.ones(2, 2), None, torch.float32).is_packed == torch.backends.mkldnn.is_available()
+    assert not Product(torch.ones(2, 2), None, torch.float64).is_packed
 
 
 @torch.no_grad()
