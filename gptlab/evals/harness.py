@@ -65,8 +65,9 @@ def run_harness(
 
 
 def _numbers(figures: dict[str, Any]) -> dict[str, float]:
-    """Numbers alone, `metric,filter` as the metric where there is no filter."""
-    numbers = {key.removesuffix(",none"): value for key, value in figures.items() if isinstance(value, int | float)}
+    """Of what stands under `metric,filter` the numbers, by `metric` alone where nothing filters."""
+    metrics = {key.removesuffix(",none"): value for key, value in figures.items() if "," in key}
+    numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
     return {key: float(value) for key, value in numbers.items() if value == value}  # JSON holds no NaN
 
 

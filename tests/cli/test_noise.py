@@ -68,8 +68,11 @@ def test_groups_are_the_same_for_any_batch_size_and_the_seed_decides_them(finish
     assert alignment("--seed", "5") != pytest.approx(found, rel=1e-3)
 
 
-def test_the_branch_test_stands_beside_a_signals_other_figures(finished_run: Path, capsys: Capture) -> None:
-    words = ["noise", str(finished_run), *QUICK, "--branch_steps", "1", "--signals", "confidence"]
+def test_the_branch_test_stands_beside_a_signals_other_figures(
+    finished_run: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    html = tmp_path / "noise.html"
+    words = ["noise", str(finished_run), *QUICK, "--branch_steps", "1", "--signals", "confidence", "--html", str(html)]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["signals"]
     assert "branch" not in found["true_loss"]
@@ -79,6 +82,12 @@ def test_the_branch_test_stands_beside_a_signals_other_figures(finished_run: Pat
     assert branch["verdict"] in ("bias", "noise", "bias and noise", "neither", "undecided")
     low, high = branch["bias"]["interval"]
     assert low <= branch["bias"]["value"] <= high
+    page = Page(html.read_text(encoding="utf-8"))
+    assert f"confidence: {branch['verdict']}" in page.text
+    (told,) = [label for label in page.values("aria-label") if "at 1/M = 0" in label]
+    assert f"{branch['bias']['value']:+.4f} nats at 1/M = 0" in told
+    both = branch["bias"]["value"] + branch["noise"]["value"]
+    assert f"{both:+.4f} at 1/M = 1" in told
     assert main(words) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Bias or noise, by branches of 1 updates over 4 data seeds" in out

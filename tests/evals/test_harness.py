@@ -65,7 +65,7 @@ def gpt2_model() -> GPT:
     model = GPT(GPTConfig(block_size=32, vocab_size=50257, n_layer=2, n_head=1, n_embd=8))
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.3)
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=1.0)
     return model
 
 

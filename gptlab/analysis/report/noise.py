@@ -1,4 +1,4 @@
-"""The page of the measures of noise: alignment by block, verdicts as labels, calibration, collapse."""
+"""The page of the measures of noise: the branch test, alignment by block, verdicts as labels, calibration, collapse."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gptlab.analysis.noise.options import TRUE_LOSS
 from gptlab.analysis.noise.tables import remarks, tables
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.history import Band
-from gptlab.analysis.report.noise_plots import Series, over_blocks, shares
+from gptlab.analysis.report.noise_plots import Series, averages, over_blocks, shares
 from gptlab.analysis.report.page import Panel, arm_class, figure, render, write
 from gptlab.analysis.report.plots import Line, curves
 from gptlab.analysis.report.run import block_legend
@@ -30,6 +30,7 @@ def page(result: Mapping[str, Any]) -> str:
         title=f"Signal, bias or noise: {Path(result['source']).resolve().name}",
         lead=remarks(result),
         facts=list(facts(result)),
+        branches=list(branches(others)),
         alignment=list(alignment(result, others)),
         labels=list(labels(result)),
         collapse=list(collapse(result)),
@@ -49,6 +50,17 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
         left, times = figure(total["progress"], ".2f"), figure(total["variance"], ".2f")
         value = figure(total["alignment"]["value"], "+.3f")
         yield f"alignment of {name}", value, f"with it, progress left {left}, variance × {times}"
+
+
+def branches(others: Mapping[str, Any]) -> Iterator[Panel]:
+    """The fit in 1/M of every signal that the branch test judged."""
+    for k, (name, signal) in enumerate(others.items(), 1):
+        branch = signal.get("branch")
+        if branch and branch["fit"]:
+            title = f"{name}: {branch['verdict']}"
+            svg = averages(branch, theme.arm(k), f"branch-{k}", title)
+            note = "a dot a data seed; the diamond, with its 95% interval, is the bias; what the curve adds is noise"
+            yield Panel(title, svg, [], note)
 
 
 def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Panel]:

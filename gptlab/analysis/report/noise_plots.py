@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.plots import HEIGHT, WIDTH, blank, plain_scale
@@ -73,6 +74,31 @@ def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, di
     figure.text(4 / WIDTH, 1 - 14 / TALL, y, color=theme.MUTED, fontsize=TEXT)
     axes.set_xlabel(x, color=theme.MUTED)
     return inline(figure, name, _told(what, series, x))
+
+
+def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> str:
+    """The branch test's fit: the harm of each data seed at 1/M, their curve, and its ends with their intervals.
+
+    branch: as `branch.as_json` gives it, with no branch that diverged.
+    """
+    figure, axes = blank(HEIGHT)
+    axes.axhline(0, color=theme.MUTED, linewidth=1)
+    for M, row in branch["differences"].items():
+        axes.plot([1 / int(M)] * len(row), row, "o", color=theme.MUTED, alpha=0.7, markersize=3.6)
+    x = [i / 50 for i in range(51)]
+    axes.plot(x, [sum(c * at**k for k, c in enumerate(branch["fit"])) for at in x], color=colour, linewidth=1.8)
+    bias = branch["bias"]
+    axes.plot([0, 0], bias["interval"], color=colour, linewidth=2.6, solid_capstyle="butt")
+    axes.plot([0], [bias["value"]], "D", color=colour, markersize=6)
+    axes.set_xlim(-0.04, 1.04)
+    plain_scale(axes)
+    axes.set_xticks(
+        [0, *(1 / int(M) for M in branch["differences"])], ["0", *(f"1/{M}" for M in branch["differences"])]
+    )
+    figure.text(4 / WIDTH, 1 - 14 / HEIGHT, "nats above the true loss alone", color=theme.MUTED, fontsize=TEXT)
+    axes.set_xlabel("1/M: of so many batches the signal’s gradient is the mean", color=theme.MUTED)
+    told = f"{what}: {bias['value']:+.4f} nats at 1/M = 0, {sum(branch['fit']):+.4f} at 1/M = 1"
+    return inline(figure, name, told)
 
 
 def _dashes(dashed: bool) -> str | tuple[int, tuple[int, int]]:
