@@ -90,6 +90,8 @@ def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
 
     path = Path(options.file)
     looks = options.action in ("status", "pack")
+    if looks and not path.exists():
+        raise ConfigError(f"expected an experiment's folder, or its file, at {path}, found none; see `gptlab runs`")
     if path.is_dir() and looks:
         if not (path / FILE).is_file():
             raise ConfigError(f"expected an experiment's folder, found no {FILE} in {path}; check the path")
