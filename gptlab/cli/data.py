@@ -164,7 +164,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--tokenizer", metavar="NAME", help="bytes or gpt2 (default: gpt2 for text and fineweb-edu, else bytes)"
     )
     prepare.add_argument("--out", metavar="DIR", type=Path, help="default: data/NAME-TOKENIZER")
-    prepare.add_argument("--workers", metavar="N", type=int, help="tokenising processes (default: half the processors)")
+    prepare.add_argument("--workers", metavar="N", type=int, help="tokenising threads (default: all processors)")
     prepare.add_argument("--shard_tokens", metavar="N", type=int, default=100_000_000, help="default: 100000000")
     prepare.add_argument("--val_fraction", metavar="F", type=float, default=0.05, help="of corpus text (default: 0.05)")
     info = commands.add_parser("info", help="counts, hashes and an excerpt of a corpus", allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""Documents to shards: tokenised by several processes, written whole, gone on with after a kill.
+"""Documents to shards: tokenised by several threads, written whole, gone on with after a kill.
 
 After each shard the partial manifest is replaced by one that lists it and says where to go on; the last step writes
 corpus.json. So a preparation killed at any moment leaves finished shards, a place to go on from, and nothing that looks
@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
-import multiprocessing
 import os
 import re
-import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +29,10 @@ from gptlab.data.shards import TEMPORARY_FILES, open_shard, write_atomically, wr
 from gptlab.data.source import Documents, Position, Source
 from gptlab.data.synthetic import canonical
 from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
-from gptlab.errors import ConfigError, DataError, GptlabError
+from gptlab.errors import ConfigError, DataError
 
 LOCK = ".lock"
-CHUNK_CHARACTERS = 1 << 19  # what a worker gets at a time: about a tenth of a second of work for GPT-2's tokenizer
-CHUNKS_BEFORE_WORKERS = 8  # a smaller stream is done before a process has started
+CHUNK_CHARACTERS = 1 << 19  # what a thread gets at a time: about a tenth of a second of work for GPT-2's tokenizer
 
 _OUR_SHARD = re.compile(r"(?:train|val)_\d{6}\.bin")
 
@@ -99,7 +95,7 @@ def prepare(
 ) -> Corpus:
     """Make corpus `name` in folder `out`, or go on making it, and return it; a finished one is returned as it is.
 
-    `shard_tokens` is the size of a shard, `workers` the tokenising processes (default: half the processors).
+    `shard_tokens` is the size of a shard, `workers` the tokenising threads (default: all processors).
     `limit_shards` stops once there are so many training shards and leaves the corpus unfinished, to go on later.
     Waits while another process prepares the same folder. Raises ConfigError for options that cannot be, DataError for
     documents that cannot be read, a disk that refuses, or a finished corpus made with other settings.
@@ -237,83 +233,30 @@ def _chunks(documents: Documents, position: Position) -> Generator[Chunk, None, 
 
 
 def _encode_in_order(
-    chunks: Iterator[Chunk], tokenizer: str, workers: int
+    chunks: Iterable[Chunk], tokenizer: str, workers: int
 ) -> Generator[tuple[Chunk, Tokens], None, None]:
-    """Each chunk with its tokens, in order, tokenised by `workers` processes in turn.
+    """Each chunk with its tokens, in order, tokenised by `workers` threads: tiktoken lets go of Python's lock.
 
-    Turns, rather than first come first served, keep the order without a queue, and a worker has one chunk at a time,
-    so that neither side can block the other; chunks are alike in length, so little time is lost. Small streams, and
-    bytes, which need no work, are tokenised here.
+    As many chunks wait as are worked on, so that a thread is never idle and memory stays what a few chunks take.
     """
-    first = list(itertools.islice(chunks, CHUNKS_BEFORE_WORKERS))
-    chunks = itertools.chain(first, chunks)
-    if workers == 1 or len(first) < CHUNKS_BEFORE_WORKERS or tokenizer == "bytes":
+    known = get_tokenizer(tokenizer)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+    given: deque[tuple[Chunk, Future[Tokens]]] = deque()
+    try:
         for chunk in chunks:
-            yield chunk, encode_documents(chunk.texts, get_tokenizer(tokenizer))
-        return
-    with contextlib.ExitStack() as stack:
-        pool = [stack.enter_context(_worker(tokenizer)) for _ in range(workers)]
-        given: deque[tuple[Connection, Chunk]] = deque()
-        for worker, chunk in zip(itertools.cycle(pool), chunks, strict=False):
-            done = _receive(given.popleft()) if len(given) == workers else None
-            with _expecting_a_worker():
-                worker.send(chunk.texts)
-            given.append((worker, chunk))
-            if done:
-                yield done
-        while given:
-            yield _receive(given.popleft())
-
-
-def _receive(given: tuple[Connection, Chunk]) -> tuple[Chunk, Tokens]:
-    worker, chunk = given
-    with _expecting_a_worker():
-        result = worker.recv()
-    if isinstance(result, GptlabError):
-        raise result
-    return chunk, result
-
-
-@contextlib.contextmanager
-def _expecting_a_worker() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        raise DataError(
-            "expected a tokenising process to answer, but it has ended (killed, or out of memory?): "
-            "run again to go on, with fewer --workers"
-        ) from error
-
-
-@contextlib.contextmanager
-def _worker(tokenizer: str) -> Iterator[Connection]:
-    """A tokenising process at the other end of a pipe. It alone has that end, so it ends when ours is gone."""
-    context = multiprocessing.get_context("spawn")  # a fork would hold our ends of the other workers' pipes open
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_tokenise, args=(tokenizer, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours
+            given.append((chunk, pool.submit(encode_documents, chunk.texts, known)))
+            if len(given) == 2 * workers:
+                first, tokens = given.popleft()
+                yield first, tokens.result()
+        for chunk, tokens in given:
+            yield chunk, tokens.result()
     finally:
-        ours.close()
-        process.join()
-
-
-def _tokenise(tokenizer: str, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all of us; the parent closes the pipe
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            texts = pipe.recv()
-            try:
-                answer = encode_documents(texts, get_tokenizer(tokenizer))
-            except GptlabError as error:
-                answer = error
-            pipe.send(answer)
+        pool.shutdown(cancel_futures=True)
 
 
 def _default_workers() -> int:
-    return max(1, (os.cpu_count() or 1) // 2)
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Preparing: the packing of documents, the same bytes whatever happens on the way, and what is left after a failure."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -285,41 +284,6 @@ def test_kills_change_nothing_in_a_stream(tmp_path: Path) -> None:
     prepare("fineweb-edu", tmp_path / "whole", "gpt2", inputs=files, shard_tokens=30_000)
     assert kill_and_repeat(3, tmp_path / "killed", 1, *settings) >= 1
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    try:
-        return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the children of a process are read from /proc")
-def test_a_killed_preparation_leaves_no_processes(large_jsonl: Path, tmp_path: Path) -> None:
-    process = start(tmp_path / "out", "text", "gpt2", 100_000, 3, large_jsonl)
-    assert until(lambda: len(children(process)) >= 4, 30)  # three workers, and Python's tracker of shared resources
-    pids = children(process)
-    process.kill()
-    finish(process)
-    assert until(lambda: all(map(has_ended, pids)), 10)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the children of a process are read from /proc")
-def test_a_killed_worker_ends_the_preparation_with_one_line(large_jsonl: Path, tmp_path: Path) -> None:
-    process = start(tmp_path / "out", "text", "gpt2", 100_000, 2, large_jsonl)
-    assert until(lambda: len(children(process)) >= 3, 30)
-    os.kill(children(process)[-1], signal.SIGKILL)
-    message = finish(process)
-    assert message.startswith("DataError: expected a tokenising process to answer")
-    assert message.count("\n") == 1
-    assert not (tmp_path / "out" / "corpus.json").exists()
 
 
 def test_a_second_preparation_waits_for_the_first(large_jsonl: Path, tmp_path: Path) -> None:
