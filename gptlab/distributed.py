@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab import errors
+from gptlab.roll_call import absent
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +39,12 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    launched: bool = False
-    """Whether torchrun started this process."""
+    launch: str = ""
+    """torchrun's name for this start of the run; empty without torchrun."""
+    attempt: int = 0
+    """How often torchrun has started the processes anew (`--max-restarts`)."""
+    store: str = ""
+    """host:port of the store by which the processes find each other."""
 
     @staticmethod
     def from_environment() -> World:
@@ -51,8 +56,15 @@ class World:
             number("WORLD_SIZE", 1),
             number("LOCAL_RANK", 0),
             number("LOCAL_WORLD_SIZE", 1),
-            "TORCHELASTIC_RUN_ID" in os.environ,
+            os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            number("TORCHELASTIC_RESTART_COUNT", 0),
+            f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}",
         )
+
+    @property
+    def launched(self) -> bool:
+        """Whether torchrun started this process."""
+        return bool(self.launch)
 
     @property
     def main(self) -> bool:
@@ -60,13 +72,18 @@ class World:
         return self.rank == 0
 
     def connect(self, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-        """Join the process group: nccl between GPUs, gloo between CPUs; nothing for a single process."""
+        """Join the process group: nccl between GPUs, gloo between CPUs; nothing for a single process.
+
+        timeout: how long any call waits for the others, this one too, until they count as lost. gloo's calls then
+        raise LostProcessError; nccl's own watchdog ends the process.
+        """
         if self.size == 1:
             return
         import torch.distributed as dist
 
         cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+        with self._others_there():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
 
     def disconnect(self) -> None:
         if self.size > 1:
@@ -82,9 +99,10 @@ class World:
         import torch
         import torch.distributed as dist
 
-        for bucket in _buckets(tensors):
+        for places in buckets(tensors):
+            bucket = [tensors[k] for k in places]
             flat = torch.cat([t.reshape(-1) for t in bucket])
-            with _others_there():
+            with self._others_there():
                 dist.all_reduce(flat)
             for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 t.copy_(part.view_as(t))
@@ -97,7 +115,7 @@ class World:
         import torch.distributed as dist
 
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _others_there():
+        with self._others_there():
             dist.all_gather(parts, tensor)
         return parts
 
@@ -116,13 +134,13 @@ class World:
                 answer = {"error": type(error).__name__, "text": str(error)}
             message = json.dumps(answer).encode()
         length = torch.tensor([len(message)], device=device)
-        with _others_there():
+        with self._others_there():
             dist.broadcast(length, 0)
         text = torch.zeros(int(length), dtype=torch.uint8)
         if self.main:
             text = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         text = text.to(device)
-        with _others_there():
+        with self._others_there():
             dist.broadcast(text, 0)
         answer = json.loads(bytes(text.cpu().tolist()))
         if "error" in answer:
@@ -133,8 +151,21 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            with _others_there():
+            with self._others_there():
                 dist.barrier()
+
+    @contextmanager
+    def _others_there(self) -> Iterator[None]:
+        """Inside, an error of the process group (gloo's and nccl's are RuntimeErrors) becomes LostProcessError."""
+        try:
+            yield
+        except RuntimeError as error:
+            silent = absent(self.store, f"gptlab/lost/{self.attempt}", self.rank, self.size)
+            lost = errors.LostProcessError(_what_is_lost(silent, self.size, error))
+            first = self.rank - self.local_rank
+            here = [rank for rank in range(first, first + self.local_size) if rank not in (silent or ())]
+            lost.everywhere = here[0] != self.rank  # the first rank that is left of a machine tells of it
+            raise lost from error
 
     def share(self, sequences: int, batch_size: int) -> int:
         """Sequences of a micro-batch: the most that divide this rank's part of an update and exceed no batch_size."""
@@ -147,27 +178,26 @@ class World:
         return next(b for b in range(min(batch_size, mine), 0, -1) if mine % b == 0)
 
 
-@contextmanager
-def _others_there() -> Iterator[None]:
-    """Inside, an error of the process group (gloo's and nccl's are RuntimeErrors) becomes LostProcessError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise errors.LostProcessError(
-            "another process of this run has ended or no longer answers; its own message or torchrun's report says "
-            "why; run the same command again to go on from the newest checkpoint"
-        ) from error
+def _what_is_lost(silent: list[int] | None, size: int, error: RuntimeError) -> str:
+    if silent == []:
+        said = str(error).partition("\n")[0][:200]
+        return f"the {size} processes of this run are all there but cannot talk to each other: {said}; check the network"
+    who = f": rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {size}" if silent else ""
+    return (
+        f"another process of this run has ended or no longer answers{who}; its own message or torchrun's report says "
+        "why; run the same command again to go on from the newest checkpoint"
+    )
 
 
-def _buckets(tensors: Iterable[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    """Consecutive tensors of one dtype, up to BUCKET_BYTES together."""
-    bucket: list[torch.Tensor] = []
+def buckets(tensors: Sequence[torch.Tensor]) -> Iterable[list[int]]:
+    """The places of consecutive tensors of one dtype, up to BUCKET_BYTES together."""
+    bucket: list[int] = []
     size = 0
-    for t in tensors:
-        if bucket and (size + t.nbytes > BUCKET_BYTES or t.dtype != bucket[0].dtype):
+    for k, t in enumerate(tensors):
+        if bucket and (size + t.nbytes > BUCKET_BYTES or t.dtype != tensors[bucket[0]].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(t)
+        bucket.append(k)
         size += t.nbytes
     if bucket:
         yield bucket

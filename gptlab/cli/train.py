@@ -9,6 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,7 @@ def resolve(values: Mapping[str, Any], gpus: int) -> TrainingConfig:
 def _run(values: Mapping[str, Any], *, as_json: bool) -> int:
     from gptlab.device import Machine, decide
     from gptlab.distributed import World, end_with_launcher
+    from gptlab.training.summing import micro_batch
 
     world = World.from_environment()
     if world.launched:
@@ -102,7 +104,7 @@ def _run(values: Mapping[str, Any], *, as_json: bool) -> int:
         local_size=world.local_size,
     )
     placement.apply()
-    world.share(config.sequences, config.batch_size)  # refuses what cannot be shared, before any waiting
+    micro_batch(config, world)  # refuses what cannot be shared, before any waiting
     try:
         summary = _train(config, machine, placement, world)
     finally:
@@ -132,7 +134,7 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
     validation = ValidationWindows(corpus, config.block_size, config.vocab_size, config.eval_tokens)
     tokenizer = get_tokenizer(config.tokenizer)
     bytes_per_token = tokenizer.count_bytes(validation.stream) / len(validation.stream)
-    world.connect(placement.device)
+    world.connect(placement.device, timedelta(seconds=config.rank_timeout))
     folder: RunFolder | None = None
 
     def start() -> dict[str, Any]:

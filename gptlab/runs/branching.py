@@ -124,7 +124,7 @@ class _Lab:
     ) -> None:
         self.checkpoint = checkpoint.load(newest(run))
         model, config = model_in(self.checkpoint)
-        config = replace(config, signal=SignalConfig(), also=(), gradient_noise=0.0)
+        config = replace(config, signal=SignalConfig(), also=(), gradient_noise=0.0, deterministic=False)
         if plan.learning_rate is not None:
             config = replace(config, learning_rate=plan.learning_rate, schedule="constant", warmup_steps=0)
         for arm in arms:  # refused here, before an hour's work

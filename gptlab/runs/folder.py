@@ -19,7 +19,7 @@ from gptlab.errors import CheckpointError, ConfigError
 from gptlab.options import build, flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.lock import LOCK
-from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
+from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 
 LOCK_PATIENCE = 30.0
 
@@ -217,9 +217,10 @@ def _open_at(path: Path, length: int) -> IO[str]:
 def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     """What makes `now` another run than `before`, a line an option; more steps and FREE_ON_RESUME are no difference."""
     old, new = flatten(before), flatten(now)
+    free = FREE_ON_RESUME - (FIXED_IF_DETERMINISTIC if before.deterministic else frozenset())
     lines = []
     for key in old:
-        if key in FREE_ON_RESUME or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
+        if key in free or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
             continue
         lines.append(f"{key}: the run has {old[key]!r}, you ask for {new[key]!r}")
     return lines

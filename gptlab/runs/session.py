@@ -98,7 +98,8 @@ class Session:
                 yield record
         except GptlabError as error:
             self._write_error(self.state.step, error)
-            error.everywhere = isinstance(error, Stopped | DivergedError | LostProcessError)
+            if not isinstance(error, LostProcessError):  # which says itself who tells of it
+                error.everywhere = isinstance(error, Stopped | DivergedError)
             raise
 
     def _write_error(self, step: int, error: GptlabError) -> None:

@@ -43,7 +43,9 @@ class TrainingConfig:
     share_blocks: bool = option(False, "use one block n_layer times over")
 
     steps: int = option(700, "updates to make", unit="updates", group="Optimisation")
-    optimizer: Literal["adamw"] = option("adamw", "AdamW with betas 0.9 and 0.95")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW with betas 0.9 and 0.95, or Muon for the blocks' matrices and AdamW for the rest"
+    )
     learning_rate: float = option(1e-3, "the peak, after warmup")
     min_lr: float | None = option(None, "where the schedule ends", shown="learning_rate/10")
     warmup_steps: int = option(50, "linear rise of the learning rate; may exceed steps", unit="updates")
@@ -71,6 +73,12 @@ class TrainingConfig:
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of the matmuls; weights and moments stay fp32")
     threads: int = option(0, "threads a process", unit="threads", shown="its share of the cores")
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto = only where it pays")
+    deterministic: bool = option(
+        False, "sum gradients in one fixed order, for the same bits from any number of processes; needs threads"
+    )
+    rank_timeout: int = option(
+        600, "wait so long for another process of the run before it counts as lost", unit="seconds"
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -82,6 +90,7 @@ class TrainingConfig:
             "n_embd",
             "steps",
             "eval_tokens",
+            "rank_timeout",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -102,6 +111,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"total_batch_tokens must be a multiple of block_size {self.block_size}, "
                 f"found {self.total_batch_tokens}; try {nearest}"
+            )
+        if self.deterministic and not self.threads:
+            raise ConfigError(
+                "deterministic needs a fixed number of threads for each process, on which rounding depends; "
+                "add --threads 1, or more"
             )
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd must be a multiple of n_head {self.n_head}, found {self.n_embd}")
@@ -151,6 +165,9 @@ class TrainingConfig:
 
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "log", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
-    | {"batch_size", "device", "threads", "compile"}
+    | {"batch_size", "device", "threads", "compile", "rank_timeout"}
 )
 """What may change when a run goes on; `steps` may grow. Everything else makes it another run."""
+
+FIXED_IF_DETERMINISTIC = frozenset({"batch_size", "device", "threads", "compile"})
+"""What may not change either where the same bits are asked for."""

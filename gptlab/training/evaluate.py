@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -110,15 +111,18 @@ def tempered(
     reader = Reader(model, placement.autocast)
     count = max(1, min(len(windows), most // windows.block_size))
     inverse, loss = 1.0, float("inf")
+    batches = range(0, count, SHAPE)
     for _ in range(NEWTON_STEPS):
-        sums = torch.zeros(3, dtype=torch.float64, device=placement.device)
-        for first in range(0, count, SHAPE)[world.rank :: world.size]:
+        sums = torch.zeros(len(batches), 3, dtype=torch.float64, device=placement.device)
+        for k in range(len(batches))[world.rank :: world.size]:
+            first = batches[k]
             rows = min(SHAPE, count - first)
             tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
             h, y = hidden_states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
-            sums += reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
+            sums[k] = reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
-        loss, slope, curvature = (sums / (count * windows.block_size)).tolist()
+        total = list(accumulate(sums))[-1]  # in the order of batches, whichever rank read them
+        loss, slope, curvature = (total / (count * windows.block_size)).tolist()
         step = slope / max(curvature, 1e-12)
         if abs(step) < 1e-4 * inverse:
             break

@@ -1,29 +1,48 @@
-"""The optimizer and its schedule: AdamW with decay on matrices only, and three shapes of learning rate."""
+"""The optimizer and its schedule: AdamW or Muon with decay on matrices only, and three shapes of learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
+from gptlab.training.muon import build_muon
 
 WSD_DECAY = 0.2
 """Share of the steps over which wsd falls."""
 
 
-def build_optimizer(model: GPT, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (0.9, 0.95), fused; matrices and embeddings decay, biases and norms do not."""
+class Optimizer(Protocol):
+    """What an update and a checkpoint need of an optimizer."""
+
+    @property
+    def state(self) -> MutableMapping[Any, Any]: ...
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+    def step(self) -> Any: ...
+
+
+def build_optimizer(model: GPT, config: TrainingConfig) -> Optimizer:
+    """AdamW (0.9, 0.95), fused, or Muon for the blocks' matrices beside it; biases and norms do not decay."""
     parameters = list(model.parameters())
+    within = [p for block in dict.fromkeys(model.blocks) for p in block.parameters() if p.dim() == 2]
+    matrices = within if config.optimizer == "muon" else []
+    taken = set(map(id, matrices))
+    rest = [p for p in parameters if id(p) not in taken]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     fused = parameters[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    if not matrices:
+        return adamw
+    return build_muon(matrices, adamw, config.learning_rate, config.weight_decay)
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -44,7 +63,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return peak
 
 
-def adam_metric(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor] | None:
+def adam_metric(parameters: Sequence[Tensor], optimizer: Optimizer) -> list[Tensor] | None:
     """1/(sqrt(v̂) + ε) for each parameter: what Adam multiplies a gradient by, of its second moment v as it stands.
 
     <a, metric·b> is how far a step along Adam's version of b changes a loss of gradient a, to first order. None where

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gptlab.model.gpt import GPT
+from gptlab.training.optimizer import Optimizer
 
 
 @dataclass
@@ -19,7 +20,7 @@ class TrainingState:
     """
 
     model: GPT
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     step: int = 0
     clipped: int = 0
     weights: list[float | None] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""One update: micro-batches to a gradient, dose, noise, clipping, AdamW. State goes in and out; nothing is written."""
+"""One update: micro-batches to a gradient, dose, noise, clipping, the optimizer's step. State goes in and out; nothing is written."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gptlab.training.divergence import where_not_finite
 from gptlab.training.gradients import Ledger, Losses, TargetFlip, accumulate, length, needs_parts, voices_of
 from gptlab.training.optimizer import learning_rate_at
 from gptlab.training.state import TrainingState
+from gptlab.training.summing import Summed, micro_batch
 from gptlab.training.verdicts import Batch, Voice
 
 _T = TypeVar("_T")
@@ -72,6 +73,7 @@ def update(
     model.zero_grad(set_to_none=True)
     sums = _Sums(len(voices), config.n_layer, placement.device)
     sums.stop += stop
+    summed = Summed(config, model, ledger, apart, sums.all)
     seen: list[Batch] = []
     for batch in batches:
         seen.append(batch)
@@ -79,9 +81,8 @@ def update(
         sums.add(losses, batch.share)
         if ledger and not apart:  # a second pass, so that measuring changes nothing of what is learnt
             accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger)
-    if not apart:
-        world.sum_([p.grad for p in model.parameters() if p.grad is not None])
-    world.sum_([*(ledger.tensors() if ledger else []), sums.all])
+        summed.close(batch)
+    summed.over(world)
 
     dose, doses, weights = None, None, [v.weight for v in voices]
     if ledger:
@@ -125,7 +126,7 @@ def micro_batches(
     config: TrainingConfig, windows: Windows, world: World, step: int, device: torch.device
 ) -> Iterator[Batch]:
     """This rank's micro-batches of update `step`: consecutive sequences of the same global order for any ranks."""
-    size = world.share(config.sequences, config.batch_size)
+    size = micro_batch(config, world)
     mine = config.sequences // world.size
     for first in range(world.rank * mine, (world.rank + 1) * mine, size):
         place = step * config.sequences + first

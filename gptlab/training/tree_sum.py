@@ -1,0 +1,89 @@
+"""Sums in one fixed tree, however the terms are shared among processes: what `--deterministic` is made of.
+
+Floating-point addition depends on its order. Here the terms are an update's units, micro-batches of a fixed number of
+sequences, and their sum is a binary tree over the units' places in the update: unit 2k with 2k+1, pairs with pairs, and
+so on. A process holds a run of consecutive units and adds those subtrees that are whole within it; the roots of these go
+to every process, which adds the rest in the same tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gptlab.distributed import World, buckets
+
+
+class Node(NamedTuple):
+    """The subtree over the units from place·2^level on, 2^level of them."""
+
+    level: int
+    place: int
+
+    def joins(self, right: Node) -> bool:
+        """Whether this and `right` are the two children of one node."""
+        return self.level == right.level and self.place % 2 == 0 and right.place == self.place + 1
+
+
+class TreeSum:
+    """The sums of the subtrees that are whole so far, in the order of units.
+
+    At any time there are about log2(units) of them, each as large as one term.
+    """
+
+    def __init__(self) -> None:
+        self.roots: list[tuple[Node, list[Tensor]]] = []
+
+    def add(self, node: Node, tensors: list[Tensor]) -> None:
+        """Take over the tensors of the next subtree, a unit (level 0) or more; they are added to in place."""
+        while self.roots and self.roots[-1][0].joins(node):
+            (left, sums), right = self.roots.pop(), tensors
+            torch._foreach_add_(sums, right)
+            node, tensors = Node(left.level + 1, left.place // 2), sums
+        self.roots.append((node, tensors))
+
+    def total(self) -> list[Tensor]:
+        """The sum of all: where the number of units is no power of two, roots are added from the left."""
+        (_, total), *rest = self.roots
+        for _, tensors in rest:
+            torch._foreach_add_(total, tensors)
+        return total
+
+    def total_over(self, world: World, units: int) -> list[Tensor]:
+        """The sum over all ranks, the same on each, of `units` units shared equally and in order among them.
+
+        Every rank gets every other's roots, a bucket of tensors at a time.
+        """
+        if world.size == 1:
+            return self.total()
+        each = units // world.size
+        nodes = [whole_subtrees(range(rank * each, (rank + 1) * each)) for rank in range(world.size)]
+        assert [node for node, _ in self.roots] == nodes[world.rank], "this rank's units were added in order"
+        most = max(map(len, nodes))
+        for places in buckets(self.roots[0][1]):
+            mine = [torch.cat([tensors[k].reshape(-1) for k in places]) for _, tensors in self.roots]
+            mine += [torch.zeros_like(mine[0])] * (most - len(mine))  # one shape for all ranks
+            everything = TreeSum()
+            for of_rank, parts in zip(nodes, world.gather(torch.stack(mine)), strict=True):
+                for node, part in zip(of_rank, parts, strict=False):
+                    everything.add(node, [part])
+            (flat,) = everything.total()
+            own = self.roots[0][1]
+            for k, part in zip(places, flat.split([own[k].numel() for k in places]), strict=True):
+                own[k].copy_(part.view_as(own[k]))
+        return self.roots[0][1]
+
+
+def whole_subtrees(units: Iterable[int]) -> list[Node]:
+    """The fewest subtrees that cover consecutive units."""
+    nodes: list[Node] = []
+    for unit in units:
+        node = Node(0, unit)
+        while nodes and nodes[-1].joins(node):
+            left = nodes.pop()
+            node = Node(left.level + 1, left.place // 2)
+        nodes.append(node)
+    return nodes
