@@ -8,6 +8,7 @@ DDP's hooks, made for one backward call a step, do not allow. The sum is the sam
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import signal
@@ -40,7 +41,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     launch: str = ""
-    """torchrun's name for this start of the run; empty without torchrun."""
+    """A hash of torchrun's name for this start of the run; empty without torchrun."""
     attempt: int = 0
     """How often torchrun has started the processes anew (`--max-restarts`)."""
     store: str = ""
@@ -51,12 +52,13 @@ class World:
         def number(name: str, default: int) -> int:
             return int(os.environ.get(name, default))
 
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
         return World(
             number("RANK", 0),
             number("WORLD_SIZE", 1),
             number("LOCAL_RANK", 0),
             number("LOCAL_WORLD_SIZE", 1),
-            os.environ.get("TORCHELASTIC_RUN_ID", ""),
+            hashlib.sha256(launch.encode()).hexdigest()[:16] if launch else "",
             number("TORCHELASTIC_RESTART_COUNT", 0),
             f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}",
         )

@@ -1,11 +1,12 @@
 """What tests in every folder share: the programs that some of them drive, and a tiny corpus with a tiny run over it.
 
-No settings, no fakes.
+Tests of faults are marked with the fault's number; `--rounds N` makes each of them N times, at other moments.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,24 @@ TINY = {
     "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 0, "sample_every": 0, "dose_every": 2,
     "log_every": 1,
 }  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rounds", type=int, default=1, help="how often each test of a fault is made")
+    parser.addoption("--moments", type=int, default=0, help="seed of the moments at which faults strike")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    rounds = metafunc.config.getoption("rounds")
+    if rounds > 1 and metafunc.definition.get_closest_marker("fault"):
+        metafunc.fixturenames.append("fault_round")
+        metafunc.parametrize("fault_round", range(rounds))
+
+
+@pytest.fixture
+def choose(request: pytest.FixtureRequest) -> random.Random:
+    """Draws for moments and victims: the same every time, but for `--rounds` and `--moments`."""
+    return random.Random(f"{request.config.getoption('moments')} {request.node.name}")
 
 
 @pytest.fixture(scope="session")

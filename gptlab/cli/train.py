@@ -40,6 +40,9 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     parser.add_argument("--config", metavar="FILE", help="a TOML file of options; tables or dotted keys")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on standard output")
     parser.add_argument("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
+    parser.add_argument(
+        "--despite", action="store_true", help="go on with a run though options, data or code differ; it is recorded"
+    )
     add_options(parser, TrainingConfig)
     parsed = parser.parse(argv)
     given = given_options(parsed, TrainingConfig)
@@ -55,7 +58,7 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     check_log(filed, ConfigError)
     check_signals(given, allow_code=parsed.allow_code, kind=UsageError)
     check_signals(values, allow_code=parsed.allow_code, kind=ConfigError)
-    return _run(values, as_json=parsed.json)
+    return _run(values, as_json=parsed.json, despite=parsed.despite)
 
 
 def check_log(values: Mapping[str, Any], kind: type[GptlabError]) -> None:
@@ -83,7 +86,7 @@ def resolve(values: Mapping[str, Any], gpus: int) -> TrainingConfig:
     return build(TrainingConfig, {**PRESETS[preset], **values, "preset": preset})
 
 
-def _run(values: Mapping[str, Any], *, as_json: bool) -> int:
+def _run(values: Mapping[str, Any], *, as_json: bool, despite: bool) -> int:
     from gptlab.device import Machine, decide
     from gptlab.distributed import World, end_with_launcher
     from gptlab.training.summing import micro_batch
@@ -106,7 +109,7 @@ def _run(values: Mapping[str, Any], *, as_json: bool) -> int:
     placement.apply()
     micro_batch(config, world)  # refuses what cannot be shared, before any waiting
     try:
-        summary = _train(config, machine, placement, world)
+        summary = _train(config, machine, placement, world, despite)
     finally:
         world.disconnect()
     if world.main and as_json:
@@ -114,7 +117,9 @@ def _run(values: Mapping[str, Any], *, as_json: bool) -> int:
     return 0
 
 
-def _train(config: TrainingConfig, machine: Machine, placement: Placement, world: World) -> dict[str, Any]:
+def _train(
+    config: TrainingConfig, machine: Machine, placement: Placement, world: World, despite: bool
+) -> dict[str, Any]:
     from gptlab.analysis.report import after_run
     from gptlab.cli.corpus import open_or_prepare
     from gptlab.cli.progress import Display
@@ -139,7 +144,8 @@ def _train(config: TrainingConfig, machine: Machine, placement: Placement, world
 
     def start() -> dict[str, Any]:
         nonlocal folder
-        folder, beginning = begin(config, corpus, environment(placement, machine))
+        made_by = environment(placement, machine) | ({"launch": world.launch} if world.launched else {})
+        folder, beginning = begin(config, corpus, made_by, despite=despite, attempt=world.attempt)
         return as_json(beginning)
 
     with contextlib.ExitStack() as ends:

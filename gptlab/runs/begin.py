@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gptlab
 from gptlab.data.corpus import Corpus
 from gptlab.errors import CheckpointError
-from gptlab.options import flatten
 from gptlab.runs import checkpoint
-from gptlab.runs.folder import RunFolder, differences
-from gptlab.runs.patches import applied
-from gptlab.signals.user import file_hash
+from gptlab.runs.despite import changes, made_of_what, recorded, refuse
+from gptlab.runs.folder import RunFolder
 from gptlab.training.config import TrainingConfig
 
 
@@ -29,33 +26,39 @@ class Beginning:
     notes: tuple[str, ...] = ()
 
 
-def begin(config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any]) -> tuple[RunFolder, Beginning]:
+def begin(
+    config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any], *, despite: bool = False, attempt: int = 0
+) -> tuple[RunFolder, Beginning]:
     """Take the run's folder as its only writer and find where to start.
 
-    Raises CheckpointError if the folder holds another run (with the difference), if `--resume must` finds nothing to
-    go on with, or if no checkpoint of it is whole.
+    despite: go on with a run of other options, data or code, and record what differs (see `despite.py`). attempt: how
+    often torchrun has started this command anew. Raises CheckpointError if the folder holds another run (with the
+    difference), if `--resume must` finds nothing to go on with, or if no checkpoint of it is whole.
     """
-    folder = RunFolder(_free(Path(config.folder)) if config.resume == "never" else config.folder)
+    launch = environment.get("launch") if attempt else None
+    folder = RunFolder(_free(Path(config.folder), launch) if config.resume == "never" else config.folder)
     if config.resume == "must" and not folder.exists():
         raise CheckpointError(f"--resume must: expected a run in {folder.path}, found none; check --out")
-    if summary := _finished(folder, config, corpus):
+    if summary := _finished(folder, config, corpus, despite):
         return folder, Beginning(str(folder.path), finished=summary)
     folder.lock()
     try:
-        if summary := _finished(folder, config, corpus):  # by the process that the lock was waited for
+        if summary := _finished(folder, config, corpus, despite):  # by the process that the lock was waited for
             folder.close()
             return folder, Beginning(str(folder.path), finished=summary)
         checkpoint.remove_debris(folder.checkpoints)
+        changed = changes(folder, config, corpus) if folder.begun() else []
         found, notes = _where_to_go_on(folder, config)
-        data = corpus.identity()
-        made_of = {"gptlab": gptlab.__version__, "options": flatten(config), "data": data}
-        if code := _code(config):
-            made_of["code"] = code
-        if patch := applied():
-            made_of["patch"] = patch
+        made_of = made_of_what(config, corpus)
+        step = found.step if found else 0
+        if history := recorded(folder, changed, step):
+            made_of["despite"] = history
         folder.record("config.json", made_of)
         folder.record("environment.json", environment)
         folder.open_records(**(found.state["records"] if found else {}))
+        if changed:
+            folder.write("event", step, {"event": "despite", "differences": changed})
+            notes.append("going on despite:" + "".join(f"\n  {line}" for line in changed))
     except BaseException:
         folder.close()
         raise
@@ -76,38 +79,31 @@ def _where_to_go_on(folder: RunFolder, config: TrainingConfig) -> tuple[checkpoi
     return found, notes
 
 
-def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> dict[str, Any] | None:
+def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> dict[str, Any] | None:
     """The summary if the folder's run is the one asked for and finished, None if there is none or not so far.
 
     Raises CheckpointError with the difference if it is another. A run that never made a step can be any.
     """
     if not folder.begun():
         return None
-    lines = differences(folder.config(), config)
-    if folder.recorded("config.json").get("code", {}) != _code(config):
-        lines.append("code: a signal's file has changed since the run began")
-    if folder.recorded("config.json").get("patch") != applied():
-        lines.append("patch: the run was made by this code under another patch, or under none")
-    lines += [f"data: {line}" for line in corpus.grew_from(folder.recorded("config.json", "data")["data"])]
-    if lines:
-        listed = "\n  ".join(lines)
-        raise CheckpointError(
-            f"{folder.path} holds another run; use --resume never for a new folder, or give --out:\n  {listed}"
-        )
+    refuse(folder, config, corpus, despite)
     return folder.finished(config.steps)
 
 
-def _code(config: TrainingConfig) -> dict[str, str]:
-    """SHA-256 of the file of every signal that is a user's own."""
-    return {signal.name: file_hash(signal.name) for signal in config.signals if signal.is_code}
+def _free(path: Path, launch: str | None) -> Path:
+    """`path`, or with -2, -3, ... the first that holds no run.
 
-
-def _free(path: Path) -> Path:
-    """`path`, or with -2, -3, ... the first that holds no run."""
-    candidate, n = path, 1
+    launch: torchrun's name for this start, where it has started the command anew; the unfinished run of that name,
+    which is the newest there is, then goes on.
+    """
+    candidate, n, last = path, 1, None
     while RunFolder(candidate).exists():
-        n += 1
+        n, last = n + 1, candidate
         candidate = path.with_name(f"{path.name}-{n}")
+    if launch and last:
+        run = RunFolder(last)
+        if run.recorded("environment.json").get("launch") == launch and not run.finished(run.config().steps):
+            return last
     return candidate
 
 

@@ -10,6 +10,7 @@ import torch
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
+from gptlab.training.gradients import Losses
 from gptlab.training.verdicts import Batch
 
 
@@ -32,3 +33,18 @@ def where_not_finite(model: GPT, batches: Sequence[Batch], world: World, placeme
             return f", first in the output of block {j} (transformer.h.{j - 1})" if j else ", first in the embeddings"
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     return next((f", first in {name}" for name, g in reversed(gradients) if not g.isfinite().all()), "")
+
+
+def in_which_batch(seen: Sequence[tuple[Batch, Losses]], world: World, device: torch.device) -> str:
+    """ ", in sequences a to b of the update", of the first micro-batch on any rank that gave a figure not finite.
+
+    "" where all figures are finite. Sequences are counted from 0. Every rank must call it with its own micro-batches.
+    """
+    found = torch.full((2,), torch.iinfo(torch.int64).max, device=device)
+    for batch, losses in seen:
+        figures = [losses.loss, losses.signal_loss, *(mean for means in losses.by_judge for mean in means.values())]
+        if not torch.stack(figures).isfinite().all():
+            found = torch.tensor([batch.first_sequence, batch.first_sequence + len(batch.tokens) - 1], device=device)
+            break
+    first, last = min(pair.tolist() for pair in world.gather(found))
+    return "" if first == torch.iinfo(torch.int64).max else f", in sequences {first} to {last} of the update"

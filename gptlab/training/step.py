@@ -15,7 +15,7 @@ from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import add_noise
-from gptlab.training.divergence import where_not_finite
+from gptlab.training.divergence import in_which_batch, where_not_finite
 from gptlab.training.gradients import Ledger, Losses, TargetFlip, accumulate, length, needs_parts, voices_of
 from gptlab.training.optimizer import learning_rate_at
 from gptlab.training.state import TrainingState
@@ -74,10 +74,10 @@ def update(
     sums = _Sums(len(voices), config.n_layer, placement.device)
     sums.stop += stop
     summed = Summed(config, model, ledger, apart, sums.all)
-    seen: list[Batch] = []
+    seen: list[tuple[Batch, Losses]] = []
     for batch in batches:
-        seen.append(batch)
         losses = accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger if apart else None)
+        seen.append((batch, losses))
         sums.add(losses, batch.share)
         if ledger and not apart:  # a second pass, so that measuring changes nothing of what is learnt
             accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger)
@@ -102,7 +102,9 @@ def update(
         add_noise(gradients, config.gradient_noise * true, config.seed, step)
     norm = length(list(gradients.values()))
     if not (torch.isfinite(sums.all).all() and isfinite(norm)):
-        raise DivergedError(_what_diverged(step, sums, voices, where_not_finite(model, seen, world, placement)))
+        where = where_not_finite(model, [batch for batch, _ in seen], world, placement)
+        where += in_which_batch(seen, world, placement.device)
+        raise DivergedError(_what_diverged(step, sums, voices, where))
     clipped = bool(config.grad_clip) and norm > config.grad_clip
     if clipped:
         torch._foreach_mul_(list(gradients.values()), config.grad_clip / norm)

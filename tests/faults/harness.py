@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -88,6 +89,12 @@ def children(process: int) -> list[int]:
         return []
 
 
+def rank_of(process: int) -> int:
+    """The rank that torchrun gave to a process."""
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+
+
 def row_count(run: Path) -> int:
     """Whole lines of metrics.jsonl."""
     try:
@@ -111,6 +118,12 @@ class Ended:
     code: int
     out: str
     err: str
+
+    @property
+    def exit_codes(self) -> dict[int, int]:
+        """Rank -> exit code, of the workers that torchrun tells of."""
+        told = re.findall(r"^  rank +: (\d+) .*\n  exitcode +: (-?\d+)", self.err, flags=re.MULTILINE)
+        return {int(rank): int(code) for rank, code in told}
 
     @property
     def ours(self) -> list[str]:
@@ -186,11 +199,13 @@ class Trainer:
         signal_name: str = "confidence",
         limit: int | None = None,
         launcher: Path | None = None,
+        restarts: int = 0,
         **changes: Any,
     ) -> Running:
         """The launcher for that signal, over the tiny run's options and `changes`, in so many processes of torchrun
-        (0: without)."""
+        (0: without), which starts them anew up to `restarts` times."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        torchrun += [f"--max-restarts={restarts}"] * bool(restarts)
         command = [sys.executable, *(torchrun if processes else []), str(launcher or LAUNCHERS[signal_name])]
         log = self.folder / f"{len(self._started)}.log"
         self._started.append(Running([*command, *options(self.corpus, run, **changes)], log, limit))

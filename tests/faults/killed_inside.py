@@ -1,5 +1,7 @@
 """A run killed by its own hand at the k-th thing it does in its folder, then started again: `python killed_inside.py`.
 
+With `--signal SIGTERM` it is asked to stop there instead.
+
 Started by the tests and by benchmarks/faults.py, with the run's options after `--`. Python's audit hook tells of every
 file that is opened, made, renamed or removed just before it happens, so that nothing of gptlab is replaced. A kill in
 the middle of a write comes from the kernel, at a file-size limit. Every trial is a process of its own, forked from
@@ -21,6 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.figure  # noqa: F401 - what a run loads on its way is loaded here, once for all trials
+import torch._dynamo  # noqa: F401
+
+import gptlab.analysis.report.run
 import gptlab.runs.session
 import gptlab.training.loop  # noqa: F401
 from gptlab.cli.main import guarded
@@ -30,8 +36,8 @@ from gptlab.runs import checkpoint
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def kill_at(k: int, run: Path, told: Path) -> None:
-    """Kill this process at the k-th (from 0) change in `run`; `told` says which it was."""
+def kill_at(k: int, run: Path, told: Path, number: signal.Signals) -> None:
+    """Send this process a signal at the k-th (from 0) change in `run`; `told` says which it was."""
     seen = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -44,8 +50,8 @@ def kill_at(k: int, run: Path, told: Path) -> None:
         if seen == k:
             seen += 1  # the next line opens a file too
             told.write_text(f"{event} {Path(path).name}")
-            os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(60)
+            os.kill(os.getpid(), number)
+            time.sleep(60 if number == signal.SIGKILL else 0)
         seen += 1
 
     sys.addaudithook(hook)
@@ -60,9 +66,18 @@ def kill_at_size(limit: int) -> None:
 
 def train_in_child(options: list[str], before: Callable[[], None]) -> int:
     """Train in a fork of this process; its exit code, negative for a signal."""
+    return ended(start_in_child(options, before))
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def start_in_child(options: list[str], before: Callable[[], None]) -> int:
+    """Start to train in a fork of this process; its id."""
     child = os.fork()
     if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
     code = 1
     try:
         before()
@@ -91,15 +106,16 @@ def all_trials(argv: list[str]) -> None:
     parser = ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--at", type=int, nargs="*", help="which changes; without it, every one", default=None)
+    parser.add_argument("--signal", default="SIGKILL")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="file-size limits in bytes")
     ours, options = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     chosen = parser.parse_args(ours)
-    told = chosen.folder / "told"
+    told, number = chosen.folder / "told", signal.Signals[chosen.signal]
     for k in range(10_000) if chosen.at is None else chosen.at:
         run = chosen.folder / f"at_{k}"
-        result = trial(run, options, partial(kill_at, k, run, told), told)
+        result = trial(run, options, partial(kill_at, k, run, told, number), told)
         print(json.dumps({"k": k, **result}), flush=True)
-        if result["died"] == 0:  # the run has no k-th change
+        if not result["where"]:  # the run has no k-th change
             break
     for size in chosen.sizes:
         result = trial(chosen.folder / f"size_{size}", options, partial(kill_at_size, size), told)

@@ -25,6 +25,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "signal": SignalConfig("confidence", control="shuffled", dose=0.3),
         "also": (SignalConfig("brier", control="flipped", flip=0.5),),
     },
+    "muon": {"optimizer": "muon", "learning_rate": 0.01},
+    "deterministic": {"signal": PLACEBO, "deterministic": True, "threads": 1, "batch_size": 2, "dtype": torch.float32},
     "noise": {"signal": PLACEBO, "gradient_noise": 0.5, "target_flip": 0.3, "target_flip_to": "argmax"},
 }
 
@@ -34,7 +36,9 @@ def outcomes(world: World, cut: tuple[int, ...]) -> dict[str, dict[str, torch.Te
     found = {}
     for name, options in RUNS.items():
         run = make_run(**options)
-        said = [run.update(cut, world=world, measure_dose=step == 1) for step in range(3)]
+        unit = run.config.batch_size
+        pieces = (unit,) * (sum(cut) // unit) if run.config.deterministic else cut
+        said = [run.update(pieces, world=world, measure_dose=step == 1) for step in range(3)]
         figures = [[u.loss, u.signal_loss, u.grad_norm, u.dose or 0.0, *u.weights, float(u.clipped)] for u in said]
         found[name] = {**run.weights, "said": torch.tensor(figures, dtype=torch.float64)}
     return found
