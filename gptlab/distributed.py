@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab import errors
-from gptlab.roll_call import absent
+from gptlab.rendezvous import absent, meet
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +46,8 @@ class World:
     """How often torchrun has started the processes anew (`--max-restarts`)."""
     store: str = ""
     """host:port of the store by which the processes find each other."""
+    store_stays: bool = False
+    """Whether that store is torchrun's own, and stays when processes are started anew."""
 
     @staticmethod
     def from_environment() -> World:
@@ -61,6 +63,7 @@ class World:
             hashlib.sha256(launch.encode()).hexdigest()[:16] if launch else "",
             number("TORCHELASTIC_RESTART_COUNT", 0),
             f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}",
+            os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         )
 
     @property
@@ -84,8 +87,15 @@ class World:
         import torch.distributed as dist
 
         cuda = device.type == "cuda"
+        backend, where = "nccl" if cuda else "gloo", device if cuda else None
         with self._others_there():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, device_id=device if cuda else None)
+            if self.store_stays:
+                store = meet(self.store, self.rank, self.size, timeout)
+                dist.init_process_group(
+                    backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout, device_id=where
+                )
+            else:
+                dist.init_process_group(backend, timeout=timeout, device_id=where)
 
     def disconnect(self) -> None:
         if self.size > 1:
@@ -162,7 +172,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            silent = absent(self.store, f"gptlab/lost/{self.attempt}", self.rank, self.size)
+            silent = absent(self.store, self.rank, self.size)
             lost = errors.LostProcessError(_what_is_lost(silent, self.size, error))
             first = self.rank - self.local_rank
             here = [rank for rank in range(first, first + self.local_size) if rank not in (silent or ())]
@@ -183,7 +193,9 @@ class World:
 def _what_is_lost(silent: list[int] | None, size: int, error: RuntimeError) -> str:
     if silent == []:
         said = str(error).partition("\n")[0][:200]
-        return f"the {size} processes of this run are all there but cannot talk to each other: {said}; check the network"
+        return (
+            f"the {size} processes of this run are all there but cannot talk to each other: {said}; check the network"
+        )
     who = f": rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {size}" if silent else ""
     return (
         f"another process of this run has ended or no longer answers{who}; its own message or torchrun's report says "

@@ -1,4 +1,4 @@
-"""One update: micro-batches to a gradient, dose, noise, clipping, the optimizer's step. State goes in and out; nothing is written."""
+"""One update: micro-batches to a gradient, dose, noise, clipping, a step. State goes in and out; nothing is written."""
 
 from __future__ import annotations
 

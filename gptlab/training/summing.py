@@ -29,9 +29,9 @@ def micro_batch(config: TrainingConfig, world: World) -> int:
     if units % world.size:
         fit = [n for n in range(1, units + 1) if units % n == 0]
         raise ConfigError(
-            f"deterministic: an update of {config.sequences} sequences is {units} micro-batches of {unit} (batch_size), "
-            f"which {world.size} processes cannot share; use {', '.join(map(str, fit))} of them, or for a new run "
-            "another --batch_size"
+            f"deterministic: an update of {config.sequences} sequences is {units} micro-batches of {unit} "
+            f"(batch_size), which {world.size} processes cannot share; use "
+            f"{', '.join(map(str, fit))} of them, or for a new run another --batch_size"
         )
     return unit
 

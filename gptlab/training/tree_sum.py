@@ -2,8 +2,8 @@
 
 Floating-point addition depends on its order. Here the terms are an update's units, micro-batches of a fixed number of
 sequences, and their sum is a binary tree over the units' places in the update: unit 2k with 2k+1, pairs with pairs, and
-so on. A process holds a run of consecutive units and adds those subtrees that are whole within it; the roots of these go
-to every process, which adds the rest in the same tree.
+so on. A process holds a run of consecutive units and adds those subtrees that are whole within it; the roots of these
+go to every process, which adds the rest in the same tree.
 """
 
 from __future__ import annotations

@@ -119,6 +119,7 @@ def test_a_run_killed_before_its_summary_writes_the_same_one(run: Path, tiny: Wo
         assert found[key] == expected[key], key
 
 
+@pytest.mark.fault(number=17)
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
@@ -143,6 +144,7 @@ def test_intervals_and_threads_may_change(run: Path, tiny: Words) -> None:
     assert main(tiny(run, signal_name="confidence", **changes)) == 0
 
 
+@pytest.mark.fault(number=17)
 def test_another_corpus_is_refused(run: Path, tiny: Words, tmp_path: Path, capsys: Capture) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -151,6 +153,41 @@ def test_another_corpus_is_refused(run: Path, tiny: Words, tmp_path: Path, capsy
         write_shard(other / f"{split}_000000.bin", np.arange(2000, dtype=np.uint16) % 200)
     assert main(tiny(run, signal_name="confidence", data=other)) == 3
     assert "data: train shard 0: recorded SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.fault(number=17)
+def test_despite_goes_on_and_is_recorded(
+    run: Path, tiny: Words, tiny_corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Another learning rate and other data first, and the learning rate again; all of it stays in config.json."""
+    other = Path(shutil.copytree(tiny_corpus, tmp_path / "other"))
+    write_shard(other / "train_000000.bin", np.arange(4000, dtype=np.uint16) % 200)
+    changes = {"signal_name": "confidence", "learning_rate": 0.5, "data": other, "steps": 8, "checkpoint_every": 100}
+    assert main(tiny(run, **changes)) == 3
+    refused = [line.strip() for line in capsys.readouterr().err.splitlines() if line.startswith("  ")]
+    assert len(refused) == 3
+    assert main([*tiny(run, **changes), "--despite"]) == 0
+    err = capsys.readouterr().err
+    assert all("".join(line.split()) in "".join(err.split()) for line in refused)
+    config = json.loads((run / "config.json").read_text())
+    assert config["despite"] == [{"step": 6, "differences": refused}]
+    assert config["options"]["learning_rate"] == 0.5
+    told = [row for row in rows(run) if row.get("event") == "despite"]
+    assert told == [{"step": 6, "kind": "event", "event": "despite", "differences": refused}]
+    assert main(tiny(run, **changes)) == 0, "what was recorded is no difference any more"
+    changes |= {"learning_rate": 0.25, "steps": 9}
+    assert main([*tiny(run, **changes), "--despite"]) == 0
+    history = json.loads((run / "config.json").read_text())["despite"]
+    assert [(entry["step"], len(entry["differences"])) for entry in history] == [(6, 3), (8, 1)]
+
+
+@pytest.mark.fault(number=17)
+@pytest.mark.parametrize("change", [{"n_layer": 3}, {"block_size": 8}, {"optimizer": "muon"}])
+def test_despite_cannot_make_a_checkpoint_fit(change: dict[str, Any], run: Path, tiny: Words, capsys: Capture) -> None:
+    before = checkpoint.digest(newest(run)), (run / "config.json").read_bytes()
+    assert main([*tiny(run, signal_name="confidence", steps=8, **change), "--despite"]) == 3
+    assert f"does not fit another {next(iter(change))}; " in capsys.readouterr().err
+    assert (checkpoint.digest(newest(run)), (run / "config.json").read_bytes()) == before
 
 
 def test_resume_never_takes_a_new_folder(run: Path, tiny: Words) -> None:

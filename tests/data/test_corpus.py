@@ -115,6 +115,7 @@ def test_a_damaged_manifest_is_named(prepared: Corpus, change, message: str) -> 
     assert str(prepared.folder) in str(caught.value)
 
 
+@pytest.mark.fault(number=6)
 def test_a_shard_of_another_size_is_found_on_opening(prepared: Corpus) -> None:
     shard = prepared.folder / prepared.train[1].name
     shard.write_bytes(shard.read_bytes() + b"\0\0")
@@ -122,6 +123,7 @@ def test_a_shard_of_another_size_is_found_on_opening(prepared: Corpus) -> None:
         open_corpus(prepared.folder)
 
 
+@pytest.mark.fault(number=5)
 def test_a_flipped_bit_is_found_on_reading(prepared: Corpus) -> None:
     shard = prepared.folder / prepared.train[1].name
     content = bytearray(shard.read_bytes())
@@ -131,6 +133,28 @@ def test_a_flipped_bit_is_found_on_reading(prepared: Corpus) -> None:
     assert len(corpus.read("train", 0)) == 2000
     with pytest.raises(DataError, match=r"train_000001\.bin is damaged: expected SHA-256"):
         corpus.read("train", 1)
+
+
+@pytest.mark.fault(number=6)
+def test_swapped_shards_are_named(prepared: Corpus) -> None:
+    """Of one size, so that only checksums tell them apart."""
+    first, second = (prepared.folder / shard.name for shard in prepared.train[:2])
+    assert first.stat().st_size == second.stat().st_size
+    aside = first.rename(first.with_suffix(".aside"))
+    second.rename(first)
+    aside.rename(second)
+    corpus = open_corpus(prepared.folder)
+    for number, shard in enumerate((first, second)):
+        with pytest.raises(DataError, match=rf"{shard.name} is damaged: expected SHA-256"):
+            corpus.read("train", number)
+
+
+@pytest.mark.fault(number=6)
+def test_a_shard_that_is_missing_is_named(prepared: Corpus) -> None:
+    shard = prepared.folder / prepared.train[1].name
+    shard.unlink()
+    with pytest.raises(DataError, match=shard.name):
+        open_corpus(prepared.folder)
 
 
 def test_a_shard_is_verified_once(prepared: Corpus) -> None:

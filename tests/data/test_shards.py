@@ -57,6 +57,7 @@ def test_a_part_of_a_larger_array_is_written(tmp_path: Path) -> None:
     assert open_shard(tmp_path / "train_000000.bin").tolist() == [10, 13, 16, 19]
 
 
+@pytest.mark.fault(number=6)
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -102,6 +103,7 @@ def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path, name: str, conte
         open_shard(path, hashlib.sha256(content).hexdigest())
 
 
+@pytest.mark.fault(number=6)
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read shard .*gone_000000\.bin: No such file"):
         open_shard(tmp_path / "gone_000000.bin")

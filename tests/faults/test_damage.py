@@ -25,6 +25,7 @@ def newest_of(run: Path) -> Path:
     return checkpoint.complete(run / "checkpoints")[0]
 
 
+@pytest.mark.fault(number=5)
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_byte_is_named_by_verify(
     name: str, killed: Callable[[], Path], capsys: pytest.CaptureFixture[str]
@@ -42,6 +43,7 @@ def test_a_flipped_byte_is_named_by_verify(
     assert str(file) in capsys.readouterr().err
 
 
+@pytest.mark.fault(number=5)
 def test_every_byte_of_a_manifest_counts(killed: Callable[[], Path]) -> None:
     """Whatever it becomes: another letter, white space for white space, a carriage return, no UTF-8."""
     folder = newest_of(killed())
@@ -54,6 +56,7 @@ def test_every_byte_of_a_manifest_counts(killed: Callable[[], Path]) -> None:
             assert [p.file for p in checkpoint.verify(folder)] == [str(file)], (at, other)
 
 
+@pytest.mark.fault(number=5)
 @pytest.mark.parametrize("name", [checkpoint.MOMENTS, checkpoint.MANIFEST])
 def test_training_falls_back_and_says_so(
     name: str, trainer: Trainer, killed: Callable[[], Path], uninterrupted: Path
@@ -70,6 +73,7 @@ def test_training_falls_back_and_says_so(
     assert outcome(run) == outcome(uninterrupted)
 
 
+@pytest.mark.fault(number=5)
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(trainer: Trainer, killed: Callable[[], Path]) -> None:
     run = killed()
     saved = checkpoint.complete(run / "checkpoints")

@@ -37,6 +37,7 @@ def check(ended: Ended, run: Path, named: str) -> None:
     assert all(row["kind"] for row in rows(run))  # every whole line is a row
 
 
+@pytest.mark.fault(number=4)
 def test_a_save_beyond_a_file_size_limit(trainer: Trainer, killed: Callable[[], Path], uninterrupted: Path) -> None:
     """Weights fit under 200 kB, moments do not."""
     run = killed()
@@ -49,6 +50,7 @@ def test_a_save_beyond_a_file_size_limit(trainer: Trainer, killed: Callable[[], 
     assert outcome(run) == outcome(uninterrupted)
 
 
+@pytest.mark.fault(number=4)
 def test_metrics_beyond_a_file_size_limit(trainer: Trainer, killed: Callable[[], Path], uninterrupted: Path) -> None:
     """Between two checkpoints, so that only rows are written."""
     run = killed()
@@ -67,6 +69,7 @@ def may_mount() -> bool:
     )
 
 
+@pytest.mark.fault(number=4)
 @pytest.mark.skipif(not may_mount(), reason="needs leave to mount a tmpfs (unshare -rm)")
 @pytest.mark.parametrize(("room", "named"), [(400_000, "could not save"), (0, "metrics.jsonl")])
 def test_a_disk_that_is_full(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from harness import Trainer, rows
 
 from gptlab.runs import checkpoint
@@ -31,6 +33,16 @@ if os.environ["RANK"] == "1":
     torch.nn.modules.module.register_module_forward_hook(spoil)
 sys.exit(guarded(functools.partial(main, defaults={"signal.name": "confidence"}), sys.argv[1:]))
 '''
+
+
+SPOILT = """
+calls = 0
+
+def nan(logits, targets):
+    global calls
+    calls += 1
+    return logits[:, 0] * (float('nan') if calls == 3 else 1.0)
+"""
 
 
 def test_an_infinite_weight_to_start_from(trainer: Trainer, killed: Callable[[], Path], tmp_path: Path) -> None:
@@ -68,12 +80,14 @@ def test_too_large_a_learning_rate(trainer: Trainer, tmp_path: Path) -> None:
     assert all(w.isfinite().all() for w in saved.weights.values())
 
 
+@pytest.mark.fault(number=9)
 def test_on_one_rank_only_all_stop(trainer: Trainer, tmp_path: Path) -> None:
     run, launcher = tmp_path / "run", tmp_path / "spoilt.py"
     launcher.write_text(ON_ONE_RANK)
     ended = trainer.train(run, processes=2, launcher=launcher)
     assert ended.code != 0
     (line,) = ended.ours
+    assert "in sequences 4 to 7 of the update" in line, "the second rank's"
     step = rows(run)[-1]["step"]
     assert f"diverged at step {step}" in line
     assert "first in the output of block 1 (transformer.h.0)" in line, "though the rank that speaks has it not"
@@ -87,14 +101,20 @@ def test_on_one_rank_only_all_stop(trainer: Trainer, tmp_path: Path) -> None:
     assert all(w.isfinite().all() for w in saved.weights.values())
 
 
-def test_a_signal_that_gives_nan(trainer: Trainer, tmp_path: Path) -> None:
-    """The signal and its judge are named, not the true loss, which is well."""
+@pytest.mark.fault(number=10)
+def test_a_signal_that_gives_nan(trainer: Trainer, tmp_path: Path, choose: random.Random) -> None:
+    """The signal, its judge, the step and the batch are named, not the true loss, which is well.
+
+    Not finite is what judge 1 says, its only one, of the fifth sequence on.
+    """
     run, signal = tmp_path / "run", tmp_path / "spoilt.py"
-    signal.write_text("def nan(logits, targets):\n    return logits[:, 0] * float('nan')\n")
-    changes = {"signal.name": f"{signal}:nan", "signal.start": 3, "allow_code": None}
+    signal.write_text(SPOILT)
+    start = choose.randrange(1, 6)
+    changes = {"signal.name": f"{signal}:nan", "signal.start": start, "allow_code": None, "batch_size": 2}
     ended = trainer.train(run, **changes)
     assert ended.code == 4, ended.err
     (line,) = ended.ours
-    assert "diverged at step 3" in line
+    assert f"diverged at step {start}" in line
     assert f"the signal {signal}:nan of judge 1 (block 1) is not finite" in line
-    assert [row["kind"] for row in rows(run)] == ["train"] * 3 + ["event"]
+    assert "in sequences 4 to 5 of the update; the weights were not changed" in line
+    assert [row["kind"] for row in rows(run)] == ["train"] * start + ["event"]

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import ROOT, Trainer, kill, make_corpus, options, outcome, rows, settle
 
 from gptlab.data.batches import TrainingWindows
 from gptlab.data.corpus import open_corpus
+from gptlab.runs.folder import newest
 
 STEPS = 24  # over three epochs; with the rows of validation and samples 28 rows
 
@@ -33,6 +35,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
     return {processes: folder / str(processes) for processes in (1, 2)}
 
 
+@pytest.mark.fault(number=2)
 @pytest.mark.parametrize(("processes", "victim"), [(1, "worker"), (1, "torchrun"), (2, "worker"), (2, "both")])
 def test_killed_at_a_random_moment_and_identical(
     processes: int, victim: str, trainer: Trainer, whole: dict[int, Path], tmp_path: Path
@@ -50,6 +53,46 @@ def test_killed_at_a_random_moment_and_identical(
     assert outcome(run) == outcome(whole[processes])
 
 
+@pytest.mark.fault(number=12)
+def test_with_restarts_it_goes_on_by_itself(
+    trainer: Trainer, whole: dict[int, Path], tmp_path: Path, choose: random.Random
+) -> None:
+    """`--resume never` too: what torchrun starts anew is the run that it has begun, not another."""
+    run = tmp_path / "run"
+    running = trainer.start(run, processes=2, steps=STEPS, restarts=1, resume="never")
+    running.wait_for_rows(run, choose.randrange(1, 22))
+    time.sleep(choose.uniform(0, 0.05))
+    kill(running, "worker", choose)
+    ended = running.end()
+    assert ended.code == 0, ended.err
+    assert outcome(run) == outcome(whole[2])
+    assert [path.name for path in tmp_path.glob("run*")] == ["run"]
+
+
+@pytest.mark.fault(number=7)
+def test_torchrun_passes_a_stop_on(
+    trainer: Trainer, whole: dict[int, Path], tmp_path: Path, choose: random.Random
+) -> None:
+    """Both ranks stop after the same update and one of them speaks; torchrun's own exit code is 1 or the signal's."""
+    run = tmp_path / "run"
+    running = trainer.start(run, processes=2, steps=STEPS)
+    running.wait_for_rows(run, choose.randrange(2, 12))
+    asked = time.monotonic()
+    running.send(signal.SIGTERM)
+    ended = running.end()
+    assert time.monotonic() - asked < 30
+    assert ended.code != 0
+    (line,) = ended.ours
+    assert "with a checkpoint saved" in line
+    last = rows(run)[-1]
+    assert last["event"] == "Stopped"
+    assert newest(run).name == f"step_{last['step']:08d}"
+    assert not running.workers()
+    ended = trainer.train(run, processes=2, steps=STEPS)
+    assert ended.code == 0, ended.err
+    assert outcome(run) == outcome(whole[2])
+
+
 def test_the_rank_that_is_left_says_that_it_lost_one(trainer: Trainer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = trainer.start(run, processes=2, steps=4000)
@@ -58,11 +101,12 @@ def test_the_rank_that_is_left_says_that_it_lost_one(trainer: Trainer, tmp_path:
     ended = running.end()
     assert ended.code != 0
     (line,) = ended.ours
-    assert "another process of this run has ended" in line
+    assert "another process of this run has ended or no longer answers: rank " in line
     assert "gptlab/training/step.py" not in ended.err, "a traceback of ours"
     assert rows(run)[-1]["event"] == "LostProcessError"
 
 
+@pytest.mark.fault(number=15)
 def test_a_checkpoint_at_an_epochs_very_end(tmp_path: Path) -> None:
     """64 windows are eight updates of eight: checkpoints 8 and 16 lie between two epochs."""
     corpus = make_corpus(tmp_path / "corpus", train=64 * 32 + 1)
@@ -87,22 +131,28 @@ def test_a_checkpoint_at_an_epochs_very_end(tmp_path: Path) -> None:
     assert windows.cursor(8, 8)["epoch"] == 1
 
 
+def inside(corpus: Path, tmp_path: Path, number: str, moments: list[int], *sizes: str) -> list[dict[str, Any]]:
+    """Trials of killed_inside.py over six steps of three saves; the last but for sizes is the uninterrupted run."""
+    how = options(corpus, tmp_path / "whole", steps=6, checkpoint_every=2, eval_every=6, sample_every=0)
+    where = how.index("--out")
+    del how[where : where + 2]
+    driver = Path(__file__).with_name("killed_inside.py")
+    command = [sys.executable, str(driver), "--folder", str(tmp_path), "--signal", number, "--at"]
+    command += [*map(str, [*moments, 10_000]), "--sizes", *sizes, "--", *how]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.fault(number=3)
 def test_killed_within_every_phase_of_a_save(corpus: Path, tmp_path: Path) -> None:
     """Every file that is opened, renamed or removed in the third save, and the middle of a write of either tensor file.
 
     The last moments of a save are those in which an older checkpoint goes; benchmarks/faults.py tries all 65 moments.
     """
-    how = options(corpus, tmp_path / "whole", steps=6, checkpoint_every=2, eval_every=6, sample_every=0)
-    where = how.index("--out")
-    del how[where : where + 2]
-    driver = Path(__file__).with_name("killed_inside.py")
     moments = [4, 31, 46, 48, 54, 57, 58, 61, 64]
-    command = [sys.executable, str(driver), "--folder", str(tmp_path), "--at", *map(str, [*moments, 10_000])]
-    done = subprocess.run(
-        [*command, "--sizes", "50000", "200000", "--", *how], cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    *trials, none, in_weights, in_moments = map(json.loads, done.stdout.splitlines())
+    trials = inside(corpus, tmp_path, "SIGKILL", moments, "50000", "200000")
+    *trials, none, in_weights, in_moments = trials
     assert (none["died"], none["ended"]) == (0, 0), "no moment 10,000: the uninterrupted run"
     assert len(trials) == len(moments)
     for trial in (*trials, in_weights, in_moments):
@@ -118,3 +168,16 @@ def test_killed_within_every_phase_of_a_save(corpus: Path, tmp_path: Path) -> No
         "os.rmdir .removing_step_00000002",
     ):
         assert phase in phases, f"{phase} is not among {sorted(phases)}: choose the moments anew"
+
+
+@pytest.mark.fault(number=8)
+def test_asked_to_stop_at_the_start_and_in_a_save(corpus: Path, tmp_path: Path, choose: random.Random) -> None:
+    """While the folder is set up nobody listens yet and the process ends; the first two saves are finished first."""
+    *trials, none = inside(corpus, tmp_path, "SIGTERM", [choose.randrange(14), *choose.sample(range(14, 42), 3)])
+    assert (none["died"], none["ended"]) == (0, 0)
+    begun, *saving = trials
+    assert begun["died"] == -signal.SIGTERM
+    assert [trial["died"] for trial in saving] == [75] * 3, trials
+    for trial in trials:
+        assert (trial["ended"], trial["damaged"], trial["debris"]) == (0, [], []), trial
+        assert outcome(Path(trial["run"])) == outcome(Path(none["run"])), trial

@@ -13,6 +13,7 @@ from gptlab.errors import CheckpointError
 from gptlab.runs.folder import RunFolder
 
 
+@pytest.mark.fault(number=16)
 def test_a_second_writer_is_refused_until_the_first_is_gone(trainer: Trainer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = trainer.start(run, processes=2, steps=4000)
@@ -33,6 +34,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone(trainer: Trainer, tm
     folder.close()
 
 
+@pytest.mark.fault(number=16)
 def test_a_writer_waits_for_one_that_is_about_to_end(trainer: Trainer, tmp_path: Path) -> None:
     """The second start of a run that is being stopped goes on with it, rather than fail."""
     run = tmp_path / "run"

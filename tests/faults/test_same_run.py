@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,14 @@ def test_the_same_sequences_in_the_same_order_for_any_ranks(size: int, corpus: P
         assert torch.equal(alone, windows.rows(step * 16, 16)[0])
 
 
-def test_other_intervals_leave_the_trajectory_alone(trainer: Trainer, uninterrupted: Path, tmp_path: Path) -> None:
+@pytest.mark.fault(number=14)
+def test_other_intervals_leave_the_trajectory_alone(
+    trainer: Trainer, uninterrupted: Path, tmp_path: Path, choose: random.Random
+) -> None:
     run = tmp_path / "run"
-    ended = trainer.train(run, log_every=1, eval_every=3, checkpoint_every=9, sample_every=0, noise_every=0)
+    every = {name: choose.randrange(least, 12) for name, least in (("log", 0), ("checkpoint", 1), ("sample", 0))}
+    intervals = {f"{name}_every": value for name, value in every.items()}
+    ended = trainer.train(run, **intervals, eval_every=choose.choice((1, 2, 3, 4)), noise_every=0)
     assert ended.code == 0, ended.err
     assert outcome(run)[0] == outcome(uninterrupted)[0]
     assert of_kind(run, "train") == of_kind(uninterrupted, "train")
@@ -62,6 +68,7 @@ def test_other_intervals_leave_the_trajectory_alone(trainer: Trainer, uninterrup
     assert all(mine[row["step"]] == row for row in shared)
 
 
+@pytest.mark.fault(number=14)
 def test_measuring_the_dose_leaves_the_trajectory_alone(trainer: Trainer, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     ended = trainer.train(run, dose_every=0, sample_every=0)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 from pathlib import Path
 
+import pytest
 from harness import Trainer, make_corpus, outcome, rows
 
+from gptlab.runs import checkpoint
+from gptlab.runs.folder import newest
 
-def test_stopped_twice_and_identical(trainer: Trainer, uninterrupted: Path, tmp_path: Path) -> None:
+
+@pytest.mark.fault(number=1)
+def test_stopped_twice_and_identical(
+    trainer: Trainer, uninterrupted: Path, tmp_path: Path, choose: random.Random
+) -> None:
     run = tmp_path / "run"
-    for number, at in ((signal.SIGTERM, 11), (signal.SIGINT, 24)):
+    for number, at in ((signal.SIGTERM, choose.randrange(1, 16)), (signal.SIGINT, choose.randrange(20, 32))):
         running = trainer.start(run)
         running.wait_for_rows(run, at)
         running.send(number)
@@ -30,6 +38,7 @@ def test_stopped_twice_and_identical(trainer: Trainer, uninterrupted: Path, tmp_
     assert outcome(run) == outcome(uninterrupted)
 
 
+@pytest.mark.fault(number=8)
 def test_stopped_while_validating(tmp_path: Path) -> None:
     """A validation that takes seconds is not waited for; it is made anew."""
     trainer = Trainer(make_corpus(tmp_path / "corpus", val=300_000), tmp_path)
@@ -66,15 +75,35 @@ def test_a_second_signal_ends_at_once(trainer: Trainer, tmp_path: Path) -> None:
     assert not (run / "checkpoints").exists()
 
 
-def test_torchrun_passes_a_stop_on(trainer: Trainer, tmp_path: Path) -> None:
-    """Both ranks stop after the same update and one of them speaks; torchrun's own exit code is 1 or the signal's."""
-    run = tmp_path / "run"
-    running = trainer.start(run, processes=2, steps=400)
-    running.wait_for_rows(run, 5)
+SLOW_COMPILER = '''
+"""The launcher, with torch.compile's own front and a compiler behind it that takes its time and changes nothing."""
+import functools, sys, time
+from pathlib import Path
+import torch
+from gptlab.cli.main import guarded
+from gptlab.cli.train import main
+
+def slow(graph, inputs):
+    print("compiling", file=sys.stderr, flush=True)
+    time.sleep(1.0)
+    return graph.forward
+
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=slow)
+sys.exit(guarded(functools.partial(main, defaults={"signal.name": "confidence"}), sys.argv[1:]))
+'''
+
+
+@pytest.mark.fault(number=8)
+def test_stopped_while_compiling(trainer: Trainer, tmp_path: Path, choose: random.Random) -> None:
+    """The compiler is not cut off; the first update is made, and saved."""
+    run, launcher = tmp_path / "run", tmp_path / "slow_compiler.py"
+    launcher.write_text(SLOW_COMPILER)
+    running = trainer.start(run, launcher=launcher, compile="on", steps=400)
+    running.wait_for_words("compiling")
+    time.sleep(choose.uniform(0, 0.9))
     running.send(signal.SIGTERM)
     ended = running.end()
-    assert ended.code != 0
-    (line,) = ended.ours
-    assert "with a checkpoint saved" in line
-    assert rows(run)[-1]["event"] == "Stopped"
-    assert not running.workers()
+    assert ended.code == 75, ended.err
+    assert "compiled: as asked" in ended.err
+    assert [(row["step"], row["kind"]) for row in rows(run)] == [(1, "train"), (1, "event")]
+    assert checkpoint.verify(newest(run)) == []

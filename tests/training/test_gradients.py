@@ -211,6 +211,7 @@ def test_sampled_positions_average_to_all_of_them(monkeypatch: pytest.MonkeyPatc
     assert furthest(drawn[0], everyone) > 1e-3
 
 
+@pytest.mark.fault(number=20)
 @pytest.mark.parametrize("share_blocks", [False, True], ids=["distinct", "shared"])
 @pytest.mark.parametrize("name", sorted(SIGNALS))
 def test_at_weight_zero_a_signal_is_bit_identical_to_none(name: str, share_blocks: bool) -> None:

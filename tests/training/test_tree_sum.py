@@ -63,7 +63,9 @@ def test_any_number_of_ranks_gives_the_bits_of_the_recursion(count: int) -> None
 def test_units_are_as_large_for_any_ranks_and_what_cannot_be_shared_is_refused() -> None:
     config = TrainingConfig(block_size=32, total_batch_tokens=32 * 12, batch_size=5, deterministic=True, threads=1)
     assert [micro_batch(config, World(0, ranks)) for ranks in (1, 3)] == [4, 4]
-    with pytest.raises(ConfigError, match=r"12 sequences is 3 micro-batches of 4 .* 2 processes cannot share; use 1, 3"):
+    with pytest.raises(
+        ConfigError, match=r"12 sequences is 3 micro-batches of 4 .* 2 processes cannot share; use 1, 3"
+    ):
         micro_batch(config, World(0, 2))
     with pytest.raises(ConfigError, match="deterministic needs a fixed number of threads"):
         TrainingConfig(deterministic=True)

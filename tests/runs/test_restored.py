@@ -1,0 +1,59 @@
+"""What a checkpoint gives back, before the first step and after it: every weight and every moment, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptlab.cli.main import main
+from gptlab.model import GPT, GPTConfig
+from gptlab.runs import checkpoint
+from gptlab.runs.folder import RunFolder, newest
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.state import TrainingState
+
+KEPT = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "muon": {"exp_avg", "exp_avg_sq", "step", "momentum_buffer"}}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Names, dtypes and bits."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.fault(number=18)
+@pytest.mark.parametrize(("optimizer", "share_blocks"), [("adamw", False), ("muon", False), ("muon", True)])
+def test_weights_and_moments_are_the_ones_that_were_saved(
+    optimizer: str, share_blocks: bool, tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "optimizer": optimizer,
+        "share_blocks": share_blocks,
+        "schedule": "constant",
+        "threads": 1,
+    }
+    changes |= {"signal_name": "confidence", "checkpoint_every": 100, "eval_every": 0}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(tiny(whole, **changes)) == main(tiny(stopped, **changes, steps=3)) == 0
+
+    saved, config = checkpoint.load(newest(stopped)), RunFolder(stopped).config()
+    model = GPT(GPTConfig(16, 256, 2, 2, 32, share_blocks=share_blocks), seed=99)
+    state = TrainingState(model, build_optimizer(model, config))
+    for p in model.parameters():  # a state that has moved on already
+        p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    state.restore(saved.weights, saved.moments, saved.state["scalars"])
+    weights, moments = state.tensors()
+    assert same(weights, saved.weights)
+    assert same(moments, saved.moments)
+    assert {name.partition(".")[0] for name in moments} == KEPT[optimizer]
+    assert model.lm_head.weight is model.wte.weight, "tied"
+    assert "lm_head.weight" not in weights
+    assert state.step == 3
+
+    assert main(tiny(stopped, **changes)) == 0
+    assert checkpoint.digest(newest(stopped)) == checkpoint.digest(newest(whole))
