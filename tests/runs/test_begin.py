@@ -110,3 +110,21 @@ def test_must_refuses_a_run_without_a_checkpoint(run: Path, corpus: Corpus) -> N
     folder.close()
     assert beginning.checkpoint is None
     assert list(folder.rows()) == []
+
+
+@pytest.mark.parametrize(
+    ("launch", "attempt", "finished", "name"),
+    [("a", 1, False, "run"), ("a", 1, True, "run-2"), ("b", 1, False, "run-2"), ("a", 0, False, "run-2")],
+    ids=["started anew", "finished", "another start", "first attempt"],
+)
+def test_never_goes_on_only_with_what_this_start_of_torchrun_began(
+    launch: str, attempt: int, finished: bool, name: str, run: Path, corpus: Corpus
+) -> None:
+    (run / "environment.json").write_text('{"launch": "a"}')
+    if not finished:
+        without_summary(run)
+    config = replace(config_of(run), resume="never")
+    folder, beginning = begin(config, corpus, {"launch": launch}, attempt=attempt)
+    folder.close()
+    assert Path(beginning.folder).name == name
+    assert (beginning.checkpoint is not None) == (name == "run")
