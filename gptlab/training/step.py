@@ -105,23 +105,31 @@ def update(
         where = where_not_finite(model, [batch for batch, _ in seen], world, placement)
         where += in_which_batch(seen, world, placement.device)
         raise DivergedError(_what_diverged(step, sums, voices, where))
-    clipped = bool(config.grad_clip) and norm > config.grad_clip
-    if clipped:
-        torch._foreach_mul_(list(gradients.values()), config.grad_clip / norm)
-    learning_rate = learning_rate_at(step, config)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
-    state.optimizer.step()
-    if model.workspace:
-        model.workspace.refresh()
-    state.step += 1
-    state.clipped += clipped
+    learning_rate, clipped = _take_step(state, config, list(gradients.values()), norm)
     by_judge = _by_judge(config, voices, sums)
     stopped = bool(sums.stop)
     loss, signal_loss = float(sums.loss), float(sums.signal)
     weights = of_all(config, voices, weights, 0.0)
     doses = None if doses is None else of_all(config, voices, doses, 0.0)
     return Update(loss, signal_loss, norm, learning_rate, clipped, stopped, by_judge, weights, dose, doses)
+
+
+def _take_step(
+    state: TrainingState, config: TrainingConfig, gradients: list[torch.Tensor], norm: float
+) -> tuple[float, bool]:
+    """Clip gradients of this length, and let the optimizer change the weights; (learning rate, whether clipped)."""
+    clipped = bool(config.grad_clip) and norm > config.grad_clip
+    if clipped:
+        torch._foreach_mul_(gradients, config.grad_clip / norm)
+    learning_rate = learning_rate_at(state.step, config)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.optimizer.step()
+    if state.model.workspace:
+        state.model.workspace.refresh()
+    state.step += 1
+    state.clipped += clipped
+    return learning_rate, clipped
 
 
 def micro_batches(
