@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     **dict.fromkeys(("errors", "lazy", "randomness", "options", "device", "distributed", "rendezvous"), 0),
     "data": 1, "model": 2, "signals": 3, "training": 4, "runs": 5,
-    "analysis": 6, "interpret": 6, "evals": 6, "benchmark": 6, "cli": 7, "__main__": 8,
+    "analysis": 6, "interpret": 6, "evals": 6, "benchmark": 6, "page": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 SIDE_BY_SIDE = {"analysis", "interpret", "evals", "benchmark"}
 """Rooms of one floor that know nothing of each other."""
@@ -77,7 +77,7 @@ def test_the_reader_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
 def test_heavy_packages_of_extras_are_imported_where_they_are_used(path: Path) -> None:
     """Packages of extras may be missing: no file needs them to be imported itself."""
     extras = {"datasets", "transformers", "pyarrow", "matplotlib", "jinja2", "lm_eval"}
-    extras |= {"submitit", "tensorboard", "wandb", "trackio"}
+    extras |= {"submitit", "tensorboard", "wandb", "trackio", "starlette", "uvicorn"}
     assert not [module for module, _, at_once in imports(path) if at_once and module.split(".")[0] in extras]
 
 
@@ -105,6 +105,8 @@ WITHOUT_TORCH = [
     (["runs", "log"], 0),
     (["runs", "/nowhere"], 2),
     (["completion", "bash"], 0),
+    (["page", "--help"], 0),
+    (["page", "--port", "70000"], 2),
     (["noise", "--help"], 0),
     (["noise", "run", "--groups", "31"], 2),
     (["noise", "run", "--signals", "placebo:confidense"], 2),

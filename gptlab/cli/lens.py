@@ -86,24 +86,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _look(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
-    from gptlab.interpret.lens import as_json, look, summary
+    from gptlab.interpret.lens import readings
 
-    tokenizer = opened.tokenizer
-    tokens = tokenizer.encode(options.prompt).tolist() or [tokenizer.document_start]
     tuned = _tuned(opened, options.checkpoint)
-    found = {}
-    for name, reader in (("raw", None), ("tuned", tuned)):
-        if name == "tuned" and tuned is None:
-            continue
-        lens = look(
-            opened.model,
-            tokens,
-            top=options.top,
-            reader=reader,
-            vocab_size=_vocabulary(opened),
-            autocast=opened.placement.autocast,
-        )
-        found[name] = {"blocks": summary(lens), "positions": as_json(lens, tokenizer)}
+    readers = {"raw": None} if tuned is None else {"raw": None, "tuned": tuned}
+    model, cast = opened.model, opened.placement.autocast
+    found = readings(model, opened.tokenizer, options.prompt, readers, top=options.top, autocast=cast)
     return {"prompt": options.prompt, "readers": found}
 
 

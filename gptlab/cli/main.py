@@ -28,6 +28,7 @@ COMMANDS = {
     "export": "write a model as a Hugging Face GPT-2 folder or for llm.c",
     "import": "read a model of Hugging Face, nanoGPT, build-nanogpt or llm.c",
     "bench": "measure training speed against the matmul limit and peers",
+    "page": "runs, live curves, comparisons and the lens in a browser",
     "runs": "list runs with their figures and differences, or move some to the trash",
     "completion": "print a completion script for bash or zsh",
     "doctor": "what this machine has, and what a run would use and why",

@@ -22,15 +22,18 @@ class Opened:
     config: TrainingConfig | None
 
 
-def open_model(source: str, device: str, dtype: str) -> Opened:
-    """Open `source`; raises CheckpointError where there is no model, ConfigError for a device that is not there."""
+def open_model(source: str, device: str, dtype: str, threads: int = 0) -> Opened:
+    """Open `source`, to compute on `threads` threads, 0 for all cores.
+
+    Raises CheckpointError where there is no model, ConfigError for a device that is not there.
+    """
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.device import Machine, decide
     from gptlab.runs.initial import any_model
 
     model, config = any_model(source)
     foreign = "bytes" if model.config.vocab_size <= 256 else "gpt2"
-    placement = decide(Machine.probe(), device=device, dtype=dtype, n_embd=model.config.n_embd)
+    placement = decide(Machine.probe(), device=device, dtype=dtype, threads=threads, n_embd=model.config.n_embd)
     placement.apply()
     model.to(placement.device).eval()
     return Opened(model, get_tokenizer(config.tokenizer if config else foreign), placement, config)

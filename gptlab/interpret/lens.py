@@ -6,7 +6,7 @@ signals/tuned_reader.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,29 @@ def _read(
         parts.append((best, probability, -(log_p.exp() * log_p).sum(1)))
     best, probability, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
     return best, probability, entropy
+
+
+def readings(
+    model: GPT,
+    tokenizer: Tokenizer,
+    text: str,
+    readers: Mapping[str, TunedReader | None],
+    *,
+    top: int = 5,
+    autocast: torch.dtype | None = None,
+) -> dict[str, dict[str, Any]]:
+    """{name: {"blocks": `summary`, "positions": `as_json`}} of a text through each of `readers` (None reads raw).
+
+    An empty text is the start of a document. Raises DataError for text that the tokenizer cannot hold, ConfigError for
+    more than block_size tokens.
+    """
+    tokens = tokenizer.encode(text).tolist() or [tokenizer.document_start]
+    known = min(tokenizer.vocab_size, model.config.vocab_size)
+    found = {}
+    for name, reader in readers.items():
+        lens = look(model, tokens, top=top, reader=reader, vocab_size=known, autocast=autocast)
+        found[name] = {"blocks": summary(lens), "positions": as_json(lens, tokenizer)}
+    return found
 
 
 def as_json(lens: Lens, tokenizer: Tokenizer) -> list[dict[str, Any]]:

@@ -49,19 +49,23 @@ def write_forest(result: Mapping[str, Any], path: str | Path) -> Path:
 
 def page(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories) -> str:
     """The report as HTML; the same bytes for the same runs."""
+    return render("comparison.html", **content(outcomes, result, histories))
+
+
+def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories) -> dict[str, Any]:
+    """What the template comparison.html is filled with."""
     arms = _in_order(outcomes, result)
     first = next((runs[0] for arm in arms if (runs := outcomes.runs.get(arm))), None)
-    return render(
-        "comparison.html",
-        title=result["experiment"],
-        step=result["step"],
-        baseline=result["baseline"],
-        delta=result["delta"],
-        looks=result["looks"],
-        noise_floor=result["noise_floor"],
-        undeclared=result["undeclared"],
-        notes=result["notes"],
-        verdicts=[
+    return {
+        "title": result["experiment"],
+        "step": result["step"],
+        "baseline": result["baseline"],
+        "delta": result["delta"],
+        "looks": result["looks"],
+        "noise_floor": result["noise_floor"],
+        "undeclared": result["undeclared"],
+        "notes": result["notes"],
+        "verdicts": [
             {
                 **found,
                 "name": arm,
@@ -71,22 +75,22 @@ def page(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories) ->
             }
             for arm, found in result["arms"].items()
         ],
-        forest=Panel("Paired differences", forest(_rows(result), result["delta"], "forest")),
-        tables=[table for table in tables(result) if table.title != "Why"],
-        losses=list(_losses(outcomes, result, arms)),
-        blocks=[(arm, arm_class(arms.index(arm)), found) for arm, found in _blocks(arms, histories)],
-        doses=list(_doses(arms, histories)),
-        costs=list(_costs(result, arms, histories)),
-        changes=list(_changes(outcomes, result)),
-        preset=first.options["preset"] if first else None,
-        common=changes(outcomes.runs[result["baseline"]][0].options) if outcomes.runs.get(result["baseline"]) else [],
-        samples=[
+        "forest": Panel("Paired differences", forest(_rows(result), result["delta"], "forest")),
+        "tables": [table for table in tables(result) if table.title != "Why"],
+        "losses": list(_losses(outcomes, result, arms)),
+        "blocks": [(arm, arm_class(arms.index(arm)), found) for arm, found in _blocks(arms, histories)],
+        "doses": list(_doses(arms, histories)),
+        "costs": list(_costs(result, arms, histories)),
+        "changes": list(_changes(outcomes, result)),
+        "preset": first.options["preset"] if first else None,
+        "common": changes(of[0].options) if (of := outcomes.runs.get(result["baseline"])) else [],
+        "samples": [
             sample(of[0].samples[-1], f"{arm}, seed {outcomes.runs[arm][0].seed}")
             for arm in arms
             if (of := histories.get(arm)) and of[0].samples
         ],
-        environment=flat(first.environment) if first else [],
-    )
+        "environment": flat(first.environment) if first else [],
+    }
 
 
 def _in_order(outcomes: Outcomes, result: Mapping[str, Any]) -> list[str]:

@@ -48,12 +48,15 @@ def stylesheet() -> str:
     return (TEMPLATES / "style.css").read_text(encoding="utf-8")
 
 
-def render(template: str, **content: Any) -> str:
-    """The page that `template` makes of `content`, whose text stays text whoever wrote it."""
+def render(template: str, *, base: str = "base.html", folders: Sequence[Path] = (), **content: Any) -> str:
+    """The page that `template` makes of `content`, whose text stays text whoever wrote it.
+
+    base: the template of what stands around it; folders: where templates lie that are not a report's own.
+    """
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader([TEMPLATES, *folders]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -62,7 +65,7 @@ def render(template: str, **content: Any) -> str:
     environment.filters |= {"figure": figure, "visible": visible, "tenth": tenth, "value": value}
     style = stylesheet()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    content |= {"style": style, "style_hash": digest, "version": gptlab.__version__}
+    content |= {"base": base, "style": style, "style_hash": digest, "version": gptlab.__version__}
     return environment.get_template(template).render(content).translate(_UNSHOWN)
 
 

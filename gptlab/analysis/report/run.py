@@ -29,21 +29,25 @@ def write_run(folder: str | Path) -> Path:
 
 def page(run: Run, history: History) -> str:
     """The report as HTML; the same bytes for the same folder."""
+    return render("run.html", **content(run, history))
+
+
+def content(run: Run, history: History) -> dict[str, Any]:
+    """What the template run.html is filled with."""
     options = run.options
     signal = options.get("signal.name", "none")
-    return render(
-        "run.html",
-        title=_name(run.path.resolve()),
-        preset=options["preset"],
-        signal=None if signal == "none" else signal,
-        seed=run.seed,
-        step=run.last_step,
-        facts=list(facts(run, history)),
-        panels=list(panels(history, has_signal=signal != "none")),
-        samples=[sample(row, f"step {row['step']:,}") for row in reversed(history.samples)],
-        changes=changes(options),
-        environment=flat(run.environment),
-    )
+    return {
+        "title": _name(run.path.resolve()),
+        "preset": options["preset"],
+        "signal": None if signal == "none" else signal,
+        "seed": run.seed,
+        "step": run.last_step,
+        "facts": list(facts(run, history)),
+        "panels": list(panels(history, has_signal=signal != "none")),
+        "samples": [sample(row, f"step {row['step']:,}") for row in reversed(history.samples)],
+        "changes": changes(options),
+        "environment": flat(run.environment),
+    }
 
 
 def _name(path: Path) -> str:

@@ -1,0 +1,91 @@
+"""`gptlab page`: runs, comparisons and the lens in a browser, behind a link that only this start knows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from socket import gethostname
+from typing import TYPE_CHECKING
+
+from gptlab.cli.arguments import Parser
+from gptlab.cli.stopping import StopRequest
+from gptlab.cli.terminal import printable
+from gptlab.errors import ConfigError, UsageError
+
+if TYPE_CHECKING:
+    from gptlab.cli.model import Opened
+    from gptlab.page.guard import Door
+
+NEEDED = ("starlette", "uvicorn", "jinja2", "matplotlib", "scipy")
+
+
+def main(argv: list[str]) -> int:
+    """Print the link and serve it until Ctrl-C, which is 0; raises UsageError, and ConfigError for a port in use."""
+    options = _parse(argv)
+    if lacking := [package for package in NEEDED if find_spec(package) is None]:
+        raise ConfigError(f"the page needs {', '.join(lacking)}; pip install 'gptlab[page]'")
+
+    from gptlab.page.app import READ, create_app
+    from gptlab.page.guard import Door
+    from gptlab.page.server import listen, serve
+
+    with listen(options.host, options.port) as listening:
+        door = Door(options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ}))
+        app = create_app(Path(options.folder), options.model, partial(_open, options=options), door)
+        with StopRequest() as asked_to_stop:
+            _tell(door, options)
+            serve(app, listening, asked_to_stop)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="gptlab page",
+        description="Show runs, their curves while they run, comparisons and the lens in a browser. The link that is "
+        "printed holds a new token each time; nothing is written, and nothing is fetched from elsewhere. From another "
+        "machine: ssh -L PORT:127.0.0.1:PORT MACHINE, then open the link here.",
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", nargs="?", default="log", help="where runs lie, at any depth [log]")
+    add("--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen [127.0.0.1: this machine alone]")
+    add("--port", metavar="N", type=int, default=0, help="where to listen; 0 takes any that is free [0]")
+    add("--model", metavar="SOURCE", help="a model for the lens: a run, a checkpoint or a Hugging Face GPT-2 folder")
+    add("--device", metavar="NAME", default="auto", help="of the lens: auto, cpu, cuda or cuda:N [auto]")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the lens's matmuls [fp32]")
+    add("--threads", metavar="N", type=int, default=0, help="of the lens [all cores]")
+    add("--json", action="store_true", help='print {"url"} instead of words')
+    options = parser.parse(argv)
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port: expected a number from 0 to 65535, found {options.port}")
+    for name, what in (("folder", "a folder of runs"), ("model", "a run, a checkpoint or a Hugging Face folder")):
+        given = getattr(options, name)
+        if given is not None and not Path(given).is_dir():
+            raise UsageError(f"expected {what}, found none at {given}; check the path")
+    return options
+
+
+def _open(source: str, options: argparse.Namespace) -> Opened:
+    from gptlab.cli.model import open_model
+
+    return open_model(source, options.device, options.dtype, options.threads)
+
+
+def _tell(door: Door, options: argparse.Namespace) -> None:
+    """The link on standard output, and on standard error what it gives away."""
+    name = door.host if door.local else gethostname()
+    shown = f"[{name}]" if ":" in name else name
+    url = f"http://{shown}:{door.port}/{door.token}/"
+    print(json.dumps({"url": url}) if options.json else url, flush=True)
+    said = [f"the runs in {options.folder}, until Ctrl-C"]
+    if not door.local:
+        said.append(
+            f"warning: {door.host} is open to other machines: whoever has or overhears the link can read these runs "
+            f"and their samples, and ask the lens; safer is ssh -L {door.port}:127.0.0.1:{door.port}"
+        )
+    for line in said:
+        print(printable(line), file=sys.stderr, flush=True)

@@ -1,0 +1,112 @@
+"""The page's addresses and what stands behind each. Who may ask is guard.py's, what is shown views.py's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gptlab.errors import GptlabError
+from gptlab.page.guard import Door, Guard
+from gptlab.page.line import Busy, Line
+from gptlab.page.models import Models, Opened
+from gptlab.page.shelf import Shelf, key_of
+from gptlab.page.views import Missing, View, Views, static
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import ASGIApp
+
+READ = "/read"
+"""The one address that takes POST: a prompt is no part of an address, which browsers remember."""
+
+VIEWS_WAITING, PROMPTS_WAITING = 256, 8
+"""Requests that may wait for a page to be drawn, and for a model; of more, each is told to come again."""
+
+
+def create_app(root: Path, model: str | None, open_model: Callable[[str], Opened], door: Door) -> ASGIApp:
+    """The page over the runs below `root`, behind its guard. model: another one that the lens offers."""
+    extra = {key_of(f"model {model}"): Path(model)} if model else {}
+    views = Views(Shelf(root), {key: str(path) for key, path in extra.items()})
+    return Guard(_routes(views, Models(open_model), extra), door)
+
+
+def _routes(views: Views, models: Models, extra: dict[str, Path]) -> ASGIApp:
+    from starlette.applications import Starlette
+    from starlette.responses import PlainTextResponse, Response
+    from starlette.routing import Route
+
+    drawing, computing = Line("page", VIEWS_WAITING), Line("model", PROMPTS_WAITING)
+
+    async def shown(request: Request, view: Callable[[], View]) -> Response:
+        page = await drawing.call(view)
+        etag = f'"{page.mark}"'
+        known = request.headers.get("if-none-match") == etag
+        return Response(b"" if known else page.html, 304 if known else 200, {"etag": etag}, "text/html")
+
+    async def runs(request: Request) -> Response:
+        return await shown(request, views.runs)
+
+    async def run(request: Request) -> Response:
+        return await shown(request, partial(views.run, request.query_params.get("key", "")))
+
+    async def compare(request: Request) -> Response:
+        asked = request.query_params
+        if "experiment" in asked:
+            return await shown(request, partial(views.experiment, asked["experiment"]))
+        return await shown(request, partial(views.compare, sorted(set(asked.getlist("run")))))
+
+    async def lens(request: Request) -> Response:
+        return await shown(request, partial(views.lens, request.query_params.get("model", "")))
+
+    async def read(request: Request) -> Response:
+        asked = _asked(await request.body())
+        if asked is None:
+            return _json({"error": 'expected {"model": KEY, "prompt": TEXT}'}, 400)
+        key, prompt = asked
+        source = extra.get(key) or await drawing.call(partial(_source, views, key))
+        try:
+            return await computing.call(lambda: _json(models.read(source, prompt)))
+        except (GptlabError, OSError) as error:
+            return _json({"error": str(error)}, 422)
+
+    def fixed(content: bytes, kind: str) -> Callable[[Request], Response]:
+        return lambda request: Response(content, media_type=kind)
+
+    def busy(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("too many ask at once; try again in a moment\n", 429, {"retry-after": "1"})
+
+    def missing(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("no such run, experiment or model here; go back to the list of runs\n", 404)
+
+    pages = {"/": runs, "/run": run, "/compare": compare, "/lens": lens}
+    routes = [Route(path, endpoint) for path, endpoint in pages.items()]
+    routes += [Route(path, fixed(*file)) for path, file in static().items()]
+    routes += [Route(READ, read, methods=["POST"])]
+    return Starlette(routes=routes, exception_handlers={Busy: busy, Missing: missing})
+
+
+def _asked(body: bytes) -> tuple[str, str] | None:
+    """A model's key and a prompt, of a body that may be anything."""
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    pair = (asked.get("model"), asked.get("prompt")) if isinstance(asked, dict) else ()
+    return pair if len(pair) == 2 and all(isinstance(part, str) for part in pair) else None
+
+
+def _source(views: Views, key: str) -> Path:
+    """Where a run's model lies; raises Missing."""
+    if key not in views.sources():
+        raise Missing
+    return views.shelf.look().runs[key].path
+
+
+def _json(content: object, status: int = 200) -> Response:
+    from starlette.responses import Response
+
+    return Response(json.dumps(content, allow_nan=False), status, media_type="application/json")
