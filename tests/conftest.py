@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ import pytest
 
 from gptlab.cli.main import main
 from gptlab.data.shards import write_shard
+
+sys.path.insert(0, str(Path(__file__).parent))  # for what several tests import: pages, browser, run_folders
+from run_folders import hostile_experiment as hostile_experiment
+from run_folders import write_run as write_run
 
 TINY = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "total_batch_tokens": 64, "steps": 6,

@@ -95,8 +95,10 @@ def _asked(body: bytes) -> tuple[str, str] | None:
         asked = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    pair = (asked.get("model"), asked.get("prompt")) if isinstance(asked, dict) else ()
-    return pair if len(pair) == 2 and all(isinstance(part, str) for part in pair) else None
+    if not isinstance(asked, dict):
+        return None
+    key, prompt = asked.get("model"), asked.get("prompt")
+    return (key, prompt) if isinstance(key, str) and isinstance(prompt, str) else None
 
 
 def _source(views: Views, key: str) -> Path:

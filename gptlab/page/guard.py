@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,9 @@ class Door:
     token: str
     posts: frozenset[str] = frozenset()
 
+    def method(self, path: str) -> str:
+        return "POST" if path in self.posts else "GET"
+
     @property
     def local(self) -> bool:
         """Whether only this machine reaches it."""
@@ -68,44 +72,85 @@ def is_loopback(host: str) -> bool:
     return address is not None and address.is_loopback
 
 
-def check(door: Door, method: str, path: str, query: bytes, headers: dict[str, str]) -> str:
-    """The path behind the token, "/" at least; raises Refused. headers: by their names in small letters."""
-    host = headers.get("host", "")
-    if not _is_ours(host, door):
+@dataclass(frozen=True)
+class Asked:
+    """A request's head; headers: names in small letters."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: tuple[tuple[str, str], ...]
+
+    def header(self, name: str, otherwise: str = "") -> str:
+        return next((value for key, value in self.headers if key == name), otherwise)
+
+    @property
+    def token(self) -> str:
+        return self.path.removeprefix("/").partition("/")[0]
+
+    @property
+    def rest(self) -> str:
+        """The path behind the token, which begins with a slash."""
+        return "/" + self.path.removeprefix("/").partition("/")[2]
+
+
+def unambiguous(door: Door, asked: Asked) -> None:
+    """A header that decides stands once, so that nobody reads the other one."""
+    names = [name for name, _ in asked.headers]
+    if any(names.count(name) > 1 for name in DECIDING):
+        raise Refused(400, f"expected each of {', '.join(DECIDING)} once")
+
+
+def own_host(door: Door, asked: Asked) -> None:
+    """Host names this page: against names of others that were made to lead here (DNS rebinding)."""
+    if not _is_ours(asked.header("host"), door):
         raise Refused(403, f"expected this page's own address as Host, with port {door.port}; open the printed link")
-    origin = headers.get("origin")
-    if origin is not None and origin != f"http://{host}":
+
+
+def own_origin(door: Door, asked: Asked) -> None:
+    """Origin, where a browser sends it, is this page's: against other pages in the same browser."""
+    host = asked.header("host")
+    if asked.header("origin", f"http://{host}") != f"http://{host}":
         raise Refused(403, "a page of another origin may not ask")
-    token, slash, rest = path.removeprefix("/").partition("/")
-    if not secrets.compare_digest(token.encode("utf-8", "replace"), door.token.encode()) or not slash:
+
+
+def right_token(door: Door, asked: Asked) -> None:
+    if not secrets.compare_digest(asked.token.encode("utf-8", "replace"), door.token.encode()):
         raise Refused(403, "expected the token of the link that gptlab page printed")
-    rest = f"/{rest}"
-    wanted = "POST" if rest in door.posts else "GET"
-    if method != wanted:
+
+
+def right_method(door: Door, asked: Asked) -> None:
+    if asked.method != (wanted := door.method(asked.rest)):
         raise Refused(405, f"expected {wanted}")
-    if len(query) > LONGEST_QUERY:
+
+
+def short_query(door: Door, asked: Asked) -> None:
+    if len(asked.query) > LONGEST_QUERY:
         raise Refused(414, f"expected a query of at most {LONGEST_QUERY} bytes")
-    _check_body(wanted, headers)
-    return rest
 
 
-def _check_body(method: str, headers: dict[str, str]) -> None:
-    length = headers.get("content-length", "0")
-    if method == "GET":
-        if length != "0" or "transfer-encoding" in headers:
-            raise Refused(413, "expected no body")
-        return
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refused(415, "expected a body of application/json")  # a form of another page cannot send that
-    if not length.isdecimal() or int(length) > LARGEST_BODY:
-        raise Refused(413, f"expected a body of at most {LARGEST_BODY} bytes")
+def of_json(door: Door, asked: Asked) -> None:
+    """A posted body says that it is JSON, which a form of another page cannot."""
+    kind = asked.header("content-type").partition(";")[0].strip().lower()
+    if asked.method == "POST" and kind != "application/json":
+        raise Refused(415, "expected a body of application/json")
+
+
+def small_body(door: Door, asked: Asked) -> None:
+    """The length that is announced; `_body` counts what comes."""
+    length, most = asked.header("content-length", "0"), LARGEST_BODY if asked.method == "POST" else 0
+    if not length.isdecimal() or len(length) > 9 or int(length) > most:
+        raise Refused(413, f"expected a body of at most {most} bytes")
+
+
+RULES: tuple[Callable[[Door, Asked], None], ...] = (
+    unambiguous, own_host, own_origin, right_token, right_method, short_query, of_json, small_body,
+)  # fmt: skip
+"""In their order, so that without the token nothing else is told. Each raises Refused."""
 
 
 def _is_ours(host: str, door: Door) -> bool:
-    """Whether Host names this page: against names of others that were made to lead here (DNS rebinding).
-
-    On loopback these are its three names. Elsewhere also any address as such, which no name server made up.
-    """
+    """On loopback its three names. Elsewhere also any address as such, which no name server made up."""
     name, colon, port = host.rpartition(":")
     if not colon or "]" in port:
         name, port = host, "80"
@@ -144,8 +189,10 @@ class Guard:
             await send(message)
 
         try:
-            pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-            path = check(self.door, scope["method"], scope["path"], scope["query_string"], _once(pairs))
+            headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+            asked = Asked(scope["method"], scope["path"], scope["query_string"], headers)
+            for rule in RULES:
+                rule(self.door, asked)
             body = await _body(receive)
         except Refused as refused:
             await _answer(refused, guarded_send)
@@ -154,15 +201,8 @@ class Guard:
         async def receive_body() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app({**scope, "path": path, "raw_path": path.encode()}, receive_body, guarded_send)
-
-
-def _once(pairs: list[tuple[str, str]]) -> dict[str, str]:
-    """Headers by name; raises Refused where one that decides stands twice, so that nobody reads the other one."""
-    names = [name for name, _ in pairs]
-    if any(names.count(name) > 1 for name in DECIDING):
-        raise Refused(400, f"expected each of {', '.join(DECIDING)} once")
-    return dict(pairs)
+        behind = {"path": asked.rest, "raw_path": asked.rest.encode("utf-8", "replace")}
+        await self.app({**scope, **behind}, receive_body, guarded_send)
 
 
 async def _body(receive: Receive) -> bytes:

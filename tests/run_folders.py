@@ -1,20 +1,20 @@
-"""Run folders as training leaves them, with the losses a test asks for: comparing reads only their JSON."""
+"""Run folders as training leaves them, with the losses a test asks for: comparing reads only their JSON.
+
+Fixtures of every folder's tests, by way of conftest.py.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import HOSTILE, IMAGE
 
 from gptlab.options import build, flatten
 from gptlab.training.config import TrainingConfig
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `pages`
-from pages import HOSTILE, IMAGE
 
 ENVIRONMENT = {
     "machine": {"processor": "a processor", "cores": 2, "gpus": []},
