@@ -13,7 +13,7 @@ from gptlab.page.guard import Door, Guard
 from gptlab.page.line import Busy, Line
 from gptlab.page.models import Models, Opened
 from gptlab.page.shelf import Shelf, key_of
-from gptlab.page.views import Missing, View, Views, static
+from gptlab.page.views import Missing, View, Views, prepare, static
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -39,7 +39,7 @@ def _routes(views: Views, models: Models, extra: dict[str, Path]) -> ASGIApp:
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
 
-    drawing, computing = Line("page", VIEWS_WAITING), Line("model", PROMPTS_WAITING)
+    drawing, computing = Line("page", VIEWS_WAITING, prepare), Line("model", PROMPTS_WAITING)
 
     async def shown(request: Request, view: Callable[[], View]) -> Response:
         page = await drawing.call(view)

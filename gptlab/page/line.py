@@ -20,8 +20,10 @@ class Busy(Exception):
 class Line:
     """Calls that wait for one worker, at most `most` of them at a time."""
 
-    def __init__(self, name: str, most: int) -> None:
+    def __init__(self, name: str, most: int, first: Callable[[], object] = lambda: None) -> None:
+        """first: done before the first call is served, whatever comes of it."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._worker.submit(first)
         self._most, self._waiting = most, 0
 
     async def call(self, work: Callable[[], T]) -> T:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from gptlab.errors import CheckpointError
 from gptlab.page.line import Cache
 from gptlab.page.shelf import stamp
-from gptlab.runs import checkpoint
 
 if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer
@@ -65,6 +64,7 @@ class Models:
 
 def _mark(source: Path) -> Hashable:
     """Another one when the model has changed: a run has a newer checkpoint, or a folder's files are others."""
+    from gptlab.runs import checkpoint
     from gptlab.signals.tuned_reader import beside
 
     if newest := checkpoint.complete(source / "checkpoints")[:1]:

@@ -18,7 +18,7 @@ from gptlab.analysis.outcomes import EXPERIMENT
 from gptlab.page.line import Cache
 from gptlab.runs.lock import held
 
-SHARE = 0.05
+SHARE = 0.2
 """Of one core's time: what looking at runs, or drawing one of them anew and anew, may take."""
 
 MOST = 10_000

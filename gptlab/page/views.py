@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 from gptlab.analysis.listing import Listed, differing, ordered
 from gptlab.analysis.outcomes import read
 from gptlab.analysis.records import read_run
-from gptlab.analysis.report import comparison, run
-from gptlab.analysis.report.history import read_history
+from gptlab.analysis.report import comparison, run, theme
+from gptlab.analysis.report.history import Band, read_history
 from gptlab.analysis.report.page import render, stylesheet
+from gptlab.analysis.report.plots import Line, curves
 from gptlab.errors import ConfigError, GptlabError
 from gptlab.page.line import Cache
 from gptlab.page.shelf import SHARE, Shelf, Shelved, mark_of
-from gptlab.runs import checkpoint
 
 HERE = Path(__file__).parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
@@ -112,6 +112,8 @@ class Views:
 
     def _comparison(self, sources: list[Path], name: str) -> str:
         try:
+            if not sources:
+                raise ConfigError("expected marked runs, found none: mark some in the list, one without a signal")
             outcomes = read(sources)
             if outcomes.undeclared:
                 differences = "; ".join(outcomes.undeclared)
@@ -125,6 +127,11 @@ class Views:
         except GptlabError as error:
             return _problem(name, error)
         return _page("comparison.html", every=LATER, **content)
+
+
+def prepare() -> None:
+    """Draw something, so that what is loaded for it is no part of what a first page takes."""
+    curves([Line(Band.of({1: 1.0, 2: 2.0}), theme.MUTED)], "first", "", unit="")
 
 
 def static() -> dict[str, tuple[bytes, str]]:
@@ -161,4 +168,6 @@ def _settled(found: Shelved, keys: Iterable[str]) -> Hashable:
 
 
 def _has_weights(run: Path) -> bool:
+    from gptlab.runs import checkpoint  # torch comes with it: the link is printed before
+
     return bool(checkpoint.complete(run / "checkpoints"))

@@ -1,0 +1,91 @@
+"""`gptlab page` as a process: the link, Ctrl-C, and what it refuses or warns of."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptlab.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_a_link_is_served_until_ctrl_c(finished_run: Path) -> None:
+    command = [sys.executable, "-m", "gptlab", "page", str(finished_run), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                assert b"<bdi>run</bdi>" in answer.read()
+            start, token = url.rstrip("/").rsplit("/", 1)
+            assert len(token) >= 43
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(f"{start}/{token[:-1]}/", timeout=60)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (0, "")
+    assert err == f"the runs in {finished_run}, until Ctrl-C\n"
+
+
+def test_nothing_is_written(finished_run: Path) -> None:
+    """The test above served the run: a file of it changed or came would be younger than its report."""
+    assert (
+        max(path.stat().st_mtime_ns for path in finished_run.rglob("*"))
+        <= os.stat(finished_run / "report.html").st_mtime_ns
+    )
+
+
+def test_a_taken_port_is_said_in_a_line(tmp_path: Path, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["page", str(tmp_path), "--port", str(port)]) == 3
+    assert capsys.readouterr().err == f"gptlab: --port {port} is taken; give another, or none for any that is free\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["/nowhere"], 2, "expected a folder of runs"),
+        ([".", "--port", "-1"], 2, "expected a number from 0 to 65535"),
+        ([".", "--model", "/nowhere"], 2, "expected a run, a checkpoint or a Hugging Face folder"),
+        ([".", "--host", "192.0.2.1"], 3, "cannot be listened at"),
+        ([".", "--host", "no such name"], 3, "expected a name or address of this machine"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_a_line(words: list[str], code: int, told: str, capsys: Capture) -> None:
+    assert main(["page", *words]) == code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert told in err
+
+
+def test_a_host_that_others_reach_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Not really listened at: the test stays on loopback."""
+    from gptlab.page import server
+
+    def listen_on_loopback(host: str, port: int, listen: Callable[..., socket.socket] = server.listen) -> socket.socket:
+        return listen("127.0.0.1", port)
+
+    monkeypatch.setattr(server, "listen", listen_on_loopback)
+    monkeypatch.setattr(server, "serve", lambda app, listening, asked_to_stop: None)
+    assert main(["page", str(tmp_path), "--host", "0.0.0.0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"http://{socket.gethostname()}:")
+    assert "warning: 0.0.0.0 is open to other machines: whoever has or overhears the link can read these runs" in err
+    assert main(["page", str(tmp_path)]) == 0
+    assert "warning" not in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""The page in a real browser, with real mouse, keys and touch: what is shown, no script error, no request elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser
+from pages import HOSTILE, IMAGE
+from serving import Served
+
+from gptlab.model.huggingface import to_huggingface
+from gptlab.runs.initial import model_of
+
+Serve = Callable[..., Served]
+PROMPT = "<b>9\u202e"
+"""It reads otherwise than it is, where it is not shown as text: five signs, seven bytes."""
+
+CELLS = "[...document.querySelectorAll('#map tbody tr')].map(row => [...row.querySelectorAll('td')]"
+
+
+@pytest.fixture
+def browser(requires_program: Callable[[str], str], tmp_path: Path) -> Iterator[Browser]:
+    with Browser(requires_program("chromium"), tmp_path / "profile") as opened:
+        yield opened
+
+
+def cell(block: int, position: int) -> str:
+    """The selector of a cell; both from 1, of a model of two blocks."""
+    return f"#map tbody tr:nth-child({3 - block}) td:nth-child({position + 1})"
+
+
+def answers(page: Served, key: str) -> list[dict[str, Any]]:
+    asked = json.dumps({"model": key, "prompt": PROMPT}).encode()
+    return json.loads(page.post(asked).body)["readers"]["raw"]["positions"]
+
+
+def fits(browser: Browser) -> bool:
+    return browser.value("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_text_is_typed_a_cell_hovered_and_the_confidence_dragged(
+    served: Serve, run: Path, tmp_path: Path, browser: Browser
+) -> None:
+    to_huggingface(sharpened(run)).save_pretrained(tmp_path / IMAGE)
+    page = served(run, tmp_path / IMAGE)
+    browser.window(1200)
+    browser.go(f"{page.url}lens")
+    browser.click("#prompt")
+    browser.type(PROMPT)
+    browser.click("#ask button")
+    browser.until("!document.querySelector('#lens').hidden")
+    positions = answers(page, browser.value("document.querySelector('#model').value"))
+    assert browser.value("[...document.querySelectorAll('#map thead bdi')].map(e => e.textContent)")[:4] == list("<b>9")
+
+    browser.hover(cell(1, 3))
+    of = positions[2]["blocks"][0]
+    assert browser.text("#cell h3") == "Block 1 after >"
+    assert f"entropy {of['entropy']:.2f} nats" in browser.text("#cell p")
+    shown = browser.value("[...document.querySelectorAll('#cell li span')].map(e => e.textContent)")
+    assert [float(p.rstrip("%")) for p in shown] == pytest.approx(
+        [100 * b["probability"] for b in of["top"]], abs=0.051
+    )
+
+    sure = [position["blocks"][0]["top"][0]["probability"] for position in positions]
+    for share in (0.5, 0.02, 0.98):
+        browser.drag("#tau", [0.75, 0.25, share])
+        tau = float(browser.value("document.querySelector('#tau').value"))
+        assert tau == pytest.approx(0.5 + 0.5 * share, abs=0.03)
+        stops = [1 if p >= tau else 2 for p in sure]
+        found = browser.value(f"{CELLS}.map(cell => cell.classList.contains('stops')))")
+        assert found == [[stop == 2 for stop in stops], [stop == 1 for stop in stops]]
+        mean = sum(stops) / len(stops)
+        assert browser.text("#share") == f"τ = {tau:.2f}: {mean:.2f} of 2 blocks computed, {50 * mean:.1f}%"
+
+    browser.click(cell(1, 1))
+    browser.key("ArrowRight")
+    browser.key("ArrowUp")
+    assert browser.text("#cell h3") == "Block 2 after b"
+    assert browser.value("document.activeElement === document.querySelector('#map [aria-selected=true]')")
+    browser.window(390, touch=True)
+    browser.tap(cell(2, 4))
+    assert browser.text("#cell h3") == "Block 2 after 9"
+    assert fits(browser)
+
+    browser.value("document.querySelector('#prompt').value = 'x'.repeat(17)")
+    browser.click("#ask button")
+    browser.until("document.querySelector('#said').textContent.includes('at most block_size 16 tokens')")
+    assert browser.value("document.querySelectorAll('b, img').length") == 0
+    assert [text for text in browser.messages if "422" not in text] == []
+    assert {url for url in browser.requests if not url.startswith((page.url, "data:"))} == set()
+
+
+def sharpened(run: Path) -> Any:
+    """The run's model, surer of what it says: some of its cells lie above any τ, some below."""
+    model, _ = model_of(run)
+    model.transformer.ln_f.weight.data *= 40
+    return model
+
+
+def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
+    served: Serve, hostile_experiment: Path, browser: Browser
+) -> None:
+    page = served(hostile_experiment.parent)
+    for width, dark in ((1200, False), (390, True)):
+        browser.window(width, dark=dark)
+        browser.go(page.url)
+        assert IMAGE in browser.text("table")
+        assert fits(browser)
+        browser.click(".experiments a")
+        browser.until("document.readyState === 'complete' && document.querySelector('.verdict')?.innerText === 'worse'")
+        assert HOSTILE[3] == browser.text("h1")
+        assert fits(browser)
+    browser.go(page.url)
+    browser.click("tbody tr:nth-child(1) a")
+    browser.until("location.pathname.endsWith('/run') && document.querySelector('svg') !== null")
+    assert fits(browser)
+    browser.value("document.querySelector('details').open = true")
+    browser.value("document.querySelector('main').dataset.every = 0.1; renew()")
+    run = hostile_experiment / IMAGE / "seed_1"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "kind": "train", "loss": 1.0, "tokens": 448}\n')
+    browser.until("document.querySelector('.state').innerText.includes('step 21 of 20')")
+    assert browser.value("document.querySelector('details').open")
+    assert browser.value("document.querySelectorAll('img, main script').length") == 0
+    assert browser.messages == []
+    assert {url for url in browser.requests if not url.startswith((page.url, "data:"))} == set()

@@ -1,0 +1,191 @@
+"""What the pages show: the reports' own content, anew when it has changed, and text as text whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import HOSTILE, IMAGE, Page
+from serving import Served
+
+from gptlab.data.tokenizers import get_tokenizer
+from gptlab.interpret.lens import as_json, look, summary
+from gptlab.model.huggingface import to_huggingface
+from gptlab.page.line import Cache
+from gptlab.runs.folder import RunFolder
+from gptlab.runs.initial import model_of
+from gptlab.signals.tuned_reader import TunedReader, beside, save
+
+Serve = Callable[..., Served]
+SAFE = set(
+    "html head meta link script title body nav a span main header footer p b h1 h2 h3 bdi section form button div "
+    "table thead tbody tr td th input ul ol li i figure figcaption svg g path text defs use clippath rect dl dt dd "
+    "details summary pre small article code progress".split()
+)
+"""Elements that our own templates make."""
+
+
+def links(page: Page, start: str) -> list[str]:
+    return [value for value in page.values("href") if value.startswith(start)]
+
+
+def questions(page: Served, prompt: str) -> list[dict[str, Any]]:
+    """The answers of all models that the lens offers, by their names in the page's order."""
+    keys = re.findall(r'<option value="(\w+)"', page.get("lens").body.decode())
+    return [json.loads(page.post(json.dumps({"model": key, "prompt": prompt}).encode()).body) for key in keys]
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What stands in nested objects and lists: keys and values in their order."""
+    if isinstance(value, dict):
+        value = [part for pair in value.items() for part in pair]
+    if isinstance(value, list):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value
+
+
+def test_hostile_names_stay_text_on_every_page(served: Serve, hostile_experiment: Path) -> None:
+    served_page = served(hostile_experiment.parent)
+    runs = Page(served_page.get().body.decode())
+    assert f"experiment/{IMAGE}/seed_1" in runs.text
+    every = [
+        runs,
+        *(Page(served_page.get(link).body.decode()) for link in (*links(runs, "run?"), *links(runs, "compare"))),
+    ]
+    assert len(every) == 8
+    of_run = next(page for page in every if f"{IMAGE}/seed_1" in page.text and page is not runs)
+    assert all(words.replace("\n", "") in of_run.text for words in HOSTILE)
+    assert HOSTILE[3] in every[-1].text  # the experiment's name, above its verdicts
+    for page in every:
+        assert page.tags <= SAFE
+        assert page.source.count("<script") == 1
+        assert page.values("src") == ["page.js"]
+        assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
+
+
+def test_a_run_is_drawn_anew_when_it_has_grown_and_not_before(served: Serve, run: Path) -> None:
+    page = served(run)
+    link = links(Page(page.get().body.decode()), "run?")[0]
+    first = page.get(link)
+    mark = first.headers["etag"]
+    assert b"<svg" in first.body
+    assert f"data-mark={mark}".encode() in first.body
+    same = page.get(link, If_None_Match=mark)
+    assert (same.status, same.body) == (304, b"")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "kind": "train", "loss": 1.0, "tokens": 448}\n')
+    while (second := page.get(link, If_None_Match=mark)).status == 304:
+        pass  # it was drawn a moment ago, and drawing may take but a share of the time
+    assert b"step 7 of 6" in second.body
+
+
+def test_a_running_run_is_asked_for_sooner(served: Serve, run: Path) -> None:
+    page = served(run)
+    assert b'data-every="10"' in page.get().body
+    held = RunFolder(run)
+    held.lock()
+    try:
+        while b'data-every="2"' not in (runs := page.get().body):
+            pass
+        assert b"<progress" in runs
+    finally:
+        held.close()
+
+
+def test_what_cannot_be_read_is_said_in_its_place(served: Serve, run: Path) -> None:
+    (run / "metrics.jsonl").write_text("no row\n")
+    page = served(run)
+    runs = page.get().body.decode()
+    assert "damaged" in runs
+    assert "line 1: expected a row" in Page(page.get(links(Page(runs), "run?")[0]).body.decode()).text
+
+
+def test_marked_runs_are_compared_or_refused_with_the_reason(
+    served: Serve, tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path / f"plain_{seed}", 3.0, seed=seed)
+        write_run(
+            tmp_path / f"sure_{seed}", 3.1 + seed / 1000, seed=seed, options={"signal.name": "confidence"}, dose=0.5
+        )
+    write_run(tmp_path / "other", 3.0, seed=3, data={"val": ["4" * 64]})
+    page = served(tmp_path)
+    keys = dict(re.findall(r'href="run\?key=(\w+)"><bdi>(\w+)', page.get().body.decode()))
+    of = {name: key for key, name in keys.items()}
+    shown = Page(
+        page.get(
+            "compare?" + "&".join(f"run={of[f'{arm}_{s}']}" for arm in ("plain", "sure") for s in (1, 2))
+        ).body.decode()
+    )
+    assert "+0.1015" in shown.text
+    refused = page.get(f"compare?run={of['plain_1']}&run={of['other']}").body.decode()
+    assert "This cannot be shown" in refused
+    assert "differ in what no arm declares" in refused
+    assert "This cannot be shown" in page.get("compare").body.decode()
+
+
+def test_the_lens_says_what_gptlab_lens_says(served: Serve, run: Path) -> None:
+    model, config = model_of(run)
+    reader = TunedReader.untuned(model)
+    reader.bias += 0.1
+    save(reader, model, beside(run))
+    tokenizer = get_tokenizer(config.tokenizer)
+    text = "line <b>9\n"
+    (answer,) = questions(served(run), text)
+    assert answer["prompt"] == text
+    for name, used in (("raw", None), ("tuned", reader)):
+        lens = look(model, list(text.encode()), reader=used, vocab_size=256)
+        wanted = {"blocks": summary(lens), "positions": as_json(lens, tokenizer)}
+        said, meant = (list(leaves(value)) for value in (answer["readers"][name], wanted))
+        assert said == [pytest.approx(leaf, abs=2e-6) if isinstance(leaf, float) else leaf for leaf in meant]
+
+
+def test_the_lens_refuses_in_words(page: Served) -> None:
+    (long,) = questions(page, "x" * 17)
+    assert "at most block_size 16 tokens at once, found 17" in long["error"]
+    (nul,) = questions(page, "a\0b")
+    assert "error" in nul
+    (empty,) = questions(page, "")
+    assert len(empty["readers"]["raw"]["positions"]) == 1
+
+
+def test_a_hugging_face_folder_is_read_and_a_reader_of_other_weights_is_left_out(
+    served: Serve, run: Path, tmp_path: Path
+) -> None:
+    model, _ = model_of(run)
+    folder = tmp_path / "hf"
+    to_huggingface(model).save_pretrained(folder)
+    save(TunedReader.untuned(model_of(run)[0]), model, beside(run))
+    own, theirs = questions(served(run, folder), "line 9")
+    assert own["readers"]["raw"] == theirs["readers"]["raw"]
+    assert (own["note"], theirs["readers"].keys()) == ("", {"raw", "tuned"})
+    with pytest.raises(KeyError):
+        own["readers"]["tuned"]
+
+
+def test_a_cache_renews_what_has_changed_as_often_as_its_share_allows() -> None:
+    now, made = 0.0, 0
+
+    def make() -> int:
+        nonlocal now, made
+        now, made = now + 1.0, made + 1  # a second's work
+        return made
+
+    cache = Cache(2, 0.25, lambda: now)
+    assert cache.get("a", "mark 1", make) == (1, "mark 1")
+    assert cache.get("a", "mark 2", make) == (1, "mark 1")
+    now += 2.9
+    assert cache.get("a", "mark 2", make) == (1, "mark 1")
+    now += 0.1
+    assert cache.get("a", "mark 2", make) == (2, "mark 2")
+    assert cache.get("b", "", make)[0] == 3
+    assert cache.get("a", "mark 2", make)[0] == 2
+    assert cache.get("c", "", make)[0] == 4  # b, asked for longest ago, makes room
+    assert cache.get("a", "mark 2", make)[0] == 2
+    assert cache.get("b", "", make)[0] == 5
