@@ -66,6 +66,7 @@ def test_a_text_is_typed_a_cell_hovered_and_the_confidence_dragged(
     )
 
     sure = [position["blocks"][0]["top"][0]["probability"] for position in positions]
+    assert min(sure) < 0.5 < max(sure)
     for share in (0.5, 0.02, 0.98):
         browser.drag("#tau", [0.75, 0.25, share])
         tau = float(browser.value("document.querySelector('#tau').value"))
