@@ -104,9 +104,9 @@ class Browser:
         return self.value(f"document.querySelector({json.dumps(selector)}).innerText")
 
     def place(self, selector: str, share: float = 0.5) -> tuple[float, float]:
-        """The point of an element that lies at `share` of its width, once it is in view."""
+        """The point of an element's first line that lies at `share` of its width, once it is in view."""
         left, top, width, height = self.value(
-            "(e => { e.scrollIntoView({block: 'center', inline: 'center'}); const r = e.getBoundingClientRect();"
+            "(e => { e.scrollIntoView({block: 'center', inline: 'center'}); const r = e.getClientRects()[0];"
             f"return [r.left, r.top, r.width, r.height] }})(document.querySelector({json.dumps(selector)}))"
         )
         return left + share * width, top + height / 2
