@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,11 +83,21 @@ def _routes(views: Views, models: Models, extra: dict[str, Path]) -> ASGIApp:
     def missing(request: Request, error: Exception) -> Response:
         return PlainTextResponse("no such run, experiment or model here; go back to the list of runs\n", 404)
 
+    def unreadable(request: Request, error: Exception) -> Response:
+        return PlainTextResponse(f"the folder cannot be read just now: {error}\n", 503)
+
+    @asynccontextmanager
+    async def open_lines(app: Starlette) -> AsyncIterator[None]:
+        yield
+        drawing.close()
+        computing.close()
+
     pages = {"/": runs, "/run": run, "/compare": compare, "/lens": lens}
     routes = [Route(path, endpoint) for path, endpoint in pages.items()]
     routes += [Route(path, fixed(*file)) for path, file in static().items()]
     routes += [Route(READ, read, methods=["POST"])]
-    return Starlette(routes=routes, exception_handlers={Busy: busy, Missing: missing})
+    handlers = {Busy: busy, Missing: missing, OSError: unreadable}
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=open_lines)
 
 
 def _asked(body: bytes) -> tuple[str, str] | None:

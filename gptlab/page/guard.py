@@ -179,9 +179,13 @@ class Guard:
         self.app, self.door = app, door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return  # a websocket: the server closes what nobody answers
+        if scope["type"] == "http":
+            await self._answer(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        # else a websocket: the server closes what nobody answers
 
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def guarded_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
@@ -195,7 +199,7 @@ class Guard:
                 rule(self.door, asked)
             body = await _body(receive)
         except Refused as refused:
-            await _answer(refused, guarded_send)
+            await _refuse(refused, guarded_send)
             return
 
         async def receive_body() -> Message:
@@ -217,7 +221,7 @@ async def _body(receive: Receive) -> bytes:
     return body
 
 
-async def _answer(refused: Refused, send: Send) -> None:
+async def _refuse(refused: Refused, send: Send) -> None:
     body = f"{refused}\n".encode()
     headers = [
         (b"content-type", b"text/plain; charset=utf-8"),

@@ -55,7 +55,7 @@ def serve(app: ASGIApp, listening: socket.socket, asked_to_stop: Callable[[], bo
         loop="asyncio",
         http="h11",
         ws="none",
-        lifespan="off",
+        lifespan="on",
         log_config=None,
         log_level="error",
         access_log=False,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from browser import wait
 from serving import TOKEN, Served
 
 from gptlab.page import app, guard
@@ -160,8 +161,8 @@ def test_more_than_may_wait_for_a_model_are_told_to_come_again(
     for thread in threads:
         thread.start()
     assert begun.wait(60)
-    while statuses.count(429) < 4:  # the others wait for the model
-        assert page.get().status == 200
+    wait(lambda: statuses.count(429) == 4)  # the others wait for the model
+    assert page.get().status == 200
     go_on.set()
     for thread in threads:
         thread.join()

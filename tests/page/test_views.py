@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import wait
 from pages import HOSTILE, IMAGE, Page
 from serving import Served
 
@@ -80,9 +81,8 @@ def test_a_run_is_drawn_anew_when_it_has_grown_and_not_before(served: Serve, run
     assert (same.status, same.body) == (304, b"")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "kind": "train", "loss": 1.0, "tokens": 448}\n')
-    while (second := page.get(link, If_None_Match=mark)).status == 304:
-        pass  # it was drawn a moment ago, and drawing may take but a share of the time
-    assert b"step 7 of 6" in second.body
+    wait(lambda: page.get(link, If_None_Match=mark).status == 200)  # drawing may take but a share of the time
+    assert b"step 7 of 6" in page.get(link).body
 
 
 def test_a_running_run_is_asked_for_sooner(served: Serve, run: Path) -> None:
@@ -91,9 +91,8 @@ def test_a_running_run_is_asked_for_sooner(served: Serve, run: Path) -> None:
     held = RunFolder(run)
     held.lock()
     try:
-        while b'data-every="2"' not in (runs := page.get().body):
-            pass
-        assert b"<progress" in runs
+        wait(lambda: b'data-every="2"' in page.get().body)
+        assert b"<progress" in page.get().body
     finally:
         held.close()
 
@@ -104,6 +103,14 @@ def test_what_cannot_be_read_is_said_in_its_place(served: Serve, run: Path) -> N
     runs = page.get().body.decode()
     assert "damaged" in runs
     assert "line 1: expected a row" in Page(page.get(links(Page(runs), "run?")[0]).body.decode()).text
+
+
+def test_a_folder_that_is_gone_is_said(served: Serve, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    page = served(tmp_path / "runs")
+    (tmp_path / "runs").rmdir()
+    gone = page.get()
+    assert (gone.status, b"cannot be read just now" in gone.body) == (503, True)
 
 
 def test_marked_runs_are_compared_or_refused_with_the_reason(
