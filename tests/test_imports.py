@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    **dict.fromkeys(("errors", "lazy", "randomness", "options", "device", "distributed"), 0),
+    **dict.fromkeys(("errors", "lazy", "parsing", "randomness", "options", "device", "distributed"), 0),
     "data": 1, "model": 2, "signals": 3, "training": 4, "runs": 5,
     "analysis": 6, "interpret": 6, "evals": 6, "benchmark": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
