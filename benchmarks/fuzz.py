@@ -1,6 +1,6 @@
 """Hostile inputs to every reader of outside bytes, many times over: how many ended in an error that is not ours.
 
-python benchmarks/fuzz.py [--inputs 100000] [--only shards corpus.json ...] [--seed 1]
+python benchmarks/fuzz.py [--inputs 100000] [--only corpus.json ckpt.pt ...] [--seed 1]
 
 An input is a file that is right with a few bytes or a value changed, drawn from the seed and the reader's name. It is
 read as a command would read it; what comes out is a value, an error of gptlab/errors.py, or another exception, which
@@ -11,7 +11,9 @@ it was checked shows as a MemoryError. Results are kept reader by reader, so tha
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import logging
 import platform
 import resource
 import sys
@@ -71,13 +73,18 @@ def machine() -> dict[str, str]:
     return {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
 
 
-def keep(found: dict[str, Any]) -> dict[str, Any]:
-    """Put a reader's figures among those of earlier sittings."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"readers": []}
-    others = [one for one in results["readers"] if one["reader"] != found["reader"]]
-    results["readers"] = sorted([*others, {**found, **machine()}], key=lambda one: one["reader"])
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return results
+def keep(found: dict[str, Any]) -> None:
+    """Put a reader's figures among those of earlier sittings, and renew the page."""
+    with RESULTS.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # sittings may overlap
+        file.seek(0)
+        results = json.loads(file.read() or '{"readers": []}')
+        others = [one for one in results["readers"] if one["reader"] != found["reader"]]
+        results["readers"] = sorted([*others, {**found, **machine()}], key=lambda one: one["reader"])
+        file.truncate(0)
+        file.write(json.dumps(results, indent=1) + "\n")
+        file.flush()
+        write_page(results)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -106,12 +113,15 @@ def limit_memory() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=100_000, help="of each reader")
-    parser.add_argument("--only", nargs="+", default=[], metavar="FILE", help="these readers, by a part of the file's name")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="FILE", help="these readers, by a part of the file's name"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the inputs")
     parser.add_argument("--dry", action="store_true", help="keep nothing")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.disable()  # transformers has much to say of a hostile config
     faults = 0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
         known = list(readers(Path(scratch, "right")))
@@ -127,7 +137,7 @@ def main() -> int:
             for fault in found["faults"][:3]:
                 print(f"    {fault['error']}  ({fault['at']})")
             if not chosen.dry:
-                write_page(keep(found))
+                keep(found)
     return int(faults > 0)
 
 

@@ -217,7 +217,7 @@ def _check_twins(arms: Mapping[str, Arm]) -> None:
 
 def _check_groups(groups: Mapping[str, Any], arms: Mapping[str, Arm], baseline: str) -> None:
     for name, group in groups.items():
-        if not isinstance(group, list) or len(group) < 2:
+        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(arm, str) for arm in group):
             raise ConfigError(f"[groups] {name}: expected a list of at least two arms, found {group!r}")
     members = [arm for group in groups.values() for arm in group]
     for arm in members:

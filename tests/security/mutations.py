@@ -12,17 +12,37 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-NUMBERS = (0, 1, -1, 2, 7, 255, 256, 50256, 50257, 65535, 65536, 10_001, 2**31 - 1, 2**31, -(2**31), 2**32, 2**40, 2**53)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    7,
+    255,
+    256,
+    50256,
+    50257,
+    65535,
+    65536,
+    10_001,
+    2**31 - 1,
+    2**31,
+    -(2**31),
+    2**32,
+    2**40,
+    2**53,
+)
 NUMBERS += (2**62, 2**63 - 1, 2**63, -(2**63), 10**30, 10**400, 0.5, -0.0, 1e308, 1e-308)
 TEXTS = (
-    "", " ", "gpt2", "bytes", "..", "../..", "../../etc/passwd", "/etc/passwd", "train_000000.bin", "a/b", "a\0b", "\x1b[2J",
-    "\ud800", "\u202e", "nan", "inf", "-1", "1e999", "0x10", "9" * 5000, "a" * 300, "a.b.c", "x.py:f", "none", "true", "é",
-    "__class__", "{0.__class__}", "${HOME}", "%s%n", "os.system", "<script>", "0" * 64, "f" * 64,
+    "", " ", "gpt2", "bytes", "..", "../..", "../../etc/passwd", "/etc/passwd", "train_000000.bin", "a/b", "a\0b",
+    "\x1b[2J", "\ud800", "\u202e", "nan", "inf", "-1", "1e999", "0x10", "9" * 5000, "a" * 300, "a.b.c", "x.py:f",
+    "none", "true", "é", "__class__", "{0.__class__}", "${HOME}", "%s%n", "os.system", "<script>", "0" * 64, "f" * 64,
 )  # fmt: skip
 PIECES = (
     b"", b"\0", b"\xff", b"\n", b"\r\n", b'"', b"{", b"}", b"[", b"]", b"[" * 2000, b'{"a":' * 2000, b"NaN", b"1e999",
-    b"-Infinity", b"null", b"true", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"9" * 5000, b"\x80\x04", b"PK\x03\x04", b"=", b",",
-    b"''' ", b"#", b"a.b = 1\n", b"[[signal]]\n", b"1979-05-27T07:32:00Z", b"25:61:00", b"../../x", b"\x1b[2J", b"\x00" * 64,
+    b"-Infinity", b"null", b"true", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"9" * 5000, b"\x80\x04", b"PK\x03\x04", b"=",
+    b",", b"''' ", b"#", b"a.b = 1\n", b"[[signal]]\n", b"1979-05-27T07:32:00Z", b"25:61:00", b"../../x", b"\x1b[2J",
+    b"\x00" * 64,
 )  # fmt: skip
 
 

@@ -23,16 +23,16 @@ from mutations import (  # pyright: ignore[reportMissingImports]
     other_json,
     other_lines,
     other_toml,
+    other_value,
 )
 from safetensors.torch import save
 
 from gptlab.analysis.logs import read_log
 from gptlab.analysis.records import read_run
 from gptlab.cli.arguments import file_options
-from gptlab.data.corpora import read_documents
+from gptlab.data.corpora import get_source, read_documents
 from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import check_tokens, open_shard, write_shard
-from gptlab.data.synthetic import synthetic
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
 from gptlab.evals.hellaswag import hellaswag
 from gptlab.evals.lambada import lambada
@@ -187,7 +187,9 @@ def _state() -> bytes:
     scalars = {"step": 3, "clipped": 1, "weights": [0.5, None], "validated": 0, "sampled": 0}
     records = {"metrics_bytes": 10, "log_bytes": 10}
     rng = {"seed": 1, "scheme": "keyed"}
-    return json.dumps({"scalars": scalars, "cursor": {"sequence": 3}, "rng": rng, "records": records, "options": options}).encode()
+    return json.dumps(
+        {"scalars": scalars, "cursor": {"sequence": 3}, "rng": rng, "records": records, "options": options}
+    ).encode()
 
 
 def _weights() -> bytes:
@@ -228,7 +230,7 @@ def _self_signed(content: bytes, rng: Random) -> bytes:
     """A manifest with a value changed, and its own checksum right nevertheless."""
     if rng.random() < 0.3:
         return other_bytes(content, rng)
-    value = json.loads(other_json(content, rng)) if rng.random() < 0.9 else a_value(rng)
+    value = other_value(json.loads(content), rng) if rng.random() < 0.9 else a_value(rng)
     if isinstance(value, dict):
         value.pop("sha256", None)
         value["sha256"] = hashlib.sha256(canonical(value)).hexdigest()
@@ -302,7 +304,7 @@ def _tuned(scratch: Path) -> bytes:
 
 
 def _name(folder: Path) -> None:
-    synthetic((folder / "name").read_bytes().decode("utf-8", "replace"))
+    get_source((folder / "name").read_bytes().decode("utf-8", "replace"))
 
 
 LOG = b"step,loss,arm,seed,other\n10,3.5,base,1,x\n20,3.25,base,1,y\n10,3.5,new,1,x\n20,nan,new,1,\n"
@@ -319,24 +321,32 @@ def readers(scratch: Path) -> Iterator[Reader]:
     yield Reader("train.npy", (_npy(),), other_bytes, _tokens("train.npy"))
     yield Reader("corpus.json", (_manifest(),), other_json, open_corpus, _corpus)
     yield Reader("options.toml", (OPTIONS.encode(),), other_toml, _options)
-    yield Reader("experiment.toml", (EXPERIMENT.encode(),), other_toml, lambda f: read_experiment(f / "experiment.toml"))
+    yield Reader(
+        "experiment.toml", (EXPERIMENT.encode(),), other_toml, lambda f: read_experiment(f / "experiment.toml")
+    )
     yield Reader("metrics.jsonl", (_metrics(),), other_lines, _read_run, _run)
     yield Reader("config.json", (_config(),), other_json, _read_run, _run)
     yield Reader("tuning.json", (json.dumps(KEPT).encode(),), other_json, read_kept)
     yield Reader("state.json", (_state(),), other_json, _signed, _checkpoint)
     yield Reader("model.safetensors", (_weights(),), other_bytes, _signed, _checkpoint)
     manifest = _manifest_of_checkpoint(scratch)
-    yield Reader("MANIFEST.json", (manifest,), _self_signed, lambda f: model_in(checkpoint.load(f)), _checkpoint)
+    yield Reader("MANIFEST.json", (manifest,), _self_signed, checkpoint.load, _checkpoint)
     yield Reader("model.bin", (_llmc(scratch),), other_bytes, lambda f: open_foreign(f / "model.bin"))
     pickles = tuple(_nanogpt(scratch, legacy) for legacy in (False, True))
     yield Reader("ckpt.pt", pickles, other_bytes, lambda f: open_foreign(f / "ckpt.pt"))
-    yield Reader("hf/config.json", (_huggingface_config(scratch / "hf"),), other_json, lambda f: from_huggingface(f / "hf"),
-                 lambda f: _huggingface(f / "hf"))  # fmt: skip
+    theirs = _huggingface_config(scratch / "hf")
+    yield Reader(
+        "hf/config.json", (theirs,), other_json, lambda f: from_huggingface(f / "hf"), lambda f: _huggingface(f / "hf")
+    )
     yield Reader("log.csv", (LOG,), other_bytes, lambda f: read_log(f / "log.csv"))
     yield Reader("log.jsonl", (LOG_LINES,), other_lines, lambda f: read_log(f / "log.jsonl"))
     yield Reader("rows.jsonl", (QUESTION * 2,), other_lines, _evals)
-    yield Reader("text.jsonl", (b'{"text": "a b c"}\n' * 2,), other_lines, lambda f: list(read_documents(f / "text.jsonl")))
+    yield Reader(
+        "text.jsonl", (b'{"text": "a b c"}\n' * 2,), other_lines, lambda f: list(read_documents(f / "text.jsonl"))
+    )
     tuned = _tuned(scratch)
-    yield Reader("tuned_reader.safetensors", (tuned,), other_bytes, lambda f: tuned_reader.load(SMALL, f / tuned_reader.FILE))
+    yield Reader(
+        "tuned_reader.safetensors", (tuned,), other_bytes, lambda f: tuned_reader.load(SMALL, f / tuned_reader.FILE)
+    )
     yield Reader("tokens", (b"",), _numbers, _decode)
     yield Reader("name", (b"markov:order=3", b"lpn:noise=0.2", b"copy"), other_bytes, _name)
