@@ -60,7 +60,10 @@ def fuzz(reader: Reader, inputs: int, seed: int, folder: Path) -> dict[str, Any]
             if len(faults) < KEPT:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 told = f"{type(error).__name__}: {error}"[:200]
-                faults.append({"error": told, "at": f"{where.filename}:{where.lineno}", "input": content[:400].hex()})
+                faults.append(
+                    {"error": told, "at": f"{Path(where.filename).name}:{where.lineno}", "input": content[:400].hex()}
+                )
+                print(f"\n{reader.name}: {told} ({where.filename}:{where.lineno})", file=sys.stderr)
         slowest = max(slowest, time.monotonic() - start)
         if number % 1000 == 999:
             print(f"\r{reader.name}  {number + 1}/{inputs}  {counts['others']} others", end="", file=sys.stderr)

@@ -25,7 +25,7 @@ def parse_row(line: str | bytes) -> dict[str, Any] | None:
         return None
     numbers = all(row.get(name) is None or is_number(row[name]) for name in FIGURES)
     texts = all(name not in row or isinstance(row[name], str) for name in TEXTS)
-    counted = "tokens" not in row or row["tokens"] is None or is_count(row["tokens"])
+    counted = row["kind"] == "sample" or row.get("tokens") is None or is_count(row["tokens"])  # a sample lists its own
     paced = row["kind"] != "train" or not row.get("tokens_per_second") or is_count(row.get("tokens"))
     known = row["kind"] != "val" or is_number(row.get("loss"))
     return row if numbers and texts and counted and paced and known else None

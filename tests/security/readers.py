@@ -90,7 +90,15 @@ positions = 0.5
 ROWS = [
     {"step": 1, "kind": "train", "loss": 5.5, "tokens": 64, "tokens_per_second": 10.5, "dose": 0.1, "doses": [0.1]},
     {"step": 1, "kind": "val", "loss": 5.4, "tempered_loss": 5.3, "bits_per_byte": 7.9},
-    {"step": 2, "kind": "sample", "prompt": "a", "text": "b", "written": ["b"], "blocks": [[["b", 0.5]]]},
+    {
+        "step": 2,
+        "kind": "sample",
+        "prompt": "a",
+        "text": "b",
+        "tokens": [98],
+        "written": ["b"],
+        "blocks": [[["b", 0.5]]],
+    },
     {"step": 2, "kind": "event", "event": "finished", "loss": 5.4, "clipped_share": 0.5},
 ]
 
