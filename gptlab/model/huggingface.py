@@ -16,7 +16,7 @@ import torch
 from gptlab.data.huggingface_tokenizer import write_tokenizer
 from gptlab.errors import CheckpointError, DataError, UsageError
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.model.nanogpt import refuse_bombs
+from gptlab.model.nanogpt import load_pickled
 from gptlab.model.weights import GPT2_VOCABULARY, checked_config
 from gptlab.parsing import is_count, parse_json
 
@@ -139,7 +139,7 @@ def _load(transformers: Any, folder: Path) -> GPT2LMHeadModel:
             checked_config({**vars(config), "block_size": config.n_positions}, room, folder)
         if files == pickled:
             for file in files:
-                refuse_bombs(file)
+                load_pickled(file)  # refuses code, and an archive that would grow, before transformers looks at it
         model, found = transformers.GPT2LMHeadModel.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=kind == "safetensors", weights_only=True,
             dtype=torch.float32, output_loading_info=True, trust_remote_code=False, attn_implementation="eager",
