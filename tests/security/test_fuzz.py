@@ -19,8 +19,8 @@ from gptlab.data.shards import open_shard
 from gptlab.errors import GptlabError
 from gptlab.parsing import parse_json, parse_toml
 
-EXAMPLES = 200
-SLOW = {"hf/config.json": 15}
+EXAMPLES = 150
+SLOW = {"hf/config.json": 10, "metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60}
 """Examples of readers that take milliseconds each."""
 NAMES = (
     "train_000000.bin", "train.bin", "train.npy", "corpus.json", "options.toml", "experiment.toml", "metrics.jsonl",
