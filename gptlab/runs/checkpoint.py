@@ -138,11 +138,14 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint after verifying it; raises CheckpointError naming the first damaged file."""
     if problems := verify(folder):
         raise CheckpointError(f"damaged checkpoint: {problems[0].file}: {problems[0].problem}")
-    return Checkpoint(folder, _tensors(folder / WEIGHTS), _tensors(folder / MOMENTS), _state(folder / STATE))
+    return Checkpoint(folder, _tensors(folder / WEIGHTS), _tensors(folder / MOMENTS), read_state(folder / STATE))
 
 
-def _state(path: Path) -> dict[str, Any]:
-    """state.json, checked for shape: checksums tell that it is as it was written, and not by whom."""
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json, checked for shape: checksums tell that it is as it was written, and not by whom.
+
+    Raises CheckpointError.
+    """
     try:
         state = parse_json(path.read_text(encoding="utf-8"))
     except ValueError:

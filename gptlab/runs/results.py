@@ -93,9 +93,10 @@ def outcome(rows: Rows, state: str) -> dict[str, Any]:
 def _weights(cell: Cell, step: int) -> str | None:
     """SHA-256 of the weights as the checkpoint's manifest has it."""
     manifest = cell.folder / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json"
-    if not manifest.is_file():
+    try:
+        return str(parse_json(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which `gptlab verify` names
         return None
-    return json.loads(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"]
 
 
 def write_whole(path: Path, text: str) -> None:

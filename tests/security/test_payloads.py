@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from readers import EXPERIMENT, SMALL, readers  # pyright: ignore[reportMissingImports]
+from readers import EXPERIMENT, SMALL, readers, sign  # pyright: ignore[reportMissingImports]
 
 from gptlab.analysis.records import read_run
 from gptlab.cli.main import main
@@ -122,3 +122,14 @@ def test_a_function_is_no_path() -> None:
     with pytest.raises(ConfigError, match="with the name of a function, found 'idea"):
         TrainingConfig(signal=SignalConfig("idea.py:../../../tmp/x"))
     assert TrainingConfig(signal=SignalConfig("some/idea.py:f")).folder == "log/shakespeare-tiny-idea-f-1"
+
+
+def test_verify_names_a_state_that_only_its_checksum_speaks_for(tmp_path: Path, capsys: Capture) -> None:
+    reader = next(one for one in readers(tmp_path / "right") if one.name == "state.json")
+    saved = tmp_path / "run" / "checkpoints" / "step_00000003"
+    reader.prepare(saved)
+    (saved / "state.json").write_text('{"scalars": [], "records": {"metrics_bytes": "many"}}')
+    sign(saved)
+    assert main(["verify", str(tmp_path / "run")]) == 3
+    assert "state.json: " in (told := capsys.readouterr().out)
+    assert "expected scalars, cursor, rng and records" in told
