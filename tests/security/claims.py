@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 from readers import SIZES, SMALL, readers, sign  # pyright: ignore[reportMissingImports]
+from safetensors.torch import save
 
 from gptlab.data.shards import open_shard
 from gptlab.model.foreign import open_foreign
+from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
 from gptlab.runs import checkpoint
 from gptlab.runs.initial import any_model, any_state
@@ -113,6 +115,11 @@ def _checkpoints(folder: Path) -> Iterator[Case]:
         state = json.loads((path / "state.json").read_text())
         state["options"] |= changes
         (path / "state.json").write_text(json.dumps(state))
+        if name == "shared":  # stored once, whatever n_layer says
+            shared = GPT(GPTConfig(vocab_size=256, **SIZES, share_blocks=True))
+            weights = {key: p.detach() for key, p in shared.named_parameters()}
+            (path / checkpoint.WEIGHTS).write_bytes(save(weights))
+            (path / checkpoint.MOMENTS).write_bytes(save({}))
         sign(path)
         yield path.name, lambda path=path: any_model(path)
     for kind, content in SAFETENSORS.items():
