@@ -93,6 +93,20 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
     return config(**flat, **{name: build(hints[name], inner) for name, inner in nested.items()})
 
 
+def recorded(config: type, values: Mapping[str, Any]) -> Any:
+    """`build` from a file's values, which may be anything; raises ConfigError for a key or a type that is none."""
+    known, listed = {o.key: o for o in options_of(config)}, _lists_of_configs(config)
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in listed:
+            if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+                raise ConfigError(f"{key}: expected a list of tables, found {value!r:.60}")
+            found[key] = [recorded(listed[key], one) for one in value]
+        else:
+            found[key] = typed(known[key], value) if key in known else value  # `build` names it
+    return build(config, found)
+
+
 def _lists_of_configs(config: type) -> dict[str, type]:
     """The fields that hold several configs of one class, with that class."""
     found = {}
@@ -190,6 +204,8 @@ def _as(kind: Any, value: Any) -> Any:
         except (ValueError, OverflowError):
             return _NO
         if isinstance(number, float) and not math.isfinite(number):
+            return _NO
+        if kind is int and not abs(number) < 2**63:  # no machine counts so far, and such numbers have no float
             return _NO
         if kind is int and not isinstance(number, int):
             return int(number) if number == int(number) else _NO

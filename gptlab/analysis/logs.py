@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptlab.errors import DataError
+from gptlab.parsing import is_count, parse_json
 
 COLUMNS = ("step", "loss", "arm", "seed")
 SUFFIXES = (".csv", ".jsonl")
@@ -44,13 +44,16 @@ def read_log(path: str | Path) -> Logged:
 
 def _rows(path: Path, file: Iterable[str]) -> Iterable[tuple[int, Mapping[str, Any]]]:
     if path.suffix == ".csv":
-        yield from enumerate(csv.DictReader(file), 2)
+        try:
+            yield from enumerate(csv.DictReader(file), 2)
+        except csv.Error as error:
+            raise DataError(f"{path}: expected comma-separated values: {error}") from None
         return
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: expected a JSON object: {error}") from None
         if not isinstance(row, dict):
@@ -65,7 +68,10 @@ def _typed(path: Path, number: int, row: Mapping[str, Any]) -> tuple[str, int, i
         raise DataError(f"{path}, line {number}: expected {', '.join(COLUMNS)}, found no {missing[0]} among {have}")
     try:
         loss = float("nan") if row["loss"] in ("", None) else float(row["loss"])
-        return str(row["arm"]), int(row["seed"]), int(row["step"]), loss if math.isfinite(loss) else math.nan
-    except (ValueError, TypeError):
-        shown = ", ".join(f"{column}={row[column]!r}" for column in COLUMNS)
+        seed, step = int(row["seed"]), int(row["step"])
+        if not (is_count(seed) and is_count(step)):
+            raise ValueError
+        return str(row["arm"]), seed, step, loss if math.isfinite(loss) else math.nan
+    except (ValueError, TypeError, OverflowError):
+        shown = ", ".join(f"{column}={row[column]!r:.60}" for column in COLUMNS)
         raise DataError(f"{path}, line {number}: expected numbers in step, loss and seed, found {shown}") from None

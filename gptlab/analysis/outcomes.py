@@ -6,7 +6,6 @@ All at one step, with what was declared of them and their passports, ready for `
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from gptlab.analysis.tuned import Tuning, read_tuning
 from gptlab.analysis.verdicts import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.options import flatten_table
+from gptlab.parsing import parse_toml
 
 EXPERIMENT = "experiment.toml"
 """The copy of the experiment file that lies beside an experiment's arms."""
@@ -135,8 +135,8 @@ def _of_experiment(folder: Path, step: int | None) -> Outcomes:
     """An experiment's cells <arm>/seed_<n>/, with what its file declared."""
     path = folder / EXPERIMENT
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = parse_toml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
     if not isinstance(table.get("arms"), dict) or table.get("baseline") not in table["arms"]:
         hint = did_you_mean(str(table.get("baseline")), table.get("arms", ()))

@@ -5,7 +5,6 @@ Only JSON is read, so that comparing runs needs neither torch nor the machine th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +13,9 @@ from typing import Any
 
 from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError
-from gptlab.options import flatten
+from gptlab.options import flatten, options_of
+from gptlab.parsing import is_count, is_number, parse_json
+from gptlab.runs.rows import parse_row
 from gptlab.training.config import TrainingConfig
 
 
@@ -68,8 +69,11 @@ def read_run(path: str | Path) -> Run:
     """The run in a folder, finished or not; raises CheckpointError where there is none or it cannot be read."""
     path = Path(path)
     config = _json(path / "config.json")
-    if not isinstance(config.get("options"), dict) or "seed" not in config["options"]:
+    if not isinstance(config.get("options"), dict) or not is_count(config["options"].get("seed")):
         raise CheckpointError(f"{path / 'config.json'}: expected a run's options with its seed, found none")
+    for option in options_of(TrainingConfig):  # by kind alone: what values a patch allows, only its code knows
+        if option.type in (int, float) and not is_number(value := config["options"].get(option.key, 0)):
+            raise CheckpointError(f"{path / 'config.json'}: expected a number for {option.key}, found {value!r:.60}")
     losses: dict[int, float] = {}
     doses: list[float] = []
     ended: Mapping[str, Any] = {}
@@ -101,7 +105,7 @@ class Clock:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"expected a run folder, found no {path.name} in {path.parent}") from None
     except ValueError as error:
@@ -115,15 +119,12 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl; a last line that was cut off by a kill is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 return
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not {"step", "kind"} <= row.keys():
+            row = parse_row(line)
+            if row is None:
                 raise CheckpointError(f"{path}, line {number}: expected a row with step and kind; train that run again")
             yield row
 

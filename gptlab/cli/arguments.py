@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gptlab.errors import ConfigError, UsageError, did_you_mean
 from gptlab.options import Option, options_of, table_options, typed
+from gptlab.parsing import parse_toml
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,10 +86,10 @@ def given_options(parsed: argparse.Namespace, config: type) -> dict[str, Any]:
 def file_options(path: str | Path, config: type) -> dict[str, Any]:
     """The options of a TOML file, in their own types; raises ConfigError naming the nearest key."""
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        table = parse_toml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"--config: no file {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
     try:
         return table_options(table, config)

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 import gptlab
+from gptlab.cli.terminal import printable
 from gptlab.distributed import World
 from gptlab.errors import GptlabError, UsageError, did_you_mean
 
@@ -67,7 +68,7 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     except (GptlabError, OSError, KeyboardInterrupt) as error:
         code, text, shown = _told(error)
         if shown:
-            print(f"gptlab: {text}", file=sys.stderr)
+            print(f"gptlab: {printable(text)}", file=sys.stderr)
         if "--debug" in argv:
             traceback.print_exc()
     if "--json" in argv and shown:

@@ -57,8 +57,12 @@ def _problems(path: Path) -> Iterator[Problem]:
         damage = checkpoint.verify(saved)
         yield from damage
         if not damage:
-            records = json.loads((saved / checkpoint.STATE).read_text(encoding="utf-8"))["records"]
-            lengths = {"metrics.jsonl": records["metrics_bytes"], "log.txt": records["log_bytes"]}
+            try:
+                records = checkpoint.read_state(saved / checkpoint.STATE)["records"]
+            except CheckpointError as error:
+                yield checkpoint.Problem(str(saved / checkpoint.STATE), str(error))
+                continue
+            lengths = {"metrics.jsonl": records.get("metrics_bytes", 0), "log.txt": records.get("log_bytes", 0)}
             needed = {name: max(length, lengths[name]) for name, length in needed.items()}
     yield from _unreadable(folder, needed)
 

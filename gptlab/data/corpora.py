@@ -21,6 +21,7 @@ from gptlab.data.shards import sha256_of
 from gptlab.data.source import Documents, Position, Source
 from gptlab.data.synthetic import SYNTHETIC, synthetic
 from gptlab.errors import ConfigError, DataError, did_you_mean
+from gptlab.parsing import parse_json
 from gptlab.randomness import key_bits
 
 if TYPE_CHECKING:
@@ -290,7 +291,7 @@ def _read_jsonl(file: Path, start: int) -> Iterator[str]:
 
 def _text_field(line: bytes, where: str) -> str:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = parse_json(line.decode("utf-8-sig"))
     except ValueError as error:  # bad JSON, bad UTF-8
         raise DataError(f"{where}: expected a JSON object, found {_one_line(error)}: mend that line") from error
     text = record.get("text") if isinstance(record, dict) else None

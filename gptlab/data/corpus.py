@@ -6,7 +6,6 @@ build-nanogpt and llm.c carry none and are told by their files' names. How a cor
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -20,7 +19,8 @@ import numpy as np
 from gptlab.data.floor import Floor
 from gptlab.data.shards import ShardInfo, open_shard, sha256_of
 from gptlab.data.tokenizers import get_tokenizer
-from gptlab.errors import DataError
+from gptlab.errors import ConfigError, DataError
+from gptlab.parsing import is_count, parse_json
 
 MANIFEST = "corpus.json"
 PARTIAL_MANIFEST = "corpus.partial.json"
@@ -28,6 +28,8 @@ FORMAT = 1
 SPLITS = ("train", "val")
 TOKENIZER_FILE = "tokenizer.txt"  # in a folder of another program's shards: the name of their tokenizer, if not gpt2
 
+_SHARD_NAME = re.compile(r"\w[\w.-]*\.bin", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOREIGN_SHARD = re.compile(r"(?:.*_)?(train|val)(?:_\d{6})?\.(?:bin|npy)")
 
 
@@ -119,7 +121,7 @@ def open_corpus(folder: str | Path) -> Corpus:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """A manifest's content, checked for shape, or None where there is no such file. Raises DataError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -137,13 +139,22 @@ def _well_formed(content: Any) -> bool:
     try:
         if "floor" in content:
             Floor.from_json(content["floor"])
-        return {"format", "name", "source", "tokenizer", "vocab_size", "complete"} <= content.keys() and all(
-            # A name without folders: a manifest from elsewhere must not reach out of its own.
-            Path(shard["file"]).name == shard["file"] and int(shard["tokens"]) > 0 and len(shard["sha256"]) == 64
-            for split in SPLITS
-            for shard in content["splits"][split]
+        return (
+            {"format", "name", "source", "tokenizer", "vocab_size", "complete"} <= content.keys()
+            and isinstance(content["name"], str)
+            and isinstance(content["complete"], bool)
+            and get_tokenizer(content["tokenizer"]).vocab_size == content["vocab_size"]
+            and all(
+                # A name without folders: a manifest from elsewhere must not reach out of its own.
+                _SHARD_NAME.fullmatch(shard["file"])
+                and is_count(shard["tokens"])
+                and shard["tokens"] > 0
+                and _SHA256.fullmatch(shard["sha256"])
+                for split in SPLITS
+                for shard in content["splits"][split]
+            )
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ConfigError):
         return False
 
 
@@ -199,7 +210,7 @@ def _open_foreign(folder: Path) -> Corpus:
         for split in SPLITS
     )
     named = folder / TOKENIZER_FILE
-    tokenizer = get_tokenizer(named.read_text(encoding="utf-8").strip() if named.exists() else "gpt2")
+    tokenizer = get_tokenizer(named.read_text(encoding="utf-8", errors="replace").strip() if named.exists() else "gpt2")
     return Corpus(folder, folder.resolve().name, tokenizer.name, tokenizer.vocab_size, True, train, val)
 
 

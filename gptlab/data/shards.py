@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN = np.dtype("<u2")
+NPY_MAGIC = b"\x93NUMPY"
 TEMPORARY_FILES = ".*.tmp"  # what an interrupted write leaves, as a glob pattern
 
 _NUMBERED = re.compile(r"_\d{6}\.bin$")  # llm.c's names: always with a header
@@ -143,10 +145,17 @@ def _open_raw(path: Path, size: int) -> np.ndarray:
 
 
 def _open_npy(path: Path) -> np.ndarray:
+    with open(path, "rb") as file:
+        start = file.read(len(NPY_MAGIC))
+    if start != NPY_MAGIC:  # numpy would take an archive, too
+        raise DataError(f"{path}: expected a whole .npy file of uint16 tokens, found one that begins {start!r}")
     try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DataError(f"{path}: expected a whole .npy file of uint16 tokens, found: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a header may be of another time, or wrong in a way that Python warns of
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a header is a Python literal, and numpy lets pass what reading one may raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path}: expected a whole .npy file of uint16 tokens, found: {reason}") from error
     if not isinstance(tokens, np.memmap) or tokens.dtype != TOKEN or tokens.ndim != 1:
         found = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
         raise DataError(f"{path}: expected a one-dimensional array of little-endian uint16, found {found}")

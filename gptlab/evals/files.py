@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import DataError
+from gptlab.parsing import parse_json
 
 PARQUET = b"PAR1"
 
@@ -50,7 +51,7 @@ def _from_lines(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError:
                 row = None
             if not isinstance(row, dict):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptlab.errors import DataError
 from gptlab.evals.scoring import Request, Scorer, Scores
+from gptlab.parsing import parse_json
 
 PORTION = 64
 """Rows of a portion."""
@@ -54,7 +55,7 @@ class Record:
         """What the file holds, where it is of the same identity; a file that cannot be read counts for nothing."""
         assert self.path
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = parse_json(self.path.read_text(encoding="utf-8"))
             if content["identity"] != self.identity:
                 return {}
             return {int(row): _pairs(outcome) for row, outcome in content["done"].items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gptlab.errors import CheckpointError
 from gptlab.model.gpt import GPT
 from gptlab.model.llmc import MAGIC, read_llmc
 from gptlab.model.nanogpt import PICKLE, ZIP, read_pickled
+from gptlab.parsing import parse_json
 
 NANOGPT_FILE = "ckpt.pt"
 SHARD_MAGIC = 20240520
@@ -48,6 +48,6 @@ def open_foreign(source: str | Path) -> tuple[GPT, str]:
 def is_huggingface(folder: Path) -> bool:
     """Whether the folder's config.json is of transformers: a run's own has no model_type."""
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "model_type" in parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gptlab.errors import ConfigError
 from gptlab.model.attention import causal_attention
 from gptlab.model.flops import training_flops_per_token
+from gptlab.model.limits import MOST_BLOCKS
 from gptlab.randomness import torch_generator
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.n_layer > MOST_BLOCKS:
+            raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd must be a multiple of n_head, found n_embd {self.n_embd} and n_head {self.n_head}; "

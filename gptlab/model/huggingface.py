@@ -16,12 +16,22 @@ import torch
 from gptlab.data.huggingface_tokenizer import write_tokenizer
 from gptlab.errors import CheckpointError, DataError, UsageError
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.model.nanogpt import refuse_bombs
+from gptlab.model.nanogpt import load_pickled
 from gptlab.model.weights import GPT2_VOCABULARY, checked_config
+from gptlab.parsing import is_count, parse_json
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
+SIZES = (
+    "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner",
+    "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+"""Keys of config.json under both of their names."""
+ARITHMETIC = (
+    "activation_function", "layer_norm_epsilon", "scale_attn_weights", "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings",
+)  # fmt: skip
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -122,17 +132,17 @@ def _load(transformers: Any, folder: Path) -> GPT2LMHeadModel:
     files = sorted(folder.glob("model*.safetensors")) or pickled
     kind = "pickled tensors" if files and files == pickled else "safetensors"
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = _config(transformers, folder)
         _check(config)
         if files:
             room = sum(file.stat().st_size for file in files)
             checked_config({**vars(config), "block_size": config.n_positions}, room, folder)
         if files == pickled:
             for file in files:
-                refuse_bombs(file)
+                load_pickled(file)  # refuses code, and an archive that would grow, before transformers looks at it
         model, found = transformers.GPT2LMHeadModel.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=kind == "safetensors", weights_only=True,
-            dtype=torch.float32, output_loading_info=True,
+            dtype=torch.float32, output_loading_info=True, trust_remote_code=False, attn_implementation="eager",
         )  # fmt: skip
     except CheckpointError:
         raise
@@ -142,6 +152,23 @@ def _load(transformers: Any, folder: Path) -> GPT2LMHeadModel:
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(f"{folder} lacks weights of a GPT-2: {missing[0]} and {len(missing) - 1} more")
     return model
+
+
+def _config(transformers: Any, folder: Path) -> Any:
+    """transformers' config with what a GPT-2's config.json says of its arithmetic, and with nothing else of it.
+
+    Other keys may name code to fetch and run: auto_map, attn_implementation, quantization_config.
+    """
+    content = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("model_type") != "gpt2":
+        found = content.get("model_type") if isinstance(content, dict) else content
+        raise CheckpointError(f"expected a GPT-2 with model_type 'gpt2', found {found!r:.60}; it cannot be imported")
+    for key in SIZES:
+        if key in content and not (is_count(content[key]) or (key == "n_inner" and content[key] is None)):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: expected a whole number for {key}, found {content[key]!r:.60}"
+            )
+    return transformers.GPT2Config(**{key: content[key] for key in (*SIZES, *ARITHMETIC) if key in content})
 
 
 def _check(config: Any) -> None:

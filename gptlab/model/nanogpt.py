@@ -68,8 +68,10 @@ def load_pickled(path: Path) -> Mapping[Any, Any]:
             warnings.simplefilter("ignore")  # about files of old versions: what is wrong with one is told below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # pickle, zip and torch have no common kind
-        unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        unsafe = re.search(r"unsupported global(?:: GLOBAL)? (\S+)", str(error), re.IGNORECASE)
         reason = f"it needs {unsafe[1]}, and nothing but tensors and plain values is read" if unsafe else ""
+        if not reason and str(error).startswith("Weights only"):  # torch goes on to advise to run what is in it
+            reason = "it holds more than tensors and plain values, or is damaged"
         reason = reason or next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint of torch.save: {reason[:200]}") from None
     if not isinstance(content, Mapping):

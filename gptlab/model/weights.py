@@ -6,6 +6,7 @@ Other programs' formats become one thing first, tensors under nanoGPT's names, a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,6 +65,32 @@ def checked_config(sizes: Mapping[str, Any], room: int, source: object) -> GPTCo
     return config
 
 
+def check_stored(config: GPTConfig, weights: Mapping[str, Tensor], source: object) -> None:
+    """Raise CheckpointError unless `weights` are, by name and shape, those of a model of ours of this size.
+
+    To be asked before that model is built: a checkpoint states its size in one file and holds its weights in another.
+    """
+    held = sum(weight.numel() for weight in weights.values())
+    if held != config.parameters:
+        raise CheckpointError(f"{source}: expected {config.parameters:,} weights for its options, found {held:,}")
+    one_block = replace(config, n_layer=1, share_blocks=False)
+    expected = shapes(one_block if config.share_blocks else config)
+    for name in (*expected, *weights):
+        found = weights.get(name)
+        if name not in expected or not _is_weight(found, expected[name]):
+            kind = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else "none"
+            raise CheckpointError(f"{source}: expected {name} {expected.get(name, 'not to be there')}, found {kind}")
+
+
+def check_moments(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], source: object) -> None:
+    """Raise CheckpointError unless each of an optimizer's tensors belongs to a weight: of its shape, or a count."""
+    for name, found in moments.items():
+        key, _, of = name.partition(".")
+        expected = () if key == "step" else tuple(weights[of].shape) if of in weights else None
+        if of not in weights or not _is_weight(found, expected):
+            raise CheckpointError(f"{source}: expected {name} {expected}, found {found.dtype} {tuple(found.shape)}")
+
+
 @torch.no_grad()
 def with_weights(config: GPTConfig, weights: Mapping[str, Any], source: object, *, biases: bool = True) -> GPT:
     """A GPT with these weights in float32; without `biases` a missing bias is 0, as in nanoGPT's bias=False.
@@ -91,7 +118,7 @@ def with_weights(config: GPTConfig, weights: Mapping[str, Any], source: object, 
     return model
 
 
-def _is_weight(found: object, shape: tuple[int, ...]) -> bool:
+def _is_weight(found: object, shape: tuple[int, ...] | None) -> bool:
     return (
         isinstance(found, Tensor)
         and found.layout is torch.strided

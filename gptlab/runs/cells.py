@@ -6,7 +6,6 @@ Only JSON is read here, again and again while others write it; torch is not need
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gptlab.runs.experiment_file import Arm, Experiment
+from gptlab.runs.rows import parse_row
 
 OUTPUT = "output.txt"
 """What a cell's process said, in the cell's folder."""
@@ -157,8 +157,8 @@ class Rows:
                 if not line.endswith(b"\n"):
                     return
                 self._offset += len(line)
-                row = json.loads(line)
-                if not isinstance(row, dict) or not {"step", "kind"} <= row.keys():
+                row = parse_row(line)
+                if row is None:
                     raise ValueError
                 yield row
 

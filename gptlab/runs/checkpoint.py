@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlab.errors import CheckpointError
+from gptlab.parsing import is_count, is_number, parse_json
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
 FORMAT = 1
@@ -94,6 +95,7 @@ def save(
 
 
 _FILES = (WEIGHTS, MOMENTS, STATE)
+_COUNTS = ("step", "clipped", "validated", "sampled")
 
 
 def complete(checkpoints: Path) -> list[Path]:
@@ -109,10 +111,10 @@ def verify(folder: Path) -> list[Problem]:
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
-        manifest = json.loads(content)
+        manifest = parse_json(content)
         as_written = content == _canonical(manifest).encode()  # a space turned into a line break parses alike
         stated = manifest.pop("sha256")
-        files: dict[str, dict[str, Any]] = manifest["files"]
+        files = {name: dict(manifest["files"].get(name, {})) for name in _FILES}
         if not as_written or hashlib.sha256(_canonical(manifest).encode()).hexdigest() != stated:
             return [Problem(str(path), "its content does not match its own checksum")]
     except FileNotFoundError:
@@ -122,7 +124,7 @@ def verify(folder: Path) -> list[Problem]:
     problems = []
     for name in _FILES:
         file = folder / name
-        expected = files.get(name, {})
+        expected = files[name]
         if not file.is_file():
             problems.append(Problem(str(file), "missing"))
         elif file.stat().st_size != expected.get("bytes"):
@@ -136,8 +138,38 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint after verifying it; raises CheckpointError naming the first damaged file."""
     if problems := verify(folder):
         raise CheckpointError(f"damaged checkpoint: {problems[0].file}: {problems[0].problem}")
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    return Checkpoint(folder, _tensors(folder / WEIGHTS), _tensors(folder / MOMENTS), state)
+    return Checkpoint(folder, _tensors(folder / WEIGHTS), _tensors(folder / MOMENTS), read_state(folder / STATE))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json, checked for shape: checksums tell that it is as it was written, and not by whom.
+
+    Raises CheckpointError.
+    """
+    try:
+        state = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError:
+        state = None
+    if not isinstance(state, dict) or not _well_formed(state):
+        raise CheckpointError(f"{path}: expected scalars, cursor, rng and records as a run saves them; it is not read")
+    return state
+
+
+def _well_formed(state: Mapping[str, Any]) -> bool:
+    scalars, cursor, rng, records = (state.get(part) for part in ("scalars", "cursor", "rng", "records"))
+    if not all(isinstance(part, dict) for part in (scalars, cursor, rng, records)):
+        return False
+    assert isinstance(scalars, dict)
+    assert isinstance(records, dict)
+    weights = scalars.get("weights")
+    return (
+        scalars.keys() == {*_COUNTS, "weights"}
+        and all(is_count(scalars[name]) for name in _COUNTS)
+        and isinstance(weights, list)
+        and all(weight is None or is_number(weight) for weight in weights)
+        and records.keys() <= {"metrics_bytes", "log_bytes"}
+        and all(map(is_count, records.values()))
+    )
 
 
 def digest(folder: Path) -> tuple[str, int]:
@@ -155,8 +187,11 @@ def digest(folder: Path) -> tuple[str, int]:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:  # the last two: a dtype torch lacks
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def _canonical(value: Mapping[str, Any]) -> str:
@@ -183,13 +218,21 @@ def _flush(path: Path) -> None:
 def _discard(folder: Path) -> None:
     """Remove a checkpoint so that a crash half-way leaves no folder that looks finished."""
     hidden = folder.with_name(f".removing_{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder if there is one; of a link, or a file, that alone and not what it leads to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def remove_debris(checkpoints: Path) -> None:
     """Remove what a kill in the middle of a save left; only for the run's writer."""
     for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
         if path.name.startswith((".saving_", ".removing_")):
-            shutil.rmtree(path)
+            _remove(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError
+from gptlab.parsing import parse_json
 from gptlab.runs.experiment_file import Experiment
 from gptlab.runs.results import write_whole
 from gptlab.runs.trials import Trial, all_trials, leaders
@@ -117,7 +118,7 @@ def read_kept(folder: Path) -> dict[str, Any] | None:
     """The content of an experiment's tuning.json, None where there is none; raises ConfigError for a damaged one."""
     path = folder / FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         if not all({"options", "follows", "trial", "loss", "notes"} <= one.keys() for one in content["arms"].values()):
             raise ValueError
     except FileNotFoundError:

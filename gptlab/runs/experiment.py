@@ -7,12 +7,12 @@ runners on one experiment share the work and never a cell.
 from __future__ import annotations
 
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptlab.errors import ConfigError, Stopped
+from gptlab.parsing import parse_toml
 from gptlab.runs.arm_options import as_toml, check_options, options_file
 from gptlab.runs.cells import ENDED, OUTPUT, Cell, Claim, Rows, State, cells_of, claimed
 from gptlab.runs.executor import Children, Executor, Worker
@@ -117,11 +117,13 @@ class Runner:
         begun = {path.parents[1].name for path in rows}
         if not copy.is_file() or not begun:
             return
-        before, now = tomllib.loads(copy.read_text(encoding="utf-8")), self.experiment.table
+        try:
+            before, now = parse_toml(copy.read_text(encoding="utf-8")), self.experiment.table
+            arms = dict(before.get("arms", {}))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{copy} is damaged: {error}; put the experiment's file in its place") from None
         changed = [key for key in {**before, **now} if key != "arms" and before.get(key) != now.get(key)]
-        changed += [
-            f"arms.{arm}" for arm, own in before["arms"].items() if arm in begun and now["arms"].get(arm) != own
-        ]
+        changed += [f"arms.{arm}" for arm, own in arms.items() if arm in begun and now["arms"].get(arm) != own]
         if changed:
             more = "; more seeds later are declared as looks" * bool({"seeds", "looks"} & set(changed))
             raise ConfigError(

@@ -23,7 +23,6 @@ dose = [0.5, 1, 2]                    factors; [1], which tunes none, is the def
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +30,7 @@ from typing import Any
 
 from gptlab.errors import ConfigError, did_you_mean
 from gptlab.options import build, flatten, flatten_table, table_options
+from gptlab.parsing import parse_toml
 from gptlab.runs.tune import Tune, read_tune
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
@@ -111,12 +111,12 @@ def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text)
+        table = parse_toml(text)
     except FileNotFoundError:
         raise ConfigError(
             f"expected an experiment file at {path}, found none; ready ones are in experiments/"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
     try:
         return _experiment(table, text, None if copy else path.parent)
@@ -217,7 +217,7 @@ def _check_twins(arms: Mapping[str, Arm]) -> None:
 
 def _check_groups(groups: Mapping[str, Any], arms: Mapping[str, Arm], baseline: str) -> None:
     for name, group in groups.items():
-        if not isinstance(group, list) or len(group) < 2:
+        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(arm, str) for arm in group):
             raise ConfigError(f"[groups] {name}: expected a list of at least two arms, found {group!r}")
     members = [arm for group in groups.values() for arm in group]
     for arm in members:

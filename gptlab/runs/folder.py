@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from gptlab.errors import CheckpointError, ConfigError
-from gptlab.options import build, flatten
+from gptlab.options import flatten, recorded
+from gptlab.parsing import parse_json
 from gptlab.runs import checkpoint
 from gptlab.runs.lock import LOCK
+from gptlab.runs.rows import parse_row
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 
 LOCK_PATIENCE = 30.0
+WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "checkpoints", LOCK)
+"""What a run's writer makes in its folder."""
 
 
 class RunFolder:
@@ -50,6 +54,7 @@ class RunFolder:
     def lock(self, patience: float = LOCK_PATIENCE) -> None:
         """Become the only writer; raises CheckpointError naming the holder if it does not let go in `patience` s."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_links()
         file = (self.path / LOCK).open("a+", encoding="utf-8")
         deadline = time.monotonic() + patience
         while True:
@@ -70,6 +75,16 @@ class RunFolder:
         file.flush()
         self._lock = file
 
+    def _refuse_links(self) -> None:
+        """Raise CheckpointError where a file of the run is a link: who writes the run would write what it leads to."""
+        for name in WRITTEN:
+            for path in (self.path / name, self.path / f".{name}.tmp"):
+                if path.is_symlink():
+                    raise CheckpointError(
+                        f"{path} is a link to elsewhere; a run is written in its own folder only: remove the link, or "
+                        "give another --out"
+                    )
+
     def close(self) -> None:
         """Write no more, and let go of the lock."""
         for file in (self._metrics, self._log, self._lock):
@@ -79,10 +94,10 @@ class RunFolder:
 
     def config(self) -> TrainingConfig:
         """The recorded config; raises CheckpointError where it is missing, damaged or of another version."""
-        recorded = self.recorded("config.json", "options")["options"]
+        options = self.recorded("config.json", "options")["options"]
         try:
-            return build(TrainingConfig, recorded)
-        except (ConfigError, TypeError) as error:
+            return recorded(TrainingConfig, options)
+        except ConfigError as error:
             raise CheckpointError(f"{self.path / 'config.json'} is no config of this version: {error}") from None
 
     def recorded(self, name: str, *keys: str) -> dict[str, Any]:
@@ -90,7 +105,7 @@ class RunFolder:
         path = self.path / name
         damage = "expected a JSON object" + f" with {' and '.join(keys)}" * bool(keys)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_text(encoding="utf-8"))
             if isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in keys):
                 return content
         except FileNotFoundError:
@@ -118,7 +133,7 @@ class RunFolder:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     return
-                row = _row(line)
+                row = parse_row(line)
                 if row is None:
                     raise CheckpointError(
                         f"{path} is damaged: expected a row with step and kind in line {number}, "
@@ -130,7 +145,7 @@ class RunFolder:
         """The summary of a run that reached `steps`, else None."""
         path = self.path / "metrics.jsonl"
         whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        last = _row(whole.rpartition(b"\n")[2])  # None for a damaged tail: that run is not finished
+        last = parse_row(whole.rpartition(b"\n")[2])  # None for a damaged tail: that run is not finished
         done = last is not None and last.get("event") == "finished" and last["step"] >= steps
         return last if done else None
 
@@ -165,7 +180,7 @@ class RunFolder:
         if not path.exists() or not log.exists():
             return
         whole = path.read_bytes().rpartition(b"\n")[0]
-        last = _row(whole.rpartition(b"\n")[2]) or {"step": 0}
+        last = parse_row(whole.rpartition(b"\n")[2]) or {"step": 0}
         self.open_records(len(whole) + bool(whole), log.stat().st_size)
         self.write("event", last["step"], values)
 
@@ -193,15 +208,6 @@ class RunFolder:
         if notes:
             raise CheckpointError(f"no checkpoint in {self.checkpoints} is whole: {notes[0].partition(';')[0]}")
         return None, notes
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row that a line holds, or None."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and {"step", "kind"} <= row.keys() else None
 
 
 def _open_at(path: Path, length: int) -> IO[str]:

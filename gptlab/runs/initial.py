@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from gptlab.errors import CheckpointError
+from gptlab.errors import CheckpointError, ConfigError
 from gptlab.model.foreign import is_huggingface
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.model.weights import GPT2_VOCABULARY
-from gptlab.options import build
+from gptlab.model.weights import GPT2_VOCABULARY, check_moments, check_stored
+from gptlab.options import recorded
 from gptlab.randomness import torch_generator
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
@@ -29,7 +29,7 @@ def model_of(run: str | Path) -> tuple[GPT, TrainingConfig]:
 
 def model_in(found: checkpoint.Checkpoint) -> tuple[GPT, TrainingConfig]:
     """The model of a loaded checkpoint and the config it was trained with."""
-    config: TrainingConfig = build(TrainingConfig, found.state["options"])
+    config = _config(found)
     model = GPT(_shape(config))
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -46,11 +46,25 @@ def any_state(source: str | Path) -> tuple[TrainingState, TrainingConfig | None]
         model, _ = any_model(source)
         return TrainingState(model, build_optimizer(model, TrainingConfig())), None
     found = checkpoint.load(newest(source))
-    config: TrainingConfig = build(TrainingConfig, found.state["options"])
+    config = _config(found)
     model = GPT(_shape(config))
     state = TrainingState(model, build_optimizer(model, config))
     state.restore(found.weights, found.moments, found.state["scalars"])
     return state, config
+
+
+def _config(found: checkpoint.Checkpoint) -> TrainingConfig:
+    """The config of a checkpoint whose tensors are those of such a model; raises CheckpointError."""
+    options = found.state.get("options")
+    if not isinstance(options, dict):
+        raise CheckpointError(f"{found.folder / checkpoint.STATE}: expected the options of its run, found none")
+    try:
+        config: TrainingConfig = recorded(TrainingConfig, options)
+    except ConfigError as error:
+        raise CheckpointError(f"{found.folder / checkpoint.STATE} has no options of this version: {error}") from None
+    check_stored(_shape(config), found.weights, found.folder / checkpoint.WEIGHTS)
+    check_moments(found.weights, found.moments, found.folder / checkpoint.MOMENTS)
+    return config
 
 
 def _shape(config: TrainingConfig) -> GPTConfig:

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from gptlab.errors import Stopped
+from gptlab.parsing import parse_json
 from gptlab.runs import child
 from gptlab.runs.cells import OUTPUT, Claim
 
@@ -40,7 +41,7 @@ def license_job(folder: Path, token: str, **about: str) -> None:
 def licensed(folder: Path) -> Mapping[str, Any]:
     """The licence that a cell's folder holds; empty where there is none."""
     try:
-        found = json.loads((folder / LICENCE).read_text(encoding="utf-8"))
+        found = parse_json((folder / LICENCE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

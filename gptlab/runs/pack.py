@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.data.prepare import known_tokens
-from gptlab.errors import ConfigError
+from gptlab.errors import CheckpointError, ConfigError
+from gptlab.parsing import parse_json
 from gptlab.runs.cells import ENDED, Cell, Rows, cells_of
 from gptlab.runs.choice import FILE as CHOICE
 from gptlab.runs.experiment_file import FILE, Experiment
 from gptlab.runs.results import FILE as RESULTS
 from gptlab.runs.results import write_whole
+from gptlab.runs.rows import parse_row
 from gptlab.runs.trials import trial_experiment, trials_folder
 
 EVERY = 50
@@ -42,7 +44,7 @@ def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
         there = out / cell.folder.relative_to(folder)
         there.mkdir(parents=True, exist_ok=True)
         write_whole(there / "config.json", json.dumps(_config(cell), indent=1) + "\n")
-        write_whole(there / "environment.json", (cell.folder / "environment.json").read_text(encoding="utf-8"))
+        write_whole(there / "environment.json", json.dumps(_recorded(cell, "environment.json"), indent=1) + "\n")
         write_whole(there / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in _kept(cell)))
     write_whole(out / FILE, experiment.text)
     for name in (RESULTS, CHOICE):
@@ -59,15 +61,33 @@ def _has_trials(folder: Path) -> bool:
 
 def _config(cell: Cell) -> dict[str, Any]:
     """The cell's config, and how many tokens its corpus has, which elsewhere may not be at hand."""
-    config = json.loads((cell.folder / "config.json").read_text(encoding="utf-8"))
+    config = _recorded(cell, "config.json", "options", "data")
     options, data = config["options"], config["data"]
-    tokens = data.get("train_tokens") or known_tokens(options["data"], options["tokenizer"], data["train"])
+    try:
+        tokens = data.get("train_tokens") or known_tokens(options["data"], options["tokenizer"], data["train"])
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{cell.folder / 'config.json'} is damaged: expected what data the run had") from None
     return {**config, "data": {**data, "train_tokens": tokens}}
 
 
+def _recorded(cell: Cell, name: str, *keys: str) -> dict[str, Any]:
+    """What a cell recorded in a JSON file of its own. A link to elsewhere is not packed: who knows what it leads to."""
+    path = cell.folder / name
+    try:
+        content = None if path.is_symlink() else parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in keys):
+        raise CheckpointError(
+            f"{path} is damaged or a link: expected a JSON object; remove {cell.folder} to go without"
+        )
+    return content
+
+
 def _kept(cell: Cell) -> Iterator[dict[str, Any]]:
-    for line in (cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for line in (cell.folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
+        row = parse_row(line)
+        assert row, "Rows has read them all"
         if row["kind"] in ("val", "event") or (row["kind"] == "train" and row["step"] % EVERY == 0):
             yield row
         elif row.get("dose") is not None:  # a verdict shows the mean of all

@@ -49,6 +49,8 @@ def patched(patch: Path, copies: Path) -> Path:
         shutil.copytree(package(), building / "gptlab", ignore=shutil.ignore_patterns("__pycache__", MARK))
         before = _hash(building / "gptlab")
         _apply(patch.resolve(), building)
+        if links := [path for path in building.rglob("*") if path.is_symlink()]:  # what is written next would follow
+            raise ConfigError(f"patch {patch}: it makes a link of {links[0].relative_to(building)}; leave that out")
         if _hash(building / "gptlab") == before:
             raise ConfigError(f"patch {patch}: it changes nothing in gptlab/; leave it out")
         shutil.copyfile(patch, building / patch.name)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptlab.parsing import parse_json
 from gptlab.runs.cells import ENDED, Cell, Rows, claimed
 from gptlab.runs.experiment_file import Experiment
 
@@ -44,7 +45,7 @@ class Results:
     def _written(self) -> dict[tuple[str, int], dict[str, Any]]:
         """The entries that the file has now; none of a file that cannot be read, which is about to be replaced."""
         try:
-            cells = json.loads((self.folder / FILE).read_text(encoding="utf-8"))["cells"]
+            cells = parse_json((self.folder / FILE).read_text(encoding="utf-8"))["cells"]
             return {(cell["arm"], cell["seed"]): cell for cell in cells}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
@@ -92,9 +93,10 @@ def outcome(rows: Rows, state: str) -> dict[str, Any]:
 def _weights(cell: Cell, step: int) -> str | None:
     """SHA-256 of the weights as the checkpoint's manifest has it."""
     manifest = cell.folder / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json"
-    if not manifest.is_file():
+    try:
+        return str(parse_json(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which `gptlab verify` names
         return None
-    return json.loads(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"]
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError, GptlabError, LostProcessError, Stopped
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.weights import check_moments, check_stored
 from gptlab.model.working import Workspace
 from gptlab.options import flatten
 from gptlab.runs import checkpoint
@@ -54,6 +55,8 @@ class Session:
         self._saved = -1
         if checkpoint_path:
             found = restore(checkpoint_path)
+            check_stored(shape, found.weights, found.folder / checkpoint.WEIGHTS)
+            check_moments(found.weights, found.moments, found.folder / checkpoint.MOMENTS)
             self.state.restore(found.weights, found.moments, found.state["scalars"])
             self._saved = self.state.step
         if placement.working_copies and placement.autocast:

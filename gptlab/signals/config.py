@@ -38,6 +38,10 @@ class SignalConfig:
         if self.name != "none" and self.name not in SIGNALS and not self.is_code:
             known = ["none", *SIGNALS]
             raise ConfigError(f"unknown signal {self.name!r}{did_you_mean(self.name, known)}")
+        if self.is_code and not self.name.rpartition(":")[2].isidentifier():  # it is a part of the run folder's name
+            raise ConfigError(
+                f"signal.name: expected FILE.py:FUNCTION with the name of a function, found {self.name!r}"
+            )
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers == ():

@@ -128,6 +128,12 @@ def load(model: GPT, path: Path) -> TunedReader | None:
             of, reader = file.metadata().get("model"), TunedReader(file.get_tensor("weight"), file.get_tensor("bias"))
     except (SafetensorError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}; fit it again or remove it") from error
+    L, C = model.config.n_layer, model.config.n_embd
+    if reader.weight.shape != (L - 1, C, C) or reader.bias.shape != (L - 1, C):
+        raise CheckpointError(
+            f"{path}: expected maps of {L - 1} blocks {C} wide, found weights {tuple(reader.weight.shape)} and biases "
+            f"{tuple(reader.bias.shape)}; fit it again or remove it"
+        )
     if of != fingerprint(model):
         raise CheckpointError(f"{path} was fitted to other weights than these; fit it again or remove it")
     return reader

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptlab.errors import ConfigError, did_you_mean
+from gptlab.model.limits import MOST_BLOCKS
 from gptlab.options import option
 from gptlab.signals.config import SignalConfig
 
@@ -94,6 +95,8 @@ class TrainingConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.n_layer > MOST_BLOCKS:
+            raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every", "checkpoint_every", "sample_every",
             "dose_every", "noise_every", "threads", "learning_rate", "gradient_noise", "init_jitter",

@@ -1,0 +1,112 @@
+"""Every reader of outside bytes under a few hundred hostile inputs: a value or an error of ours, and nothing else.
+
+benchmarks/fuzz.py gives them many times as many; docs/hardening.md has its figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from readers import Reader, readers  # pyright: ignore[reportMissingImports]
+
+from gptlab.data.shards import open_shard
+from gptlab.errors import GptlabError
+from gptlab.parsing import parse_json, parse_toml
+
+EXAMPLES = 150
+SLOW = {"hf/config.json": 10, "metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60}
+"""Examples of readers that take milliseconds each."""
+NAMES = (
+    "train_000000.bin", "train.bin", "train.npy", "corpus.json", "options.toml", "experiment.toml", "metrics.jsonl",
+    "config.json", "tuning.json", "state.json", "model.safetensors", "MANIFEST.json", "model.bin", "ckpt.pt",
+    "hf/config.json", "log.csv", "log.jsonl", "rows.jsonl", "text.jsonl", "tuned_reader.safetensors", "tokens", "name",
+)  # fmt: skip
+
+
+def settled(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same examples in every run, and nothing kept of them."""
+    return settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reader]:
+    return {reader.name: reader for reader in readers(tmp_path_factory.mktemp("right"))}
+
+
+def test_every_reader_is_among_them(known: dict[str, Reader]) -> None:
+    assert tuple(known) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_right_are_read(name: str, known: dict[str, Reader], tmp_path: Path) -> None:
+    """Else everything would be refused below, for a reason that is no input's."""
+    reader = known[name]
+    reader.prepare(tmp_path)
+    refused = 0
+    for sample in reader.samples:
+        try:
+            reader(tmp_path, sample)
+        except GptlabError:
+            refused += 1
+    assert refused == (name == "train_000000.bin")  # one of its two has tokens above 255
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_inputs_end_in_errors_of_ours(name: str, known: dict[str, Reader], tmp_path: Path) -> None:
+    reader, outcomes = known[name], {"read": 0, "refused": 0}
+    reader.prepare(tmp_path)
+
+    @settled(SLOW.get(name, EXAMPLES))
+    @given(st.integers(0, 2**32))
+    def try_one(seed: int) -> None:
+        try:
+            reader(tmp_path, reader.hostile(Random(seed)))
+            outcomes["read"] += 1
+        except GptlabError:
+            outcomes["refused"] += 1
+
+    try_one()
+    assert outcomes["refused"], "no input was hostile"
+
+
+@settled(EXAMPLES)
+@given(st.binary(max_size=1100), st.sampled_from(["t.bin", "t_000000.bin", "t.npy"]), st.booleans())
+def test_shards_of_any_bytes(content: bytes, name: str, magic: bool) -> None:
+    import tempfile
+
+    start = {"t.npy": b"\x93NUMPY\x01\x00"}.get(name, (20240520).to_bytes(4, "little") + b"\1\0\0\0") if magic else b""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(GptlabError):
+        Path(folder, name).write_bytes(start + content)
+        open_shard(Path(folder, name))
+
+
+@settled(EXAMPLES)
+@given(st.text() | st.text("[]{}\"'=.,\n 1ae#"))
+def test_whatever_is_wrong_with_a_text_is_a_value_error(text: str) -> None:
+    for parse in (parse_json, parse_toml):
+        with contextlib.suppress(ValueError):
+            parse(text)
+
+
+@pytest.mark.parametrize("depth", [65, 1000, 100_000])
+def test_what_is_nested_too_deeply_is_a_value_error(depth: int) -> None:
+    assert parse_json("[" * 64 + "]" * 64)
+    assert parse_toml("a = " + "[" * 60 + "]" * 60)
+    for parse, text in (
+        (parse_json, "[" * depth + "]" * depth),
+        (parse_json, '{"a":' * depth + "1" + "}" * depth),
+        (parse_toml, "a = " + "[" * depth + "]" * depth),
+        (parse_toml, "a." * min(depth, 5000) + "b = 1"),
+    ):
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse(text)

@@ -1,0 +1,135 @@
+"""Code in files from elsewhere: reading them runs none of it. Every payload here is real, and is shown to be.
+
+What is pickled is in tests/model/test_foreign.py and tests/data/test_corpus.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from readers import EXPERIMENT, SMALL, readers, sign  # pyright: ignore[reportMissingImports]
+
+from gptlab.analysis.records import read_run
+from gptlab.cli.main import main
+from gptlab.errors import CheckpointError, ConfigError
+from gptlab.model.huggingface import from_huggingface, to_huggingface
+from gptlab.runs.folder import RunFolder
+from gptlab.signals.user import user_signal
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """What a payload makes when it runs."""
+    return tmp_path / "made"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "evil"])
+def test_code_beside_a_hugging_face_config_is_not_run(
+    kind: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "theirs"
+    to_huggingface(SMALL).save_pretrained(folder)
+    code = (
+        "from transformers import PretrainedConfig, GPT2Config\nopen({!r}, 'w').close()\nclass Evil(GPT2Config): pass\n"
+    )
+    (folder / "evil.py").write_text(code.format(str(made)))
+    content = json.loads((folder / "config.json").read_text())
+    content |= {"model_type": kind, "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(content))
+    if kind == "gpt2":
+        assert torch.equal(from_huggingface(folder).lm_head.weight, SMALL.lm_head.weight)
+    else:
+        with pytest.raises(CheckpointError, match="expected a GPT-2 with model_type 'gpt2', found 'evil'"):
+            from_huggingface(folder)
+    assert not made.exists()
+
+    import transformers
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert made.exists(), "the payload is a real one"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "somebody/kernel"),
+        ("_attn_implementation", "somebody/kernel"),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}),
+        ("torch_dtype", "os.system"),
+        ("dtype", {"": "evil"}),
+        ("auto_map", {"AutoConfig": "somebody/repository--evil.Evil"}),
+        ("pruned_heads", {"0": [0]}),
+        ("output_hidden_states", "yes"),
+    ],
+)
+def test_of_a_hugging_face_config_only_the_arithmetic_is_read(key: str, value: object, tmp_path: Path) -> None:
+    to_huggingface(SMALL).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert torch.equal(from_huggingface(tmp_path).lm_head.weight, SMALL.lm_head.weight)
+
+
+def test_a_run_that_names_code_runs_none_when_it_is_read(made: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "evil.py").write_text(
+        f"open({str(made)!r}, 'w').close()\ndef f(logits, targets): return targets * 0.0\n"
+    )
+    name, run = f"{tmp_path / 'evil.py'}:f", tmp_path / "run"
+    reader = next(one for one in readers(tmp_path / "right") if one.name == "config.json")
+    reader.prepare(run)
+    config = json.loads(reader.samples[0])
+    config["options"]["signal.name"] = name
+    (run / "config.json").write_text(json.dumps(config))
+    assert RunFolder(run).config().signal.name == name
+    assert read_run(run).options["signal.name"] == name
+    for words in (["runs", str(tmp_path)], ["compare", str(run)], ["verify", str(run)], ["digest", str(run)]):
+        main(words)
+    (tmp_path / "run.toml").write_text(f'signal.name = "{name}"\n')
+    assert main(["train", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "new")]) == 2
+    assert "it runs as your code; add --allow_code" in capsys.readouterr().err
+    text = EXPERIMENT.replace('signal.name = "confidence"\n', f'signal.name = "{name}"\n').partition("[tune]")[0]
+    (tmp_path / "x.toml").write_text(text)
+    assert main(["experiment", "run", str(tmp_path / "x.toml"), "--out", str(tmp_path / "out")]) == 2
+    assert "--allow_code" in capsys.readouterr().err
+    assert not made.exists()
+    user_signal(name)
+    assert made.exists(), "the payload is a real one"
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "log.csv").write_text("st\x1b]0;owned\x07ep,\x1b[2Jloss\u202e\n1,2\n")
+    assert main(["compare", "--log", str(tmp_path / "log.csv")]) in (2, 3)
+    assert main(["compare", str(tmp_path / "log.csv")]) == 3
+    shown = capsys.readouterr().err
+    assert "␛[2Jloss" in shown
+    assert not set("\x1b\x07\u202e") & set(shown)
+
+
+def test_a_preset_is_no_path(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "c.toml").write_text('preset = "../../../etc"\n')
+    assert main(["train", "--config", str(tmp_path / "c.toml")]) in (2, 3)
+    assert "preset" in capsys.readouterr().err
+
+
+def test_a_function_is_no_path() -> None:
+    from gptlab.training.config import SignalConfig, TrainingConfig
+
+    with pytest.raises(ConfigError, match="with the name of a function, found 'idea"):
+        TrainingConfig(signal=SignalConfig("idea.py:../../../tmp/x"))
+    assert TrainingConfig(signal=SignalConfig("some/idea.py:f")).folder == "log/shakespeare-tiny-idea-f-1"
+
+
+def test_verify_names_a_state_that_only_its_checksum_speaks_for(tmp_path: Path, capsys: Capture) -> None:
+    reader = next(one for one in readers(tmp_path / "right") if one.name == "state.json")
+    saved = tmp_path / "run" / "checkpoints" / "step_00000003"
+    reader.prepare(saved)
+    (saved / "state.json").write_text('{"scalars": [], "records": {"metrics_bytes": "many"}}')
+    sign(saved)
+    assert main(["verify", str(tmp_path / "run")]) == 3
+    assert "state.json: " in (told := capsys.readouterr().out)
+    assert "expected scalars, cursor, rng and records" in told
