@@ -50,6 +50,9 @@ NOT_AN_ARMS = {
 }
 """Options that an experiment sets itself, and what to do instead."""
 
+LARGEST_DELTA = 1e6
+"""Nats; a TOML integer may be larger than any float."""
+
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
 
 
@@ -146,7 +149,7 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     _check_groups(_table(table, "groups"), arms, baseline)
     seeds, looks = _seeds(table)
     delta = table.get("delta", 0.01)
-    if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta < float("inf"):
+    if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta <= LARGEST_DELTA:
         raise ConfigError(f"delta: expected nats, at least 0, found {delta!r}")
     tune = read_tune(_table(table, "tune"), seeds) if "tune" in table else None
     return Experiment(name, preset, baseline, seeds, looks, float(delta), arms, table, text, tune)

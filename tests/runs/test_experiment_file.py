@@ -68,6 +68,7 @@ def test_looks_are_seeds_up_to_the_last(tmp_path: Path) -> None:
         ('name = "tried"', 'name = "../x"', "name: expected a name for a folder"),
         ("delta", "dleta", "unknown key 'dleta'; did you mean 'delta'"),
         ("delta = 0.02", "delta = -1", "delta: expected nats, at least 0, found -1"),
+        ("delta = 0.02", f"delta = {10**400}", "delta: expected nats"),
         ("delta = 0.02", "delta = nan", "delta: expected nats"),
         ("delta = 0.02", "delta = true", "delta: expected nats"),
         ("tiny", "tyni", "unknown preset 'shakespeare-tyni'; did you mean 'shakespeare-tiny'"),
