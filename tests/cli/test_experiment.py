@@ -89,7 +89,7 @@ def test_status_tells_every_state(file: Path, tmp_path: Path, capsys: Capture) -
     def cell(name: str, *rows: dict[str, Any], output: str = "") -> None:
         folder = out / name
         folder.mkdir(parents=True)
-        train = {"step": 5, "kind": "train", "loss": 3.25, "tokens_per_second": 64.0}
+        train = {"step": 5, "kind": "train", "loss": 3.25, "tokens": 320, "tokens_per_second": 64.0}
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (train, *rows)))
         (folder / "output.txt").write_text(output)
 
