@@ -244,7 +244,8 @@ def test_rows_are_read_on_and_anew_where_a_resume_cut_them(file: Path, tmp_path:
     metrics = cell.folder / "metrics.jsonl"
 
     def train(step: int) -> str:
-        return json.dumps({"step": step, "kind": "train", "loss": 3.0, "tokens": step, "tokens_per_second": 1.0, "dose": step}) + "\n"
+        row = {"step": step, "kind": "train", "loss": 3.0, "tokens": step, "tokens_per_second": 1.0, "dose": step}
+        return json.dumps(row) + "\n"
 
     rows = Rows(cell)
     assert rows.look().step == 0
