@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -44,3 +45,14 @@ def test_a_trial_tells_bias_from_noise(
     assert counted["bias"]["right"] == counted["bias"]["of"] == 2
     assert counted["bias"]["interval"][1] == 1.0
     assert counted["gradient noise"]["verdicts"] == {"noise": 2}
+
+
+def test_what_the_document_says_of_the_trials_is_what_was_found() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "branch.json").read_text(encoding="utf-8"))
+    document = (ROOT / "docs" / "noise.md").read_text(encoding="utf-8")
+    assert set(results["arms"]) == {"bias", "noise", "gradient noise"}
+    for name, arm in results["arms"].items():
+        said = [trial["arms"][name]["verdict"] for trial in results["trials"]]
+        assert (arm["right"], arm["of"]) == (said.count(arm["expected"]), len(said))
+        low, high = arm["interval"]
+        assert f"| {name} | {arm['right']} of {arm['of']} | {low:.0%} to {high:.0%} |" in document, name
