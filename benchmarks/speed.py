@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     told = RESULTS / "speed_help.json"
     last = help_line(json.loads(told.read_text(encoding="utf-8"))) if told.exists() else ""
-    rewrite(PAGE, START, END, "".join(map(table, found)) + last)
+    rewrite(PAGE, START, END, "".join(map(table, found)) + alone_line(found) + last)
     return 0
 
 
@@ -82,6 +82,25 @@ def help_line(found: dict[str, Any]) -> str:
         f"`{found['command']}` takes {one['median']:.3f} s ({one['least']:.3f} to {one['most']:.3f}; Python alone "
         f"{none['median']:.3f}), median of {found['rounds']}, {found['date']}.\n\n"
     )
+
+
+def alone_line(found: list[dict[str, Any]]) -> str:
+    """How the ladder stands against the best peer of a run in which peers had no fp32 ones beside them."""
+    before = json.loads((RESULTS / "speed_small_peers_in_bf16.json").read_text(encoding="utf-8"))
+    now = [one for one in found if one["size"] == before["size"]]
+    told = [f"{rate:,.0f} tokens/s and the ladder {ratio:.2f}x" for rate, ratio in map(against_best, (*now, before))]
+    return (
+        f"At the {before['size']} size the best peer made {told[0]} of it with peers in fp32 in the same process, and "
+        f"{told[1]} without them ([figures](../benchmarks/results/speed_small_peers_in_bf16.json), {before['date']}). "
+        "Take the lower ratio for what a peer makes when it is alone.\n\n"
+    )
+
+
+def against_best(result: dict[str, Any]) -> tuple[float, float]:
+    """The best peer's tokens/s, and the ladder's over it."""
+    rates = {row["name"]: row["tokens_per_second"] for row in result["rows"]}
+    best = max(rate for name, rate in rates.items() if name.split()[0] in PEERS)
+    return best, rates["ladder"] / best
 
 
 def table(result: dict[str, Any]) -> str:
