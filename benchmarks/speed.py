@@ -85,14 +85,14 @@ def help_line(found: dict[str, Any]) -> str:
 
 
 def alone_line(found: list[dict[str, Any]]) -> str:
-    """How the ladder stands against the best peer of a run in which peers had no fp32 ones beside them."""
+    """How the ladder stands against the best peer, here and in the run in which peers were fastest."""
     before = json.loads((RESULTS / "speed_small_peers_in_bf16.json").read_text(encoding="utf-8"))
     now = [one for one in found if one["size"] == before["size"]]
     told = [f"{rate:,.0f} tokens/s and the ladder {ratio:.2f}x" for rate, ratio in map(against_best, (*now, before))]
     return (
-        f"At the {before['size']} size the best peer made {told[0]} of it with peers in fp32 in the same process, and "
-        f"{told[1]} without them ([figures](../benchmarks/results/speed_small_peers_in_bf16.json), {before['date']}). "
-        "Take the lower ratio for what a peer makes when it is alone.\n\n"
+        f"At the {before['size']} size the best peer made {told[0]} of it here, but {told[1]} in an earlier run of "
+        f"peers in bf16 alone ([figures](../benchmarks/results/speed_small_peers_in_bf16.json), {before['date']}); "
+        "[another such run](../benchmarks/results/speed_small_again.json) was like the one here. Take the lower ratio.\n\n"
     )
 
 
