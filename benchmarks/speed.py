@@ -92,7 +92,8 @@ def alone_line(found: list[dict[str, Any]]) -> str:
     return (
         f"At the {before['size']} size the best peer made {told[0]} of it here, but {told[1]} in an earlier run of "
         f"peers in bf16 alone ([figures](../benchmarks/results/speed_small_peers_in_bf16.json), {before['date']}); "
-        "[another such run](../benchmarks/results/speed_small_again.json) was like the one here. Take the lower ratio.\n\n"
+        "[another such run](../benchmarks/results/speed_small_again.json) was like the one here. "
+        "Take the lower ratio.\n\n"
     )
 
 
