@@ -20,13 +20,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gptlab import errors
 from gptlab.rendezvous import absent, meet
 
 if TYPE_CHECKING:
     import torch
+
+_T = TypeVar("_T")
 
 BUCKET_BYTES = 25 * 2**20
 PR_SET_PDEATHSIG = 1
@@ -88,7 +90,7 @@ class World:
 
         cuda = device.type == "cuda"
         backend, where = "nccl" if cuda else "gloo", device if cuda else None
-        with self._others_there():
+        with self.collective():
             if self.store_stays:
                 store = meet(self.store, self.rank, self.size, timeout)
                 dist.init_process_group(
@@ -114,7 +116,7 @@ class World:
         for places in buckets(tensors):
             bucket = [tensors[k] for k in places]
             flat = torch.cat([t.reshape(-1) for t in bucket])
-            with self._others_there():
+            with self.collective():
                 dist.all_reduce(flat)
             for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 t.copy_(part.view_as(t))
@@ -127,7 +129,7 @@ class World:
         import torch.distributed as dist
 
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._others_there():
+        with self.collective():
             dist.all_gather(parts, tensor)
         return parts
 
@@ -146,13 +148,13 @@ class World:
                 answer = {"error": type(error).__name__, "text": str(error)}
             message = json.dumps(answer).encode()
         length = torch.tensor([len(message)], device=device)
-        with self._others_there():
+        with self.collective():
             dist.broadcast(length, 0)
         text = torch.zeros(int(length), dtype=torch.uint8)
         if self.main:
             text = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         text = text.to(device)
-        with self._others_there():
+        with self.collective():
             dist.broadcast(text, 0)
         answer = json.loads(bytes(text.cpu().tolist()))
         if "error" in answer:
@@ -163,21 +165,36 @@ class World:
         if self.size > 1:
             import torch.distributed as dist
 
-            with self._others_there():
+            with self.collective():
                 dist.barrier()
 
     @contextmanager
-    def _others_there(self) -> Iterator[None]:
+    def collective(self) -> Iterator[None]:
         """Inside, an error of the process group (gloo's and nccl's are RuntimeErrors) becomes LostProcessError."""
         try:
             yield
         except RuntimeError as error:
-            silent = absent(self.store, self.rank, self.size)
-            lost = errors.LostProcessError(_what_is_lost(silent, self.size, error))
-            first = self.rank - self.local_rank
-            here = [rank for rank in range(first, first + self.local_size) if rank not in (silent or ())]
-            lost.everywhere = here[0] != self.rank  # the first rank that is left of a machine tells of it
-            raise lost from error
+            raise self._lost(absent(self.store, self.rank, self.size), error) from error
+
+    def watched(self, records: Iterator[_T]) -> Iterator[_T]:
+        """The same records, made among much else by collectives of PyTorch's own, as FSDP2's are within a pass.
+
+        A RuntimeError there is another's only if another process no longer answers; then it is LostProcessError.
+        """
+        try:
+            yield from records
+        except RuntimeError as error:
+            silent = absent(self.store, self.rank, self.size) if self.size > 1 else None
+            if silent:
+                raise self._lost(silent, error) from error
+            raise
+
+    def _lost(self, silent: list[int] | None, error: RuntimeError) -> errors.LostProcessError:
+        lost = errors.LostProcessError(_what_is_lost(silent, self.size, error))
+        first = self.rank - self.local_rank
+        here = [rank for rank in range(first, first + self.local_size) if rank not in (silent or ())]
+        lost.everywhere = here[0] != self.rank  # the first rank that is left of a machine tells of it
+        return lost
 
     def share(self, sequences: int, batch_size: int) -> int:
         """Sequences of a micro-batch: the most that divide this rank's part of an update and exceed no batch_size."""

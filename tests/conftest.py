@@ -19,7 +19,7 @@ import pytest
 from gptlab.cli.main import main
 from gptlab.data.shards import write_shard
 
-sys.path.insert(0, str(Path(__file__).parent))  # for what several tests import: pages, browser, run_folders
+sys.path.insert(0, str(Path(__file__).parent))  # for what several tests import: pages, browser, ranks, run_folders
 from run_folders import hostile_experiment as hostile_experiment
 from run_folders import write_run as write_run
 

@@ -161,13 +161,17 @@ def _train(
         stop = ends.enter_context(StopRequest(echo=1.0 if world.launched else 0.0))
         peak = matmul_peak(placement)
         display.opening(config, placement, corpus, peak * world.size, beginning)
-        session = Session(config, folder, beginning.checkpoint, placement, corpus.identity())
+        session = Session(config, folder, beginning.checkpoint, placement, corpus.identity(), world)
         display.note(f"  compile {session.compiled}")
+        if session.state.model.sharded:
+            display.note(
+                "  blocks  cut over the processes; no samples are drawn, gptlab sample writes from a checkpoint"
+            )
         began, first = time.perf_counter(), session.state.step
         track = ends.enter_context(tracking(config, folder.path, first, display.note)) if folder else None
         sample = partial(_sample, config, validation.stream[: config.block_size // 4].tolist(), tokenizer)
         for record in session.records(
-            windows, validation, world, peak=peak, bytes_per_token=bytes_per_token, stop=stop, sample=sample
+            windows, validation, peak=peak, bytes_per_token=bytes_per_token, stop=stop, sample=sample
         ):
             display.show(record)
             if track:

@@ -120,6 +120,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.workspace: Workspace | None = None
+        self.sharded = False  # training/sharding.py cut the blocks: a pass through them needs every process
+        self.recompute = False  # keep no block's inner activations for the backward pass
         with torch.device("meta"):  # modules would else fill their weights from the global generator
             first = Block(config)
             rest = [first if config.share_blocks else Block(config) for _ in range(config.n_layer - 1)]

@@ -65,10 +65,10 @@ def begin(
     return folder, Beginning(str(folder.path), str(found.folder) if found else None, notes=tuple(notes))
 
 
-def _where_to_go_on(folder: RunFolder, config: TrainingConfig) -> tuple[checkpoint.Checkpoint | None, list[str]]:
-    """The checkpoint and notes of `RunFolder.load_newest`; where that fails the run's last row says why."""
+def _where_to_go_on(folder: RunFolder, config: TrainingConfig) -> tuple[checkpoint.Verified | None, list[str]]:
+    """The checkpoint and notes of `RunFolder.newest_whole`; where that fails the run's last row says why."""
     try:
-        found, notes = folder.load_newest()
+        found, notes = folder.newest_whole()
         if config.resume == "must" and found is None:
             raise CheckpointError(
                 f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it anew"
@@ -105,11 +105,6 @@ def _free(path: Path, launch: str | None) -> Path:
         if run.recorded("environment.json").get("launch") == launch and not run.finished(run.config().steps):
             return last
     return candidate
-
-
-def restore(path: str) -> checkpoint.Checkpoint:
-    """The checkpoint that rank 0 chose, read and verified by every rank."""
-    return checkpoint.load(Path(path))
 
 
 def as_json(beginning: Beginning) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent. Weights and moments in safetensors, the rest in JSON, checksums over all of it.
 
+Tensors stand in two files, or, where a run's blocks are cut over processes, in one file a process (sharded.py).
+
 A checkpoint is written into a hidden folder, flushed, its MANIFEST.json last, and then renamed to step_%08d; a crash at
 any moment leaves either the whole of it or a hidden folder that the next save removes. MANIFEST.json holds the SHA-256
 of every file and of its own content. The checksums catch accidents; they do not stop an attacker.
@@ -13,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from gptlab.errors import CheckpointError
 from gptlab.parsing import is_count, is_number, parse_json
+from gptlab.runs.rows_on_disk import apart, rows_together, tensors_in
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
 FORMAT = 1
@@ -41,17 +45,23 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What was loaded from `folder`, verified."""
+class Verified:
+    """A folder that is as it was written, and its state without the tensors."""
 
     folder: Path
-    weights: dict[str, Tensor]
-    moments: dict[str, Tensor]
     state: dict[str, Any]
 
     @property
     def step(self) -> int:
         return self.state["scalars"]["step"]
+
+
+@dataclass(frozen=True)
+class Checkpoint(Verified):
+    """What was loaded from `folder`, verified."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
 
 
 def save(
@@ -61,40 +71,63 @@ def save(
 
     Later steps' checkpoints are damaged ones that training fell back from; they go, so that the newest is the best.
     """
-    step = state["scalars"]["step"]
-    target, building = checkpoints / f"step_{step:08d}", checkpoints / f".saving_step_{step:08d}"
-    try:
+    building = prepare(checkpoints, state["scalars"]["step"])
+    with saving(building):
+        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, building / WEIGHTS)
+        save_file({k: v.contiguous().cpu() for k, v in moments.items()}, building / MOMENTS)
+        return seal(building, state)
+
+
+def prepare(checkpoints: Path, step: int) -> Path:
+    """The hidden folder in which a checkpoint is to be made; what a kill left of others is removed."""
+    building = checkpoints / f".saving_step_{step:08d}"
+    with saving(building):
         checkpoints.mkdir(parents=True, exist_ok=True)
         remove_debris(checkpoints)
         building.mkdir()
-        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, building / WEIGHTS)
-        save_file({k: v.contiguous().cpu() for k, v in moments.items()}, building / MOMENTS)
-        (building / STATE).write_text(_canonical(state), encoding="utf-8")
-        manifest = {"format": FORMAT, "step": step, "files": {n: _fingerprint(building / n) for n in _FILES}}
-        manifest["sha256"] = hashlib.sha256(_canonical(manifest).encode()).hexdigest()
-        (building / MANIFEST).write_text(_canonical(manifest), encoding="utf-8")
-        for name in (*_FILES, MANIFEST):
-            _flush(building / name)
-        _flush(building)
-        if target.exists():  # a damaged one that training fell back from
-            _discard(target)
-        building.rename(target)
-        _flush(checkpoints)
-        saved = complete(checkpoints)
-        at = saved.index(target)
-        for stale in saved[:at] + saved[at + KEPT :]:
-            _discard(stale)
+    return building
+
+
+@contextmanager
+def saving(building: Path) -> Iterator[None]:
+    """Inside, an error of writing becomes a CheckpointError, and the hidden folder goes."""
+    try:
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(building, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         what = "the disk is full" if full else str(error)
+        target = building.with_name(building.name.removeprefix(".saving_"))
         raise CheckpointError(
             f"could not save {target}: {what}; earlier checkpoints are intact; make room and run again"
         ) from error
+
+
+def seal(building: Path, state: Mapping[str, Any]) -> Path:
+    """Complete a folder that holds the tensors, and give it its name; see `save`."""
+    checkpoints, step = building.parent, state["scalars"]["step"]
+    target = checkpoints / f"step_{step:08d}"
+    (building / STATE).write_text(_canonical(state), encoding="utf-8")
+    names = sorted(path.name for path in building.iterdir())
+    manifest = {"format": FORMAT, "step": step, "files": {n: _fingerprint(building / n) for n in names}}
+    manifest["sha256"] = hashlib.sha256(_canonical(manifest).encode()).hexdigest()
+    (building / MANIFEST).write_text(_canonical(manifest), encoding="utf-8")
+    for name in (*names, MANIFEST):
+        _flush(building / name)
+    _flush(building)
+    if target.exists():  # a damaged one that training fell back from
+        _discard(target)
+    building.rename(target)
+    _flush(checkpoints)
+    saved = complete(checkpoints)
+    at = saved.index(target)
+    for stale in saved[:at] + saved[at + KEPT :]:
+        _discard(stale)
     return target
 
 
-_FILES = (WEIGHTS, MOMENTS, STATE)
+_WHOLE = (WEIGHTS, MOMENTS, STATE)
+_SHARD = re.compile(r"shard-\d{5}-model-00001-of-00001\.safetensors")
 _COUNTS = ("step", "clipped", "validated", "sampled")
 
 
@@ -114,31 +147,50 @@ def verify(folder: Path) -> list[Problem]:
         manifest = parse_json(content)
         as_written = content == _canonical(manifest).encode()  # a space turned into a line break parses alike
         stated = manifest.pop("sha256")
-        files = {name: dict(manifest["files"].get(name, {})) for name in _FILES}
+        expected = {name: dict(fingerprint) for name, fingerprint in manifest["files"].items()}
+        rows = sorted(name for name in expected if _SHARD.fullmatch(name))
+        names = (*rows, STATE) if rows else _WHOLE
         if not as_written or hashlib.sha256(_canonical(manifest).encode()).hexdigest() != stated:
             return [Problem(str(path), "its content does not match its own checksum")]
+        if unknown := expected.keys() - {*names}:
+            return [Problem(str(path), f"it lists {sorted(unknown)[0]!r}, which belongs to no checkpoint")]
     except FileNotFoundError:
         return [Problem(str(path), "missing")]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return [Problem(str(path), f"cannot be read ({type(error).__name__})")]
     problems = []
-    for name in _FILES:
-        file = folder / name
-        expected = files[name]
+    for name in names:
+        file, stated = folder / name, expected.get(name, {})
         if not file.is_file():
             problems.append(Problem(str(file), "missing"))
-        elif file.stat().st_size != expected.get("bytes"):
-            problems.append(Problem(str(file), f"expected {expected.get('bytes')} bytes, found {file.stat().st_size}"))
-        elif _sha256(file) != expected.get("sha256"):
+        elif file.stat().st_size != stated.get("bytes"):
+            problems.append(Problem(str(file), f"expected {stated.get('bytes')} bytes, found {file.stat().st_size}"))
+        elif _sha256(file) != stated.get("sha256"):
             problems.append(Problem(str(file), "its content does not match its checksum"))
-    return problems
+    extra = [path for path in shards(folder) if path.name not in names]
+    return problems + [Problem(str(path), "it is not of this checkpoint") for path in extra]
+
+
+def verified(folder: Path) -> Verified:
+    """A checkpoint's state, once its files are found to be as they were written; raises CheckpointError naming one."""
+    if problems := verify(folder):
+        raise CheckpointError(f"damaged checkpoint: {problems[0].file}: {problems[0].problem}")
+    return Verified(folder, read_state(folder / STATE))
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint after verifying it; raises CheckpointError naming the first damaged file."""
-    if problems := verify(folder):
-        raise CheckpointError(f"damaged checkpoint: {problems[0].file}: {problems[0].problem}")
-    return Checkpoint(folder, _tensors(folder / WEIGHTS), _tensors(folder / MOMENTS), read_state(folder / STATE))
+    """Read a checkpoint after verifying it, whole even where it was saved in rows; raises CheckpointError."""
+    state = verified(folder).state
+    if files := shards(folder):
+        weights, moments = apart(rows_together(files))
+    else:
+        weights, moments = tensors_in(folder / WEIGHTS), tensors_in(folder / MOMENTS)
+    return Checkpoint(folder, state, weights, moments)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of a checkpoint in which every process saved its rows; none of one that holds whole tensors."""
+    return sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -184,14 +236,6 @@ def digest(folder: Path) -> tuple[str, int]:
     rest = {"scalars": scalars, "cursor": checkpoint.state["cursor"], "rng": checkpoint.state["rng"]}
     h.update(_canonical(rest).encode())
     return h.hexdigest(), checkpoint.step
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:  # the last two: a dtype torch lacks
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def _canonical(value: Mapping[str, Any]) -> str:

@@ -194,7 +194,7 @@ class RunFolder:
             lengths[name] = file.tell()
         return lengths
 
-    def load_newest(self) -> tuple[checkpoint.Checkpoint | None, list[str]]:
+    def newest_whole(self) -> tuple[checkpoint.Verified | None, list[str]]:
         """The newest checkpoint that is whole, and what was said of newer ones that are not.
 
         Raises CheckpointError if there are checkpoints and none of them is whole.
@@ -202,7 +202,7 @@ class RunFolder:
         notes: list[str] = []
         for folder in checkpoint.complete(self.checkpoints):
             try:
-                return checkpoint.load(folder), notes
+                return checkpoint.verified(folder), notes
             except CheckpointError as error:
                 notes.append(f"{error}; falling back to the checkpoint before it")
         if notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from gptlab.data.batches import TrainingWindows, ValidationWindows
@@ -13,14 +14,14 @@ from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.model.working import Workspace
 from gptlab.options import flatten
-from gptlab.runs import checkpoint
-from gptlab.runs.begin import restore
+from gptlab.runs import checkpoint, sharded
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import initial_model, jitter
 from gptlab.training.compilation import compile_blocks
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record, train
 from gptlab.training.optimizer import build_optimizer
+from gptlab.training.sharding import shard_blocks
 from gptlab.training.state import TrainingState
 
 
@@ -37,8 +38,9 @@ class Session:
         checkpoint_path: str | None,
         placement: Placement,
         data: dict[str, Any],
+        world: World,
     ) -> None:
-        self.config, self.folder, self.placement, self.data = config, folder, placement, data
+        self.config, self.folder, self.placement, self.data, self.world = config, folder, placement, data, world
         shape = GPTConfig(
             config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
         )
@@ -51,25 +53,34 @@ class Session:
         if config.init_jitter and not checkpoint_path:
             jitter(model, config.init_jitter, config.seed)
         model.to(placement.device)
+        model.recompute = config.activation_checkpointing
+        self.compiled = compile_blocks(model, placement)
+        if config.parallel == "fsdp":
+            shard_blocks(model, world, placement)
         self.state = TrainingState(model, build_optimizer(model, config))
         self._saved = -1
         if checkpoint_path:
-            found = restore(checkpoint_path)
-            check_stored(shape, found.weights, found.folder / checkpoint.WEIGHTS)
-            check_moments(found.weights, found.moments, found.folder / checkpoint.MOMENTS)
-            self.state.restore(found.weights, found.moments, found.state["scalars"])
+            self._restore(Path(checkpoint_path), shape)
             self._saved = self.state.step
-        if placement.working_copies and placement.autocast:
+        if placement.working_copies and placement.autocast and not model.sharded:
             Workspace(model, placement.autocast, placement.row_block)
-        self.compiled = compile_blocks(model, placement)
         self._final: dict[str, Any] = {}
         self._speeds: list[float] = []
+
+    def _restore(self, path: Path, shape: GPTConfig) -> None:
+        """Take over the checkpoint that rank 0 chose; where blocks are cut, each process reads its own rows."""
+        if self.state.model.sharded:
+            sharded.load(path, shape, self.state, self.world)
+            return
+        found = checkpoint.load(path)
+        check_stored(shape, found.weights, found.folder / checkpoint.WEIGHTS)
+        check_moments(found.weights, found.moments, found.folder / checkpoint.MOMENTS)
+        self.state.restore(found.weights, found.moments, found.state["scalars"])
 
     def records(
         self,
         windows: TrainingWindows,
         validation: ValidationWindows,
-        world: World,
         *,
         peak: float,
         bytes_per_token: float,
@@ -80,16 +91,17 @@ class Session:
 
         sample: makes a sample's row, on the rank that writes.
         """
+        records = train(
+            self.state, self.config, windows, validation, self.world, self.placement,
+            peak=peak, bytes_per_token=bytes_per_token, stop=stop,
+        )  # fmt: skip
         try:
-            for record in train(
-                self.state, self.config, windows, validation, world, self.placement,
-                peak=peak, bytes_per_token=bytes_per_token, stop=stop,
-            ):  # fmt: skip
+            for record in self.world.watched(records):
                 if record.kind == "checkpoint":
                     self._save(record)
                     continue
                 if record.kind == "sample":
-                    if self.folder is None:
+                    if self.folder is None or self.state.model.sharded:  # writing on needs whole blocks
                         continue
                     record = Record("sample", record.step, sample(self.state))
                 elif record.kind == "val":
@@ -110,20 +122,28 @@ class Session:
             self.folder.write("event", step, {"event": type(error).__name__, "text": str(error)})
 
     def _save(self, record: Record) -> None:
-        if self.folder is None or self._saved == record.step:
+        cut = self.state.model.sharded
+        if self._saved == record.step or not (self.folder or cut):
             return
-        weights, moments = self.state.tensors()
-        state = {
+        if cut:
+            rest = self._beside_tensors(self.folder, record) if self.folder else {}
+            sharded.save(self.folder.checkpoints if self.folder else None, self.state, rest, self.world)
+        elif self.folder:
+            weights, moments = self.state.tensors()
+            checkpoint.save(self.folder.checkpoints, weights, moments, self._beside_tensors(self.folder, record))
+        self._saved = record.step
+
+    def _beside_tensors(self, folder: RunFolder, record: Record) -> dict[str, Any]:
+        """state.json of a checkpoint."""
+        return {
             "format": checkpoint.FORMAT,
             "scalars": self.state.scalars(),
             "cursor": record.values["cursor"],
             "rng": {"seed": self.config.seed, "scheme": "keyed by purpose, seed and step"},
             "options": flatten(self.config),
             "data": self.data,
-            "records": self.folder.written(),
+            "records": folder.written(),
         }
-        checkpoint.save(self.folder.checkpoints, weights, moments, state)
-        self._saved = record.step
 
     def finish(self, validation_hash: str, seconds: float, first_step: int, peak: float) -> dict[str, Any]:
         """Write the summary as the run's last row and give it."""

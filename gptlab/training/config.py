@@ -74,6 +74,12 @@ class TrainingConfig:
     dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of the matmuls; weights and moments stay fp32")
     threads: int = option(0, "threads a process", unit="threads", shown="its share of the cores")
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto = only where it pays")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "every process holds the model, or its rows of every block (FSDP2)"
+    )
+    activation_checkpointing: bool = option(
+        False, "keep a block's output only, and compute its inner activations again on the way back"
+    )
     deterministic: bool = option(
         False, "sum gradients in one fixed order, for the same bits from any number of processes; needs threads"
     )
@@ -120,12 +126,24 @@ class TrainingConfig:
                 "deterministic needs a fixed number of threads for each process, on which rounding depends; "
                 "add --threads 1, or more"
             )
+        if self.parallel == "fsdp":
+            self._check_sharded()
         if self.n_embd % self.n_head:
             raise ConfigError(f"n_embd must be a multiple of n_head {self.n_head}, found {self.n_embd}")
         for signal in self.signals:
             if self.n_layer < 2:
                 raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
             signal.judges_at(0, self.n_layer, self.seed)
+
+    def _check_sharded(self) -> None:
+        """Raise ConfigError for what needs whole matrices, or gradients, on one process."""
+        for name, found, needs in (
+            ("optimizer muon", self.optimizer == "muon", "whole matrices"),
+            ("deterministic", self.deterministic, "whole gradients, to sum them in one fixed order"),
+            ("noise_every", self.noise_every > 0, "whole gradients of single sequences"),
+        ):
+            if found:
+                raise ConfigError(f"{name} needs {needs}, and parallel fsdp keeps rows; use --parallel ddp")
 
     @property
     def signals(self) -> tuple[SignalConfig, ...]:
@@ -168,7 +186,7 @@ class TrainingConfig:
 
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "log", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
-    | {"batch_size", "device", "threads", "compile", "rank_timeout"}
+    | {"batch_size", "device", "threads", "compile", "rank_timeout", "parallel", "activation_checkpointing"}
 )
 """What may change when a run goes on; `steps` may grow. Everything else makes it another run."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gptlab.data.batches import Window
 from gptlab.randomness import key_bits, permutation, torch_generator
+from gptlab.training.sharding import cut_like
 
 
 @lru_cache(maxsize=64)
@@ -79,4 +80,4 @@ def add_noise(gradients: dict[str, Tensor], length: float, seed: int, step: int)
     deviation = length / sum(g.numel() for g in gradients.values()) ** 0.5
     for name, g in gradients.items():
         noise = torch.randn(g.shape, dtype=g.dtype, generator=torch_generator("gradient noise", seed, step, name))
-        g.add_(noise.to(g.device), alpha=deviation)
+        g.add_(cut_like(noise.to(g.device), g), alpha=deviation)

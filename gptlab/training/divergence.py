@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from math import isfinite
 
 import torch
 
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
+from gptlab.training.evaluate import hidden_states
 from gptlab.training.gradients import Losses
+from gptlab.training.sharding import length
 from gptlab.training.verdicts import Batch
 
 
@@ -22,17 +24,15 @@ def where_not_finite(model: GPT, batches: Sequence[Batch], world: World, placeme
     bad. Every rank must call it with its own micro-batches; all get the same answer.
     """
     bad = torch.zeros(model.config.n_layer + 1, device=placement.device)
-    cast = torch.autocast(placement.device.type, placement.autocast) if placement.autocast else nullcontext()
     for batch in batches:
-        with cast:
-            states = model.hidden_states(batch.tokens)
+        states = hidden_states(model, batch.tokens, placement)
         bad += torch.stack([~h.isfinite().all() for h in states])
     world.sum_([bad])
     for j, count in enumerate(bad.tolist()):
         if count:
             return f", first in the output of block {j} (transformer.h.{j - 1})" if j else ", first in the embeddings"
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    return next((f", first in {name}" for name, g in reversed(gradients) if not g.isfinite().all()), "")
+    return next((f", first in {name}" for name, g in reversed(gradients) if not isfinite(length([g]))), "")
 
 
 def in_which_batch(seen: Sequence[tuple[Batch, Losses]], world: World, device: torch.device) -> str:

@@ -5,8 +5,7 @@ Every window's loss is computed at one fixed batch shape and summed in float64 i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -21,6 +20,7 @@ from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.signals.reader import Reader, true_loss
 from gptlab.training.clean import clean_loss
+from gptlab.training.trace import matmul_dtype
 
 SHAPE = 8
 """Windows of a validation batch, whatever the run's batch size is."""
@@ -72,13 +72,15 @@ def validate(
     lower = model.config.n_layer - 1 if every_block else 0
     losses_below = torch.zeros(lower, len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
     by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=placement.device)
-    stopped = torch.zeros(1, device=placement.device)
-    for first in batches[world.rank :: world.size]:
-        if interrupted():
-            stopped += 1
+    stop = False
+    for first, mine in share_of(batches, model, world):
+        stop = stop or interrupted()
+        if stop and not model.sharded:  # where it is, the others' passes need this process's
             break
         tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
         states = hidden_states(model, tokens, placement)
+        if not mine:
+            continue
         figures[first : first + SHAPE] = window_figures(reader, states[-1], targets, flip)
         for row, h in zip(losses_below, states[1 : 1 + lower], strict=True):
             row[first : first + SHAPE] = window_figures(reader, h, targets, 0.0)[:, 0]
@@ -89,6 +91,7 @@ def validate(
                 by_block[0, j] = reader.values(flat, y, true_loss).double().mean()
                 by_block[1, j] = reader.values(flat, y, top_probability).double().mean()
     world.sum_([figures, losses_below, by_block])
+    stopped = torch.full((1,), float(stop), device=placement.device)
     world.sum_([stopped])
     if stopped.item():
         return None
@@ -114,12 +117,13 @@ def tempered(
     batches = range(0, count, SHAPE)
     for _ in range(NEWTON_STEPS):
         sums = torch.zeros(len(batches), 3, dtype=torch.float64, device=placement.device)
-        for k in range(len(batches))[world.rank :: world.size]:
+        for k, mine in share_of(range(len(batches)), model, world):
             first = batches[k]
             rows = min(SHAPE, count - first)
             tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
             h, y = hidden_states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
-            sums[k] = reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
+            if mine:
+                sums[k] = reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
         total = list(accumulate(sums))[-1]  # in the order of batches, whichever rank read them
         loss, slope, curvature = (total / (count * windows.block_size)).tolist()
@@ -128,6 +132,17 @@ def tempered(
             break
         inverse = min(max(inverse - step, inverse / 4), inverse * 4)
     return 1 / inverse, loss
+
+
+def share_of(batches: Sequence[int], model: GPT, world: World) -> Iterator[tuple[int, bool]]:
+    """This process's batches, every world.size-th, and whether each counts.
+
+    A pass through blocks that are cut needs every process: the ones that have fewer batches repeat the last.
+    """
+    for start in range(0, len(batches), world.size):
+        mine = start + world.rank < len(batches)
+        if mine or model.sharded:
+            yield batches[min(start + world.rank, len(batches) - 1)], mine
 
 
 def _at_inverse_temperature(inverse: float, logits: Tensor, targets: Tensor, other: Tensor | None) -> Tensor:
@@ -165,6 +180,5 @@ def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None
 @torch.no_grad()
 def hidden_states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
     """h_0..h_L of tokens (B, T), without any gradient, in the dtype of the matmuls that the placement says."""
-    cast = torch.autocast(tokens.device.type, placement.autocast) if placement.autocast else nullcontext()
-    with cast:
+    with matmul_dtype(model, tokens.device, placement.autocast):
         return model.hidden_states(tokens)

@@ -20,6 +20,7 @@ from gptlab.model.gpt import GPT
 from gptlab.signals.config import SignalConfig
 from gptlab.signals.reader import Reader, Reading, true_loss
 from gptlab.training.controls import flipped, named, permuted
+from gptlab.training.sharding import cut_like, held, length, whole
 from gptlab.training.trace import Lesson, Trace, descend, trace
 from gptlab.training.verdicts import Batch, Voice, hear, placebo
 
@@ -208,7 +209,7 @@ class Ledger:
         if self.voices[k].config.control != "placebo":
             return self.signals[k]
         both = zip(self.placebos[k], self.judges[k], self.names, strict=True)
-        return [turned + permuted(own, self.seed, name) for turned, own, name in both]
+        return [turned + cut_like(permuted(whole(own), self.seed, name), own) for turned, own, name in both]
 
     def measure(self, k: int) -> Gradients:
         """The gradient of voice k without its rotation: as long as this a placebo has to be."""
@@ -238,20 +239,15 @@ class Ledger:
     def _sum(self, factors: Sequence[float]) -> Gradients:
         total = self._empty()
         for part, factor in zip(self.parts, factors, strict=True):
-            torch._foreach_add_(total, part, alpha=factor)
+            torch._foreach_add_(held(total), held(part), alpha=factor)
         return total
 
     def combine(self, factors: Sequence[float], *, add: bool = False) -> None:
         """Set `.grad` to the true loss's gradient and every voice's, times its factor; or add that to it."""
         total = self._sum(factors)
-        torch._foreach_add_(total, self.true)
+        torch._foreach_add_(held(total), held(self.true))
         for p, g in zip(self.parameters, total, strict=True):
             p.grad = p.grad + g if add and p.grad is not None else g
-
-
-def length(gradients: Sequence[Tensor]) -> float:
-    """The Euclidean length over all of them."""
-    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def check_tokens(model: GPT, tokens: Tensor, targets: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
 from gptlab.training.muon import build_muon
+from gptlab.training.sharding import is_sharded
 
 WSD_DECAY = 0.2
 """Share of the steps over which wsd falls."""
@@ -34,10 +35,12 @@ def build_optimizer(model: GPT, config: TrainingConfig) -> Optimizer:
     matrices = within if config.optimizer == "muon" else []
     taken = set(map(id, matrices))
     rest = [p for p in parameters if id(p) not in taken]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups = []
+    for cut in (False, True):  # a fused step takes tensors that are cut over processes or ones that are not, unmixed
+        mine = [p for p in rest if is_sharded(p) is cut]
+        decays = {"params": [p for p in mine if p.dim() >= 2], "weight_decay": config.weight_decay}
+        rests = {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0}
+        groups += [group for group in (decays, rests) if group["params"]]
     fused = parameters[0].device.type in ("cpu", "cuda")
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     if not matrices:

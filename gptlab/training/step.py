@@ -16,8 +16,9 @@ from gptlab.errors import DivergedError
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import add_noise
 from gptlab.training.divergence import in_which_batch, where_not_finite
-from gptlab.training.gradients import Ledger, Losses, TargetFlip, accumulate, length, needs_parts, voices_of
+from gptlab.training.gradients import Ledger, Losses, TargetFlip, accumulate, needs_parts, voices_of
 from gptlab.training.optimizer import learning_rate_at
+from gptlab.training.sharding import held, length
 from gptlab.training.state import TrainingState
 from gptlab.training.summing import Summed, micro_batch
 from gptlab.training.verdicts import Batch, Voice
@@ -120,7 +121,7 @@ def _take_step(
     """Clip gradients of this length, and let the optimizer change the weights; (learning rate, whether clipped)."""
     clipped = bool(config.grad_clip) and norm > config.grad_clip
     if clipped:
-        torch._foreach_mul_(gradients, config.grad_clip / norm)
+        torch._foreach_mul_(held(gradients), config.grad_clip / norm)
     learning_rate = learning_rate_at(state.step, config)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate

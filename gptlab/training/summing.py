@@ -13,6 +13,7 @@ from gptlab.errors import ConfigError
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
 from gptlab.training.gradients import Ledger
+from gptlab.training.sharding import is_sharded
 from gptlab.training.tree_sum import Node, TreeSum
 from gptlab.training.verdicts import Batch
 
@@ -61,8 +62,9 @@ class Summed:
     def over(self, world: World) -> None:
         """Replace everything by its sum over all ranks."""
         if self._tree is None:
-            world.sum_([p.grad for p in self._parameters if p.grad is not None])
-            world.sum_(self._others)
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            for tensors in (gradients, self._others):
+                world.sum_([t for t in tensors if not is_sharded(t)])  # cut ones were summed as they came
             return
         total = self._tree.total_over(world, self._units)
         for p, gradient in zip(self._parameters, total, strict=False):

@@ -7,21 +7,22 @@ verdict's at the block it teaches. Nothing here knows where a gradient comes fro
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gptlab.model.gpt import GPT, Linear
+from gptlab.model.gpt import GPT
 from gptlab.model.working import add_gradient
 
 
 @dataclass
 class Trace:
-    """inputs[j-1] is h_{j-1} as a leaf, outputs[j-1] is f_j of it."""
+    """inputs[j-1] is h_{j-1} as a leaf, outputs[j-1] is f_j of it, without its graph if the model recomputes."""
 
     tokens: Tensor
+    autocast: torch.dtype | None
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -32,16 +33,23 @@ class Trace:
 
 def trace(model: GPT, tokens: Tensor, autocast: torch.dtype | None) -> Trace:
     """Run the model's blocks on tokens (B, T), keeping each block's graph apart from the others'."""
-    cast = torch.autocast(tokens.device.type, autocast) if autocast and model.workspace is None else nullcontext()
     inputs, outputs = [], []
-    with cast:
+    with matmul_dtype(model, tokens.device, autocast):
         with torch.no_grad():
             h = model.embed(tokens)
         for block in model.blocks:
             inputs.append(h.detach().requires_grad_())
-            outputs.append(block(inputs[-1]))
+            with torch.set_grad_enabled(not model.recompute):
+                outputs.append(block(inputs[-1]))
             h = outputs[-1]
-    return Trace(tokens, inputs, outputs)
+    return Trace(tokens, autocast, inputs, outputs)
+
+
+def matmul_dtype(model: GPT, device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
+    """The dtype of the matmuls within. Weights that are gathered for one pass are not to outlive it in a cache."""
+    if autocast is None or model.workspace is not None:
+        return nullcontext()
+    return torch.autocast(device.type, autocast, cache_enabled=not model.sharded)
 
 
 @dataclass(frozen=True)
@@ -76,19 +84,16 @@ def descend(model: GPT, trace: Trace, lessons: Iterable[Lesson], *, embeddings: 
 def pass_through(model: GPT, trace: Trace, j: int, gradient: Tensor, *, learn: bool, keep: bool) -> Tensor:
     """The gradient at h_{j-1} of a gradient at h_j; block j's weights add theirs to `.grad` if they learn."""
     x, y = trace.inputs[j - 1], trace.outputs[j - 1]
+    if model.recompute:
+        with matmul_dtype(model, x.device, trace.autocast):
+            y, keep = model.blocks[j - 1](x), False
     with model.workspace.weights(learn) if model.workspace else nullcontext():
         if not learn:
             return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
-        torch.autograd.backward(y, gradient, inputs=[x, *_by_autograd(model, j)], retain_graph=keep)
+        torch.autograd.backward(y, gradient, retain_graph=keep)
     passed, x.grad = x.grad, None
     assert passed is not None
     return passed
-
-
-def _by_autograd(model: GPT, j: int) -> list[Tensor]:
-    """The weights of block j whose gradients autograd itself keeps; linear layers with working copies do without."""
-    modules = (m for m in model.blocks[j - 1].modules() if not isinstance(m, Linear) or m.working is None)
-    return [p for module in modules for p in module.parameters(recurse=False)]
 
 
 def _teach_embeddings(model: GPT, tokens: Tensor, gradient: Tensor) -> None:

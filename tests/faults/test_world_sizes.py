@@ -60,3 +60,29 @@ def test_one_two_four_and_one_process(corpus: Path, tmp_path: Path, choose: rand
     assert losses(tmp_path / "fast") == pytest.approx(losses(tmp_path / "whole"), abs=TOLERANCE)
     assert outcome(tmp_path / "fast")[0] != outcome(tmp_path / "whole")[0], "the fast path adds in another order"
     assert outcome(tmp_path / "muon in two") == outcome(tmp_path / "muon")
+
+
+@pytest.mark.fault(number=13)
+@pytest.mark.fault(number=18)
+def test_blocks_cut_over_four_two_and_one_process(corpus: Path, tmp_path: Path, choose: random.Random) -> None:
+    """FSDP2's rows go on in other processes' hands; with the same number of them a stop changes no bit."""
+    first, second = sorted(choose.sample(range(1, 16), 2))
+    at_last = QUIET | {"eval_every": 100}
+    cut = at_last | {"parallel": "fsdp", "batch_size": 1}
+    sittings = ((4, first), (2, second), (1, 16))
+    train(
+        [
+            (1, options(corpus, tmp_path / "whole", **at_last)),
+            *((n, options(corpus, tmp_path / "cut", **cut | {"steps": stop})) for n, stop in sittings),
+            (2, options(corpus, tmp_path / "two", **cut)),
+            (2, options(corpus, tmp_path / "two saving", **cut | {"checkpoint_every": first, "steps": 16})),
+            *((2, options(corpus, tmp_path / "stopped", **cut | {"steps": n, "eval_every": 0})) for n in (second, 16)),
+            (2, options(corpus, tmp_path / "kept on", **cut | {"eval_every": 0})),
+        ]
+    )
+    expected = losses(tmp_path / "whole")
+    of_each_step = [row["loss"] for row in rows(tmp_path / "cut") if row["kind"] == "train"]
+    assert of_each_step == pytest.approx(expected[: len(of_each_step)], abs=TOLERANCE)
+    assert losses(tmp_path / "two") == pytest.approx(expected, abs=TOLERANCE)
+    assert outcome(tmp_path / "two saving") == outcome(tmp_path / "two")
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "kept on")

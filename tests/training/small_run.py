@@ -17,6 +17,7 @@ from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
+from gptlab.training.sharding import shard_blocks, whole
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, update
 from gptlab.training.verdicts import Batch
@@ -67,13 +68,21 @@ class Run:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.state.model.named_parameters()}
+        return {name: whole(p.detach()).clone() for name, p in self.state.model.named_parameters()}
 
 
 def make_run(
-    *, dtype: torch.dtype = torch.float64, autocast: torch.dtype | None = None, sure: bool = True, **options: Any
+    *,
+    dtype: torch.dtype = torch.float64,
+    autocast: torch.dtype | None = None,
+    sure: bool = True,
+    world: World | None = None,
+    **options: Any,
 ) -> Run:
-    """A run of 4 blocks. sure: weights so wide that blocks are sure of something, else GPT-2's own initial ones."""
+    """A run of 4 blocks. world: cut the blocks over these processes.
+
+    sure: weights so wide that blocks are sure of something, else GPT-2's own initial ones.
+    """
     shape = {"block_size": T, "n_layer": L, "n_head": 2, "n_embd": 16}
     values = {"warmup_steps": 0, "schedule": "constant", "grad_clip": 0.0, "dose_every": 10} | options
     config = TrainingConfig(total_batch_tokens=SEQUENCES * T, **shape, **values)
@@ -90,4 +99,7 @@ def make_run(
     if sure:  # the last token, which is a target only, is what block 2 expects: some signals ask for who is right
         with torch.no_grad():
             windows[:, -1] = model.read(model.hidden_states(windows[:, :-1])[2])[:, -1].argmax(1)
+    model.recompute = config.activation_checkpointing
+    if world:
+        shard_blocks(model, world, placement)
     return Run(TrainingState(model, build_optimizer(model, config)), config, placement, windows)

@@ -94,7 +94,8 @@ def test_a_placebo_is_as_long_as_its_signal_on_the_total_batch(name: str, option
 
 def test_a_placebo_must_be_scaled_to_be_as_long() -> None:
     """What the test above would show without the scaling: a rotation alone reaches the weights at another length."""
-    from gptlab.training.gradients import Ledger, accumulate, length, voices_of
+    from gptlab.training.gradients import Ledger, accumulate, voices_of
+    from gptlab.training.sharding import length
 
     run = make_run(signal=SignalConfig("confidence", control="placebo"))
     ledger = Ledger(run.state.model, voices_of(run.config.signals, [0.25]), seed=1)

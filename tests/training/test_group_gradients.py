@@ -11,9 +11,10 @@ from small_run import SEQUENCES, Run, make_run
 from torch import Tensor
 
 from gptlab.signals import SignalConfig
-from gptlab.training.gradients import Ledger, accumulate, length
+from gptlab.training.gradients import Ledger, accumulate
 from gptlab.training.group_gradients import GroupGradients, Groups, parts_of
 from gptlab.training.inner_products import Gradients, inner_products, over_pairs, products, sums_over
+from gptlab.training.sharding import length
 from gptlab.training.verdicts import Voice
 
 SIGNALS = (

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from small_run import SEQUENCES, Run, make_run
 from torch import Tensor
 from two_ranks import RUNS, outcomes
@@ -241,28 +238,8 @@ def test_the_signal_loss_of_a_held_dose_is_that_of_the_weight_used() -> None:
 
 def test_two_ranks_make_what_one_makes(tmp_path: Path) -> None:
     """Real processes over gloo on the loopback: weights and figures of every kind of run, to the last digits."""
-    script, out = Path(__file__).with_name("two_ranks.py"), tmp_path / "two.pt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    common.pop("PYTHONWARNINGS", None)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(out)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [0, 0], errors
+    out = tmp_path / "two.pt"
+    run_ranks(Path(__file__).with_name("two_ranks.py"), 2, out)
     torch.set_num_threads(1)  # as the ranks have; a test before this one may have taken more
     found, expected = torch.load(out, weights_only=True), outcomes(World(), (SEQUENCES,))
     assert set(found) == set(RUNS)

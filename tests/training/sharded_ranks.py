@@ -1,0 +1,88 @@
+"""One rank of small runs whose blocks are cut over processes, for test_sharding.py; the last word says where to write.
+
+Makes two updates of every run of RUNS and writes what rank 0 has then, as torch saves it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from small_run import SEQUENCES, Run, make_run
+from torch import Tensor
+
+from gptlab.distributed import World
+from gptlab.model.gpt import Block
+from gptlab.signals import SIGNALS, SignalConfig
+from gptlab.training.sharding import is_sharded
+
+PLACEBO = SignalConfig("advantage", control="placebo", evaluator="live", positions=0.5)
+RUNS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    **{name: {"signal": SignalConfig(name)} for name in SIGNALS},
+    "live": {"signal": SignalConfig("brier", evaluator="live"), "grad_clip": 0.5},
+    "local": {"signal": SignalConfig("entropy", reach="local", embeddings=False)},
+    "rotate": {"signal": SignalConfig("self_distillation", layers="rotate", positions=0.5)},
+    "placebo": {"signal": PLACEBO},
+    "shuffled and flipped": {
+        "signal": SignalConfig("confidence", control="shuffled", dose=0.3),
+        "also": (SignalConfig("brier", control="flipped", flip=0.5),),
+    },
+    "noise": {"signal": PLACEBO, "gradient_noise": 0.5, "target_flip": 0.3, "target_flip_to": "argmax"},
+    "recomputed": {"signal": SignalConfig("confidence"), "activation_checkpointing": True},
+    "one block shared": {"signal": SignalConfig("confidence"), "share_blocks": True},
+}
+
+
+def outcome(run: Run, cut: tuple[int, ...], world: World) -> dict[str, Tensor]:
+    """The weights of a run after two updates, the second of which measures, and what the updates said."""
+    said = [run.update(cut, world=world, measure_dose=step == 1) for step in range(2)]
+    figures = [[u.loss, u.signal_loss, u.grad_norm, u.dose or 0.0, *u.weights, float(u.clipped)] for u in said]
+    return {**run.weights, "said": torch.tensor(figures, dtype=torch.float64)}
+
+
+@contextmanager
+def counting_whole_blocks(run: Run) -> Iterator[list[int]]:
+    """How many blocks were whole while a pass went through one, up or down; every time."""
+    counts: list[int] = []
+    blocks = dict.fromkeys(run.state.model.blocks)
+    forward = Block.forward
+
+    def count(*_: object) -> None:
+        counts.append(sum(not is_sharded(block.mlp.c_fc.weight) for block in blocks))
+
+    def counted(self: Block, x: Tensor) -> Tensor:
+        count()
+        y = forward(self, x)
+        if y.requires_grad:
+            y.register_hook(count)  # called on the way down, within the block's unit
+        return y
+
+    Block.forward = counted
+    try:
+        yield counts
+    finally:
+        Block.forward = forward
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    world.connect(torch.device("cpu"), timeout=timedelta(seconds=200))
+    cut = {2: (2, 4), 4: (1, 2)}[world.size]
+    assert sum(cut) * world.size == SEQUENCES
+    try:
+        found = {}
+        for name, options in RUNS.items():
+            run = make_run(world=world, parallel="fsdp", **options)
+            with counting_whole_blocks(run) as counts:
+                found[name] = outcome(run, cut, world)
+            found[name]["whole blocks"] = torch.tensor([max(counts), len(counts)])
+        if world.main:
+            torch.save(found, sys.argv[1])
+    finally:
+        world.disconnect()

@@ -1,0 +1,65 @@
+"""Blocks cut over processes (FSDP2): the same updates as by one process, with one block whole at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from sharded_ranks import RUNS, outcome
+from small_run import SEQUENCES, make_run
+
+from gptlab.distributed import World
+from gptlab.errors import ConfigError
+from gptlab.training import TrainingConfig
+from gptlab.training.sharding import cut_like, held, length, whole
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_cut_blocks_make_what_one_process_makes(ranks: int, tmp_path: Path) -> None:
+    """Real processes over gloo on the loopback, every signal and control, in float64: far below the 1e-6 promised."""
+    out = tmp_path / "out.pt"
+    run_ranks(Path(__file__).with_name("sharded_ranks.py"), ranks, out)
+    torch.set_num_threads(1)  # as the ranks have; a test before this one may have taken more
+    found = torch.load(out, weights_only=True)
+    assert set(found) == set(RUNS)
+    for name, options in RUNS.items():
+        most, passes = found[name].pop("whole blocks").tolist()
+        assert most == 1, f"{name}: {most} blocks were whole at a time"
+        assert passes > 8
+        expected = outcome(make_run(**options), (SEQUENCES,), World())
+        assert found[name].keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[name][key], tensor, rtol=1e-7, atol=1e-9, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", ["baseline", "confidence", "live", "placebo", "one block shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_are_the_ones_that_were_not_kept(name: str, dtype: torch.dtype) -> None:
+    options = RUNS[name] | {"dtype": torch.float32, "autocast": None if dtype == torch.float32 else dtype}
+    kept = outcome(make_run(**options), (5, 7), World())
+    again = outcome(make_run(**options, activation_checkpointing=True), (5, 7), World())
+    for key, tensor in kept.items():
+        assert torch.equal(again[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": "muon"}, "whole matrices"),
+        ({"deterministic": True, "threads": 1}, "one fixed order"),
+        ({"noise_every": 5}, "single sequences"),
+    ],
+)
+def test_what_needs_whole_tensors_is_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(options))}.*{words}.*--parallel ddp"):
+        TrainingConfig(parallel="fsdp", **options)  # type: ignore[arg-type]
+
+
+def test_whole_tensors_need_no_processes() -> None:
+    tensors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert length(tensors) == pytest.approx(5.0)
+    assert whole(tensors[0]) is tensors[0]
+    assert cut_like(tensors[0], tensors[1]) is tensors[0]
+    assert all(a is b for a, b in zip(held(tensors), tensors, strict=True))
