@@ -24,7 +24,7 @@ import warnings
 from datetime import date
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "security")]
@@ -37,6 +37,7 @@ from gptlab.errors import GptlabError  # noqa: E402
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "fuzz.json", ROOT / "docs" / "hardening.md"
 ROOM = 2**30
 TABLE = ("<!-- fuzz: python benchmarks/fuzz.py -->", "<!-- end of fuzz -->")
+GUIDED = ("<!-- fuzz: python benchmarks/fuzz_guided.py -->", "<!-- end of guided -->")
 KEPT = 10
 """Faults of a reader that are told whole."""
 
@@ -76,14 +77,14 @@ def machine() -> dict[str, str]:
     return {"date": date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__}
 
 
-def keep(found: dict[str, Any]) -> None:
-    """Put a reader's figures among those of earlier sittings, and renew the page."""
+def keep(found: dict[str, Any], how: Literal["readers", "guided"] = "readers") -> None:
+    """Put a reader's figures among those of earlier sittings, of inputs drawn or guided, and renew the page."""
     with RESULTS.open("a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # sittings may overlap
         file.seek(0)
-        results = json.loads(file.read() or '{"readers": []}')
-        others = [one for one in results["readers"] if one["reader"] != found["reader"]]
-        results["readers"] = sorted([*others, {**found, **machine()}], key=lambda one: one["reader"])
+        results = {"readers": [], "guided": []} | json.loads(file.read() or "{}")
+        others = [one for one in results[how] if one["reader"] != found["reader"]]
+        results[how] = sorted([*others, {**found, **machine()}], key=lambda one: one["reader"])
         file.truncate(0)
         file.write(json.dumps(results, indent=1) + "\n")
         file.flush()
@@ -98,11 +99,21 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def guided_table(results: dict[str, Any]) -> str:
+    lines = ["| file | inputs | branches reached | others | date |", "|---|---|---|---|---|"]
+    for one in results["guided"]:
+        found = f"{one['inputs']:,} | {one['branches']:,} | {int(one['fault'] is not None)}"
+        lines.append(f"| `{one['reader']}` | {found} | {one['date']} |")
+    return "\n".join(lines)
+
+
 def write_page(results: dict[str, Any]) -> None:
-    """Renew the table in docs/hardening.md."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(TABLE[0])
-    _, _, after = rest.partition(TABLE[1])
-    PAGE.write_text(f"{before}{TABLE[0]}\n{table(results)}\n{TABLE[1]}{after}", encoding="utf-8")
+    """Renew the tables in docs/hardening.md."""
+    text = PAGE.read_text(encoding="utf-8")
+    for (start, end), lines in ((TABLE, table(results)), (GUIDED, guided_table(results))):
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{lines}\n{end}{rest.partition(end)[2]}"
+    PAGE.write_text(text, encoding="utf-8")
 
 
 def limit_memory() -> None:

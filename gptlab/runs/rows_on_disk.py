@@ -21,9 +21,14 @@ WHERE, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
 def tensors_in(path: Path) -> dict[str, Tensor]:
     """All tensors of a file; raises CheckpointError where it cannot be read."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """A file's tensors, and what else its header says."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:  # the last two: a dtype torch lacks
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
@@ -35,8 +40,9 @@ def rows_together(files: Sequence[Path]) -> dict[str, Tensor]:
     """
     found: dict[str, list[tuple[int, Tensor]]] = {}
     for path in files:
-        offsets = _offsets(path)
-        for name, piece in tensors_in(path).items():
+        tensors, header = _read(path)
+        offsets = _offsets(header)
+        for name, piece in tensors.items():
             first = _first_row(offsets.get(name), piece)
             if first is None:
                 raise CheckpointError(f"{path}: expected the place of each tensor's rows, found none of {name}")
@@ -44,11 +50,10 @@ def rows_together(files: Sequence[Path]) -> dict[str, Tensor]:
     return {name: _together(name, pieces, files[0].parent) for name, pieces in found.items()}
 
 
-def _offsets(path: Path) -> Mapping[str, object]:
-    with safetensors.safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get(WHERE, "")
+def _offsets(header: Mapping[str, str]) -> Mapping[str, object]:
+    """What a header says of each tensor's place; nothing where it says nothing that can be read."""
     try:
-        parsed = parse_json(said)
+        parsed = parse_json(header.get(WHERE, ""))
     except ValueError:
         parsed = None
     return parsed if isinstance(parsed, dict) else {}

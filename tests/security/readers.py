@@ -47,10 +47,12 @@ from gptlab.runs.choice import read_kept
 from gptlab.runs.experiment_file import Arm, read_experiment
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import model_in
+from gptlab.runs.rows_on_disk import OFFSETS, WHERE
 from gptlab.signals import tuned_reader
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
 
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 SIZES = {"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 4}
 SMALL = GPT(GPTConfig(vocab_size=256, **SIZES))
 EXPERIMENT = """name = "tiny"
@@ -212,9 +214,22 @@ def _checkpoint(folder: Path) -> None:
     sign(folder)
 
 
+def _rows() -> bytes:
+    """All of a checkpoint's tensors as one process of a run that cuts its blocks writes them."""
+    weights = {name: p.detach() for name, p in SMALL.named_parameters()}
+    tensors = weights | {f"exp_avg.{name}": torch.zeros_like(weight) for name, weight in weights.items()}
+    places = {name: {OFFSETS: [0] * tensor.dim()} for name, tensor in tensors.items()}
+    return save(tensors, {WHERE: json.dumps(places)})
+
+
+def _state_alone(folder: Path) -> None:
+    (folder / checkpoint.STATE).write_bytes(_state())
+
+
 def sign(folder: Path) -> None:
     """Write the manifest that whoever wrote the files would write: checksums stop no attacker."""
-    names = (checkpoint.WEIGHTS, checkpoint.MOMENTS, checkpoint.STATE)
+    possible = (checkpoint.WEIGHTS, checkpoint.MOMENTS, SHARD, checkpoint.STATE)
+    names = [name for name in possible if (folder / name).exists()]
     files = {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name in names
@@ -337,6 +352,7 @@ def readers(scratch: Path) -> Iterator[Reader]:
     yield Reader("tuning.json", (json.dumps(KEPT).encode(),), other_json, read_kept)
     yield Reader("state.json", (_state(),), other_json, _signed, _checkpoint)
     yield Reader("model.safetensors", (_weights(),), other_bytes, _signed, _checkpoint)
+    yield Reader(SHARD, (_rows(),), other_bytes, _signed, _state_alone)
     manifest = _manifest_of_checkpoint(scratch)
     yield Reader("MANIFEST.json", (manifest,), _self_signed, checkpoint.load, _checkpoint)
     yield Reader("model.bin", (_llmc(scratch),), other_bytes, lambda f: open_foreign(f / "model.bin"))

@@ -13,7 +13,7 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from readers import Reader, readers  # pyright: ignore[reportMissingImports]
+from readers import SHARD, Reader, readers  # pyright: ignore[reportMissingImports]
 
 from gptlab.data.shards import open_shard
 from gptlab.errors import GptlabError
@@ -24,7 +24,7 @@ SLOW = {"hf/config.json": 10, "metrics.jsonl": 60, "state.json": 60, "experiment
 """Examples of readers that take milliseconds each."""
 NAMES = (
     "train_000000.bin", "train.bin", "train.npy", "corpus.json", "options.toml", "experiment.toml", "metrics.jsonl",
-    "config.json", "tuning.json", "state.json", "model.safetensors", "MANIFEST.json", "model.bin", "ckpt.pt",
+    "config.json", "tuning.json", "state.json", "model.safetensors", SHARD, "MANIFEST.json", "model.bin", "ckpt.pt",
     "hf/config.json", "log.csv", "log.jsonl", "rows.jsonl", "text.jsonl", "tuned_reader.safetensors", "tokens", "name",
 )  # fmt: skip
 
