@@ -31,15 +31,15 @@ HOW = {"steps": 60, "schedule": "constant", "learning_rate": 0.001, "batch_size"
 def agent(trainer: Trainer, tmp_path: Path) -> Callable[..., Running]:
     """`agent(address, nodes)` starts an agent of one process, which trains tmp_path/run with the others there.
 
-    The first to listen at the port where they meet is the host of that meeting. Ranks go by address.
+    host: whether the store where they meet is its own; without that store none of them can go on. Ranks go by address.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def start(address: str, nodes: str, **changes: Any) -> Running:
+    def start(address: str, nodes: str, *, host: bool = False, **changes: Any) -> Running:
         meeting = [f"--nnodes={nodes}", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=nodes",
-                   f"--rdzv_conf={PATIENCE}", f"--local_addr={address}"]  # fmt: skip
+                   f"--rdzv_conf={PATIENCE},is_host={int(host)}", f"--local_addr={address}"]  # fmt: skip
         how = HOW | changes
         return trainer.start(tmp_path / "run", processes=1, torchrun=meeting, environment=LOOPBACK, **how)
 
@@ -60,7 +60,7 @@ def _size(worker: int) -> int | None:
 
 
 def test_two_agents_are_one_run(agent: Callable[..., Running], trainer: Trainer, tmp_path: Path) -> None:
-    agents = [agent("127.0.0.1", "2"), agent("127.0.0.2", "2")]
+    agents = [agent("127.0.0.1", "2", host=True), agent("127.0.0.2", "2")]
     for ended in [one.end() for one in agents]:
         assert ended.code == 0, ended.err
     ended = trainer.train(tmp_path / "one", processes=2, **HOW)
@@ -75,7 +75,7 @@ def test_an_agent_is_killed_and_comes_back(
     """Who is killed is not the host of the meeting, but may be rank 0, which writes; then who is left becomes that."""
     run, (stays, leaves) = tmp_path / "run", choose.sample(["127.0.0.1", "127.0.0.2"], 2)
     how = {"deterministic": None, "restarts": 1}
-    host = agent(stays, "1:2", **how)
+    host = agent(stays, "1:2", host=True, **how)
     lost = agent(leaves, "1:2", **how)
     wait_until(lambda: in_world_of(2, host, lost), "a run of two")
     host.wait_for_rows(run, choose.randrange(7, 15))
