@@ -73,7 +73,7 @@ def test_an_agent_is_killed_and_comes_back(
     agent: Callable[..., Running], trainer: Trainer, tmp_path: Path, choose: random.Random
 ) -> None:
     """Who is killed is not the host of the meeting, but may be rank 0, which writes; then who is left becomes that."""
-    run, (stays, leaves) = tmp_path / "run", choose.sample(["127.0.0.1", "127.0.0.2"], 2)
+    run, (stays, leaves) = tmp_path / "run", choose.sample(["127.0.0.2", "127.0.0.1"], 2)
     how = {"deterministic": None, "restarts": 1}
     host = agent(stays, "1:2", host=True, **how)
     lost = agent(leaves, "1:2", **how)
