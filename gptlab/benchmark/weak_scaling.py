@@ -49,9 +49,7 @@ def rows(timings: Mapping[str, Timing], tokens: int) -> list[dict[str, Any]]:
     efficiency: the rate a thread over that of one thread alone. ratio_to_one_process: the rate over that of one process
     with as many threads in all.
     """
-    rates = {
-        team: tokens * team[0] * team[1] / timings[name].median for name, team in TEAMS.items()
-    }  # processes and threads -> tokens/s
+    rates = {(p, t): tokens * p * t / timings[name].median for name, (p, t) in TEAMS.items()}  # tokens/s
     return [
         {
             "name": name,
