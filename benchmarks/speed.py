@@ -1,26 +1,30 @@
 """Training speed as ratios in one run: `gptlab bench` over its sizes, and the tables of docs/performance.md from it.
 
-    python benchmarks/speed.py [--sizes tiny,small,124m,help] [--rounds N] [--peer nanogpt=PATH] [--peer ...]
+    python benchmarks/speed.py [--sizes tiny,small,124m,weak,help] [--rounds N] [--json] [--peer nanogpt=PATH] [...]
 
 Peers run in fp32 and in bf16, and the tables compare with the fastest of them all.
-Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables; `help` times `gptlab --help`.
+Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables; `weak` is weak scaling, 1 process
+against 2, and `help` times `gptlab --help`. --json prints what was measured, too.
 Run it on a machine that does nothing else: what counts is the ratios within a run, and a busy machine blurs them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from marked import rewrite
 
 from gptlab.benchmark.sizes import SIZES
+from gptlab.benchmark.weak_scaling import weak_scaling
 from gptlab.cli.bench import measure
 
 ROOT = Path(__file__).parents[1]
@@ -29,34 +33,86 @@ RESULTS = ROOT / "benchmarks/results"
 START, END = "<!-- measured by benchmarks/speed.py -->", "<!-- end of what was measured -->"
 PEERS = ("transformers", "nanogpt", "build-nanogpt")
 PER_ROUND = {"tiny": "8", "small": "2", "124m": "1"}
-HELP = "help"
+HELP, WEAK = "help", "weak"
+WEAK_SIZES = ("tiny", "small")
 HELP_TIMES = 15
 
 
 def main(argv: list[str]) -> int:
     """Measure the sizes asked for and renew the page."""
-    sizes = [*SIZES, HELP]
-    if "--sizes" in argv:
-        at = argv.index("--sizes")
-        sizes = argv[at + 1].split(",")
-        argv = argv[:at] + argv[at + 2 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default=",".join([*SIZES, WEAK, HELP]), help="what to measure, with commas [all]")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds [5]")
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output instead of tables")
+    chosen, passed_on = parser.parse_known_args(argv)  # to `gptlab bench`
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if HELP in sizes:
-        (RESULTS / "speed_help.json").write_text(json.dumps(help_time(), indent=1) + "\n", encoding="utf-8")
-    for size in [s for s in sizes if s in SIZES]:
-        ladder = [] if size == "124m" else ["--ladder"]
-        options = ["--size", size, "--per_round", PER_ROUND[size], "--peers_in_both", *ladder, *argv]
-        result = measure(options)
-        shown = [word.partition("=")[0] + "=PATH" if "=" in word else word for word in options]
-        result |= {"command": " ".join(["gptlab", "bench", *shown]), "date": date.today().isoformat()}
-        (RESULTS / f"speed_{size}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(table(result))
-    paths = [path for size in SIZES if (path := RESULTS / f"speed_{size}.json").exists()]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    told = RESULTS / "speed_help.json"
-    last = help_line(json.loads(told.read_text(encoding="utf-8"))) if told.exists() else ""
-    rewrite(PAGE, START, END, "".join(map(table, found)) + alone_line(found) + last)
+    measured: dict[str, Any] = {}
+    for size in chosen.sizes.split(","):
+        if size == HELP:
+            measured[size] = help_time()
+        elif size == WEAK:
+            measured[size] = weak(chosen.rounds)
+        else:
+            measured[size] = steps(size, ["--rounds", str(chosen.rounds), *passed_on])
+        (RESULTS / f"speed_{size}.json").write_text(json.dumps(measured[size], indent=1) + "\n", encoding="utf-8")
+        if not chosen.json and size != HELP:
+            print(weak_table(measured[size]) if size == WEAK else table(measured[size]))
+    if chosen.json:
+        print(json.dumps(measured))
+    rewrite(PAGE, START, END, page())
     return 0
+
+
+def page() -> str:
+    """What is told of all results there are."""
+    kept = {size: path for size in (*SIZES, WEAK, HELP) if (path := RESULTS / f"speed_{size}.json").exists()}
+    found = {size: json.loads(path.read_text(encoding="utf-8")) for size, path in kept.items()}
+    sizes = [found[size] for size in SIZES if size in found]
+    scaling = weak_table(found[WEAK]) if WEAK in found else ""
+    return "".join(map(table, sizes)) + alone_line(sizes) + scaling + (help_line(found[HELP]) if HELP in found else "")
+
+
+def steps(size: str, passed_on: list[str]) -> dict[str, Any]:
+    """`gptlab bench` at one size."""
+    ladder = [] if size == "124m" else ["--ladder"]
+    options = ["--size", size, "--per_round", PER_ROUND[size], "--peers_in_both", *ladder, *passed_on]
+    shown = [word.partition("=")[0] + "=PATH" if "=" in word else word for word in options]
+    command = " ".join(["gptlab", "bench", *shown])
+    return measure(options) | {"command": command, "date": date.today().isoformat()}
+
+
+def weak(rounds: int) -> dict[str, Any]:
+    """Weak scaling, at the sizes of which two fit a machine with little memory."""
+    tell = partial(print, file=sys.stderr, flush=True)
+    return {
+        "command": f"python benchmarks/speed.py --sizes {WEAK} --rounds {rounds}",
+        "date": date.today().isoformat(),
+        "sizes": [weak_scaling(size, rounds, int(PER_ROUND[size]), tell) for size in WEAK_SIZES],
+    }
+
+
+def weak_table(found: dict[str, Any]) -> str:
+    """Weak scaling as Markdown."""
+    first = found["sizes"][0]
+    where = f"{first['processor']} ({first['bf16'] or 'no bf16'})"
+    lines = [
+        "**Weak scaling**: as much work a thread, in one process or in two that sum their gradients over gloo; medians "
+        f"of {first['rounds']} interleaved rounds; {where}, {found['date']}. "
+        "*Efficiency* is the rate a thread over that of one thread alone.",
+        "",
+        f"`{found['command']}`",
+        "",
+        "| size | who | sequences a thread | tokens/s | ± | efficiency | against one process with as many threads |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for size in found["sizes"]:
+        for row in size["rows"]:
+            lines.append(
+                f"| {size['size']}, {size['dtype']} | {row['name']} | {size['batch_per_thread']} | "
+                f"{row['tokens_per_second']:,.0f} | {row['spread']:.1%} | {row['efficiency']:.0%} | "
+                f"{row['ratio_to_one_process']:.2f}x |"
+            )
+    return "\n".join([*lines, "", ""])
 
 
 def help_time() -> dict[str, Any]:

@@ -36,6 +36,8 @@ SAID_HERE = {
     "docs/metrics.md": "every row of metrics.jsonl and log.txt, with units",
     "docs/signals.md": "every signal, option and control: formula, gradient, when it fails; how to add one",
     "docs/verdicts.md": "how a verdict is reached, and what it promises",
+    "docs/cluster/train.sbatch": "one run on several nodes of Slurm",
+    "docs/cluster/train.sky.yaml": "one run on several nodes of a cloud, by SkyPilot",
     "docs/images/": "the picture above",
     "docs/findings/": "results, each with its command, seeds and machine",
 }

@@ -6,6 +6,7 @@ Both go through the store that lives in torchrun itself and so outlives the proc
 from __future__ import annotations
 
 import json
+import socket
 import time
 import uuid
 from datetime import timedelta
@@ -54,6 +55,7 @@ def absent(address: str, rank: int, size: int, patience: float = PATIENCE) -> li
     give up, look dead to theirs.
     """
     try:
+        _knock(address, patience)
         store = _client(address, timedelta(seconds=patience))
         call = f"gptlab/lost/{_round(store)}"
         store.set(f"{call}/{rank}", "here")
@@ -64,8 +66,18 @@ def absent(address: str, rank: int, size: int, patience: float = PATIENCE) -> li
             if not missing or waited > (patience if len(missing) > 1 else min(patience, MOMENT)):
                 return sorted(missing)
             time.sleep(0.05)
-    except (RuntimeError, ValueError):  # torch's DistError is a RuntimeError; no address is a ValueError
+    except (RuntimeError, ValueError, OSError):  # torch's DistError is a RuntimeError; no address is a ValueError
         return None
+
+
+def _knock(address: str, patience: float) -> None:
+    """Raise OSError where nobody listens at `address`.
+
+    A store's client would knock again and again until its time is up, and then print a page of frames; where the node
+    that had the store is gone, the others should know at once.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=patience).close()
 
 
 def _client(address: str, timeout: timedelta) -> TCPStore:

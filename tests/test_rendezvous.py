@@ -68,6 +68,8 @@ def test_those_that_do_not_answer_are_named(there: list[int], missing: list[int]
     assert found == [missing] * len(there)
 
 
-def test_a_store_that_is_gone_tells_nothing() -> None:
-    assert absent("127.0.0.1:1", 0, 2, patience=0.3) is None
+def test_a_store_that_is_gone_tells_nothing_and_at_once() -> None:
+    began = time.monotonic()
+    assert absent("127.0.0.1:1", 0, 2, patience=60.0) is None
+    assert time.monotonic() - began < 30, "a refused call is not tried again until the patience is over"
     assert absent(":", 0, 2) is None

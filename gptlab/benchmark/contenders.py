@@ -29,10 +29,11 @@ from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.state import TrainingState
-from gptlab.training.step import update
+from gptlab.training.step import Update, update
 from gptlab.training.verdicts import Batch
 
 Step = Callable[[], Any]
+ALONE = World()
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,18 @@ class Work:
         return rows[:, :-1].contiguous().to(device), rows[:, 1:].contiguous().to(device)
 
 
-def ours(work: Work, placement: Placement, signals: Sequence[SignalConfig] = (SignalConfig(),)) -> list[Step]:
-    """A step of this project's trainer for each signal, through the same `update` that trains, on one model."""
+def ours(
+    work: Work, placement: Placement, signals: Sequence[SignalConfig] = (SignalConfig(),), world: World = ALONE
+) -> list[Step]:
+    """A step of this project's trainer for each signal, through the same `update` that trains, on one model.
+
+    world: the processes that make the step together, each of them the work.
+    """
     c = work.config
     plain = TrainingConfig(
         block_size=c.block_size,
         batch_size=work.batch,
-        total_batch_tokens=work.tokens,
+        total_batch_tokens=work.tokens * world.size,
         n_layer=c.n_layer,
         n_head=c.n_head,
         n_embd=c.n_embd,
@@ -71,9 +77,10 @@ def ours(work: Work, placement: Placement, signals: Sequence[SignalConfig] = (Si
     state = TrainingState(model, build_optimizer(model, plain))
     tokens, targets = work.data(placement.device)
 
-    def step(config: TrainingConfig) -> None:
+    def step(config: TrainingConfig) -> Update:
         keep_freed_memory(placement.device.type == "cpu")
-        update(state, config, [Batch(tokens, targets, state.step, 0, 0)], World(), placement)
+        batch = Batch(tokens, targets, state.step, 0, world.rank * work.batch, share=1 / world.size)
+        return update(state, config, [batch], world, placement)
 
     return [partial(step, replace(plain, signal=signal)) for signal in signals]
 

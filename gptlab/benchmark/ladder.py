@@ -1,6 +1,7 @@
 """The ladder: one small run a core, side by side, as an experiment's cells run; their steps summed.
 
-Each run is a process of its own with one thread. A round tells all of them to go at once and waits for the last.
+Each run is a process of its own. A round tells all of them to go at once and waits for the last. They may also be the
+processes of one run, which sum their gradients: see weak_scaling.py.
 """
 
 from __future__ import annotations
@@ -19,12 +20,24 @@ STEPS = 4
 
 
 class Ladder:
-    """`runs` processes at the same size and dtype, ended at the end of the block."""
+    """`runs` processes at the same size and dtype, ended at the end of the block.
 
-    def __init__(self, size: str, placement: Placement, runs: int) -> None:
-        command = [sys.executable, "-m", "gptlab.benchmark.ladder", size, placement.dtype_name]
+    threads: of each; batch: sequences of a step of each, 0 = the size's own; together: they make each step as one run.
+    """
+
+    def __init__(
+        self, size: str, placement: Placement, runs: int, *, threads: int = 1, batch: int = 0, together: bool = False
+    ) -> None:
+        where = ""
+        if together:
+            import torch.distributed as dist
+
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            where = f"127.0.0.1:{self._store.port}"
+        asked = [size, placement.dtype_name, str(threads), str(batch), where]
+        commands = [[sys.executable, "-m", "gptlab.benchmark.ladder", *asked, f"{k}/{runs}"] for k in range(runs)]
         self._runs = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(runs)
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for command in commands
         ]
 
     def __enter__(self) -> Ladder:
@@ -32,14 +45,13 @@ class Ladder:
             _heard(run)
         return self
 
-    def steps(self) -> None:
-        """Every run makes STEPS steps."""
+    def steps(self) -> list[float]:
+        """Every run makes STEPS steps; the length of each one's last gradient."""
         for run in self._runs:
             assert run.stdin is not None
             run.stdin.write("1\n")
             run.stdin.flush()
-        for run in self._runs:
-            _heard(run)
+        return [_heard(run) for run in self._runs]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for run in self._runs:
@@ -50,31 +62,37 @@ class Ladder:
             run.stdout.close()
 
 
-def _heard(run: subprocess.Popen[str]) -> str:
+def _heard(run: subprocess.Popen[str]) -> float:
     assert run.stdout is not None
     line = run.stdout.readline()
     assert line, "a run of the ladder ended early"
     return json.loads(line)
 
 
-def _serve(size: str, dtype: str) -> None:
-    """One run: a step for every line on standard input."""
+def _serve(size: str, dtype: str, threads: str, batch: str, store: str, place: str) -> None:
+    """One run, or process `place` ("rank/number") of one: some steps for every line on standard input."""
     from gptlab.benchmark.contenders import Work, ours, placed
     from gptlab.benchmark.sizes import SIZES
     from gptlab.device import Machine, decide
+    from gptlab.distributed import World
     from gptlab.model.gpt import GPTConfig
 
     sizes: dict[str, Any] = dict(SIZES[size])
-    batch = sizes.pop("batch")
-    placement = placed(replace(decide(Machine.probe(), threads=1, compile="off"), threads=1), dtype)
+    own = sizes.pop("batch")
+    count = int(threads)
+    placement = placed(replace(decide(Machine.probe(), threads=count, compile="off"), threads=count), dtype)
     placement.apply()
-    (step,) = ours(Work(GPTConfig(**sizes), batch), placement)
-    step()
-    print(json.dumps("ready"), flush=True)
+    rank, number = map(int, place.split("/"))
+    world = World(rank, number, rank, number, store=store, store_stays=True) if store else World()
+    world.connect(placement.device)
+    (step,) = ours(Work(GPTConfig(**sizes), int(batch) or own), placement, world=world)
+    done = step()
+    print(json.dumps(done.grad_norm), flush=True)
     for _ in sys.stdin:
         for _ in range(STEPS):
-            step()
-        print(json.dumps("done"), flush=True)
+            done = step()
+        print(json.dumps(done.grad_norm), flush=True)
+    world.disconnect()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from gptlab.data.corpora import get_source
 from gptlab.data.corpus import FORMAT, MANIFEST, PARTIAL_MANIFEST, SPLITS, Corpus, open_corpus, read_manifest
 from gptlab.data.floor import Floor
 from gptlab.data.shards import TEMPORARY_FILES, open_shard, write_atomically, write_shard
-from gptlab.data.source import Documents, Position, Source
+from gptlab.data.source import Position, Source
 from gptlab.data.synthetic import canonical
 from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
 from gptlab.errors import ConfigError, DataError
@@ -173,9 +173,9 @@ def _write_shards(
         stream = source.streams[resume.stream]
         with (
             contextlib.closing(source.documents(stream, resume.position)) as documents,
-            contextlib.closing(_chunks(documents, resume.position)) as chunks,
-            contextlib.closing(_encode_in_order(chunks, manifest["tokenizer"], workers)) as encoded,
-            contextlib.closing(_pack(encoded, resume, manifest["shard_tokens"], report)) as packed,
+            contextlib.closing(cut_into_chunks(documents, resume.position)) as chunks,
+            contextlib.closing(encode_in_order(chunks, manifest["tokenizer"], workers)) as encoded,
+            contextlib.closing(pack(encoded, resume, manifest["shard_tokens"], report)) as packed,
         ):
             for tokens, resume in packed:  # where to go on replaces where this stream was begun
                 if len(tokens):
@@ -183,7 +183,7 @@ def _write_shards(
                     shard = write_shard(out / f"{split}_{len(splits[split]):06d}.bin", tokens)
                     splits[split].append({"file": shard.name, "tokens": shard.tokens, "sha256": shard.sha256})
                 manifest.update(documents=resume.documents, resume=asdict(resume))
-                _write_manifest(out / PARTIAL_MANIFEST, manifest)
+                write_manifest(out / PARTIAL_MANIFEST, manifest)
                 if may_stop():
                     return
     if not all(splits.values()):
@@ -192,10 +192,10 @@ def _write_shards(
             "give more of them with --input, or lower --shard_tokens"
         )
     del manifest["resume"]
-    _write_manifest(out / MANIFEST, {**manifest, "complete": True})
+    write_manifest(out / MANIFEST, {**manifest, "complete": True})
 
 
-def _pack(
+def pack(
     encoded: Iterable[tuple[Chunk, Tokens]], resume: Resume, shard_tokens: int, report: Callable[[int, int], None]
 ) -> Generator[tuple[Tokens, Resume], None, None]:
     """Tokens cut into shards, each with where to go on after it; last the stream's rest, which may be empty.
@@ -219,7 +219,10 @@ def _pack(
     yield buffer[:filled], Resume(resume.stream + 1, None, 0, documents)
 
 
-def _chunks(documents: Documents, position: Position) -> Generator[Chunk, None, None]:
+def cut_into_chunks(
+    documents: Iterable[tuple[str, Position]], position: Position = None
+) -> Generator[Chunk, None, None]:
+    """Documents gathered until they are enough work for a thread; each comes with the source's position after it."""
     texts: list[str] = []
     characters = 0
     for text, after in documents:
@@ -232,7 +235,7 @@ def _chunks(documents: Documents, position: Position) -> Generator[Chunk, None, 
         yield Chunk(texts, position)
 
 
-def _encode_in_order(
+def encode_in_order(
     chunks: Iterable[Chunk], tokenizer: str, workers: int
 ) -> Generator[tuple[Chunk, Tokens], None, None]:
     """Each chunk with its tokens, in order, tokenised by `workers` threads: tiktoken lets go of Python's lock.
@@ -302,7 +305,7 @@ def _begin(out: Path, settings: dict[str, Any], floor: Floor | None) -> dict[str
         "splits": {split: [] for split in SPLITS},
         "resume": asdict(Resume()),
     }
-    _write_manifest(
+    write_manifest(
         out / PARTIAL_MANIFEST, manifest
     )  # first, so that the shards to come never look like a corpus without one
     return manifest
@@ -319,5 +322,6 @@ def _sweep(out: Path) -> None:
             path.unlink()
 
 
-def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest, whole or not at all."""
     write_atomically(path, [(json.dumps(manifest, indent=1) + "\n").encode()])

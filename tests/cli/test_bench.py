@@ -7,7 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from gptlab.benchmark.contenders import ours
+from gptlab.benchmark.ladder import STEPS, Ladder
+from gptlab.benchmark.measure import Timing
 from gptlab.benchmark.run import Bench
+from gptlab.benchmark.weak_scaling import TEAMS, rows
 from gptlab.cli.main import main
 
 
@@ -69,3 +73,20 @@ def test_a_profile_names_the_products(capfd: pytest.CaptureFixture[str]) -> None
 def test_wrong_words_are_named(capfd: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     assert main(["bench", *words]) == 2
     assert said in capfd.readouterr().err
+
+
+def test_weak_scaling_compares_the_rate_a_thread() -> None:
+    """A second for one thread's 100 tokens, 1.25 for two threads' 200, two for two processes' 200."""
+    one, two, pair = rows({name: Timing([s]) for name, s in zip(TEAMS, (1.0, 1.25, 2.0), strict=True)}, 100)
+    assert [row["tokens_per_second"] for row in (one, two, pair)] == pytest.approx([100, 160, 100])
+    assert [row["efficiency"] for row in (one, two, pair)] == pytest.approx([1.0, 0.8, 0.5])
+    assert [row["ratio_to_one_process"] for row in (one, two, pair)] == pytest.approx([1.0, 1.0, 0.625])
+
+
+def test_processes_of_a_team_sum_their_gradients() -> None:
+    """Both take the same batch, of which each is half: together their gradient is as long as that of one alone."""
+    bench = Bench("tiny", batch=1, threads=1, dtype="fp32")
+    (step,) = ours(bench.work, bench.placement)
+    alone = [step().grad_norm for _ in range(1 + STEPS)]
+    with Ladder("tiny", bench.placement, 2, batch=1, together=True) as team:
+        assert team.steps() == pytest.approx([alone[-1]] * 2, rel=1e-4)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,10 +89,15 @@ def children(process: int) -> list[int]:
         return []
 
 
+def told(process: int, name: str) -> int:
+    """The number that torchrun gave to a process under that name."""
+    variables = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    return int(dict(variable.partition("=")[::2] for variable in variables)[name])
+
+
 def rank_of(process: int) -> int:
     """The rank that torchrun gave to a process."""
-    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return next(int(variable[5:]) for variable in variables if variable.startswith(b"RANK="))
+    return told(process, "RANK")
 
 
 def row_count(run: Path) -> int:
@@ -134,12 +139,15 @@ class Ended:
 class Running:
     """A training command under way: by itself (processes=0), or under torchrun."""
 
-    def __init__(self, command: list[str], log: Path, limit: int | None = None) -> None:
-        """limit: bytes that no file it writes may exceed, as on a full disk."""
+    def __init__(
+        self, command: list[str], log: Path, limit: int | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """limit: bytes that no file it writes may exceed, as on a full disk; environment: variables besides ours."""
         self._out, self._err = log.with_suffix(".out"), log.with_suffix(".err")
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                env=os.environ | (environment or {}),
                 preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)) if limit else None,
             )  # fmt: skip
         self._seen: set[int] = set()
@@ -200,15 +208,17 @@ class Trainer:
         limit: int | None = None,
         launcher: Path | None = None,
         restarts: int = 0,
+        torchrun: Sequence[str] = ("--standalone",),
+        environment: Mapping[str, str] | None = None,
         **changes: Any,
     ) -> Running:
         """The launcher for that signal, over the tiny run's options and `changes`, in so many processes of torchrun
-        (0: without), which starts them anew up to `restarts` times."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        torchrun += [f"--max-restarts={restarts}"] * bool(restarts)
-        command = [sys.executable, *(torchrun if processes else []), str(launcher or LAUNCHERS[signal_name])]
+        (0: without), which starts them anew up to `restarts` times. torchrun: how its agents find each other."""
+        agent = ["-m", "torch.distributed.run", *torchrun, f"--nproc_per_node={processes}"]
+        agent += [f"--max-restarts={restarts}"] * bool(restarts)
+        command = [sys.executable, *(agent if processes else []), str(launcher or LAUNCHERS[signal_name])]
         log = self.folder / f"{len(self._started)}.log"
-        self._started.append(Running([*command, *options(self.corpus, run, **changes)], log, limit))
+        self._started.append(Running([*command, *options(self.corpus, run, **changes)], log, limit, environment))
         return self._started[-1]
 
     def train(self, run: Path, **how: Any) -> Ended:
