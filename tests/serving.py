@@ -69,7 +69,7 @@ def served() -> Iterator[Callable[..., Served]]:
         port = listening.getsockname()[1]
         door = Door("127.0.0.1", port, TOKEN, frozenset({READ}))
         opened = partial(open_model, device="cpu", dtype="fp32", threads=1)
-        app = create_app(root, str(model) if model else None, opened, door)
+        app, _ = create_app(root, str(model) if model else None, opened, door)
         thread = threading.Thread(target=serve, args=(app, listening, ended.is_set))
         thread.start()
         threads.append((thread, listening))

@@ -28,7 +28,7 @@ _COMMANDS = re.compile(r"^  COMMAND\n((?:    \w+ +.*\n)+)", re.MULTILINE)
 BASH = """\
 # Completion of gptlab for {shell}. In {profile}: eval "$(gptlab completion {shell})"
 {prelude}_gptlab() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words="" options=""
+    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words="" options="" files=yes
     COMPREPLY=()
     if [ "$COMP_CWORD" -eq 1 ]; then
         COMPREPLY=($(compgen -W "{commands}" -- "$current"))
@@ -42,7 +42,7 @@ BASH = """\
     esac
     case "$current" in
         -*) COMPREPLY=($(compgen -W "$options" -- "$current")) ;;
-        *) COMPREPLY=($(compgen -W "$words" -- "$current") $(compgen -f -- "$current")) ;;
+        *) COMPREPLY=($(compgen -W "$words" -- "$current") ${{files:+$(compgen -f -- "$current")}}) ;;
     esac
 }}
 complete -o filenames -F _gptlab gptlab
@@ -94,7 +94,7 @@ def script(shell: str, known: Mapping[str, Any]) -> str:
         for name, k in known.items()
     ]
     values = [
-        f"""        "{name} {option}") words="{" ".join(words)}" ;;"""
+        f"""        "{name} {option}") words="{" ".join(words)}" files="" ;;"""
         for name, k in known.items()
         for option, words in k["values"].items()
     ]

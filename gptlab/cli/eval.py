@@ -96,7 +96,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options.tasks = list(dict.fromkeys(filter(None, options.tasks.split(","))))
     for name in options.tasks:
         if name not in TASKS and not (name.startswith(HARNESS) and name != HARNESS):
-            raise UsageError(f"--tasks: no task {name!r}{did_you_mean(name, TASKS)}; other tests are {HARNESS}NAME")
+            hint = did_you_mean(name, TASKS)
+            raise UsageError(f"--tasks: no task {name!r}{hint}; there are {', '.join(TASKS)} and {HARNESS}NAME")
     if not options.tasks:
         raise UsageError(f"--tasks: expected one or more of {', '.join(TASKS)} and {HARNESS}NAME, found none")
     for name in ("limit", "eval_tokens", "batch_size"):

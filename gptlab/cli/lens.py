@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(found))
     else:
-        lens_view.show(found)
+        lens_view.show(found, options.top or 1)
     for path, write in ((options.html, _write_page), (options.svg, _write_plot)):
         if path:
             write(Path(path), found)
@@ -59,7 +59,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint or a Hugging Face GPT-2 folder")
     add("--prompt", metavar="TEXT", help="the text to look at")
-    add("--top", metavar="K", type=int, default=5, help="tokens shown for every block and position [5]")
+    add("--top", metavar="K", type=int, help="tokens shown for every block and position [5; in the table 1]")
     add("--html", metavar="FILE", help="also write the lens as a page that opens offline")
     add("--fit", action="store_true", help="train an affine reader for each block, and keep it")
     add("--steps", metavar="N", type=int, default=200, help="updates of the fit [200]")
@@ -76,7 +76,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.prompt is None and not options.fit and not options.early_exit:
         raise UsageError("expected --prompt TEXT, --fit or --early_exit, found none of them; see `gptlab lens --help`")
     for name in ("top", "steps", "batch_tokens", "tokens"):
-        if (found := getattr(options, name)) < 1:
+        if (found := getattr(options, name)) is not None and found < 1:
             raise UsageError(f"--{name}: expected a number of at least 1, found {found}")
     if options.html and options.prompt is None:
         raise UsageError("--html shows a text; add --prompt TEXT")
@@ -91,7 +91,7 @@ def _look(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     tuned = _tuned(opened, options.checkpoint)
     readers = {"raw": None} if tuned is None else {"raw": None, "tuned": tuned}
     model, cast = opened.model, opened.placement.autocast
-    found = readings(model, opened.tokenizer, options.prompt, readers, top=options.top, autocast=cast)
+    found = readings(model, opened.tokenizer, options.prompt, readers, top=options.top or 5, autocast=cast)
     return {"prompt": options.prompt, "readers": found}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import sys
 from functools import partial
@@ -36,10 +37,12 @@ def main(argv: list[str]) -> int:
 
     with listen(options.host, options.port) as listening:
         door = Door(options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ}))
-        app = create_app(Path(options.folder), options.model, partial(_open, options=options), door)
+        app, lines = create_app(Path(options.folder), options.model, partial(_open, options=options), door)
         with StopRequest() as asked_to_stop:
             _tell(door, options)
             serve(app, listening, asked_to_stop)
+            if lines.busy:  # Python would wait for a model to be opened that nobody will look into
+                os._exit(0)
     return 0
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from gptlab.interpret.generate import Step
     from gptlab.signals.tuned_reader import TunedReader
 
+LEAVES_AT_ONCE = 1e-9
+"""A confidence that every block has."""
+
 
 def main(argv: list[str]) -> int:
     """Write samples; raises UsageError, and CheckpointError where there is no model."""
@@ -30,31 +33,51 @@ def main(argv: list[str]) -> int:
     weights = Weights(opened.model, opened.placement.autocast)
     tokenizer = opened.tokenizer
     prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.document_start]
-    started = time.perf_counter()
-    samples = []
+    early, clock = options.exit_confidence is not None, _Clock()
+    if early:
+        _warm_up(opened, weights, prompt, options)
+    samples: list[list[Step]] = []
     for number, steps in _texts(opened, weights, prompt, options):
-        written = []
+        samples.append([])
+        kept = _kept(clock.timed(steps), samples[-1])
         if options.json:
-            written = list(steps)
+            list(kept)
         else:
-            if number:
-                print("\n" + "-" * 20)
-            L, coloured = opened.model.config.n_layer, options.exit_confidence is not None
-            shown = blocks if options.show_blocks else text
-            for piece in shown(prompt, _kept(steps, written), tokenizer, L if coloured else None):
-                print(piece, end="", flush=True)
-            print()
-        samples.append(written)
-    seconds = time.perf_counter() - started
-    exits: dict[str, Any] = {}
-    if options.exit_confidence is not None:
-        exits = {"exit_confidence": options.exit_confidence, **_saved(weights, prompt, samples, seconds)}
+            _show(number, kept, prompt, opened, options)
+    exits = _saved(opened, weights, prompt, samples, clock.seconds, options) if early else {}
     if options.json:
         told = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
         print(json.dumps({"samples": told, **exits}))
     elif exits:
         print("\n" + legend(opened.model.config.n_layer, exits))
     return 0
+
+
+class _Clock:
+    """Seconds in which steps were made: what is done with them meanwhile, such as printing, is not counted."""
+
+    seconds = 0.0
+
+    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        while True:
+            started = time.perf_counter()
+            step = next(steps, None)
+            self.seconds += time.perf_counter() - started
+            if step is None:
+                return
+            yield step
+
+
+def _show(number: int, steps: Iterator[Step], prompt: list[int], opened: Opened, options: argparse.Namespace) -> None:
+    """Print a text as its steps come, with a line between it and the one before."""
+    if number:
+        print("\n" + "-" * 20)
+    coloured = opened.model.config.n_layer if options.exit_confidence is not None else None
+    pieces = blocks(steps, opened.tokenizer) if options.show_blocks else text(prompt, steps, opened.tokenizer, coloured)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    if not options.show_blocks:
+        print()
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -74,7 +97,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--reader",
         choices=["raw", "tuned"],
         default="raw",
-        help="how blocks are read (`gptlab lens --fit`) [raw]",
+        help="how --exit_confidence and --show_blocks read blocks; `gptlab lens --fit` makes a tuned one [raw]",
     )
     add("--show_blocks", action="store_true", help="a line per token: each block's best next token and its probability")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -88,6 +111,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name in ("top_p", "exit_confidence"):
         if (found := getattr(options, name)) is not None and not 0 < found <= 1:
             raise UsageError(f"--{name}: expected a number above 0 and at most 1, found {found}")
+    if options.reader != "raw" and options.exit_confidence is None and not options.show_blocks:
+        raise UsageError("--reader says how blocks are read; add --exit_confidence P or --show_blocks")
     return options
 
 
@@ -97,21 +122,19 @@ def _texts(
     """Every text with its number. Side by side, the first streams and the others come whole after it."""
     from functools import partial
 
-    from gptlab.interpret.generate import Sampling, generate, generate_batch
+    from gptlab.interpret.generate import generate, generate_batch
     from gptlab.randomness import torch_generator
 
-    tokenizer, numbers = opened.tokenizer, range(options.samples)
+    numbers = range(options.samples)
     generators = [torch_generator("sample", options.seed, n) for n in numbers]
-    how: dict[str, Any] = {
-        "sampling": Sampling(options.temperature, options.top_k, options.top_p),
-        "vocab_size": min(tokenizer.vocab_size, opened.model.config.vocab_size),
-        "end": None if options.ignore_end else tokenizer.document_start,
+    how = _drawing(opened, options) | {
+        "end": None if options.ignore_end else opened.tokenizer.document_start,
         "show_blocks": options.show_blocks,
+        "reader": _reader(opened, options),
     }
-    start = partial(generate, weights, prompt, options.max_new_tokens, **how)
     if options.exit_confidence is not None:
-        early = partial(start, exit_confidence=options.exit_confidence, reader=_reader(opened, options))
-        yield from ((n, early(generator=generators[n])) for n in numbers)
+        early = partial(generate, weights, prompt, options.max_new_tokens, exit_confidence=options.exit_confidence)
+        yield from ((n, early(generator=generators[n], **how)) for n in numbers)
         return
     columns: list[list[Step]] = [[] for _ in numbers]
 
@@ -125,6 +148,16 @@ def _texts(
 
     yield 0, first()
     yield from ((n, iter(columns[n])) for n in numbers[1:])
+
+
+def _drawing(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
+    """How a token is drawn, whichever block it comes from."""
+    from gptlab.interpret.generate import Sampling
+
+    return {
+        "sampling": Sampling(options.temperature, options.top_k, options.top_p),
+        "vocab_size": min(opened.tokenizer.vocab_size, opened.model.config.vocab_size),
+    }
 
 
 def _kept(steps: Iterator[Step], into: list[Step]) -> Iterator[Step]:
@@ -145,21 +178,33 @@ def _reader(opened: Opened, options: argparse.Namespace) -> TunedReader | None:
     return reader
 
 
-def _saved(weights: Weights, prompt: list[int], samples: list[list[Step]], seconds: float) -> dict[str, Any]:
+def _warm_up(opened: Opened, weights: Weights, prompt: list[int], options: argparse.Namespace) -> None:
+    """Write a little both ways, so that no first time, nor packing what skipped blocks need, counts for either."""
+    from gptlab.interpret.generate import generate
+
+    for confidence in (None, LEAVES_AT_ONCE):
+        for _ in generate(weights, prompt, 2, exit_confidence=confidence, **_drawing(opened, options)):
+            pass
+
+
+def _saved(
+    opened: Opened, weights: Weights, prompt: list[int], samples: list[list[Step]], seconds: float,
+    options: argparse.Namespace,
+) -> dict[str, Any]:  # fmt: skip
     """What early exit saved: the share of blocks computed, and the time the full model takes for as many tokens."""
     from gptlab.interpret.generate import generate
 
-    started = time.perf_counter()
+    clock = _Clock()
     for steps in samples:
-        for _ in generate(weights, prompt, len(steps)):
+        for _ in clock.timed(generate(weights, prompt, len(steps), **_drawing(opened, options))):
             pass
-    in_full = time.perf_counter() - started
     depths = [step.block for steps in samples for step in steps]
     return {
+        "exit_confidence": options.exit_confidence,
         "share_of_blocks": sum(depths) / (len(depths) * weights.config.n_layer) if depths else None,
         "seconds": seconds,
-        "seconds_in_full": in_full,
-        "gain": in_full / seconds if depths else None,
+        "seconds_in_full": clock.seconds,
+        "gain": clock.seconds / seconds if depths else None,
     }
 
 

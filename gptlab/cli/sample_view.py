@@ -33,7 +33,7 @@ def text(prompt: Sequence[int], steps: Iterator[Step], tokenizer: Tokenizer, blo
     yield printable(decoder.decode(b"", final=True))
 
 
-def blocks(_: Sequence[int], steps: Iterator[Step], tokenizer: Tokenizer, __: int | None) -> Iterator[str]:
+def blocks(steps: Iterator[Step], tokenizer: Tokenizer) -> Iterator[str]:
     """A line per token: what was written, then for block 1 to the one it was taken from the best token and its p."""
     for step in steps:
         guesses = (f"{_shown(b, tokenizer):>8} {p:4.0%}" for b, p in zip(step.best, step.probability, strict=True))

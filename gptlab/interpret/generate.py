@@ -101,8 +101,8 @@ def generate_batch(
     A text ends with its first token `end` and is None from then on; the batch ends when all have, or after
     max_new_tokens. vocab_size: ids the tokenizer knows; rows that only pad the model's vocabulary are never written.
     show_blocks: look at every block's reading. With exit_confidence texts are written one at a time, since rows would
-    leave at different blocks: give one generator; reader: what its blocks are read with, None = raw. A model's weights
-    are copied for the products (decoder.py): who writes several times, or in another dtype, gives `Weights`.
+    leave at different blocks: give one generator. reader: what blocks are read with, None = raw. A model's weights are
+    copied for the products (decoder.py): who writes several times, or in another dtype, gives `Weights`.
     """
     if exit_confidence is not None and exit_confidence >= 1:
         exit_confidence = None
@@ -114,7 +114,7 @@ def generate_batch(
     ended = [False] * len(generators)
     for _ in range(max_new_tokens):
         if exit_confidence is None:
-            reading = writer.read_in_full(vocab_size, show_blocks)
+            reading = writer.read_in_full(vocab_size, show_blocks, reader)
         else:
             reading = writer.read_until(exit_confidence, vocab_size, reader)
         draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
@@ -148,10 +148,12 @@ class _Writer:
         self.decoder.forget()
         return self.tokens[:, -self.block_size :]
 
-    def read_in_full(self, vocab_size: int | None, show_blocks: bool) -> _Reading:
+    def read_in_full(self, vocab_size: int | None, show_blocks: bool, reader: TunedReader | None) -> _Reading:
         states = list(self.decoder.states(self._unread()))
         if not show_blocks:
             return _Reading(self.decoder.read(states[-1])[:, :vocab_size], len(states))
+        if reader:
+            states = [reader(number, h) for number, h in enumerate(states, 1)]
         logits = self.decoder.read(torch.stack(states))[..., :vocab_size]  # (L, B, V)
         probability, best = logits.softmax(2).max(2)
         return _Reading(logits[-1], len(states), best.expand(-1, self.rows), probability.expand(-1, self.rows))

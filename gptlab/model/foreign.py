@@ -12,6 +12,8 @@ from gptlab.parsing import parse_json
 
 NANOGPT_FILE = "ckpt.pt"
 SHARD_MAGIC = 20240520
+OWN = ("checkpoints", "MANIFEST.json")
+"""What lies in a run's folder, and in a checkpoint's."""
 FORMATS = "a Hugging Face GPT-2 folder, a nanoGPT or build-nanogpt checkpoint, or an llm.c model"
 
 
@@ -27,7 +29,8 @@ def open_foreign(source: str | Path) -> tuple[GPT, str]:
 
             return from_huggingface(path), "Hugging Face"
         if not (path / NANOGPT_FILE).is_file():
-            raise CheckpointError(f"expected {FORMATS}, found none of them in the folder {path}")
+            ours = "; what gptlab trained needs no import" * any((path / name).exists() for name in OWN)
+            raise CheckpointError(f"expected {FORMATS}, found none of them in the folder {path}{ours}")
         path /= NANOGPT_FILE
     if not path.is_file():
         raise CheckpointError(f"expected {FORMATS}, found nothing at {path}; check the path")

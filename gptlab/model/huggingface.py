@@ -7,7 +7,9 @@ Weights are read from safetensors; an old folder's pickled pytorch_model.bin too
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,19 @@ def _transformers() -> Any:
             "Hugging Face models need the package transformers, which is not installed; pip install 'gptlab[eval]'"
         ) from None
     return transformers
+
+
+@contextlib.contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bars, which it draws into files too, and for a moment's work."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def to_huggingface(model: GPT) -> GPT2LMHeadModel:
@@ -87,7 +102,8 @@ def write_folder(model: GPT, out: Path, *, tokenizer: bool) -> None:
     building = out.with_name(f".{out.name}.writing")
     shutil.rmtree(building, ignore_errors=True)
     try:
-        to_huggingface(model).save_pretrained(building)
+        with _quietly(_transformers()):
+            to_huggingface(model).save_pretrained(building)
         if tokenizer:
             write_tokenizer(building, model.config.block_size)
         building.replace(out)
@@ -140,10 +156,11 @@ def _load(transformers: Any, folder: Path) -> GPT2LMHeadModel:
         if files == pickled:
             for file in files:
                 load_pickled(file)  # refuses code, and an archive that would grow, before transformers looks at it
-        model, found = transformers.GPT2LMHeadModel.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=kind == "safetensors", weights_only=True,
-            dtype=torch.float32, output_loading_info=True, trust_remote_code=False, attn_implementation="eager",
-        )  # fmt: skip
+        with _quietly(transformers):
+            model, found = transformers.GPT2LMHeadModel.from_pretrained(
+                folder, config=config, local_files_only=True, use_safetensors=kind == "safetensors", weights_only=True,
+                dtype=torch.float32, output_loading_info=True, trust_remote_code=False, attn_implementation="eager",
+            )  # fmt: skip
     except CheckpointError:
         raise
     except Exception as error:  # transformers, its hub client, pickle and safetensors have no common kind
@@ -168,7 +185,9 @@ def _config(transformers: Any, folder: Path) -> Any:
             raise CheckpointError(
                 f"{folder / 'config.json'}: expected a whole number for {key}, found {content[key]!r:.60}"
             )
-    return transformers.GPT2Config(**{key: content[key] for key in (*SIZES, *ARITHMETIC) if key in content})
+    known = {key: content[key] for key in (*SIZES, *ARITHMETIC) if key in content}
+    # transformers' own defaults are GPT-2's last token, of which it warns where a vocabulary has fewer.
+    return transformers.GPT2Config(**known, bos_token_id=None, eos_token_id=None)
 
 
 def _check(config: Any) -> None:

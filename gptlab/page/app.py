@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gptlab.errors import GptlabError
 from gptlab.page.guard import Door, Guard
@@ -28,19 +28,31 @@ VIEWS_WAITING, PROMPTS_WAITING = 256, 8
 """Requests that may wait for a page to be drawn, and for a model; of more, each is told to come again."""
 
 
-def create_app(root: Path, model: str | None, open_model: Callable[[str], Opened], door: Door) -> ASGIApp:
+class Lines(NamedTuple):
+    """Those who wait for a page to be drawn, and those who wait for a model."""
+
+    drawing: Line
+    computing: Line
+
+    @property
+    def busy(self) -> bool:
+        return self.drawing.busy or self.computing.busy
+
+
+def create_app(root: Path, model: str | None, open_model: Callable[[str], Opened], door: Door) -> tuple[ASGIApp, Lines]:
     """The page over the runs below `root`, behind its guard. model: another one that the lens offers."""
     extra = {key_of(f"model {model}"): Path(model)} if model else {}
     views = Views(Shelf(root), {key: str(path) for key, path in extra.items()})
-    return Guard(_routes(views, Models(open_model), extra), door)
+    lines = Lines(Line("page", VIEWS_WAITING, prepare), Line("model", PROMPTS_WAITING))
+    return Guard(_routes(views, Models(open_model), extra, lines), door), lines
 
 
-def _routes(views: Views, models: Models, extra: dict[str, Path]) -> ASGIApp:
+def _routes(views: Views, models: Models, extra: dict[str, Path], lines: Lines) -> ASGIApp:
     from starlette.applications import Starlette
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
 
-    drawing, computing = Line("page", VIEWS_WAITING, prepare), Line("model", PROMPTS_WAITING)
+    drawing, computing = lines
 
     async def shown(request: Request, view: Callable[[], View]) -> Response:
         page = await drawing.call(view)

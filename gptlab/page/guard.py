@@ -7,6 +7,7 @@ can be made, and none forged. What a link gives away by being seen, `no-referrer
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import secrets
 from collections.abc import Callable
@@ -193,20 +194,25 @@ class Guard:
             await send(message)
 
         try:
-            headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
-            asked = Asked(scope["method"], scope["path"], scope["query_string"], headers)
-            for rule in RULES:
-                rule(self.door, asked)
-            body = await _body(receive)
+            await self._pass_on(scope, receive, guarded_send)
         except Refused as refused:
             await _refuse(refused, guarded_send)
-            return
+        except asyncio.CancelledError:  # the page ends before its answer is there
+            await _refuse(Refused(503, "gptlab page has ended"), guarded_send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """To what is behind it, if the rules are kept; raises Refused."""
+        headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+        asked = Asked(scope["method"], scope["path"], scope["query_string"], headers)
+        for rule in RULES:
+            rule(self.door, asked)
+        body = await _body(receive)
 
         async def receive_body() -> Message:
             return {"type": "http.request", "body": body, "more_body": False}
 
         behind = {"path": asked.rest, "raw_path": asked.rest.encode("utf-8", "replace")}
-        await self.app({**scope, **behind}, receive_body, guarded_send)
+        await self.app({**scope, **behind}, receive_body, send)
 
 
 async def _body(receive: Receive) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ class Line:
         """first: done before the first call is served, whatever comes of it."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._worker.submit(first)
+        self._under_way: set[Future[Any]] = set()
         self._most, self._waiting = most, 0
 
     async def call(self, work: Callable[[], T]) -> T:
@@ -32,9 +33,20 @@ class Line:
             raise Busy
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+            return await asyncio.wrap_future(self._submit(work))
         finally:
             self._waiting -= 1
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        future = self._worker.submit(work)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is still being computed, whoever still waits for it."""
+        return bool(self._under_way)
 
     def close(self) -> None:
         """Let go of all that waits; what is being computed ends by itself."""

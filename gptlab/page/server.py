@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
 from collections.abc import Callable
@@ -47,6 +48,16 @@ def serve(app: ASGIApp, listening: socket.socket, asked_to_stop: Callable[[], bo
     """
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            """What is still to be answered is told that the page has ended; uvicorn would print it as a fault."""
+            asyncio.get_running_loop().call_later(PATIENCE, self.let_go)
+            await super().shutdown(sockets)
+
+        def let_go(self) -> None:
+            for task in self.server_state.tasks:
+                task.cancel()
+
     async def look() -> None:
         server.should_exit = server.should_exit or asked_to_stop()
 
@@ -62,9 +73,9 @@ def serve(app: ASGIApp, listening: socket.socket, asked_to_stop: Callable[[], bo
         proxy_headers=False,  # no header makes a stranger a neighbour
         server_header=False,
         limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=PATIENCE,
+        timeout_graceful_shutdown=2 * PATIENCE,
         callback_notify=look,
         timeout_notify=0,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     server.run(sockets=[listening])

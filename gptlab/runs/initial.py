@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 
 import torch
 
 from gptlab.errors import CheckpointError, ConfigError
-from gptlab.model.foreign import is_huggingface
+from gptlab.model.foreign import NANOGPT_FILE, is_huggingface
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import GPT2_VOCABULARY, check_moments, check_stored
 from gptlab.options import recorded
@@ -24,7 +25,7 @@ _OPTION = {"transformer.wpe.weight": "--block_size and --n_embd", "transformer.w
 
 def model_of(run: str | Path) -> tuple[GPT, TrainingConfig]:
     """The model of a run's newest checkpoint (or of a checkpoint's folder) and the config it was trained with."""
-    return model_in(checkpoint.load(newest(run)))
+    return model_in(_stored(run))
 
 
 def model_in(found: checkpoint.Checkpoint) -> tuple[GPT, TrainingConfig]:
@@ -45,12 +46,24 @@ def any_state(source: str | Path) -> tuple[TrainingState, TrainingConfig | None]
     if is_huggingface(Path(source)):
         model, _ = any_model(source)
         return TrainingState(model, build_optimizer(model, TrainingConfig())), None
-    found = checkpoint.load(newest(source))
+    found = _stored(source)
     config = _config(found)
     model = GPT(_shape(config))
     state = TrainingState(model, build_optimizer(model, config))
     state.restore(found.weights, found.moments, found.state["scalars"])
     return state, config
+
+
+def _stored(source: str | Path) -> checkpoint.Checkpoint:
+    """The checkpoint that `source` names; raises CheckpointError, with the way in for another program's model."""
+    path = Path(source)
+    if path.is_file() or (path / NANOGPT_FILE).is_file():
+        what = "file" if path.is_file() else NANOGPT_FILE + " in the folder"
+        raise CheckpointError(
+            f"expected the folder of a run, a checkpoint or a Hugging Face GPT-2, found the {what} {path}; a model of "
+            f"another program is read with `gptlab import {shlex.quote(str(path))} --out FOLDER`"
+        )
+    return checkpoint.load(newest(path))
 
 
 def _config(found: checkpoint.Checkpoint) -> TrainingConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from gptlab.errors import CheckpointError, UsageError
@@ -17,6 +18,8 @@ def deletable(root: Path, name: str) -> Path:
     """
     inside = root.resolve()
     path = root / name if (root / name).exists() else Path(name)
+    if not os.path.lexists(path):
+        raise UsageError(f"expected a run in {root}, found none named {name}; see `gptlab runs {root}`")
     real = path.resolve()
     if path.is_symlink() or real == inside or inside not in real.parents:
         raise UsageError(f"expected a run inside {root}, found {name}; nothing elsewhere is deleted")

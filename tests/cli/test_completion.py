@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -44,7 +46,7 @@ def test_bash_is_offered_what_there_is(offered: Callable[..., list[str]]) -> Non
     assert set(offered("gptlab", "train", "--")) >= {f"--{o.key}" for o in options_of(TrainingConfig)}
     assert offered("gptlab", "train", "--signal.na") == ["--signal.name"]
     assert offered("gptlab", "train", "--preset", "gpt2-1") == ["gpt2-124m", "gpt2-1558m"]
-    assert set(offered("gptlab", "train", "--preset", "")) >= set(PRESETS)
+    assert offered("gptlab", "train", "--preset", "") == list(PRESETS)  # and no files
     assert offered("gptlab", "train", "--signal.name", "gated") == ["gated_confidence"]
     assert offered("gptlab", "export", "--format", "ll") == ["llm.c"]
     assert offered("gptlab", "data", "pre") == ["prepare"]
@@ -54,7 +56,7 @@ def test_bash_is_offered_what_there_is(offered: Callable[..., list[str]]) -> Non
 
 
 def test_the_words_are_printed_as_json_and_for_zsh(
-    script: str, capsys: Capture, requires_program: Callable[[str], str]
+    script: str, capsys: Capture, requires_program: Callable[[str], str], tmp_path: Path
 ) -> None:
     assert main(["completion", "bash", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
@@ -63,5 +65,8 @@ def test_the_words_are_printed_as_json_and_for_zsh(
     assert all("--json" in command["options"] for command in known.values())
     assert main(["completion", "zsh"]) == 0
     zsh = capsys.readouterr().out
+    shell = [requires_program("zsh"), "-f", "-c", f'{zsh}\nprint -r -- "$_comps[gptlab]"']
+    done = subprocess.run(shell, check=True, capture_output=True, text=True, env={**os.environ, "HOME": str(tmp_path)})
+    assert (done.stdout.split()[0], done.stdout.split()[-1]) == ("_bash_complete", "_gptlab")
     assert zsh.splitlines()[1:4] == ["autoload -Uz compinit bashcompinit", "compinit", "bashcompinit"]
     assert script.partition("\n")[2] in zsh

@@ -100,7 +100,7 @@ def test_two_processes_score_what_one_does_and_finished_rows_are_kept(
     [
         (
             ["--tasks", "hellaswg"],
-            "--tasks: no task 'hellaswg'; did you mean 'hellaswag'?; other tests are",
+            "--tasks: no task 'hellaswg'; did you mean 'hellaswag'?; there are val, hellaswag,",
         ),
         (["--tasks", "lm_eval:"], "no task 'lm_eval:'"),
         (["--tasks", ""], "expected one or more of val, hellaswag, lambada and lm_eval:NAME"),

@@ -35,6 +35,14 @@ def test_llmcs_file_comes_back_as_the_same_model(finished_run: Path, tmp_path: P
     assert texts[0] == texts[1]
 
 
+def test_another_programs_model_is_pointed_to_the_import(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(b"PK\x03\x04")
+    for source in (tmp_path, tmp_path / "ckpt.pt"):
+        for words in (["sample", "--checkpoint"], ["lens", "--prompt", "a"], ["eval"], ["noise"]):
+            assert main([*words, str(source)]) == 3
+            assert f"is read with `gptlab import {source} --out FOLDER`" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(
     finished_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -45,6 +53,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_is_left(
     refused = (
         (["import", str(tmp_path / "no_model"), "--out", str(used)], 2, "expected a new or empty folder to import to"),
         (["import", str(tmp_path / "no_model"), "--out", str(tmp_path / "new")], 3, "found none of them"),
+        (["import", str(finished_run), "--out", str(tmp_path / "new")], 3, "what gptlab trained needs no import"),
         (["export", str(finished_run), str(used)], 2, "expected a new or empty folder to export to"),
         (["export", str(finished_run), str(used), "--format", "llm.c"], 2, "expected a new file to export to"),
         (["export", str(finished_run), str(tmp_path / "n"), "--dtype", "bf16"], 2, "bf16 is for --format llm.c"),

@@ -61,6 +61,12 @@ def test_a_fit_is_kept_beside_the_run_and_used(run: Path, capsys: Capture) -> No
     assert told["samples"][0]["exit_blocks"] == [1, 1, 1, 1]
     assert told["share_of_blocks"] == 0.5
     assert told["gain"] == pytest.approx(told["seconds_in_full"] / told["seconds"])
+    words = ["--reader", "tuned", "--show_blocks", "--prompt", "line", "--max_new_tokens", "1", "--json"]
+    assert main(["sample", "--checkpoint", str(run), *words]) == 0
+    ((read,),) = (sample["blocks"] for sample in json.loads(capsys.readouterr().out)["samples"])
+    seen = [block["top"][0] for block in both["tuned"]["positions"][-1]["blocks"]]
+    assert [best for best, _ in read] == [best["text"] for best in seen]
+    assert [p for _, p in read] == pytest.approx([best["probability"] for best in seen], abs=1e-4)
     assert main(["verify", str(run)]) == 0
 
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -43,6 +44,38 @@ def test_a_link_is_served_until_ctrl_c_and_nothing_is_written(finished_run: Path
     assert (process.returncode, out) == (0, "")
     assert err == f"the runs in {finished_run}, until Ctrl-C\n"
     assert files(finished_run) == before
+
+
+SLOW = """
+import sys, time
+from gptlab.cli import page
+
+page._open = lambda source, options: time.sleep(600)
+sys.exit(page.main(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_does_not_wait_for_a_model_that_is_being_opened(finished_run: Path) -> None:
+    command = [sys.executable, "-c", SLOW, str(finished_run), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            with urllib.request.urlopen(f"{url}lens", timeout=60) as answer:
+                key = answer.read().split(b'<option value="')[1][:16].decode()
+            question = urllib.request.Request(
+                f"{url}read", json.dumps({"model": key, "prompt": "a"}).encode(), {"Content-Type": "application/json"}
+            )
+            stop = threading.Timer(1.0, process.send_signal, [signal.SIGINT])
+            stop.start()
+            with pytest.raises(urllib.error.HTTPError, match="503") as refused:
+                urllib.request.urlopen(question, timeout=60)
+            assert refused.value.read() == b"gptlab page has ended\n"
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert err == f"the runs in {finished_run}, until Ctrl-C\n"
 
 
 def test_a_taken_port_is_said_in_a_line(tmp_path: Path, capsys: Capture) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from gptlab.cli.main import main
 from gptlab.data.shards import write_shard
 from gptlab.data.tokenizers import get_tokenizer
+from gptlab.model.huggingface import to_huggingface
 from gptlab.runs.initial import model_of
 
 Capture = pytest.CaptureFixture[str]
@@ -60,6 +61,34 @@ def test_greedy_text_is_the_argmax_of_the_model(finished_run: Path, capsys: Capt
 def test_no_tokens_and_no_prompt_are_fine(finished_run: Path, capsys: Capture) -> None:
     (sample,) = sampled(capsys, finished_run, "--prompt", "", "--max_new_tokens", "0")
     assert sample == {"tokens": [], "text": "", "exit_blocks": []}
+
+
+def test_a_text_ends_with_its_document(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The readout is made sure of token 0, which begins a document of bytes."""
+    model, _ = model_of(finished_run)
+    with torch.no_grad():
+        model.ln_f.bias += 1e3 * model.wte.weight[0]
+    to_huggingface(model).save_pretrained(tmp_path / "ends")
+    words = ("--max_new_tokens", "5", "--temperature", "0")
+    for more in ((), ("--samples", "2"), ("--exit_confidence", "0.9")):
+        assert {tuple(sample["tokens"]) for sample in sampled(capsys, tmp_path / "ends", *words, *more)} == {(0,)}
+    assert sampled(capsys, tmp_path / "ends", *words, "--ignore_end")[0]["tokens"] == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--exit_confidence", "1.5"], "--exit_confidence: expected a number above 0 and at most 1, found 1.5"),
+        (["--exit_confidence", "nan"], "--exit_confidence: expected a number above 0 and at most 1, found nan"),
+        (["--top_p", "0"], "--top_p: expected a number above 0 and at most 1, found 0.0"),
+        (["--temperature", "-1"], "--temperature: expected a number of at least 0, found -1.0"),
+        (["--samples", "0"], "--samples: expected a number of at least 1, found 0"),
+        (["--reader", "tuned"], "--reader says how blocks are read; add --exit_confidence P or --show_blocks"),
+    ],
+)
+def test_what_cannot_be_asked_exits_2(words: list[str], line: str, capsys: Capture) -> None:
+    assert main(["sample", "--checkpoint", "nowhere", *words]) == 2
+    assert line in capsys.readouterr().err
 
 
 def test_blocks_are_shown_with_their_probabilities(finished_run: Path, capsys: Capture) -> None:

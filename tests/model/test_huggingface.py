@@ -8,6 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptlab.errors import CheckpointError
 from gptlab.model import GPT, GPTConfig, from_huggingface, to_huggingface
+from gptlab.model.huggingface import write_folder
 
 SHAPES = [
     GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16),
@@ -126,6 +127,12 @@ def test_an_imported_model_shares_no_memory() -> None:
 def test_another_arithmetic_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match=next(iter(changes))):
         from_huggingface(theirs(SHAPES[0], **changes))
+
+
+def test_a_folder_is_written_and_read_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_folder(GPT(SHAPES[0]), tmp_path / "model", tokenizer=False)
+    from_huggingface(tmp_path / "model")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
