@@ -15,7 +15,7 @@ from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError
 from gptlab.options import flatten, options_of
 from gptlab.parsing import is_count, is_number, parse_json
-from gptlab.runs.rows import parse_row
+from gptlab.runs.rows import Clock, parse_row
 from gptlab.training.config import TrainingConfig
 
 
@@ -88,19 +88,6 @@ def read_run(path: str | Path) -> Run:
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that went on
     environment = _json(path / "environment.json")
     return Run(path, config, environment, losses, step, ended, tuple(doses), tempered, clock.seconds)
-
-
-@dataclass
-class Clock:
-    """Seconds spent in updates, from train rows in their order; rows left out count at the speed of the next."""
-
-    seconds: float = 0.0
-    _tokens: int = 0
-
-    def tick(self, row: Mapping[str, Any]) -> None:
-        if row.get("tokens_per_second"):
-            self.seconds += (row["tokens"] - self._tokens) / row["tokens_per_second"]
-        self._tokens = row.get("tokens", self._tokens)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from gptlab.runs.choice import FILE as CHOICE
 from gptlab.runs.experiment_file import FILE, Experiment
 from gptlab.runs.results import FILE as RESULTS
 from gptlab.runs.results import write_whole
-from gptlab.runs.rows import parse_row
+from gptlab.runs.rows import Clock, parse_row
 from gptlab.runs.trials import trial_experiment, trials_folder
 
 EVERY = 50
@@ -29,8 +29,8 @@ EVERY = 50
 def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
     """Copy the cells of `folder` that have ended into `out`, and give them; raises ConfigError where none has.
 
-    Of metrics.jsonl validations, events, every EVERYth update and of the others the doses are kept, of checkpoints and
-    samples nothing.
+    Of metrics.jsonl validations, events, every EVERYth update and the last, and of the others the doses are kept; of
+    checkpoints and samples nothing.
     """
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out: expected another folder than the experiment's own, found {out}")
@@ -85,10 +85,20 @@ def _recorded(cell: Cell, name: str, *keys: str) -> dict[str, Any]:
 
 
 def _kept(cell: Cell) -> Iterator[dict[str, Any]]:
-    for line in (cell.folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]:
-        row = parse_row(line)
+    """The rows of the copy; a kept update has the mean speed since the one kept before, so that no time is lost."""
+    rows = [parse_row(line) for line in (cell.folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+    last = max((k for k, row in enumerate(rows) if row and row["kind"] == "train"), default=-1)
+    clock, seconds, tokens = Clock(), 0.0, 0
+    for k, row in enumerate(rows):
         assert row, "Rows has read them all"
-        if row["kind"] in ("val", "event") or (row["kind"] == "train" and row["step"] % EVERY == 0):
+        if row["kind"] == "train":
+            clock.tick(row)
+        if row["kind"] in ("val", "event"):
+            yield row
+        elif row["kind"] == "train" and (row["step"] % EVERY == 0 or k == last):
+            if clock.seconds > seconds:
+                row = {**row, "tokens_per_second": (row["tokens"] - tokens) / (clock.seconds - seconds)}
+            seconds, tokens = clock.seconds, row.get("tokens", tokens)
             yield row
         elif row.get("dose") is not None:  # a verdict shows the mean of all
             yield {key: row[key] for key in ("step", "kind", "dose")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from gptlab.parsing import is_count, is_number, parse_json
@@ -29,3 +31,16 @@ def parse_row(line: str | bytes) -> dict[str, Any] | None:
     paced = row["kind"] != "train" or not row.get("tokens_per_second") or is_count(row.get("tokens"))
     known = row["kind"] != "val" or is_number(row.get("loss"))
     return row if numbers and texts and counted and paced and known else None
+
+
+@dataclass
+class Clock:
+    """Seconds spent in updates, from train rows in their order; rows left out count at the speed of the next."""
+
+    seconds: float = 0.0
+    _tokens: int = 0
+
+    def tick(self, row: Mapping[str, Any]) -> None:
+        if row.get("tokens_per_second"):
+            self.seconds += (row["tokens"] - self._tokens) / row["tokens_per_second"]
+        self._tokens = row.get("tokens", self._tokens)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.records import Clock, read_rows
+from gptlab.analysis.records import read_rows
 from gptlab.analysis.statistics import spread
+from gptlab.runs.rows import Clock
 
 BINS = 150
 """Points of a curve of updates: each is the mean of the updates since the point before."""
