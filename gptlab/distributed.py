@@ -32,6 +32,7 @@ _T = TypeVar("_T")
 
 BUCKET_BYTES = 25 * 2**20
 PR_SET_PDEATHSIG = 1
+LETTING_GO = 0.1  # s; without it about one of 100 pairs of processes that end right after a collective aborts
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ class World:
 
             if dist.is_initialized():
                 dist.destroy_process_group()
+                # Whatever still names the group (DTensor's caches do) keeps gloo's threads alive. One that lets go of
+                # its last tensor while the interpreter ends aborts the process, so it gets the time to do so before.
+                time.sleep(LETTING_GO)
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
         """Replace every tensor by its sum over all ranks, in buckets, in the order given (the same on all ranks)."""
