@@ -3,8 +3,11 @@
     python docs/findings.py     renews them all: in docs/findings/*.md and the README
 
 What stands between <!-- compare: FOLDER --> and <!-- end of FOLDER --> is what `gptlab compare docs/findings/FOLDER`
-prints as Markdown; with <!-- verdicts: FOLDER --> it is the first of its tables. Each folder gets a FOLDER.svg. With
-<!-- branches: NAME --> it is the branch tests in NAME.json, which `gptlab noise --json` printed.
+prints as Markdown; with <!-- verdicts: FOLDER --> it is the first of its tables, with <!-- dose_response: FOLDER -->
+what `gptlab dose_response` finds there. Each folder gets a FOLDER.svg. With <!-- branches: NAME --> it is the branch
+tests in NAME.json, which `gptlab noise --json` printed, with <!-- noise: NAME --> all that is there. A figure within a
+sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
+arms/confidence/difference, as Python formats it.
 """
 
 from __future__ import annotations
@@ -12,16 +15,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from gptlab.analysis.noise.tables import tables as noise_tables
 from gptlab.analysis.outcomes import read
 from gptlab.analysis.report.comparison import write_forest
-from gptlab.analysis.tables import markdown
+from gptlab.analysis.report.response import draw
+from gptlab.analysis.series import dose_response
+from gptlab.analysis.tables import Table, markdown, table_in_markdown
+from gptlab.cli.dose_response import tables as response_tables
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
-MARK = re.compile(r"<!-- (compare|verdicts|branches): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
+RESPONSE = "dose_response"
+MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches|noise): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
+
+FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
 
 def pages() -> Iterator[Path]:
@@ -32,17 +43,45 @@ def pages() -> Iterator[Path]:
 
 def renewed(text: str) -> str:
     """A document with its tables as the committed results give them now."""
-    return MARK.sub(lambda found: _filled(found[1], found[2]), text)
+    text = MARK.sub(lambda found: _filled(found[1], found[2]), text)
+    return FIGURE.sub(
+        lambda found: f"<!-- = {found[1]} {found[2]} {found[3]} -->{_figure(*found.groups())}<!-- . -->", text
+    )
 
 
-def _filled(what: str, folder: str) -> str:
+def _filled(what: str, name: str) -> str:
+    result = _result(name)
     if what == "branches":
-        tables = _branches(json.loads((FINDINGS / f"{folder}.json").read_text(encoding="utf-8")))
+        tables = _branches(result)
+    elif what == "noise":
+        tables = _together(noise_tables(result))
+    elif what == "dose_response":
+        tables = _together(response_tables(result))
     else:
-        tables = markdown(read([FINDINGS / folder]).verdicts())
+        tables = markdown(result)
     if what == "verdicts":
         tables = "\n\n".join(tables.split("\n\n")[:2]) + "\n"
-    return f"<!-- {what}: {folder} -->\n\n{tables}\n<!-- end of {folder} -->"
+    return f"<!-- {what}: {name} -->\n\n{tables}\n<!-- end of {name} -->"
+
+
+@cache
+def _result(name: str) -> dict[str, Any]:
+    """What the command that belongs to the results of a name gives as JSON."""
+    if (FINDINGS / f"{name}.json").is_file():
+        return json.loads((FINDINGS / f"{name}.json").read_text(encoding="utf-8"))
+    folder = FINDINGS / name
+    return dose_response(folder) if name.startswith(RESPONSE) else read([folder]).verdicts()
+
+
+def _figure(name: str, place: str, form: str) -> str:
+    value: Any = _result(name)
+    for key in place.split("/"):
+        value = value[int(key)] if isinstance(value, list) else value[key]
+    return format(value, form)
+
+
+def _together(tables: Iterator[Table]) -> str:
+    return "\n\n".join(map(table_in_markdown, tables)) + "\n"
 
 
 def _branches(measured: dict[str, Any]) -> str:
@@ -65,7 +104,8 @@ def main() -> None:
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     for experiment in FINDINGS.glob("*/experiment.toml"):
         folder = experiment.parent
-        write_forest(read([folder]).verdicts(), folder.with_suffix(".svg"))
+        picture = draw if folder.name.startswith(RESPONSE) else write_forest
+        picture(_result(folder.name), folder.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -108,12 +108,15 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The comparison as a Markdown page part."""
-    parts = []
-    for title, header, rows in tables(result):
-        lines = [_row(header), "|" + "---|" * len(header), *map(_row, rows)]
-        parts.append(f"**{_escaped(title)}**\n\n" + "\n".join(lines))
+    parts = [table_in_markdown(table) for table in tables(result)]
     parts.append("\n".join(f"- {_escaped(line)}" for line in remarks(result)))
     return "\n\n".join(parts) + "\n"
+
+
+def table_in_markdown(table: Table) -> str:
+    """One table, its title over it."""
+    lines = [_row(table.header), "|" + "---|" * len(table.header), *map(_row, table.rows)]
+    return f"**{_escaped(table.title)}**\n\n" + "\n".join(lines)
 
 
 def _row(cells: Sequence[str]) -> str:

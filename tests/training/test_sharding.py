@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
-from sharded_ranks import RUNS, outcome
+from sharded_ranks import RUNS, outcome, runs_of
 from small_run import SEQUENCES, make_run
 
 from gptlab.distributed import World
@@ -23,8 +24,8 @@ def test_cut_blocks_make_what_one_process_makes(ranks: int, tmp_path: Path) -> N
     run_ranks(Path(__file__).with_name("sharded_ranks.py"), ranks, out)
     torch.set_num_threads(1)  # as the ranks have; a test before this one may have taken more
     found = torch.load(out, weights_only=True)
-    assert set(found) == set(RUNS)
-    for name, options in RUNS.items():
+    assert set(found) == set(runs_of(ranks))
+    for name, options in runs_of(ranks).items():
         most, passes = found[name].pop("whole blocks").tolist()
         assert most == 1, f"{name}: {most} blocks were whole at a time"
         assert passes > 8
@@ -52,9 +53,9 @@ def test_recomputed_activations_are_the_ones_that_were_not_kept(name: str, dtype
         ({"noise_every": 5}, "single sequences"),
     ],
 )
-def test_what_needs_whole_tensors_is_refused(options: dict[str, object], words: str) -> None:
+def test_what_needs_whole_tensors_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=rf"{next(iter(options))}.*{words}.*--parallel ddp"):
-        TrainingConfig(parallel="fsdp", **options)  # type: ignore[arg-type]
+        TrainingConfig(parallel="fsdp", **options)
 
 
 def test_whole_tensors_need_no_processes() -> None:
