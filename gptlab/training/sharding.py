@@ -60,14 +60,14 @@ def held(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [cast(Any, t).to_local() if is_sharded(t) else t for t in tensors]
 
 
-def cut_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, cut as `model` is; nothing is sent."""
-    if not is_sharded(model):
+def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, cut as `like` is; nothing is sent."""
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    like = cast(Any, model)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    cut = cast(Any, like)
+    return distribute_tensor(tensor, cut.device_mesh, cut.placements, src_data_rank=None)
 
 
 def length(gradients: Sequence[Tensor]) -> float:
