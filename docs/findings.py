@@ -44,9 +44,7 @@ def pages() -> Iterator[Path]:
 def renewed(text: str) -> str:
     """A document with its tables as the committed results give them now."""
     text = MARK.sub(lambda found: _filled(found[1], found[2]), text)
-    return FIGURE.sub(
-        lambda found: f"<!-- = {found[1]} {found[2]} {found[3]} -->{_figure(*found.groups())}<!-- . -->", text
-    )
+    return FIGURE.sub(lambda found: found[1] + _figure(*found.groups()[1:]), text)
 
 
 def _filled(what: str, name: str) -> str:
