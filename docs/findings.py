@@ -74,7 +74,7 @@ def _result(name: str) -> dict[str, Any]:
 def _figure(name: str, place: str, form: str) -> str:
     value: Any = _result(name)
     for key in place.split("/"):
-        value = value[int(key)] if isinstance(value, list) else value[key]
+        value = value[int(key)] if isinstance(value, (list, tuple)) else value[key]
     return format(value, form)
 
 
