@@ -5,7 +5,7 @@
 What stands between <!-- compare: FOLDER --> and <!-- end of FOLDER --> is what `gptlab compare docs/findings/FOLDER`
 prints as Markdown; with <!-- verdicts: FOLDER --> it is the first of its tables, with <!-- dose_response: FOLDER -->
 what `gptlab dose_response` finds there. Each folder gets a FOLDER.svg. With <!-- branches: NAME --> it is the branch
-tests in NAME.json, which `gptlab noise --json` printed, with <!-- noise: NAME --> all that is there. A figure within a
+tests in NAME.json, which `gptlab noise --json` printed. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
 arms/confidence/difference, as Python formats it.
 """
@@ -19,19 +19,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.noise.tables import tables as noise_tables
 from gptlab.analysis.outcomes import read
 from gptlab.analysis.report.comparison import write_forest
 from gptlab.analysis.report.response import draw
 from gptlab.analysis.series import dose_response
-from gptlab.analysis.tables import Table, markdown, table_in_markdown
+from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
 RESPONSE = "dose_response"
-MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches|noise): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
-
+MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
 
@@ -51,10 +49,8 @@ def _filled(what: str, name: str) -> str:
     result = _result(name)
     if what == "branches":
         tables = _branches(result)
-    elif what == "noise":
-        tables = _together(noise_tables(result))
     elif what == "dose_response":
-        tables = _together(response_tables(result))
+        tables = "\n\n".join(map(table_in_markdown, response_tables(result))) + "\n"
     else:
         tables = markdown(result)
     if what == "verdicts":
@@ -76,10 +72,6 @@ def _figure(name: str, place: str, form: str) -> str:
     for key in place.split("/"):
         value = value[int(key)] if isinstance(value, (list, tuple)) else value[key]
     return format(value, form)
-
-
-def _together(tables: Iterator[Table]) -> str:
-    return "\n\n".join(map(table_in_markdown, tables)) + "\n"
 
 
 def _branches(measured: dict[str, Any]) -> str:

@@ -28,7 +28,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """A file's tensors, and what else its header says."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            names = file.keys()  # an open file is no dict and cannot be iterated over itself
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (safetensors.SafetensorError, ValueError, RuntimeError) as error:  # the last two: a dtype torch lacks
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
