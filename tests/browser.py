@@ -96,9 +96,13 @@ class Browser:
         """Wait for an expression to become true."""
         wait(lambda: self.value(expression))
 
+    def arrives(self, expression: str) -> None:
+        """Wait for a page of which an expression is true, with its style and scripts."""
+        self.until(f"document.readyState === 'complete' && {expression}")
+
     def go(self, url: str) -> None:
         self.send("Page.navigate", url=url)
-        self.until(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
+        self.arrives(f"location.href === {json.dumps(url)}")
 
     def text(self, selector: str) -> str:
         return self.value(f"document.querySelector({json.dumps(selector)}).innerText")

@@ -39,6 +39,7 @@ def answers(page: Served, key: str) -> list[dict[str, Any]]:
 
 
 def fits(browser: Browser) -> bool:
+    """Whether nothing is wider than the window."""
     return browser.value("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -112,12 +113,12 @@ def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
         assert IMAGE in browser.text("table")
         assert fits(browser)
         browser.click(".experiments a")
-        browser.until("document.readyState === 'complete' && document.querySelector('.verdict')?.innerText === 'worse'")
+        browser.arrives("document.querySelector('.verdict')?.innerText === 'worse'")
         assert HOSTILE[3] == browser.text("h1")
         assert fits(browser)
     browser.go(page.url)
     browser.click("tbody tr:nth-child(1) a")
-    browser.until("location.pathname.endsWith('/run') && document.querySelector('svg') !== null")
+    browser.arrives("location.pathname.endsWith('/run') && document.querySelector('svg') !== null")
     assert fits(browser)
     browser.value("document.querySelector('details').open = true")
     browser.value("document.querySelector('main').dataset.every = 0.1; renew()")
