@@ -41,7 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "branch.json"
 EXPECTED = {"bias": "bias", "noise": "noise", "gradient noise": "noise"}
 DOSE = 1.0
 CHECKPOINTS = 5
-STEPS, SEEDS, EVAL_TOKENS = 10, 8, 4096
+STEPS, SEEDS, EVAL_TOKENS = 10, 24, 4096
 RUN = {
     "n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": 32, "total_batch_tokens": 256, "batch_size": 64,
     "steps": 20, "learning_rate": 0.003, "warmup_steps": 10, "schedule": "constant", "eval_tokens": EVAL_TOKENS,

@@ -63,10 +63,20 @@ class GPTConfig:
         return training_flops_per_token(self.n_layer, self.n_embd, self.vocab_size, self.block_size)
 
 
+class Embedding(nn.Embedding):
+    """Rows that only `GPT` fills."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: PyTorch would draw from the global generator here."""
+
+
 class Linear(nn.Linear):
-    """A linear layer that multiplies by its working copy where there is one (model/working.py)."""
+    """A linear layer that only `GPT` fills; it multiplies by its working copy where there is one (model/working.py)."""
 
     working: WorkingCopy | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing: PyTorch would draw from the global generator here."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) if self.working is None else self.working(input)
@@ -122,19 +132,17 @@ class GPT(nn.Module):
         self.workspace: Workspace | None = None
         self.sharded = False  # training/sharding.py cut the blocks: a pass through them needs every process
         self.recompute = False  # keep no block's inner activations for the backward pass
-        with torch.device("meta"):  # modules would else fill their weights from the global generator
-            first = Block(config)
-            rest = [first if config.share_blocks else Block(config) for _ in range(config.n_layer - 1)]
-            self.transformer = nn.ModuleDict(
-                {
-                    "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                    "wpe": nn.Embedding(config.block_size, config.n_embd),
-                    "h": nn.ModuleList([first, *rest]),
-                    "ln_f": nn.LayerNorm(config.n_embd),
-                }
-            )
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.to_empty(device="cpu")
+        first = Block(config)
+        rest = [first if config.share_blocks else Block(config) for _ in range(config.n_layer - 1)]
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": Embedding(config.vocab_size, config.n_embd),
+                "wpe": Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList([first, *rest]),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.wte.weight
         self._initialise(seed)
 
