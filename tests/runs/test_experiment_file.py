@@ -153,6 +153,10 @@ def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, t
     quick = {"data": str(tiny_corpus), "steps": 4, "n_layer": blocks, "n_head": 2, "n_embd": 32, "block_size": 16,
              "batch_size": 4, "total_batch_tokens": 64, "eval_tokens": 512, "checkpoint_every": 0,
              "dose_every": 2, "threads": 1}  # fmt: skip
+    if "init_from" in experiment.arms[experiment.baseline].options:
+        (tmp_path / "prior.toml").write_text(as_toml({"preset": experiment.preset, **quick, "checkpoint_every": 4}))
+        assert main(["train", "--config", str(tmp_path / "prior.toml"), "--out", str(tmp_path / "prior")]) == 0
+        quick["init_from"] = str(tmp_path / "prior")
     for arm in experiment.arms.values():
         file = tmp_path / f"{arm.name}.toml"
         file.write_text(as_toml({"preset": experiment.preset, **arm.options, **quick}))
