@@ -27,11 +27,12 @@ PACKED_FOR = 16
 class Product:
     """A linear layer as a decoder multiplies by it, in its dtype: x (N, K) -> (N, M).
 
-    weight (M, K), bias (M): of any dtype. Results are sums in fp32, rounded once.
+    weight (M, K), bias (M): of any dtype. Results are sums in fp32, rounded once; with `gelu` what GELU makes of them.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool = False) -> None:
         self._source, self._dtype = (weight, bias), dtype
+        self._gelu = gelu
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype)
         self.is_packed = _packs(self.weight)
@@ -40,8 +41,10 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
+            after = ("gelu", [], "tanh") if self._gelu else ("none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
+        y = F.linear(x, self.weight, self.bias)
+        return F.gelu(y, approximate="tanh") if self._gelu else y
 
     def from_column(self, first: int) -> Product:
         """The product that gives the results from column `first` on, for which only their own weights are read."""
@@ -49,11 +52,11 @@ class Product:
         return Product(weight[first:], None if bias is None else bias[first:], self._dtype)
 
 
-def product(layer: Linear, dtype: torch.dtype) -> Product:
+def product(layer: Linear, dtype: torch.dtype, *, gelu: bool = False) -> Product:
     """A layer's product, made of its working copy if that is of the dtype."""
     copy = layer.working
     source = layer if copy is None or copy.weight.dtype != dtype else copy
-    return Product(source.weight, source.bias, dtype)
+    return Product(source.weight, source.bias, dtype, gelu=gelu)
 
 
 def _packs(weight: Tensor) -> bool:
@@ -75,7 +78,7 @@ class BlockWeights:
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         self.c_attn, self.attn_proj = product(block.attn.c_attn, dtype), product(block.attn.c_proj, dtype)
-        self.c_fc, self.mlp_proj = product(block.mlp.c_fc, dtype), product(block.mlp.c_proj, dtype)
+        self.c_fc, self.mlp_proj = product(block.mlp.c_fc, dtype, gelu=True), product(block.mlp.c_proj, dtype)
 
     @cached_property
     def keys_values(self) -> Product:
@@ -131,10 +134,10 @@ class Decoder:
         T, first = tokens.shape[1], self.length
         assert T == 1 or first == 0, "several tokens are read into empty rows only"
         self.length += T
-        x = self.weights.wte[tokens] + self.weights.wpe[first : self.length]  # (B, T, C)
+        x = (self.weights.wte[tokens] + self.weights.wpe[first : self.length]).flatten(0, 1)
         for number in range(self.config.n_layer):
-            x = self._block(number, x)
-            yield x[:, -1]
+            x = self._block(number, x, T)
+            yield x[T - 1 :: T]
 
     @torch.no_grad()
     def skip(self, number: int, h: Tensor) -> None:
@@ -145,7 +148,8 @@ class Decoder:
         """
         for above in range(number, self.config.n_layer):
             weights = self.weights.blocks[above]
-            self._keep(above, weights.keys_values(self._normalised(weights.ln_1, h)), self.length - 1, 1)
+            kv = self._heads(weights.keys_values(self._normalised(weights.ln_1, h)), 2, 1)
+            self.kept[above].narrow(3, self.length - 1, 1).copy_(kv)
 
     @torch.no_grad()
     def read(self, h: Tensor) -> Tensor:
@@ -156,23 +160,18 @@ class Decoder:
     def _normalised(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
         return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(self.weights.dtype)
 
-    def _keep(self, number: int, kv: Tensor, first: int, T: int) -> Tensor:
-        """Put keys and values (B·T, 2C), side by side, in their place; they come back as (2, B, H, T, C/H)."""
+    def _heads(self, x: Tensor, n: int, T: int) -> Tensor:
+        """(B·T, n·C), n things side by side, as (n, B, H, T, C/H)."""
         c = self.config
-        kv = kv.view(-1, T, 2, c.n_head, c.n_embd // c.n_head).permute(2, 0, 3, 1, 4)
-        self.kept[number][:, :, :, first : first + T] = kv
-        return kv
+        return x.view(-1, T, n, c.n_head, c.n_embd // c.n_head).permute(2, 0, 3, 1, 4)
 
-    def _block(self, number: int, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        weights = self.weights.blocks[number]
-        B, T, C = x.shape
-        flat = x.view(B * T, C)
-        qkv = weights.c_attn(self._normalised(weights.ln_1, flat)).to(self.weights.attention_dtype)  # (B·T, 3C)
-        q = qkv[:, :C].view(B, T, self.config.n_head, -1).transpose(1, 2)  # (B, H, T, C/H)
-        k, v = self._keep(number, qkv[:, C:], self.length - T, T)
-        if self.length > T:  # else what has just come is all there is, of a single row where that stands for all
-            k, v = self.kept[number][:, :, :, : self.length]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(B * T, C)
-        flat = flat + weights.attn_proj(y.to(self.weights.dtype))
-        hidden = F.gelu(weights.c_fc(self._normalised(weights.ln_2, flat)), approximate="tanh")
-        return (flat + weights.mlp_proj(hidden)).view(B, T, C)
+    def _block(self, number: int, x: Tensor, T: int) -> Tensor:  # (B·T, C) -> (B·T, C)
+        weights, kept = self.weights.blocks[number], self.kept[number]
+        qkv = self._heads(weights.c_attn(self._normalised(weights.ln_1, x)), 3, T)  # (3, B, H, T, C/H)
+        kept.narrow(3, self.length - T, T).copy_(qkv[1:])
+        q = qkv[0].to(kept.dtype)
+        # Where nothing was read before, what has just come is all there is, of a single row where that stands for all.
+        k, v = kept.narrow(3, 0, self.length) if self.length > T else qkv[1:].to(kept.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(x.shape)
+        x = x + weights.attn_proj(y.to(self.weights.dtype))
+        return x + weights.mlp_proj(weights.c_fc(self._normalised(weights.ln_2, x)))

@@ -150,6 +150,8 @@ def test_a_product_is_a_linear_layer_packed_or_not(
     torch.testing.assert_close(found(x.to(dtype)).double(), expected, **tolerance)
     part = found.from_column(16)(x.to(dtype))
     torch.testing.assert_close(part.double(), expected[:, 16:], **tolerance)
+    curved = Product(weight, bias, dtype, gelu=True)(x.to(dtype))
+    torch.testing.assert_close(curved.double(), F.gelu(expected, approximate="tanh"), **tolerance)
 
 
 def test_products_are_packed_on_a_cpu_that_has_onednn() -> None:
