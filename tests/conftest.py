@@ -26,7 +26,7 @@ from run_folders import write_run as write_run
 TINY = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "total_batch_tokens": 64, "steps": 6,
     "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 0, "sample_every": 0, "dose_every": 2,
-    "log_every": 1,
+    "log_every": 1, "threads": 1,
 }  # fmt: skip
 
 
@@ -105,9 +105,12 @@ def run(finished_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tensors here are tiny: a second thread only waits, and waits badly where tests run beside other work."""
+    """Tensors here are tiny: a second thread only waits, and waits badly where tests run beside other work.
+
+    Every test begins so, whatever the one before it ran: `placement.apply` sets the threads of the process.
+    """
     import torch
 
     torch.set_num_threads(1)

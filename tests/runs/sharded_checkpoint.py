@@ -1,8 +1,8 @@
-"""One rank of a state whose blocks are cut over processes, for test_sharded.py: a checkpoint in, another out.
+"""One rank of a state whose blocks are cut over processes, for test_sharded.py: checkpoints in, others out.
 
-`python sharded_checkpoint.py FROM TO [full]`; FROM is a checkpoint's folder, or - for a state after one update. The
-state is restored over one that has moved on, compared with what was saved, bit for bit, and saved into the folder TO.
-full: the last rank finds no room to write, and every rank is told so.
+`python sharded_checkpoint.py FROM TO [FROM TO ...] [full]`; FROM is a checkpoint's folder, or - for a state after one
+update. The state is restored over one that has moved on, compared with what was saved, bit for bit, and saved into the
+folder TO. full: the last rank finds no room to write, and every rank is told so.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ if __name__ == "__main__":
     world = World.from_environment()
     world.connect(torch.device("cpu"), timeout=timedelta(seconds=120))
     try:
-        main(world, sys.argv[1], Path(sys.argv[2]), "full" in sys.argv[3:])
+        words = [word for word in sys.argv[1:] if word != "full"]
+        for source, out in zip(words[::2], words[1::2], strict=True):
+            main(world, source, Path(out), "full" in sys.argv)
     finally:
         world.disconnect()

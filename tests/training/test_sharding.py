@@ -22,7 +22,6 @@ def test_cut_blocks_make_what_one_process_makes(ranks: int, tmp_path: Path) -> N
     """Real processes over gloo on the loopback, every signal and control, in float64: far below the 1e-6 promised."""
     out = tmp_path / "out.pt"
     run_ranks(Path(__file__).with_name("sharded_ranks.py"), ranks, out)
-    torch.set_num_threads(1)  # as the ranks have; a test before this one may have taken more
     found = torch.load(out, weights_only=True)
     assert set(found) == set(runs_of(ranks))
     for name, options in runs_of(ranks).items():

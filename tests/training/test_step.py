@@ -240,7 +240,6 @@ def test_two_ranks_make_what_one_makes(tmp_path: Path) -> None:
     """Real processes over gloo on the loopback: weights and figures of every kind of run, to the last digits."""
     out = tmp_path / "two.pt"
     run_ranks(Path(__file__).with_name("two_ranks.py"), 2, out)
-    torch.set_num_threads(1)  # as the ranks have; a test before this one may have taken more
     found, expected = torch.load(out, weights_only=True), outcomes(World(), (SEQUENCES,))
     assert set(found) == set(RUNS)
     for name, tensors in expected.items():
