@@ -1,6 +1,6 @@
 """Does the branch test tell noise from bias? Trials on real branches, of signals that are one or the other by make.
 
-    python benchmarks/branch.py --trials 50 --out benchmarks/results/branch.json
+    python benchmarks/branch.py --trials 50 --jobs 2 --out benchmarks/results/branch.json
 
 Every branch is of ordinary updates: AdamW with the checkpoint's moments, clipped. Three arms know the answer:
 
@@ -18,7 +18,9 @@ import argparse
 import json
 import platform
 import sys
-import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,13 @@ def trial_of(number: int, run: Path, corpus: Corpus, plan: Plan | None = None) -
     return {"trial": number, "arms": {name: {key: result[key] for key in kept} for name, result in found.items()}}
 
 
+def trial_in_its_process(number: int, run: Path, data: str) -> dict[str, Any]:
+    """`trial_of` on one thread, with the corpus opened by name."""
+    torch.set_num_threads(1)
+    corpus, _ = open_or_prepare(data, "bytes", World(), lambda text: print(text, file=sys.stderr))
+    return trial_of(number, run, corpus)
+
+
 def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     """For every arm the verdicts counted, and the share that is right with its exact 95% binomial interval."""
     arms = {}
@@ -122,34 +131,40 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     return arms
 
 
+def keep(out: Path, of: int, trials: list[dict[str, Any]]) -> None:
+    """Write what all trials so far came to."""
+    results = {
+        "command": f"python benchmarks/branch.py --trials {of}",
+        "machine": f"{Machine.probe().processor}, 1 thread a trial",
+        "software": f"torch {torch.__version__}, Python {platform.python_version()}",
+        "run": RUN,
+        "plan": {"steps": STEPS, "averages": Plan().averages, "seeds": SEEDS, "dose": DOSE},
+        "arms": summary(trials),
+        "trials": trials,
+    }
+    out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--data", default="shakespeare", help="a corpus by name, or a folder of shards, of bytes")
     parser.add_argument("--work", type=Path, default=Path("log/branch"), help="where the checkpoints go")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, each on one thread")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    corpus, _ = open_or_prepare(options.data, "bytes", World(), lambda text: print(text, file=sys.stderr))
     trials = json.loads(options.out.read_text())["trials"] if options.out.exists() else []
-    runs: dict[int, Path] = {}
-    for number in range(len(trials), options.trials):
-        began, seed = time.process_time(), 1 + number % CHECKPOINTS
-        if seed not in runs:
-            runs[seed] = train(options.work, options.data, seed)
-        trials.append(trial_of(number, runs[seed], corpus))
-        results = {
-            "command": f"python benchmarks/branch.py --trials {options.trials}",
-            "machine": f"{Machine.probe().processor}, 1 thread",
-            "software": f"torch {torch.__version__}, Python {platform.python_version()}",
-            "run": RUN,
-            "plan": {"steps": STEPS, "averages": Plan().averages, "seeds": SEEDS, "dose": DOSE},
-            "arms": summary(trials),
-            "trials": trials,
-        }
-        options.out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        said = ", ".join(f"{name}: {result['verdict']}" for name, result in trials[-1]["arms"].items())
-        print(f"trial {number}: {said} ({time.process_time() - began:.0f} s)", file=sys.stderr, flush=True)
+    left = range(len(trials), options.trials)
+    seeds = {number: 1 + number % CHECKPOINTS for number in left}
+    runs = {seed: train(options.work, options.data, seed) for seed in sorted(set(seeds.values()))}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        work = partial(trial_in_its_process, data=options.data)
+        for trial in pool.map(work, left, (runs[seed] for seed in seeds.values())):
+            trials.append(trial)
+            keep(options.out, options.trials, trials)
+            said = ", ".join(f"{name}: {result['verdict']}" for name, result in trial["arms"].items())
+            print(f"trial {trial['trial']}: {said}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

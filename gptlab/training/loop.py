@@ -17,7 +17,7 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
-from gptlab.training.evaluate import tempered, validate
+from gptlab.training.evaluate import Validation, tempered, validate
 from gptlab.training.quick_noise import quick_noise
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, micro_batches, update
@@ -65,25 +65,8 @@ def train(
                 yield from checkpoint_and_stop()
                 return
             state.validated = step
-            fitted = {}
-            if last:
-                fitted = dict(
-                    zip(
-                        ("temperature", "tempered_loss"),
-                        tempered(state.model, validation, world, placement),
-                        strict=True,
-                    )
-                )
-            yield Record("val", step, {
-                "loss": result.loss,
-                **({} if validation.floor is None else {"excess_loss": result.loss - validation.floor}),
-                **({} if result.clean_loss is None else {"clean_loss": result.clean_loss}),
-                "accuracy": result.accuracy,
-                **fitted,
-                "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
-                "block_loss": result.block_loss,
-                "block_confidence": result.block_confidence,
-            })  # fmt: skip
+            fitted = tempered(state.model, validation, world, placement) if last else None
+            yield Record("val", step, _validation_row(result, fitted, validation.floor, bytes_per_token))
         if _due(config.sample_every, step, last) and state.sampled != step:
             state.sampled = step
             yield Record("sample", step)
@@ -107,6 +90,22 @@ def train(
 def _due(every: int, step: int, last: bool, first: bool = False) -> bool:
     """Whether an interval falls on `step`; 0 is never, the last step always, step 0 only where `first`."""
     return every > 0 and (last or (step % every == 0 and (step > 0 or first)))
+
+
+def _validation_row(
+    result: Validation, fitted: tuple[float, float] | None, floor: float | None, bytes_per_token: float
+) -> dict[str, Any]:
+    """fitted: the temperature that suits the validation loss best, and that loss."""
+    row: dict[str, Any] = {"loss": result.loss}
+    if floor is not None:
+        row["excess_loss"] = result.loss - floor
+    if result.clean_loss is not None:
+        row["clean_loss"] = result.clean_loss
+    row["accuracy"] = result.accuracy
+    if fitted:
+        row["temperature"], row["tempered_loss"] = fitted
+    row["bits_per_byte"] = result.loss / math.log(2) / bytes_per_token
+    return row | {"block_loss": result.block_loss, "block_confidence": result.block_confidence}
 
 
 def _train_row(
