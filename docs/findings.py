@@ -7,7 +7,7 @@ prints as Markdown; with <!-- verdicts: FOLDER --> it is the first of its tables
 what `gptlab dose_response` finds there. Each folder gets a FOLDER.svg. With <!-- branches: NAME --> it is the branch
 tests in NAME.json, which `gptlab noise --json` printed. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
-arms/confidence/difference, as Python formats it.
+arms/confidence/difference, as Python formats it; NAME may be that of a file in benchmarks/results too.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def _filled(what: str, name: str) -> str:
 @cache
 def _result(name: str) -> dict[str, Any]:
     """What the command that belongs to the results of a name gives as JSON."""
-    if (FINDINGS / f"{name}.json").is_file():
-        return json.loads((FINDINGS / f"{name}.json").read_text(encoding="utf-8"))
+    for folder in (FINDINGS, ROOT / "benchmarks" / "results"):
+        if (file := folder / f"{name}.json").is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
     folder = FINDINGS / name
     return dose_response(folder) if name.startswith(RESPONSE) else read([folder]).verdicts()
 

@@ -1,0 +1,198 @@
+"""Does every hostile payload's test fail when its guard is taken out? A test that passes without it guards nothing.
+
+    python benchmarks/guards.py [--only PART]
+
+Each guard is a line of the package. In a copy of the project it is replaced by what stands there when nobody thought of
+it, and the tests that bring the payload are run: they must fail, and they must pass on the copy as it is. Writes
+benchmarks/results/guards.json and the table of docs/hardening.md. The page's rules are not here:
+tests/page/test_guard.py takes each of them out itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from marked import rewrite
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "guards.json"
+PAGE = ROOT / "docs" / "hardening.md"
+START, END = "<!-- measured by benchmarks/guards.py -->", "<!-- end of what guards.py measured -->"
+COPIED = ("gptlab", "tests", "experiments", "benchmarks", "pyproject.toml", "train_gpt2.py", "train_gpt2_ben.py")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """what: in words. line: of `file` in gptlab/, there once. without: what replaces it. tests: that must notice."""
+
+    what: str
+    file: str
+    line: str
+    without: str
+    tests: tuple[str, ...]
+
+
+PICKLES = "tests/model/test_foreign.py::test_code_in_a_pickle_is_refused_and_never_run"
+SIZES = "tests/security/test_sizes.py::test_a_claim_ends_in_an_error_of_ours_and_takes_no_memory"
+NAMES = "tests/security/test_escapes.py::test_names_that_become_folders_are_no_paths"
+PATCH = "tests/security/test_escapes.py::test_a_patch_reaches_nothing_but_its_copy"
+CODE = "tests/security/test_payloads.py::test_a_run_that_names_code_runs_none_when_it_is_read"
+CONFIG = "tests/security/test_payloads.py::test_of_a_hugging_face_config_only_the_arithmetic_is_read"
+DEEP = "tests/security/test_fuzz.py::test_what_is_nested_too_deeply_is_a_value_error"
+SHARDS = "tests/data/test_shards.py::test_a_damaged_file_is_named"
+SECRETS = "tests/security/test_secrets.py::test_a_run_and_its_report_keep_none"
+
+GUARDS = (
+    Guard("pickled checkpoints are tensors alone", "model/nanogpt.py",
+          "weights_only=True, mmap=zipped", "weights_only=False, mmap=zipped", (PICKLES,)),
+    Guard("a Hugging Face pickle is looked at before transformers reads it", "model/huggingface.py",
+          "load_pickled(file)  # refuses", "pass  # refuses", (PICKLES,)),
+    Guard("an archive that would grow is not read", "model/nanogpt.py",
+          "zipped = refuse_bombs(path)", "zipped = False",
+          ("tests/model/test_foreign.py::test_an_archive_that_would_grow_is_refused_unread",)),
+    Guard("no pickle in .npy", "data/shards.py", "allow_pickle=False", "allow_pickle=True",
+          ("tests/security/test_syntax.py::test_nothing_runs_what_it_reads",)),
+    Guard("a .npy is no archive", "data/shards.py", "if start != NPY_MAGIC:", "if False:", (SHARDS,)),
+    Guard("code named by a Hugging Face config", "model/huggingface.py",
+          'if not isinstance(content, dict) or content.get("model_type") != "gpt2":', "if False:",
+          ("tests/security/test_payloads.py::test_code_beside_a_hugging_face_config_is_not_run",)),
+    Guard("of a Hugging Face config nothing but arithmetic", "model/huggingface.py",
+          "for key in (*SIZES, *ARITHMETIC) if key in content", "for key in content", (CONFIG,)),
+    Guard("a signal file needs --allow_code", "cli/train.py",
+          "if code and not allow_code:", "if False:", (CODE,)),
+    Guard("an experiment's signal file needs --allow_code", "cli/experiment.py",
+          "if experiment.codes and not options.allow_code and not looks:", "if False:", (CODE,)),
+    Guard("a signal's function is no path", "signals/config.py",
+          'if self.is_code and not self.name.rpartition(":")[2].isidentifier():', "if False:",
+          ("tests/security/test_payloads.py::test_a_function_is_no_path",)),
+    Guard("a preset is one that is known", "cli/train.py", "if preset not in PRESETS:", "if False:",
+          ("tests/security/test_payloads.py::test_a_preset_is_no_path",)),
+    Guard("an experiment's name is no path", "runs/experiment_file.py",
+          "if not _NAME.fullmatch(name):", "if False:", (NAMES,)),
+    Guard("an arm's name is no path", "runs/experiment_file.py",
+          "if not _NAME.fullmatch(name) or not isinstance(own, Mapping):", "if False:", (NAMES,)),
+    Guard("a corpus names files of its own folder", "data/corpus.py",
+          '_SHARD_NAME.fullmatch(shard["file"])', 'isinstance(shard["file"], str)',
+          ("tests/security/test_escapes.py::test_a_manifest_names_files_of_its_own_folder",
+           "tests/data/test_parts.py::test_a_listing_from_elsewhere_leads_to_no_other_folder")),
+    Guard("a checkpoint's manifest names its own files", "runs/checkpoint.py",
+          "if unknown := expected.keys() - {*names}:", "if unknown := set():",
+          ("tests/runs/test_sharded.py::test_a_manifest_lists_nothing_but_a_checkpoints_own_files",)),
+    Guard("a patch makes no link", "runs/patches.py",
+          "if links := [path for path in building.rglob(\"*\") if path.is_symlink()]:", "if links := []:", (PATCH,)),
+    Guard("a run is not written through a link", "runs/folder.py", "if path.is_symlink():", "if False:",
+          ("tests/security/test_escapes.py::test_a_run_is_not_written_through_a_link",)),
+    Guard("of a link among checkpoints the link alone is removed", "runs/checkpoint.py",
+          "if path.is_symlink() or path.is_file():", "if path.is_file():",
+          ("tests/security/test_escapes.py::test_links_among_checkpoints_are_removed_and_not_what_they_lead_to",)),
+    Guard("a pack takes no link along", "runs/pack.py", "None if path.is_symlink() else ", "",
+          ("tests/security/test_escapes.py::test_a_pack_takes_no_link_along",)),
+    Guard("a trash that leads elsewhere takes nothing", "runs/trash.py", "if trash.resolve() != trash:", "if False:",
+          ("tests/security/test_escapes.py::test_a_trash_that_is_a_link_takes_nothing",)),
+    Guard("nothing elsewhere is deleted", "runs/trash.py",
+          "if path.is_symlink() or real == inside or inside not in real.parents:", "if False:",
+          ("tests/cli/test_runs.py",)),
+    Guard("the page follows no link", "analysis/listing.py", "follow_symlinks=False", "follow_symlinks=True",
+          ("tests/page/test_guard.py::test_a_link_to_elsewhere_is_not_followed",)),
+    Guard("stated sizes fit the file", "model/weights.py", "if least > room:", "if False:",
+          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line")),
+    Guard("a checkpoint's options fit its weights", "model/weights.py",
+          "if held != config.parameters:", "if False:", (SIZES,)),
+    Guard("moments are those of the weights", "model/weights.py",
+          "if of not in weights or not _is_weight(found, expected):", "if False:",
+          ("tests/security/test_sizes.py::test_moments_are_those_of_the_weights",)),
+    Guard("so many blocks and no more", "model/gpt.py", "if self.n_layer > MOST_BLOCKS:", "if False:",
+          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line")),
+    Guard("an llm.c model is as long as it says", "model/llmc.py", "if room != expected:", "if False:",
+          ("tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line",)),
+    Guard("a shard is as long as it says", "data/shards.py", "if found != expected:", "if False:", (SIZES, SHARDS)),
+    Guard("tokens are below the vocabulary", "data/shards.py",
+          "if len(tokens) == 0 or tokens.max() < vocab_size:", "if True:",
+          ("tests/data/test_shards.py::test_the_first_token_out_of_range_is_named",)),
+    Guard("a tuned reader has the model's shape", "signals/tuned_reader.py",
+          "if reader.weight.shape != (L - 1, C, C) or reader.bias.shape != (L - 1, C):", "if False:",
+          ("tests/signals/test_tuned_reader.py",)),
+    Guard("JSON and TOML are not nested without end", "parsing.py",
+          '        if not level:\n            return value\n    raise ValueError("nested too deeply")',
+          "        pass\n    return value", (DEEP,)),
+    Guard("a state is well formed, whoever signed it", "runs/checkpoint.py",
+          "if not isinstance(state, dict) or not _well_formed(state):", "if False:",
+          ("tests/security/test_payloads.py::test_verify_names_a_state_that_only_its_checksum_speaks_for",)),
+    Guard("rows of a cut tensor make a whole", "runs/rows_on_disk.py",
+          "if first != expected or not piece.dim() or len(shapes) > 1:", "if False:",
+          ("tests/runs/test_sharded.py::test_rows_that_make_no_whole_are_refused",)),
+    Guard("an error does not steer the terminal", "cli/main.py", "{printable(text)}", "{text}",
+          ("tests/security/test_payloads.py::test_what_a_file_says_does_not_steer_the_terminal",)),
+    Guard("text stays text in HTML", "analysis/report/page.py", "autoescape=True", "autoescape=False",
+          ("tests/page/test_views.py::test_hostile_names_stay_text_on_every_page",)),
+    Guard("no variable of the environment is recorded", "device.py",
+          '"torch": torch.__version__,', '"torch": torch.__version__, "variables": dict(os.environ),', (SECRETS,)),
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="guards whose words hold this; what the others came to is kept")
+    options = parser.parse_args()
+    chosen = [guard for guard in GUARDS if options.only in guard.what]
+    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copied(ROOT / name, copy / name)
+        for guard in chosen:
+            found[guard.what] = tried(guard, copy)
+            print(f"{guard.what}: {found[guard.what]['said']}", file=sys.stderr, flush=True)
+            kept = {guard.what: found[guard.what] for guard in GUARDS if guard.what in found}
+            RESULT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            rewrite(PAGE, START, END, table(kept))
+    return int(any(one["said"] != "noticed" for one in found.values()))
+
+
+def tried(guard: Guard, copy: Path) -> dict[str, str]:
+    """What the tests say of the guard: `noticed` where each of them passes with it and fails without."""
+    file = copy / "gptlab" / guard.file
+    text = file.read_text(encoding="utf-8")
+    assert text.count(guard.line) == 1, f"{guard.file}: expected {guard.line!r} once"
+    said = "noticed"
+    if code := run(guard.tests, copy):
+        said = f"do not pass as it is (pytest ended with {code})"
+    else:
+        file.write_text(text.replace(guard.line, guard.without), encoding="utf-8")
+        for test in guard.tests:
+            if (code := run((test,), copy)) != 1:
+                said = f"pass: {test}" if code == 0 else f"pytest ended with {code}: {test}"
+        file.write_text(text, encoding="utf-8")
+    return {"file": guard.file, "tests": ", ".join(guard.tests), "said": said, "date": date.today().isoformat()}
+
+
+def run(tests: tuple[str, ...], copy: Path) -> int:
+    """What pytest ends with: 1 where a test failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=copy, env=environment, check=False, capture_output=True, timeout=600)
+    return done.returncode
+
+
+def table(found: dict[str, dict[str, str]]) -> str:
+    """What was found, as Markdown."""
+    lines = ["| guard | where | without it its tests | date |", "|---|---|---|---|"]
+    lines += [
+        f"| {what} | `{one['file']}` | {'fail' if one['said'] == 'noticed' else one['said']} | {one['date']} |"
+        for what, one in found.items()
+    ]
+    return "\n".join([*lines, "", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The guards of benchmarks/guards.py, which takes each of them out: their lines and tests are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def guards() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "benchmarks"))  # for `marked`
+    spec = importlib.util.spec_from_file_location("guards", ROOT / "benchmarks" / "guards.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["guards"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_guard_and_its_tests_are_there(guards: ModuleType) -> None:
+    for guard in guards.GUARDS:
+        text = (ROOT / "gptlab" / guard.file).read_text(encoding="utf-8")
+        assert text.count(guard.line) == 1, guard.what
+        assert guard.tests, guard.what
+        for test in guard.tests:
+            path, _, name = test.partition("::")
+            assert f"def {name}" in (ROOT / path).read_text(encoding="utf-8"), test
+    assert len({guard.what for guard in guards.GUARDS}) == len(guards.GUARDS)
+
+
+def test_a_guard_that_nothing_needs_is_told(
+    guards: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gptlab").mkdir()
+    (tmp_path / "gptlab" / "a.py").write_text("if wrong:\n    raise\n")
+    guard = guards.Guard("x", "a.py", "if wrong:", "if False:", ("t",))
+    for ends, said in (((0, 1), "noticed"), ((0, 0), "pass: t"), ((1,), "do not pass as it is (pytest ended with 1)")):
+        codes = iter(ends)
+        monkeypatch.setattr(guards, "run", lambda tests, copy, codes=codes: next(codes))
+        assert guards.tried(guard, tmp_path)["said"] == said
+        assert (tmp_path / "gptlab" / "a.py").read_text() == "if wrong:\n    raise\n"
