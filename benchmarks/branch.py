@@ -2,14 +2,16 @@
 
     python benchmarks/branch.py --trials 50 --jobs 2 --out benchmarks/results/branch.json
 
-Every branch is of ordinary updates: AdamW with the checkpoint's moments, clipped. Three arms know the answer:
+Every branch is of ordinary updates: AdamW with the checkpoint's moments, clipped. Of four arms the answer is known:
 
-- bias: a direction at the judge's logits that is fixed for the trial, the same for every batch;
-- noise: a direction that is drawn anew for every sequence, with mean 0;
-- gradient noise: Gaussian, over all parameters, fresh each step.
+- gradient bias: a Gaussian direction over all parameters, the same in every step and whatever the batch;
+- gradient noise: such a direction, fresh each step;
+- signal bias: a direction at the judge's logits that is fixed for the trial; what of its gradient hangs on the batch is
+  noise after all, so that where its mean does little, both may be there;
+- signal noise: a direction at the logits that is drawn anew for every sequence, with mean 0.
 
-A trial has its own direction, data seeds and, with the others of its turn, checkpoint. It goes on with the trials that
-the file of results already holds. The signals are registered in this process only.
+A trial has its own direction, data seeds and, with the others of its turn, checkpoint. It goes on with the trials and
+arms that the file of results already holds. The signals are registered in this process only.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -35,12 +38,12 @@ from gptlab.data.corpus import Corpus
 from gptlab.device import Machine, Placement
 from gptlab.distributed import World
 from gptlab.randomness import torch_generator
-from gptlab.runs.branch_plan import Arm, GradientNoise, Plan
+from gptlab.runs.branch_plan import Arm, GradientBias, GradientNoise, Plan
 from gptlab.signals import SIGNALS, Signal, SignalConfig
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "branch.json"
-EXPECTED = {"bias": "bias", "noise": "noise", "gradient noise": "noise"}
+EXPECTED = {"gradient_bias": "bias", "gradient_noise": "noise", "signal_bias": "bias", "signal_noise": "noise"}
 DOSE = 1.0
 CHECKPOINTS = 5
 STEPS, SEEDS, EVAL_TOKENS = 10, 24, 4096
@@ -84,9 +87,9 @@ def _registered(name: str, function: Any) -> Signal:
 
 def arms_of(trial: int) -> dict[str, Arm]:
     """The arms of a trial, by what they are. The embeddings are left alone: what they get hangs on a batch's tokens."""
-    signals = {"bias": fixed_direction(trial), "noise": fresh_direction(trial)}
-    arms: dict[str, Arm] = {k: SignalConfig(s.name, dose=DOSE, embeddings=False) for k, s in signals.items()}
-    return arms | {"gradient noise": GradientNoise(DOSE)}
+    signals = {"signal_bias": fixed_direction(trial), "signal_noise": fresh_direction(trial)}
+    arms: dict[str, Arm] = {"gradient_bias": GradientBias(DOSE), "gradient_noise": GradientNoise(DOSE)}
+    return arms | {k: SignalConfig(s.name, dose=DOSE, embeddings=False) for k, s in signals.items()}
 
 
 def train(folder: Path, data: str, seed: int) -> Path:
@@ -98,20 +101,24 @@ def train(folder: Path, data: str, seed: int) -> Path:
     return out
 
 
-def trial_of(number: int, run: Path, corpus: Corpus, plan: Plan | None = None) -> dict[str, Any]:
-    """One trial: what was said of every arm, with bias and noise."""
-    first = 100 * number
+def trial_of(
+    number: int, run: Path, corpus: Corpus, plan: Plan | None = None, known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One trial: what was said of every arm, with bias and noise. known: arms that need not be tried again."""
+    first, known = 100 * number, known or {}
     plan = plan or Plan(STEPS, seeds=tuple(range(first, first + SEEDS)), eval_tokens=EVAL_TOKENS)
-    found = branch_test(run, arms_of(number), corpus, Placement(torch.device("cpu"), None, 1, False, {}), plan)
+    arms = {name: arm for name, arm in arms_of(number).items() if name not in known}
+    found = branch_test(run, arms, corpus, Placement(torch.device("cpu"), None, 1, False, {}), plan)
     kept = ("verdict", "bias", "noise", "weight", "dose")
-    return {"trial": number, "arms": {name: {key: result[key] for key in kept} for name, result in found.items()}}
+    told = {**known, **{name: {key: result[key] for key in kept} for name, result in found.items()}}
+    return {"trial": number, "arms": {name: told[name] for name in EXPECTED}}
 
 
-def trial_in_its_process(number: int, run: Path, data: str) -> dict[str, Any]:
+def trial_in_its_process(number: int, run: Path, known: Mapping[str, Any], data: str) -> dict[str, Any]:
     """`trial_of` on one thread, with the corpus opened by name."""
     torch.set_num_threads(1)
     corpus, _ = open_or_prepare(data, "bytes", World(), lambda text: print(text, file=sys.stderr))
-    return trial_of(number, run, corpus)
+    return trial_of(number, run, corpus, known=known)
 
 
 def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
@@ -131,6 +138,10 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     return arms
 
 
+def _number(trial: Mapping[str, Any]) -> int:
+    return trial["trial"]
+
+
 def keep(out: Path, of: int, trials: list[dict[str, Any]]) -> None:
     """Write what all trials so far came to."""
     results = {
@@ -139,7 +150,7 @@ def keep(out: Path, of: int, trials: list[dict[str, Any]]) -> None:
         "software": f"torch {torch.__version__}, Python {platform.python_version()}",
         "run": RUN,
         "plan": {"steps": STEPS, "averages": Plan().averages, "seeds": SEEDS, "dose": DOSE},
-        "arms": summary(trials),
+        "arms": summary([trial for trial in trials if trial["arms"].keys() == EXPECTED.keys()]),
         "trials": trials,
     }
     out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -155,13 +166,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     trials = json.loads(options.out.read_text())["trials"] if options.out.exists() else []
-    left = range(len(trials), options.trials)
-    seeds = {number: 1 + number % CHECKPOINTS for number in left}
-    runs = {seed: train(options.work, options.data, seed) for seed in sorted(set(seeds.values()))}
+    known = {trial["trial"]: trial["arms"] for trial in trials}
+    left = [number for number in range(options.trials) if known.get(number, {}).keys() < EXPECTED.keys()]
+    runs = {seed: train(options.work, options.data, seed) for seed in sorted({1 + n % CHECKPOINTS for n in left})}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         work = partial(trial_in_its_process, data=options.data)
-        for trial in pool.map(work, left, (runs[seed] for seed in seeds.values())):
-            trials.append(trial)
+        for trial in pool.map(work, left, (runs[1 + n % CHECKPOINTS] for n in left), (known.get(n, {}) for n in left)):
+            trials = sorted([*(one for one in trials if one["trial"] != trial["trial"]), trial], key=_number)
             keep(options.out, options.trials, trials)
             said = ", ".join(f"{name}: {result['verdict']}" for name, result in trial["arms"].items())
             print(f"trial {trial['trial']}: {said}", file=sys.stderr, flush=True)

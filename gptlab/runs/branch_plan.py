@@ -24,7 +24,17 @@ class GradientNoise:
     size: float
 
 
-Arm = SignalConfig | GradientNoise
+@dataclass(frozen=True)
+class GradientBias:
+    """What is bias by definition (`--gradient_bias`): one direction for each data seed, `size` times |g_CE| long.
+
+    It is the same in every step, and so its average over any number of batches is itself.
+    """
+
+    size: float
+
+
+Arm = SignalConfig | GradientNoise | GradientBias
 
 
 @dataclass(frozen=True)
@@ -57,14 +67,14 @@ class Plan:
     def cost(self, arms: Sequence[Arm]) -> int:
         """Gradients of an update's batch that the branches of all arms need, the true loss's branch included."""
         signals = sum(isinstance(arm, SignalConfig) for arm in arms)
-        noises = len(arms) - signals
+        known = len(arms) - signals
         averages = len(self.averages)
-        per_step = 1 + signals * (averages + sum(self.averages)) + noises * averages
+        per_step = 1 + signals * (averages + sum(self.averages)) + known * averages
         return len(self.seeds) * (self.steps * per_step + signals)
 
 
 def arms_named(names: Sequence[str], config: TrainingConfig) -> dict[str, Arm]:
-    """Arms by name: SIGNAL, CONTROL:SIGNAL or gradient_noise:SIZE.
+    """Arms by name: SIGNAL, CONTROL:SIGNAL, gradient_noise:SIZE or gradient_bias:SIZE.
 
     A signal that the run was trained with has the run's own options, another the defaults. Raises ConfigError.
     """
@@ -73,8 +83,8 @@ def arms_named(names: Sequence[str], config: TrainingConfig) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for text in names:
         head, _, rest = text.partition(":")
-        if head == "gradient_noise":
-            arms[text] = GradientNoise(_size(text, rest))
+        if known := {"gradient_noise": GradientNoise, "gradient_bias": GradientBias}.get(head):
+            arms[text] = known(_size(text, rest))
         elif head in controls and rest:
             arms[text] = replace(own.get(rest) or SignalConfig(rest), control=head)
         else:
@@ -88,5 +98,5 @@ def _size(text: str, size: str) -> float:
     except ValueError:
         found = -1.0
     if not 0 < found < float("inf"):
-        raise ConfigError(f"{text}: expected gradient_noise:SIZE with a size above 0 in units of |g_CE|")
+        raise ConfigError(f"{text}: expected {text.partition(':')[0]}:SIZE with a size above 0 in units of |g_CE|")
     return found

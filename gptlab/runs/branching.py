@@ -19,7 +19,7 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.runs import checkpoint
-from gptlab.runs.branch_plan import MOST_AVERAGED, Arm, GradientNoise, Plan
+from gptlab.runs.branch_plan import MOST_AVERAGED, Arm, GradientBias, GradientNoise, Plan
 from gptlab.runs.folder import newest
 from gptlab.runs.initial import model_in
 from gptlab.signals.config import SignalConfig
@@ -106,6 +106,8 @@ def _branch_config(config: TrainingConfig, arm: Arm, weight: float | None, M: in
     """The config of an arm's branch, and over how many drawn batches its signal is averaged (0: it has none)."""
     if isinstance(arm, GradientNoise):
         return replace(config, gradient_noise=arm.size / M**0.5), 0
+    if isinstance(arm, GradientBias):
+        return replace(config, gradient_bias=arm.size), 0
     return replace(config, signal=replace(arm, weight=weight, dose=None)), M
 
 
@@ -124,7 +126,9 @@ class _Lab:
     ) -> None:
         self.checkpoint = checkpoint.load(newest(run))
         model, config = model_in(self.checkpoint)
-        config = replace(config, signal=SignalConfig(), also=(), gradient_noise=0.0, deterministic=False)
+        config = replace(
+            config, signal=SignalConfig(), also=(), gradient_noise=0.0, gradient_bias=0.0, deterministic=False
+        )
         if plan.learning_rate is not None:
             config = replace(config, learning_rate=plan.learning_rate, schedule="constant", warmup_steps=0)
         for arm in arms:  # refused here, before an hour's work
@@ -192,7 +196,7 @@ class _Lab:
         Held fixed, because a dose held in every update would raise the weight as averaging shortens the gradient. A
         signal that is silent at the checkpoint keeps its weight and has dose 0; None where it diverges at once.
         """
-        if isinstance(arm, GradientNoise):
+        if not isinstance(arm, SignalConfig):
             return None, arm.size
         weight = 1 / self.config.n_layer if arm.weight is None else arm.weight
         doses = []

@@ -54,6 +54,7 @@ class TrainingConfig:
     weight_decay: float = option(0.1, "on matrices only")
     grad_clip: float = option(1.0, "longest gradient, over all parameters; 0 = never clipped")
     gradient_noise: float = option(0.0, "Gaussian noise on the gradient, as a share of |g_CE|")
+    gradient_bias: float = option(0.0, "a fixed random direction added to the gradient, as a share of |g_CE|")
     target_flip: float = option(0.0, "share of the true loss's targets that are made wrong")
     target_flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is")
 
@@ -105,7 +106,8 @@ class TrainingConfig:
             raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every", "checkpoint_every", "sample_every",
-            "dose_every", "noise_every", "threads", "learning_rate", "gradient_noise", "init_jitter",
+            "dose_every", "noise_every", "threads", "learning_rate", "gradient_noise", "gradient_bias",
+            "init_jitter",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, found {getattr(self, name)}")

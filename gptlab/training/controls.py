@@ -75,9 +75,12 @@ def named(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(targets < 0, wrong, true)
 
 
-def add_noise(gradients: dict[str, Tensor], length: float, seed: int, step: int) -> None:
-    """Add Gaussian noise, in place, whose expected squared length over all parameters is length²; fresh each step."""
+def add_drawn(gradients: dict[str, Tensor], length: float, *key: str | int) -> None:
+    """Add a Gaussian draw, in place, whose expected squared length over all parameters is length².
+
+    key: what it hangs on: with the step among it noise, fresh in each; without a bias, the same direction in all.
+    """
     deviation = length / sum(g.numel() for g in gradients.values()) ** 0.5
     for name, g in gradients.items():
-        noise = torch.randn(g.shape, dtype=g.dtype, generator=torch_generator("gradient noise", seed, step, name))
+        noise = torch.randn(g.shape, dtype=g.dtype, generator=torch_generator(*key, name))
         g.add_(cut_like(noise.to(g.device), g), alpha=deviation)

@@ -14,7 +14,7 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.training.config import TrainingConfig
-from gptlab.training.controls import add_noise
+from gptlab.training.controls import add_drawn
 from gptlab.training.divergence import in_which_batch, where_not_finite
 from gptlab.training.gradients import Ledger, Losses, TargetFlip, accumulate, needs_parts, voices_of
 from gptlab.training.optimizer import learning_rate_at
@@ -65,9 +65,9 @@ def update(
     model, step = state.model, state.step
     voices = speaking(state, config)
     flip = TargetFlip(config.target_flip, config.target_flip_to)
-    noisy = config.gradient_noise > 0
+    disturbed = config.gradient_noise > 0 or config.gradient_bias > 0
     held = any(v.config.dose is not None for v in voices)
-    apart = needs_parts(voices) or held or (noisy and bool(voices))
+    apart = needs_parts(voices) or held or (disturbed and bool(voices))
     measure = bool(voices) and (measure_dose or held)
     ledger = Ledger(model, voices, config.seed) if apart or measure else None
 
@@ -98,9 +98,12 @@ def update(
             sums.signal.fill_(sum(w * s for w, s in zip(weights, _unweighted(voices, sums), strict=True)))
         dose = ledger.dose(factors)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if noisy:
+    if disturbed:
         true = length(ledger.true if ledger and voices else list(gradients.values()))
-        add_noise(gradients, config.gradient_noise * true, config.seed, step)
+        if config.gradient_noise:
+            add_drawn(gradients, config.gradient_noise * true, "gradient noise", config.seed, step)
+        if config.gradient_bias:
+            add_drawn(gradients, config.gradient_bias * true, "gradient bias", config.seed)
     norm = length(list(gradients.values()))
     if not (torch.isfinite(sums.all).all() and isfinite(norm)):
         where = where_not_finite(model, [batch for batch, _ in seen], world, placement)

@@ -38,21 +38,26 @@ def test_a_trial_tells_bias_from_noise(
     run = trials.train(tmp_path, str(tiny_corpus), 1)
     plan = Plan(steps=8, seeds=(1, 2, 3), eval_tokens=512)
     found = trials.trial_of(0, run, open_corpus(tiny_corpus), plan)
-    assert found["arms"]["bias"]["verdict"] == "bias"
-    assert found["arms"]["gradient noise"]["verdict"] == "noise"
-    assert found["arms"]["noise"]["dose"] == trials.DOSE
+    assert found["arms"]["signal_bias"]["verdict"] == "bias"
+    assert found["arms"]["gradient_noise"]["verdict"] == "noise"
+    assert found["arms"]["gradient_bias"]["noise"]["value"] == pytest.approx(0.0, abs=1e-12)
+    assert found["arms"]["signal_noise"]["dose"] == trials.DOSE
     counted = trials.summary([found, found])
-    assert counted["bias"]["right"] == counted["bias"]["of"] == 2
-    assert counted["bias"]["interval"][1] == 1.0
-    assert counted["gradient noise"]["verdicts"] == {"noise": 2}
+    assert counted["signal_bias"]["right"] == counted["signal_bias"]["of"] == 2
+    assert counted["signal_bias"]["interval"][1] == 1.0
+    assert counted["gradient_noise"]["verdicts"] == {"noise": 2}
+    less = {name: arm for name, arm in found["arms"].items() if name != "gradient_noise"}
+    assert trials.trial_of(0, run, open_corpus(tiny_corpus), plan, less) == found, "what was missing is what it was"
 
 
 def test_what_the_document_says_of_the_trials_is_what_was_found() -> None:
     results = json.loads((ROOT / "benchmarks" / "results" / "branch.json").read_text(encoding="utf-8"))
     document = (ROOT / "docs" / "noise.md").read_text(encoding="utf-8")
-    assert set(results["arms"]) == {"bias", "noise", "gradient noise"}
+    assert set(results["arms"]) == {"gradient_bias", "gradient_noise", "signal_bias", "signal_noise"}
     for name, arm in results["arms"].items():
         said = [trial["arms"][name]["verdict"] for trial in results["trials"]]
         assert (arm["right"], arm["of"]) == (said.count(arm["expected"]), len(said))
         low, high = arm["interval"]
-        assert f"| {name} | {arm['right']} of {arm['of']} | {low:.0%} to {high:.0%} |" in document, name
+        assert f"| {name.replace('_', ' ')} | {arm['right']} of {arm['of']} | {low:.0%} to {high:.0%} |" in document, (
+            name
+        )

@@ -15,7 +15,7 @@ from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.device import Placement
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs import branching
-from gptlab.runs.branch_plan import Arm, GradientNoise, Plan, arms_named
+from gptlab.runs.branch_plan import Arm, GradientBias, GradientNoise, Plan, arms_named
 from gptlab.runs.branching import Branched, Progress, branch
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
@@ -168,6 +168,14 @@ def test_gradient_noise_is_averaged_by_its_length(
     assert [{b.part for b in one.batches} for one in updates[1, 3]] == [{"all"}] * 4
 
 
+def test_gradient_bias_is_the_same_however_often_it_is_averaged(half_way: Path, corpus: Corpus) -> None:
+    found = branch(half_way, {"b": GradientBias(1.0)}, corpus, PLACEMENT, Plan(steps=3, averages=(1, 4), seeds=(1, 2)))
+    assert (found["b"].weight, found["b"].dose) == (None, 1.0)
+    assert found["b"].differences[1] == found["b"].differences[4]
+    assert None not in found["b"].differences[1]
+    assert len({0.0, *found["b"].differences[1]}) == 3, "two data seeds, two directions"
+
+
 def test_the_cost_is_said_before_the_first_gradient_and_kept(
     half_way: Path, corpus: Corpus, updates: dict[tuple[int, int], list[Seen]]
 ) -> None:
@@ -183,16 +191,19 @@ def test_the_cost_is_said_before_the_first_gradient_and_kept(
 
 def test_arms_have_names() -> None:
     run = TrainingConfig(signal=SignalConfig("confidence", weight=0.3, layers=(1,)))
-    found = arms_named(["confidence", "placebo:confidence", "brier", "flipped:brier", "gradient_noise:0.5"], run)
+    found = arms_named(["confidence", "placebo:confidence", "brier", "flipped:brier", "gradient_noise:0.5",
+                        "gradient_bias:2"], run)  # fmt: skip
     assert found == {
         "confidence": SignalConfig("confidence", weight=0.3, layers=(1,)),
         "placebo:confidence": SignalConfig("confidence", weight=0.3, layers=(1,), control="placebo"),
         "brier": SignalConfig("brier"),
         "flipped:brier": SignalConfig("brier", control="flipped"),
         "gradient_noise:0.5": GradientNoise(0.5),
+        "gradient_bias:2": GradientBias(2.0),
     }
     assert arms_named(["gradient_noise"], run) == {"gradient_noise": GradientNoise(1.0)}
-    for wrong, message in (("brierr", "did you mean 'brier'"), ("gradient_noise:x", "expected gradient_noise:SIZE")):
+    for wrong, message in (("brierr", "did you mean 'brier'"), ("gradient_noise:x", "expected gradient_noise:SIZE"),
+                           ("gradient_bias:-1", "expected gradient_bias:SIZE")):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             arms_named([wrong], run)
 

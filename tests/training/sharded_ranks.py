@@ -32,7 +32,13 @@ RUNS: dict[str, dict[str, Any]] = {
         "signal": SignalConfig("confidence", control="shuffled", dose=0.3),
         "also": (SignalConfig("brier", control="flipped", flip=0.5),),
     },
-    "noise": {"signal": PLACEBO, "gradient_noise": 0.5, "target_flip": 0.3, "target_flip_to": "argmax"},
+    "noise": {
+        "signal": PLACEBO,
+        "gradient_noise": 0.5,
+        "gradient_bias": 0.2,
+        "target_flip": 0.3,
+        "target_flip_to": "argmax",
+    },
     "recomputed": {"signal": SignalConfig("confidence"), "activation_checkpointing": True},
     "one block shared": {"signal": SignalConfig("confidence"), "share_blocks": True},
 }

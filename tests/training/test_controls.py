@@ -308,6 +308,21 @@ def test_noise_is_fresh_each_step_and_the_same_for_any_cut() -> None:
         assert length(minus(noise(cut)[0], drawn)) < 1e-9 * length(drawn)
 
 
+def test_bias_is_as_long_and_one_direction_in_every_step() -> None:
+    def bias(step: int = 0, seed: int = 1, cut: tuple[int, ...] = (12,)) -> Gradients:
+        biased, clean = (make_run(gradient_bias=share, seed=seed) for share in (0.5, 0.0))
+        biased.state.step = clean.state.step = step
+        return minus(biased.gradient(cut), clean.gradient(cut))
+
+    drawn = bias()
+    n = sum(g.numel() for g in drawn.values())
+    assert length(drawn) / length(make_run().gradient((12,))) == pytest.approx(0.5, abs=5 * 0.5 / (2 * n) ** 0.5)
+    assert cosine(drawn, bias(step=3)) > 1 - 1e-9
+    assert abs(cosine(drawn, bias(seed=2))) < 5 / n**0.5
+    assert abs(cosine(drawn, noise()[0])) < 5 / n**0.5
+    assert length(minus(bias(cut=CUTS[1]), drawn)) < 1e-9 * length(drawn)
+
+
 @pytest.mark.parametrize("control", ["none", "placebo"])
 def test_noise_is_a_share_of_the_true_loss_gradient_also_beside_a_signal(control: Any) -> None:
     alone, _ = noise()
@@ -320,5 +335,5 @@ def test_controls_touch_no_global_generator() -> None:
     before = torch.random.get_rng_state()
     signal = SignalConfig("brier", evaluator="live", control="placebo", positions=0.5)
     also = (SignalConfig("entropy", control="shuffled"), SignalConfig("brier", control="flipped"))
-    make_run(signal=signal, also=also, gradient_noise=0.1, target_flip=0.2).update((6, 6))
+    make_run(signal=signal, also=also, gradient_noise=0.1, gradient_bias=0.1, target_flip=0.2).update((6, 6))
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -27,7 +27,13 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "muon": {"optimizer": "muon", "learning_rate": 0.01},
     "deterministic": {"signal": PLACEBO, "deterministic": True, "threads": 1, "batch_size": 2, "dtype": torch.float32},
-    "noise": {"signal": PLACEBO, "gradient_noise": 0.5, "target_flip": 0.3, "target_flip_to": "argmax"},
+    "noise": {
+        "signal": PLACEBO,
+        "gradient_noise": 0.5,
+        "gradient_bias": 0.2,
+        "target_flip": 0.3,
+        "target_flip_to": "argmax",
+    },
 }
 
 
