@@ -6,6 +6,9 @@ Each guard is a line of the package. In a copy of the project it is replaced by 
 it, and the tests that bring the payload are run: they must fail, and they must pass on the copy as it is. Writes
 benchmarks/results/guards.json and the table of docs/hardening.md. The page's rules are not here:
 tests/page/test_guard.py takes each of them out itself.
+
+What stands here in place of a guard (weights_only=False, allow_pickle=True) is text for the copy, which is thrown away;
+nothing of it runs but there, on payloads of the tests.
 """
 
 from __future__ import annotations

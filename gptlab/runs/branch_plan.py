@@ -84,7 +84,7 @@ def arms_named(names: Sequence[str], config: TrainingConfig) -> dict[str, Arm]:
     for text in names:
         head, _, rest = text.partition(":")
         if known := {"gradient_noise": GradientNoise, "gradient_bias": GradientBias}.get(head):
-            arms[text] = known(_size(text, rest))
+            arms[text] = known(_size(head, rest))
         elif head in controls and rest:
             arms[text] = replace(own.get(rest) or SignalConfig(rest), control=head)
         else:
@@ -92,11 +92,11 @@ def arms_named(names: Sequence[str], config: TrainingConfig) -> dict[str, Arm]:
     return arms
 
 
-def _size(text: str, size: str) -> float:
+def _size(name: str, size: str) -> float:
     try:
         found = float(size or 1)
     except ValueError:
         found = -1.0
     if not 0 < found < float("inf"):
-        raise ConfigError(f"{text}: expected {text.partition(':')[0]}:SIZE with a size above 0 in units of |g_CE|")
+        raise ConfigError(f"{name}:{size}: expected {name}:SIZE with a size above 0 in units of |g_CE|")
     return found

@@ -16,6 +16,7 @@ TOKENS = [50256, 31373, 995, 0, 65535]
 LLM_C = struct.pack("<3i", 20240520, 1, len(TOKENS)) + bytes(253 * 4) + struct.pack("<5H", *TOKENS)
 NPY_HEADER = b"{'descr': '<u2', 'fortran_order': False, 'shape': (5,), }".ljust(117) + b"\n"
 NPY = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(NPY_HEADER)) + NPY_HEADER + struct.pack("<5H", *TOKENS)
+ARCHIVE = b"PK\x05\x06" + bytes(18)  # an empty one, which numpy would open
 RAW = struct.pack("<5H", *TOKENS)
 
 FORMATS = {
@@ -81,6 +82,7 @@ def test_a_part_of_a_larger_array_is_written(tmp_path: Path) -> None:
         ("a.npy", NPY.replace(b"'<u2'", b"'>u2'"), "little-endian uint16, found >u2"),
         ("a.npy", NPY.replace(b"(5,), ", b"(5,1),"), r"one-dimensional array .* found uint16 of shape \(5, 1\)"),
         ("a.npy", NPY.replace(b"'<u2'", b"'|O8'"), r"whole \.npy file"),
+        ("a.npy", ARCHIVE, r"whole \.npy file of uint16 tokens, found one that begins b'PK"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
