@@ -61,7 +61,7 @@ class Multiplier:
 
     ratio: the geometric mean over n seeds; where some are censored (did not arrive within their run) it takes them as
     arriving at its end, so that it is a lower bound, and there is no interval. interval: 95%, paired t of logarithms.
-    logs: of the seeds that arrived. None where no seed can be paired.
+    logs: of the seeds that arrived. bounds: of all seeds, censored ones as if arriving at their end. None: no pair.
     """
 
     n: int
@@ -69,6 +69,7 @@ class Multiplier:
     ratio: float | None
     interval: Interval | None
     logs: LogRatios = field(default_factory=dict)
+    bounds: LogRatios = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -87,12 +88,12 @@ def multiplier(
         return Multiplier(0, 0, None, None)
     logs = {seed: math.log(own / base) for seed, base in paired.items() if (own := reached[seed]) is not None}
     censored = len(paired) - len(logs)
-    bounds = [logs.get(seed, math.log(ends[seed] / base)) for seed, base in paired.items()]
+    bounds = {seed: logs.get(seed, math.log(ends[seed] / base)) for seed, base in paired.items()}
     interval = None
     if not censored and len(logs) > 1:
-        low, high = paired_t(bounds).interval()
+        low, high = paired_t(list(logs.values())).interval()
         interval = math.exp(low), math.exp(high)
-    return Multiplier(len(paired), censored, math.exp(sum(bounds) / len(bounds)), interval, logs)
+    return Multiplier(len(paired), censored, math.exp(sum(bounds.values()) / len(bounds)), interval, logs, bounds)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ class Compounding:
 
     everywhere, product, sum: multipliers, geometric means over seeds; the sum is of what each costs beyond 1. against:
     95% intervals of everywhere over the product and over the sum. verdict: product, sum, both (they cannot be told
-    apart), neither, or undecided below two seeds.
+    apart), neither, or undecided: below two seeds, or where censored runs leave it open. Where single blocks are
+    censored, the product and the sum are lower bounds, and `neither` still holds of an everywhere below both; where
+    everywhere is, of one above both. bounds: what is only a lower bound, "singles", "everywhere", "all" or "".
     """
 
     n: int
@@ -141,28 +144,40 @@ class Compounding:
     against_product: Interval | None
     against_sum: Interval | None
     verdict: str
+    bounds: str
 
 
-def compounding(singles: Sequence[LogRatios], everywhere: LogRatios) -> Compounding | None:
+def compounding(singles: Sequence[Multiplier], everywhere: Multiplier) -> Compounding | None:
     """Whether the multiplier at every block is the product of the single blocks' or the sum; None without a seed.
 
     A sum that is not above 0 (errors that save more tokens than there are) has no logarithm, so None as well.
     """
-    seeds = sorted(set(everywhere).intersection(*singles))
-    ratios = {seed: [math.exp(single[seed]) for single in singles] for seed in seeds}
+    seeds = sorted(set(everywhere.bounds).intersection(*(single.bounds for single in singles)))
+    ratios = {seed: [math.exp(single.bounds[seed]) for single in singles] for seed in seeds}
     sums = {seed: 1 + sum(ratio - 1 for ratio in ratios[seed]) for seed in seeds}
     if not seeds or not singles or min(sums.values()) <= 0:
         return None
-    every = [everywhere[seed] for seed in seeds]
-    products = [sum(single[seed] for single in singles) for seed in seeds]
+    every = [everywhere.bounds[seed] for seed in seeds]
+    products = [sum(single.bounds[seed] for single in singles) for seed in seeds]
     added = [math.log(sums[seed]) for seed in seeds]
-    product, total = (_ratio(every, predicted) for predicted in (products, added))
-    verdict = "undecided"
-    if product and total:
-        fits = [name for name, (low, high) in (("product", product), ("sum", total)) if low <= 1 <= high]
-        verdict = {0: "neither", 1: "".join(fits), 2: "both"}[len(fits)]
-    mean, mean_product, mean_sum = (math.exp(sum(logs) / len(seeds)) for logs in (every, products, added))
-    return Compounding(len(seeds), mean, mean_product, mean_sum, product, total, verdict)
+    against = {"product": _ratio(every, products), "sum": _ratio(every, added)}
+    censored = any(single.censored for single in singles), everywhere.censored > 0
+    bounds = {(False, False): "", (True, False): "singles", (False, True): "everywhere", (True, True): "all"}[censored]
+    mean, product, total = (math.exp(sum(logs) / len(seeds)) for logs in (every, products, added))
+    verdict = _compounds(against, bounds)
+    return Compounding(len(seeds), mean, product, total, against["product"], against["sum"], verdict, bounds)
+
+
+def _compounds(against: Mapping[str, Interval | None], bounds: str) -> str:
+    intervals = {name: interval for name, interval in against.items() if interval}
+    if len(intervals) < len(against):
+        return "undecided"
+    fits = [name for name, (low, high) in intervals.items() if low <= 1 <= high]
+    below, above = all(high < 1 for _, high in intervals.values()), all(low > 1 for low, _ in intervals.values())
+    decided = {"": True, "singles": below, "everywhere": above, "all": False}
+    if not decided[bounds]:
+        return "undecided: not all runs arrived"
+    return {0: "neither", 1: "".join(fits), 2: "both"}[len(fits)]
 
 
 def growth(early: LogRatios, late: LogRatios) -> tuple[float, Interval | None] | None:

@@ -206,11 +206,10 @@ def _compounding(arms: Sequence[Arm], targets: Sequence[Target]) -> Iterator[dic
             continue
         for target in targets:
             level, _, (every, *singles) = _at(reference, [everywhere, *alone], error, target)
-            whole = every.whole and all(m.whole for m in singles)
-            found = compounding([m.logs for m in singles], every.logs) if whole else None
+            found = compounding(singles, every)
             yield {
                 "kind": error.kind, "dose": error.dose, "share": target.share, "level": level,
                 "arms": [everywhere.name, *(arm.name for arm in alone)],
                 "singles": [m.ratio for m in singles],
-                **(asdict(found) if found else {"verdict": "undecided: not all runs arrived"}),
+                **(asdict(found) if found else {"verdict": "undecided: no seed is in all of them"}),
             }  # fmt: skip

@@ -101,7 +101,9 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 def _compounded(one: Mapping[str, Any]) -> tuple[str, ...]:
     singles = ", ".join(number(ratio, ".3f") for ratio in one["singles"])
-    means = (number(one.get(key), ".3f") for key in ("everywhere", "product", "sum"))
+    bounded = {"singles": ("product", "sum"), "everywhere": ("everywhere",), "all": ("everywhere", "product", "sum")}
+    atleast = bounded.get(one.get("bounds", ""), ())
+    means = (("≥ " if key in atleast else "") + number(one.get(key), ".3f") for key in ("everywhere", "product", "sum"))
     return (f"{one['kind']}, {one['dose']:g}", _place(one), singles, *means, one["verdict"])
 
 

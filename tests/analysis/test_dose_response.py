@@ -15,6 +15,7 @@ import pytest
 from gptlab.analysis.corruption import corruptions
 from gptlab.analysis.dose_response import (
     THEORIES,
+    Multiplier,
     compounding,
     fit_exponent,
     growth,
@@ -96,6 +97,13 @@ def test_a_fit_says_how_far_the_worst_dose_is_off_and_leaves_out_what_has_no_the
     assert fit_exponent([]) is fit_exponent([(math.inf, {1: 1.0})]) is fit_exponent([(1.0, {1: 1.0}), (2.0, {2: 1.0})])
 
 
+def arrived(logs: dict[int, float], censored: int = 0) -> Multiplier:
+    """The multiplier of seeds' log ratios, of which the first `censored` are lower bounds only."""
+    ends = {seed: math.exp(log) for seed, log in logs.items()}
+    reached = {seed: None if i < censored else end for i, (seed, end) in enumerate(ends.items())}
+    return multiplier(reached, dict.fromkeys(ends, 1.0), ends)
+
+
 @pytest.mark.parametrize(
     ("everywhere", "verdict"), [(1.5 * 2 * 3, "product"), (1 + 0.5 + 1 + 2, "sum"), (2.0, "neither"), (20.0, "neither")]
 )
@@ -104,22 +112,48 @@ def test_errors_multiply_add_or_neither(everywhere: float, verdict: str) -> None
     noise = np.random.Generator(np.random.Philox(key=1)).normal(0, 0.01, (4, 5))
     noise -= noise.mean(1, keepdims=True)
     logs = [dict(enumerate(math.log(m) + row)) for m, row in zip((1.5, 2, 3, everywhere), noise, strict=True)]
-    found = compounding(logs[:3], logs[3])
+    found = compounding(list(map(arrived, logs[:3])), arrived(logs[3]))
     assert found is not None
-    assert found.verdict == verdict
+    assert (found.verdict, found.bounds) == (verdict, "")
     assert (found.n, found.product, found.everywhere) == (5, pytest.approx(9), pytest.approx(everywhere))
     assert found.sum == pytest.approx(4.5, rel=1e-3)
 
 
 def test_small_errors_cannot_be_told_apart_and_one_seed_tells_nothing() -> None:
     logs = [{1: math.log(1.01), 2: math.log(1.03)}] * 2
-    found = compounding(logs, {1: math.log(1.02), 2: math.log(1.06)})
+    found = compounding(list(map(arrived, logs)), arrived({1: math.log(1.02), 2: math.log(1.06)}))
     assert found is not None
     assert found.verdict == "both"
-    alone = compounding([{1: 0.5}], {1: 0.5})
+    alone = compounding([arrived({1: 0.5})], arrived({1: 0.5}))
     assert alone is not None
     assert (alone.verdict, alone.against_product) == ("undecided", None)
-    assert compounding([{1: 0.5}], {2: 0.5}) is None
+    assert compounding([arrived({1: 0.5})], arrived({2: 0.5})) is None
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "lost", "verdict", "bounds"),
+    [
+        (2.0, (2, 0), "neither", "singles"),
+        (9.0, (2, 0), "undecided: not all runs arrived", "singles"),
+        (20.0, (2, 0), "undecided: not all runs arrived", "singles"),
+        (20.0, (0, 1), "neither", "everywhere"),
+        (9.0, (0, 1), "undecided: not all runs arrived", "everywhere"),
+        (2.0, (0, 1), "undecided: not all runs arrived", "everywhere"),
+        (2.0, (2, 1), "undecided: not all runs arrived", "all"),
+        (20.0, (2, 1), "undecided: not all runs arrived", "all"),
+    ],
+)
+def test_bounds_decide_where_whatever_they_hide_could_not(
+    everywhere: float, lost: tuple[int, int], verdict: str, bounds: str
+) -> None:
+    """A single judge that never arrived costs at least so much: more than all together, if that is what they cost."""
+
+    def costs(ratio: float, censored: int = 0) -> Multiplier:
+        return arrived({seed: math.log(ratio) + seed / 100 for seed in range(5)}, censored)
+
+    found = compounding([costs(1.5), costs(2), costs(3, lost[0])], costs(everywhere, lost[1]))
+    assert found is not None
+    assert (found.verdict, found.bounds) == (verdict, bounds)
 
 
 def test_growth_is_late_over_early() -> None:
