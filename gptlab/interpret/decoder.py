@@ -3,7 +3,9 @@
 At one row a product is as fast as its weights come from memory. So on a CPU they are packed once, in the order in
 which oneDNN reads them: the products of a token of 124M then took 11 ms in fp32 where (in, out) had taken 21 and
 PyTorch's own (out, in) 27, and 6 ms in bf16 where it had taken 11; at eight rows 13 ms in fp32 where both took 45. The
-price is a copy of the weights. Where oneDNN is not there, products are PyTorch's own.
+price is a copy of the weights. Where oneDNN is not there, products are PyTorch's own. Every other operation of a token
+costs ten microseconds whatever it does, its code and its numbers being pushed out of the caches by the weights that
+pass: so there are as few as can be.
 
 What is written with it, and when a block is sure enough, is told in generate.py.
 """
@@ -33,6 +35,7 @@ class Product:
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool = False) -> None:
         self._source, self._dtype = (weight, bias), dtype
         self._gelu = gelu
+        self._after = ("gelu", [], "tanh") if gelu else ("none", [], "")
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype)
         self.is_packed = _packs(self.weight)
@@ -41,10 +44,15 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.is_packed:
-            after = ("gelu", [], "tanh") if self._gelu else ("none", [], "")
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
+            return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, *self._after)
         y = F.linear(x, self.weight, self.bias)
         return F.gelu(y, approximate="tanh") if self._gelu else y
+
+    def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual (N, M) + the product, in the residual's dtype; without `gelu`."""
+        if self.is_packed and residual.dtype == self._dtype:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        return residual + self(x)
 
     def from_column(self, first: int) -> Product:
         """The product that gives the results from column `first` on, for which only their own weights are read."""
@@ -72,18 +80,31 @@ def _packs(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and ops._is_mkldnn_bf16_supported())
 
 
+class Norm:
+    """A layer norm as a decoder takes it: x (N, C) -> (N, C) in its dtype, computed in the norm's own."""
+
+    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype) -> None:
+        weight, bias = (None if p is None else p.detach() for p in (norm.weight, norm.bias))
+        self._arguments = norm.normalized_shape, weight, bias, norm.eps
+        self._dtype = dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, *self._arguments).to(self._dtype)
+
+
 class BlockWeights:
     """A block's products and norms."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        self.ln_1, self.ln_2 = block.ln_1, block.ln_2
+        self.ln_1, self.ln_2 = Norm(block.ln_1, dtype), Norm(block.ln_2, dtype)
+        self.width = len(block.ln_1.weight)
         self.c_attn, self.attn_proj = product(block.attn.c_attn, dtype), product(block.attn.c_proj, dtype)
         self.c_fc, self.mlp_proj = product(block.mlp.c_fc, dtype, gelu=True), product(block.mlp.c_proj, dtype)
 
     @cached_property
     def keys_values(self) -> Product:
         """The last two thirds of c_attn alone: what a block that is left out still needs (N, C) -> (N, 2C)."""
-        return self.c_attn.from_column(len(self.ln_1.weight))
+        return self.c_attn.from_column(self.width)
 
 
 class Weights:
@@ -98,7 +119,8 @@ class Weights:
         self.dtype = dtype or (head.working.weight.dtype if head.working else head.weight.dtype)
         slow = self.dtype == torch.bfloat16 and self.device.type == "cpu"
         self.attention_dtype = torch.float32 if slow else self.dtype  # one bf16 query took 6 times as long as in fp32
-        self.wte, self.wpe, self.ln_f = model.wte.weight, model.wpe.weight, model.ln_f
+        self.wte, self.wpe = model.wte.weight.detach(), model.wpe.weight.detach()
+        self.ln_f = Norm(model.ln_f, self.dtype)
         made = {id(block): BlockWeights(block, self.dtype) for block in model.blocks}  # with share_blocks there is one
         self.blocks = [made[id(block)] for block in model.blocks]
         self.head = product(head, self.dtype)
@@ -107,7 +129,8 @@ class Weights:
 class Decoder:
     """B rows of text that a model reads on together, all equally long; `length` tokens of each have been read.
 
-    Norms, sums and hidden states stay in the parameters' dtype.
+    Norms, sums and hidden states stay in the parameters' dtype. kept: of every block (B, capacity, 2, H, C/H), keys and
+    values as they come side by side.
     """
 
     def __init__(self, weights: Weights, rows: int = 1, capacity: int | None = None) -> None:
@@ -116,8 +139,10 @@ class Decoder:
         if (capacity or 0) > c.block_size:
             raise ConfigError(f"the model reads at most block_size {c.block_size} tokens at once, found {capacity}")
         self.weights, self.config = weights, c
-        shape = (2, rows, c.n_head, capacity or c.block_size, c.n_embd // c.n_head)
+        self._heads = (c.n_head, c.n_embd // c.n_head)
+        shape = (rows, capacity or c.block_size, 2, *self._heads)
         self.kept = [torch.empty(shape, dtype=weights.attention_dtype, device=weights.device) for _ in weights.blocks]
+        self._keys_values = [kept.permute(2, 0, 3, 1, 4).unbind() for kept in self.kept]  # (B, H, capacity, C/H) each
         self.length = 0
 
     def forget(self) -> None:
@@ -148,30 +173,24 @@ class Decoder:
         """
         for above in range(number, self.config.n_layer):
             weights = self.weights.blocks[above]
-            kv = self._heads(weights.keys_values(self._normalised(weights.ln_1, h)), 2, 1)
-            self.kept[above].narrow(3, self.length - 1, 1).copy_(kv)
+            kv = weights.keys_values(weights.ln_1(h)).view(-1, 2, *self._heads)
+            self.kept[above].select(1, self.length - 1).copy_(kv)
 
     @torch.no_grad()
     def read(self, h: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C), at least float32."""
-        logits = self.weights.head(self._normalised(self.weights.ln_f, h).flatten(0, -2)).view(*h.shape[:-1], -1)
+        logits = self.weights.head(self.weights.ln_f(h).flatten(0, -2)).view(*h.shape[:-1], -1)
         return logits.float() if logits.dtype.itemsize < 4 else logits
-
-    def _normalised(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(self.weights.dtype)
-
-    def _heads(self, x: Tensor, n: int, T: int) -> Tensor:
-        """(B·T, n·C), n things side by side, as (n, B, H, T, C/H)."""
-        c = self.config
-        return x.view(-1, T, n, c.n_head, c.n_embd // c.n_head).permute(2, 0, 3, 1, 4)
 
     def _block(self, number: int, x: Tensor, T: int) -> Tensor:  # (B·T, C) -> (B·T, C)
         weights, kept = self.weights.blocks[number], self.kept[number]
-        qkv = self._heads(weights.c_attn(self._normalised(weights.ln_1, x)), 3, T)  # (3, B, H, T, C/H)
-        kept.narrow(3, self.length - T, T).copy_(qkv[1:])
-        q = qkv[0].to(kept.dtype)
-        # Where nothing was read before, what has just come is all there is, of a single row where that stands for all.
-        k, v = kept.narrow(3, 0, self.length) if self.length > T else qkv[1:].to(kept.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1).transpose(1, 2).reshape(x.shape)
-        x = x + weights.attn_proj(y.to(self.weights.dtype))
-        return x + weights.mlp_proj(weights.c_fc(self._normalised(weights.ln_2, x)))
+        qkv = weights.c_attn(weights.ln_1(x)).view(-1, T, 3, *self._heads).to(kept.dtype)
+        kept.narrow(1, self.length - T, T).copy_(qkv.narrow(2, 1, 2))
+        if self.length > T:
+            q, (k, v) = qkv.select(2, 0), self._keys_values[number]
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k[:, :, : self.length], v[:, :, : self.length])
+        else:  # what has just come is all there is, of a single row where that stands for all
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
+        x = weights.attn_proj.added_to(x, y.transpose(1, 2).reshape(x.shape).to(self.weights.dtype))
+        return weights.mlp_proj.added_to(x, weights.c_fc(weights.ln_2(x)))

@@ -148,6 +148,10 @@ def test_a_product_is_a_linear_layer_packed_or_not(
     expected = rounded[0] @ rounded[1].T + rounded[2]
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.05}
     torch.testing.assert_close(found(x.to(dtype)).double(), expected, **tolerance)
+    residual = torch.randn(rows, 48, generator=generator(8))
+    added = found.added_to(residual, x.to(dtype))
+    assert added.dtype == torch.float32, "sums stay in the residual's dtype"
+    torch.testing.assert_close(added.double(), expected + residual.double(), **tolerance)
     part = found.from_column(16)(x.to(dtype))
     torch.testing.assert_close(part.double(), expected[:, 16:], **tolerance)
     curved = Product(weight, bias, dtype, gelu=True)(x.to(dtype))
@@ -202,7 +206,7 @@ def test_what_skipped_blocks_are_given_is_the_state_that_was_left_with(model: GP
     for number in (1, 2):
         block = model.blocks[number]
         expected = F.linear(block.ln_1(h), block.attn.c_attn.weight[C:], block.attn.c_attn.bias[C:])
-        found = decoder.kept[number][:, :, :, 2].reshape(2 * C)
+        found = decoder.kept[number][:, 2].reshape(2 * C)
         torch.testing.assert_close(found, expected[0], atol=1e-6, rtol=1e-5)
 
 
