@@ -22,13 +22,16 @@ from typing import Any
 from gptlab.analysis.outcomes import read
 from gptlab.analysis.report.comparison import write_forest
 from gptlab.analysis.report.response import draw
-from gptlab.analysis.series import dose_response
+from gptlab.analysis.series import SHARES, Target, dose_response
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
 RESPONSE = "dose_response"
+LEVELS = {"dose_response_parity": (Target(level=0.594),)}
+"""What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
+
 MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
@@ -65,7 +68,9 @@ def _result(name: str) -> dict[str, Any]:
         if (file := folder / f"{name}.json").is_file():
             return json.loads(file.read_text(encoding="utf-8"))
     folder = FINDINGS / name
-    return dose_response(folder) if name.startswith(RESPONSE) else read([folder]).verdicts()
+    if name.startswith(RESPONSE):
+        return dose_response(folder, LEVELS.get(name, tuple(map(Target, SHARES))))
+    return read([folder]).verdicts()
 
 
 def _figure(name: str, place: str, form: str) -> str:

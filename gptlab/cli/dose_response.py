@@ -104,7 +104,18 @@ def _compounded(one: Mapping[str, Any]) -> tuple[str, ...]:
     bounded = {"singles": ("product", "sum"), "everywhere": ("everywhere",), "all": ("everywhere", "product", "sum")}
     atleast = bounded.get(one.get("bounds", ""), ())
     means = (("≥ " if key in atleast else "") + number(one.get(key), ".3f") for key in ("everywhere", "product", "sum"))
-    return (f"{one['kind']}, {one['dose']:g}", _place(one), singles, *means, one["verdict"])
+    return (f"{one['kind']}, {one['dose']:g}", _place(one), singles, *means, _verdict(one))
+
+
+def _verdict(one: Mapping[str, Any]) -> str:
+    """The verdict; of `neither` on which side of both."""
+    if one["verdict"] == "neither":
+        intervals = one["against_product"], one["against_sum"]
+        if all(high < 1 for _, high in intervals):
+            return "neither: less than both"
+        if all(low > 1 for low, _ in intervals):
+            return "neither: more than both"
+    return one["verdict"]
 
 
 def _place(level: Mapping[str, Any]) -> str:

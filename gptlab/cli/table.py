@@ -13,15 +13,19 @@ if TYPE_CHECKING:
 
 
 def show_table(console: Console, table: Table) -> None:
-    """A table and an empty line after it; cells fold where the terminal is narrow, and are never cut."""
+    """A table and an empty line after it; cells fold where the terminal is narrow, and are never cut.
+
+    What is no terminal has no width: there rows are as long as they are.
+    """
     from rich.table import Table as RichTable
     from rich.text import Text
 
     title, header, rows = table
     shown = RichTable(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
-    for name, cells in zip(header, zip(*rows, strict=True), strict=True):
+    room = max(1, console.width // len(header) - 2)
+    for name, *cells in zip(header, *rows, strict=True):
         widest = max(map(len, (name, *cells)))
-        shown.add_column(name, overflow="fold", min_width=min(widest, 24))
+        shown.add_column(name, overflow="fold", min_width=min(widest, 24, room) if console.is_terminal else widest)
     for row in rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(shown, "")
+    console.print(shown, "", crop=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,6 +155,15 @@ def test_bounds_decide_where_whatever_they_hide_could_not(
     found = compounding([costs(1.5), costs(2), costs(3, lost[0])], costs(everywhere, lost[1]))
     assert found is not None
     assert (found.verdict, found.bounds) == (verdict, bounds)
+
+
+def test_neither_says_on_which_side(experiment: Path, capsys: Capture) -> None:
+    """Where all wrong judges together cost less than one of them, or more than all costs multiplied."""
+    for cost, side in ((1.2, "neither: less than both"), (4.0, "neither: more than both")):
+        shutil.rmtree(experiment / "all")
+        write_arm(experiment, "all", {"signal": flipped("all")}, cost)
+        assert main(["dose_response", str(experiment), "--shares", "0.125"]) == 0
+        assert side in capsys.readouterr().out
 
 
 def test_growth_is_late_over_early() -> None:
