@@ -29,7 +29,7 @@ from gptlab.cli.dose_response import tables as response_tables
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
 RESPONSE = "dose_response"
-LEVELS = {"dose_response_parity": (Target(level=0.594),)}
+LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 """What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
 
 MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
@@ -96,12 +96,15 @@ def _branches(measured: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    from noise_pictures import draw as draw_noise
+
     for page in pages():
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     for experiment in FINDINGS.glob("*/experiment.toml"):
         folder = experiment.parent
         picture = draw if folder.name.startswith(RESPONSE) else write_forest
         picture(_result(folder.name), folder.with_suffix(".svg"))
+    draw_noise()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -75,12 +77,31 @@ def test_the_tree_in_the_readme_is_the_tree_there_is() -> None:
     assert done.returncode == 0, f"run `python docs/tree.py` after adding or renaming a file\n{done.stderr}"
 
 
-def test_the_findings_show_what_compare_says_of_the_committed_results() -> None:
-    spec = importlib.util.spec_from_file_location("findings", ROOT / "docs" / "findings.py")
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    findings = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(findings)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pictures_of_the_noise_page_are_of_the_committed_results(tmp_path: Path) -> None:
+    pictures = script("noise_pictures")
+    pictures.draw(tmp_path)
+    page = (ROOT / "docs" / "findings" / "noise.md").read_text(encoding="utf-8")
+    for name in pictures.PICTURES:
+        drawn, committed = (
+            list(ElementTree.parse(folder / f"{name}.svg").getroot().itertext())
+            for folder in (tmp_path, pictures.FINDINGS)
+        )
+        assert drawn == committed, "run `python docs/findings.py`"
+        assert f"({name}.svg)" in page
+
+
+def test_the_findings_show_what_compare_says_of_the_committed_results() -> None:
+    findings = script("findings")
     pages = list(findings.pages())
     tables = [mark for page in pages for mark in findings.MARK.findall(page.read_text(encoding="utf-8"))]
     assert ("verdicts", "1_noise") in tables
