@@ -6,6 +6,7 @@ What is pickled is in tests/model/test_foreign.py and tests/data/test_corpus.py.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,9 @@ def test_of_a_hugging_face_config_only_the_arithmetic_is_read(key: str, value: o
     assert torch.equal(from_huggingface(tmp_path).lm_head.weight, SMALL.lm_head.weight)
 
 
-def test_a_run_that_names_code_runs_none_when_it_is_read(made: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_that_names_code_runs_none_when_it_is_read(
+    made: Path, tmp_path: Path, capsys: Capture, tiny: Callable[..., list[str]]
+) -> None:
     (tmp_path / "evil.py").write_text(
         f"open({str(made)!r}, 'w').close()\ndef f(logits, targets): return targets * 0.0\n"
     )
@@ -90,7 +93,7 @@ def test_a_run_that_names_code_runs_none_when_it_is_read(made: Path, tmp_path: P
     for words in (["runs", str(tmp_path)], ["compare", str(run)], ["verify", str(run)], ["digest", str(run)]):
         main(words)
     (tmp_path / "run.toml").write_text(f'signal.name = "{name}"\n')
-    assert main(["train", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "new")]) == 2
+    assert main([*tiny(tmp_path / "new"), "--config", str(tmp_path / "run.toml")]) == 2
     assert "it runs as your code; add --allow_code" in capsys.readouterr().err
     text = EXPERIMENT.replace('signal.name = "confidence"\n', f'signal.name = "{name}"\n').partition("[tune]")[0]
     (tmp_path / "x.toml").write_text(text)
