@@ -35,13 +35,17 @@ COPIED = ("gptlab", "tests", "experiments", "benchmarks", "pyproject.toml", "tra
 
 @dataclass(frozen=True)
 class Guard:
-    """what: in words. line: of `file` in gptlab/, there once. without: what replaces it. tests: that must notice."""
+    """what: in words. line: of `file` in gptlab/, there once. without: what replaces it. tests: that must notice.
+
+    behind: names of other guards that would still hold what this one lets by. They are taken out with it.
+    """
 
     what: str
     file: str
     line: str
     without: str
     tests: tuple[str, ...]
+    behind: tuple[str, ...] = ()
 
 
 PICKLES = "tests/model/test_foreign.py::test_code_in_a_pickle_is_refused_and_never_run"
@@ -107,14 +111,22 @@ GUARDS = (
     Guard("the page follows no link", "analysis/listing.py", "follow_symlinks=False", "follow_symlinks=True",
           ("tests/page/test_guard.py::test_a_link_to_elsewhere_is_not_followed",)),
     Guard("stated sizes fit the file", "model/weights.py", "if least > room:", "if False:",
-          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line")),
+          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line"),
+          behind=("weights from elsewhere have a GPT-2's shapes",)),
+    Guard("weights from elsewhere have a GPT-2's shapes", "model/weights.py",
+          "if found is not None and not _is_weight(found, shape):", "if False:",
+          ("tests/model/test_foreign.py::test_a_checkpoint_that_is_no_gpt2_is_one_line",)),
     Guard("a checkpoint's options fit its weights", "model/weights.py",
-          "if held != config.parameters:", "if False:", (SIZES,)),
+          "if held != config.parameters:", "if False:", (SIZES,), behind=("a checkpoint's weights have its shapes",)),
+    Guard("a checkpoint's weights have its shapes", "model/weights.py",
+          "if name not in expected or not _is_weight(found, expected[name]):", "if False:",
+          ("tests/security/test_sizes.py::test_weights_have_the_shapes_of_the_options",)),
     Guard("moments are those of the weights", "model/weights.py",
           "if of not in weights or not _is_weight(found, expected):", "if False:",
           ("tests/security/test_sizes.py::test_moments_are_those_of_the_weights",)),
     Guard("so many blocks and no more", "model/gpt.py", "if self.n_layer > MOST_BLOCKS:", "if False:",
-          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line")),
+          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line"),
+          behind=("stated sizes fit the file",)),
     Guard("an llm.c model is as long as it says", "model/llmc.py", "if room != expected:", "if False:",
           ("tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line",)),
     Guard("a shard is as long as it says", "data/shards.py", "if found != expected:", "if False:", (SIZES, SHARDS)),
@@ -123,7 +135,7 @@ GUARDS = (
           ("tests/data/test_shards.py::test_the_first_token_out_of_range_is_named",)),
     Guard("a tuned reader has the model's shape", "signals/tuned_reader.py",
           "if reader.weight.shape != (L - 1, C, C) or reader.bias.shape != (L - 1, C):", "if False:",
-          ("tests/signals/test_tuned_reader.py",)),
+          ("tests/signals/test_tuned_reader.py::test_a_reader_of_another_shape_is_refused_whatever_weights_it_names",)),
     Guard("JSON and TOML are not nested without end", "parsing.py",
           '        if not level:\n            return value\n    raise ValueError("nested too deeply")',
           "        pass\n    return value", (DEEP,)),
@@ -164,19 +176,33 @@ def main() -> int:
 
 def tried(guard: Guard, copy: Path) -> dict[str, str]:
     """What the tests say of the guard: `noticed` where each of them passes with it and fails without."""
-    file = copy / "gptlab" / guard.file
-    text = file.read_text(encoding="utf-8")
-    assert text.count(guard.line) == 1, f"{guard.file}: expected {guard.line!r} once"
+    taken = [guard, *(other for other in GUARDS if other.what in guard.behind)]
+    whole = {one.file: (copy / "gptlab" / one.file).read_text(encoding="utf-8") for one in taken}
+    open_ = dict(whole)
+    for one in taken:
+        assert open_[one.file].count(one.line) == 1, f"{one.file}: expected {one.line!r} once"
+        open_[one.file] = open_[one.file].replace(one.line, one.without)
     said = "noticed"
     if code := run(guard.tests, copy):
         said = f"do not pass as it is (pytest ended with {code})"
     else:
-        file.write_text(text.replace(guard.line, guard.without), encoding="utf-8")
+        write(copy, open_)
         for test in guard.tests:
             if (code := run((test,), copy)) != 1:
                 said = f"pass: {test}" if code == 0 else f"pytest ended with {code}: {test}"
-        file.write_text(text, encoding="utf-8")
-    return {"file": guard.file, "tests": ", ".join(guard.tests), "said": said, "date": date.today().isoformat()}
+        write(copy, whole)
+    return {
+        "file": guard.file,
+        "tests": ", ".join(guard.tests),
+        "behind": ", ".join(guard.behind),
+        "said": said,
+        "date": date.today().isoformat(),
+    }
+
+
+def write(copy: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (copy / "gptlab" / name).write_text(text, encoding="utf-8")
 
 
 def run(tests: tuple[str, ...], copy: Path) -> int:
@@ -190,11 +216,17 @@ def run(tests: tuple[str, ...], copy: Path) -> int:
 def table(found: dict[str, dict[str, str]]) -> str:
     """What was found, as Markdown."""
     lines = ["| guard | where | without it its tests | date |", "|---|---|---|---|"]
-    lines += [
-        f"| {what} | `{one['file']}` | {'fail' if one['said'] == 'noticed' else one['said']} | {one['date']} |"
-        for what, one in found.items()
-    ]
+    lines += [f"| {what}{behind(one)} | `{one['file']}` | {said(one)} | {one['date']} |" for what, one in found.items()]
     return "\n".join([*lines, "", ""])
+
+
+def behind(one: dict[str, str]) -> str:
+    """What was taken out besides, in words."""
+    return f" (and, taken out with it, {one['behind']})" if one.get("behind") else ""
+
+
+def said(one: dict[str, str]) -> str:
+    return "fail" if one["said"] == "noticed" else one["said"]
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from readers import readers, sign  # pyright: ignore[reportMissingImports]
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from gptlab.errors import CheckpointError
 from gptlab.runs import checkpoint
-from gptlab.runs.initial import any_state
+from gptlab.runs.initial import any_model, any_state
 
 HERE = Path(__file__).parent
 
@@ -48,3 +48,16 @@ def test_moments_are_those_of_the_weights(name: str, shape: tuple[int, ...], mes
     sign(tmp_path / "saved")
     with pytest.raises(CheckpointError, match=message):
         any_state(tmp_path / "saved")
+
+
+def test_weights_have_the_shapes_of_the_options(tmp_path: Path) -> None:
+    """As many numbers as there should be, in another shape."""
+    reader = next(one for one in readers(tmp_path / "right") if one.name == "state.json")
+    reader.prepare(tmp_path / "saved")
+    any_model(tmp_path / "saved")
+    name, file = "transformer.h.0.mlp.c_fc.weight", tmp_path / "saved" / checkpoint.WEIGHTS
+    weights = load(file.read_bytes())
+    file.write_bytes(save({**weights, name: weights[name].T.contiguous()}))
+    sign(tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=f"expected {name} to be there|expected {name} .*, found"):
+        any_model(tmp_path / "saved")

@@ -100,5 +100,14 @@ def test_a_kept_reader_belongs_to_its_weights(tmp_path: Path) -> None:
         load(model, path)
 
 
+def test_a_reader_of_another_shape_is_refused_whatever_weights_it_names(tmp_path: Path) -> None:
+    model, path = build(), tmp_path / "reader.safetensors"
+    L, C = model.config.n_layer, model.config.n_embd
+    for weight, bias in (((L, C, C), (L, C)), ((L - 1, C, C + 1), (L - 1, C)), ((L - 1, C, C), (L - 1, 1))):
+        save(TunedReader(torch.zeros(weight), torch.zeros(bias)), model, path)
+        with pytest.raises(CheckpointError, match=f"expected maps of {L - 1} blocks {C} wide, found weights"):
+            load(model, path)
+
+
 def test_it_lies_beside_the_run() -> None:
     assert beside("log/run") == beside("log/run/checkpoints/step_00000100") == Path("log/run/tuned_reader.safetensors")
