@@ -26,7 +26,7 @@ SLOWEST = 10
 
 def become(name: str, inputs: int, seed: int, folder: Path) -> None:
     """Fuzz one reader in this process; libFuzzer ends it."""
-    import atheris as untyped  # pyright: ignore[reportMissingImports]
+    import atheris as untyped  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
 
     atheris: Any = untyped
     with atheris.instrument_imports(include=["gptlab"]):

@@ -121,12 +121,15 @@ def activations(model: GPTConfig, tokens: int, *, recompute: bool = False, judge
     return tokens * (kept + FP32 * C + judges * FP32 * C)
 
 
-def traffic(model: GPTConfig, gpus: int, parallel: str, *, micro_batches: int = 1, judges: int = 0) -> Traffic:
+def traffic(
+    model: GPTConfig, gpus: int, parallel: str, *, micro_batches: int = 1, judges: int = 0, gathered: int = BF16
+) -> Traffic:
     """What a process sends in an update, over rings.
 
     Each of N sends (N-1)/N of a tensor to gather or to scatter it, and twice that to reduce it everywhere. ddp reduces
     the gradient once an update, in fp32. fsdp reduces that of what is not cut, and in every micro-batch gathers each
-    block for the way up, for the way down and for a judge's verdict, in bf16, and scatters its gradient in fp32.
+    block for the way up, for the way down and for a judge's verdict, at `gathered` bytes a number (bf16, on a CPU
+    fp32), and scatters its gradient in fp32.
     """
     ring = (gpus - 1) / gpus
     if parallel == "ddp":
@@ -134,7 +137,7 @@ def traffic(model: GPTConfig, gpus: int, parallel: str, *, micro_batches: int = 
     one, L = block_parameters(model.n_embd), model.n_layer
     passes = micro_batches * (2 * L + judges)
     scattered = micro_batches * L * ring * FP32 * one
-    return Traffic(passes * ring * BF16 * one, scattered, 2 * ring * FP32 * rest(model))
+    return Traffic(passes * ring * gathered * one, scattered, 2 * ring * FP32 * rest(model))
 
 
 def micro_batches(config: TrainingConfig, gpus: int) -> tuple[int, int]:

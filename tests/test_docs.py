@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from scripts import load_script
 
 from gptlab.cli.main import COMMANDS
 from gptlab.runs.folder import RunFolder
@@ -77,18 +76,8 @@ def test_the_tree_in_the_readme_is_the_tree_there_is() -> None:
     assert done.returncode == 0, f"run `python docs/tree.py` after adding or renaming a file\n{done.stderr}"
 
 
-def script(name: str) -> Any:
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_pictures_of_the_noise_page_are_of_the_committed_results(tmp_path: Path) -> None:
-    pictures = script("noise_pictures")
+    pictures = load_script("docs/noise_pictures.py")
     pictures.draw(tmp_path)
     page = (ROOT / "docs" / "findings" / "noise.md").read_text(encoding="utf-8")
     for name in pictures.PICTURES:
@@ -101,7 +90,7 @@ def test_the_pictures_of_the_noise_page_are_of_the_committed_results(tmp_path: P
 
 
 def test_the_findings_show_what_compare_says_of_the_committed_results() -> None:
-    findings = script("findings")
+    findings = load_script("docs/findings.py")
     pages = list(findings.pages())
     tables = [mark for page in pages for mark in findings.MARK.findall(page.read_text(encoding="utf-8"))]
     assert ("verdicts", "1_noise") in tables

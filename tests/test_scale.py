@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from scripts import load_script
 from torch.distributed.run import get_args_parser
 
 from gptlab.cli.arguments import Parser, add_options, given_options
@@ -33,13 +32,7 @@ LARGE = ["124M", "350M", "774M", "1.5B"]
 
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scale_arithmetic", ROOT / "docs" / "scale.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scale_arithmetic"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/scale.py")
 
 
 @pytest.mark.parametrize("name", LARGE)

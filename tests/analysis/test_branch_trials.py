@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from gptlab.data.corpus import open_corpus
 from gptlab.runs.branch_plan import Plan
@@ -19,13 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def trials() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("branch_trials", ROOT / "benchmarks" / "branch.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["branch_trials"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/branch.py")
 
 
 def test_a_trial_tells_bias_from_noise(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from scripts import load_script
 from torch import nn
 
 from gptlab.analysis import probe
@@ -23,13 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("estimators_benchmark", ROOT / "benchmarks" / "estimators.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["estimators_benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/estimators.py")
 
 
 def drawn(n: int = 6, sources: int = 2, parameters: int = 4) -> np.ndarray:

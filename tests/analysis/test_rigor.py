@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from scripts import load_script
 
 from gptlab.analysis.sequential import levels
 
@@ -22,13 +21,7 @@ RESULTS = json.loads((ROOT / "benchmarks" / "results" / "rigor.json").read_text(
 
 @pytest.fixture(scope="module")
 def rigor() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rigor", ROOT / "benchmarks" / "rigor.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rigor"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/rigor.py")
 
 
 def test_ten_thousand_experiments_keep_the_promised_error_and_find_what_was_planted() -> None:

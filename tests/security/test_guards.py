@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def guards() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # for `marked`
-    spec = importlib.util.spec_from_file_location("guards", ROOT / "benchmarks" / "guards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["guards"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/guards.py")
 
 
 def test_every_guard_and_its_tests_are_there(guards: ModuleType) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from scripts import load_script
 
 from gptlab.cli.main import main
 from gptlab.model import GPT, GPTConfig
@@ -71,13 +70,7 @@ def test_every_option_and_control_is_explained() -> None:
 
 @pytest.fixture(scope="module")
 def plots() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plots", DOCS / "plots.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["plots"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/plots.py")
 
 
 def test_every_signal_has_a_plot_and_every_plot_a_signal() -> None:

@@ -1,6 +1,7 @@
 """One rank of small runs whose blocks are cut over processes, for test_sharding.py; the last word says where to write.
 
-Makes two updates of every run of `runs_of` and writes what rank 0 has then, as torch saves it.
+Makes two updates of every run of `runs_of` and writes what rank 0 has then, as torch saves it, with the bytes that it
+holds of weights and moments.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from gptlab.distributed import World
 from gptlab.model.gpt import Block
 from gptlab.signals import SIGNALS, SignalConfig
-from gptlab.training.sharding import is_sharded
+from gptlab.training.sharding import held, is_sharded
 
 PLACEBO = SignalConfig("advantage", control="placebo", evaluator="live", positions=0.5)
 RUNS: dict[str, dict[str, Any]] = {
@@ -54,6 +55,13 @@ def outcome(run: Run, cut: tuple[int, ...], world: World) -> dict[str, Tensor]:
     said = [run.update(cut, world=world, measure_dose=step == 1) for step in range(2)]
     figures = [[u.loss, u.signal_loss, u.grad_norm, u.dose or 0.0, *u.weights, float(u.clipped)] for u in said]
     return {**run.weights, "said": torch.tensor(figures, dtype=torch.float64)}
+
+
+def bytes_held(run: Run) -> Tensor:
+    """Of weights and of both moments, in this process."""
+    weights = held(list(run.state.model.parameters()))
+    moments = [s[key] for s in run.state.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    return torch.tensor([sum(t.nbytes for t in tensors) for tensors in (weights, held(moments))])
 
 
 @contextmanager
@@ -92,6 +100,7 @@ if __name__ == "__main__":
             run = make_run(world=world, parallel="fsdp", **options)
             with counting_whole_blocks(run) as counts:
                 found[name] = outcome(run, cut, world)
+            found[name]["bytes"] = bytes_held(run)
             found[name]["whole blocks"] = torch.tensor([max(counts), len(counts)])
         if world.main:
             torch.save(found, sys.argv[1])

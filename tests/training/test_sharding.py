@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from scripts import load_script
 from sharded_ranks import RUNS, outcome, runs_of
-from small_run import SEQUENCES, make_run
+from small_run import SEQUENCES, L, T, V, make_run
 
 from gptlab.distributed import World
 from gptlab.errors import ConfigError
+from gptlab.model import GPTConfig
 from gptlab.training import TrainingConfig
 from gptlab.training.sharding import cut_like, held, length, whole
 
@@ -28,6 +30,10 @@ def test_cut_blocks_make_what_one_process_makes(ranks: int, tmp_path: Path) -> N
         most, passes = found[name].pop("whole blocks").tolist()
         assert most == 1, f"{name}: {most} blocks were whole at a time"
         assert passes > 8
+        weights, moments = found[name].pop("bytes").tolist()
+        if name == "baseline":  # docs/scale.md counts fp32
+            said = load_script("docs/scale.py").state(GPTConfig(T, V, L, 2, 16), ranks, "fsdp")
+            assert (weights, moments) == (2 * said.weights, 2 * said.moments)
         expected = outcome(make_run(**options), (SEQUENCES,), World())
         assert found[name].keys() == expected.keys()
         for key, tensor in expected.items():
