@@ -67,7 +67,7 @@ def main() -> int:
                 few, more = (sent(launcher, parallel, processes, steps, corpus) for steps in (FEW, MORE))
                 row = {"run": name, "processes": processes, **computed(processes, parallel, judges)}
                 rows.append(row | {"measured": (more - few) / (MORE - FEW) / processes})
-                print(told({"rows": rows[-1:]}).splitlines()[-1], flush=True)
+                print(told({"rows": rows[-1:]}).splitlines()[2], flush=True)
     found = {
         "command": "python benchmarks/traffic.py",
         "date": date.today().isoformat(),

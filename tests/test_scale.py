@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -112,6 +113,17 @@ def test_the_tables_are_those_that_the_arithmetic_gives(scale: ModuleType) -> No
     text = scale.PAGE.read_text(encoding="utf-8")
     assert {mark[1] for mark in scale.MARK.finditer(text)} == set(scale.TABLES)
     assert scale.renewed(text) == text, "run `python docs/scale.py`"
+
+
+def test_the_traffic_on_the_page_was_measured_and_is_what_is_computed(scale: ModuleType) -> None:
+    traffic = load_script("benchmarks/traffic.py")
+    found = json.loads(traffic.RESULT.read_text(encoding="utf-8"))
+    assert traffic.told(found) in scale.PAGE.read_text(encoding="utf-8")
+    for row in found["rows"]:
+        _, parallel, judges = traffic.KINDS[row["run"]]
+        assert traffic.computed(row["processes"], parallel, judges) == {key: row[key] for key in ("ring", "gloo")}
+        assert row["measured"] == pytest.approx(row["gloo"], rel=0.01)
+    assert len(found["rows"]) == 2 * len(traffic.KINDS)
 
 
 VALUES = {"SLURM_NNODES": "4", "SLURM_JOB_ID": "12", "head": "node-1", "SKYPILOT_NUM_NODES": "4", "ip": "10.0.0.1",

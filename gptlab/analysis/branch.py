@@ -7,7 +7,7 @@ leaves the signal's mean as it is and 1/M of its variance, so d is fitted as a q
 - its value at 1/M = 0 is *bias*: what the signal's mean alone does;
 - its value at 1/M = 1 minus that is *noise*: what averaging would take away.
 
-Positive figures are harm, negative ones help. DESIGN: 'Bias or noise'; N1 and N5 of the notes.
+Positive figures are harm, negative ones help. docs/noise.md: 'The branch test'; N1 and N5 of the notes.
 """
 
 from __future__ import annotations

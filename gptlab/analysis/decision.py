@@ -1,4 +1,4 @@
-"""The verdict on one arm: DESIGN's rules in their order, and the reason in words. Figures to show are verdicts.py's."""
+"""The verdict on one arm: the rules in their order, and the reason in words. Figures to show are verdicts.py's."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Verdicts: what an experiment's losses say of each arm against its baseline, in words, with the reason.
 
-A pure function of numbers. The rules are DESIGN's 'A verdict', stand in decision.py and are told to a researcher in
+A pure function of numbers. The rules stand in decision.py and are told to a researcher in
 docs/verdicts.md; where the numbers come from is in outcomes.py.
 """
 

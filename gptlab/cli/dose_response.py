@@ -47,7 +47,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="gptlab dose_response",
         description="How many times the tokens an arm with a known error (flipped targets, gradient noise) needs to "
-        "get where its clean arm got, paired by seed, with 95%% intervals; fitted against theory; and whether errors "
+        "get where its clean arm got, paired by seed, with 95% intervals; fitted against theory; and whether errors "
         "at every block multiply or add up. docs/dose_response.md says how each figure is made.",
     )
     parser.add_argument("experiment", metavar="EXPERIMENT", help="the folder of an experiment such as dose_response")

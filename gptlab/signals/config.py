@@ -1,4 +1,4 @@
-"""What is asked of a signal: which, how strong, judged by whom, reaching how far. DESIGN: 'Judging' and 'Controls'."""
+"""What is asked of a signal: which, how strong, judged by whom, reaching how far. docs/signals.md has it all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What turns a signal, or the true loss, into its own control, and what is known to be noise.
 
 Every draw is keyed by what it belongs to (a run's seed and a judge; a window; a step and a sequence), never by
-micro-batch or rank, so that a control is the same however an update is cut up. DESIGN: 'Controls'.
+micro-batch or rank, so that a control is the same however an update is cut up. docs/signals.md: 'Controls'.
 """
 
 from __future__ import annotations

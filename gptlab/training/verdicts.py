@@ -2,7 +2,7 @@
 
 The *verdict* is the gradient of judge j's reading at h_j. A frozen judge only passes it on: one input-gradient of f_j
 through the graph that is already there, no second forward, no weight gradients. A live judge also learns from it.
-DESIGN: 'Judging' and 'Controls'.
+docs/signals.md tells of judging and of controls.
 """
 
 from __future__ import annotations

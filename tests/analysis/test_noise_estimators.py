@@ -108,6 +108,15 @@ def test_a_thousand_trials_of_every_scenario_kept_the_promise() -> None:
     assert all(figure["given"] == results["trials"] for figure in clear.values())
 
 
+def test_the_page_says_how_often_intervals_missed() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "estimators.json").read_text(encoding="utf-8"))
+    rows = [row for row in results["scenarios"] if row["name"] != "drowned in noise"]
+    shares = [figure["missed"] / results["trials"] for row in rows for figure in row["figures"].values()]
+    said = f"In the seven others an interval missed in {min(shares):.1%} to {max(shares):.1%} of trials"
+    assert said in " ".join((ROOT / "docs" / "noise.md").read_text(encoding="utf-8").split())
+    assert len(rows) == 7
+
+
 def test_a_scenario_is_drawn_the_same_every_time_and_its_truth_is_covered(benchmark: ModuleType) -> None:
     scenario = benchmark.SCENARIOS[0]
     found = benchmark.missed(scenario, 150, np.random.default_rng(5))

@@ -1,4 +1,4 @@
-"""A naive reference of the gradient, which takes DESIGN's 'Judging' and 'Controls' at their word.
+"""A naive reference of the gradient, which takes 'Judging' and 'Controls' of docs/signals.md at their word.
 
 It knows nothing of cutting a forward pass: every judge is a second forward through detached copies of its weights, all
 logits are kept, and autograd does the rest. No tests here.

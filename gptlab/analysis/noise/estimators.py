@@ -3,7 +3,7 @@
 Pure functions of numbers; how the gradients are made is in training/group_gradients.py. x_i is the gradient of source x
 in group i of n: the true mean is G_x, the covariance between groups Σ_x. Everything is built of two means: over pairs
 of different groups, which has the expectation <G_x, G_y> because their noise is independent, and over the groups
-themselves, which has <G_x, G_y> + tr Σ_xy. DESIGN: 'Bias or noise'.
+themselves, which has <G_x, G_y> + tr Σ_xy. docs/noise.md says what each is for.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.report.plots import shortened
@@ -18,6 +19,8 @@ STYLE: Any = {"svg.hashsalt": "gptlab", "svg.fonttype": "none", "text.parse_math
               "axes.spines.top": False, "axes.spines.right": False, "path.simplify": False}  # fmt: skip
 PANEL = (3.4, 2.7)
 """Inches."""
+TITLE = 44
+"""Characters of a line of a panel's title, of which there are two at most."""
 
 
 def draw(result: Mapping[str, Any], path: str | Path) -> None:
@@ -64,5 +67,5 @@ def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(shortened(series["name"], 44), fontsize=9)
+    axes.set_title(fill(shortened(series["name"], 2 * TITLE), TITLE), fontsize=9)
     axes.set_xlabel("dose")
