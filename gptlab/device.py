@@ -18,6 +18,8 @@ import torch
 
 from gptlab.errors import ConfigError
 
+MOST_THREADS = 1024
+"""Of a process: with many more PyTorch does not start."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_MIN_WIDTH = 64
 """The narrowest model for which bf16 was measured faster than fp32, with AMX and with AVX-512 (docs/LOG.md)."""
@@ -112,7 +114,9 @@ def decide(
     local_rank: int = 0,
     local_size: int = 1,
 ) -> Placement:
-    """The placement of one process; raises ConfigError for a device that is not there."""
+    """The placement of one process; raises ConfigError for a device that is not there, or threads that cannot be."""
+    if not 0 <= threads <= MOST_THREADS:
+        raise ConfigError(f"threads must be from 0 (a share of the cores) to {MOST_THREADS}, found {threads}")
     reasons: dict[str, str] = {}
     where = _device(machine, device, local_rank, local_size, reasons)
     gpu = where.type == "cuda"

@@ -15,17 +15,21 @@ A message is one line: what was expected, what was found, what to do. Our own fa
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 
 class GptlabError(Exception):
     """Base of every error that is the user's to mend; `exit_code` is what the process ends with.
 
     everywhere: whether all processes of a run meet it alike, so that one on each machine tells of it
+    found: what the command has to show nevertheless; with `--json` it is one object with the error
     """
 
     exit_code = 3
     everywhere = True
+    found: Mapping[str, Any] = MappingProxyType({})
 
 
 class UsageError(GptlabError):

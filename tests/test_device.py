@@ -69,10 +69,11 @@ def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
             {"local_rank": 1, "local_size": 2},
             r"cuda:1 is not there: .* for 2 process\(es\); lower --nproc_per_node",
         ),
+        (LAPTOP, {"threads": -1}, r"threads must be from 0 \(a share of the cores\) to 1024, found -1"),
         (LAPTOP, {"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, found 'mps'"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused(machine: Machine, asked: dict[str, Any], message: str) -> None:
+def test_what_is_not_there_is_refused(machine: Machine, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         decide(machine, **asked)
 

@@ -53,10 +53,18 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
         facts["software", key] = run.config[key]
     facts |= {("software", key): environment.get(key) for key in ("python", "torch", "compile")}
     facts |= {("machine", key): environment.get(key) for key in ("platform", "dtype")}
+    now = _versions({"gptlab": run.config.get("gptlab"), **environment})
+    sittings = [_versions(before) for before in environment.get("earlier", [])]
+    facts["software", "earlier"] = [before for before in sittings if before != now]
     facts["machine", "device"] = str(environment.get("device", "")).partition(":")[0]
     facts["machine", "processor"] = machine.get("processor")
     facts["machine", "gpus"] = sorted(set(machine.get("gpus", [])))
     return facts
+
+
+def _versions(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a sitting before the last: what made it."""
+    return {key: before.get(key) for key in ("gptlab", "python", "torch", "compile", "platform", "dtype", "machine")}
 
 
 def _grew(run: Run, reference: Run, split: str) -> bool:

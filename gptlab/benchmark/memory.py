@@ -14,16 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gptlab.errors import ConfigError
+
 if TYPE_CHECKING:
     from gptlab.benchmark.run import Bench
 
 
 def peak_bytes(bench: Bench, contender: str) -> int:
-    """The peak of one contender; raises ChildProcessError where its process fails."""
+    """The peak of one contender; raises ConfigError where its process fails."""
     command = [sys.executable, "-m", "gptlab.benchmark.memory", contender, json.dumps(asdict(bench))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise ChildProcessError(f"{contender} failed in a process of its own (exit code {done.returncode})")
+        killed = "; it was killed, for want of memory perhaps: lower --batch" * (done.returncode < 0)
+        raise ConfigError(f"{contender} failed in a process of its own (exit code {done.returncode}){killed}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -63,6 +63,8 @@ def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
                 raise UsageError(f"{option}: expected {', '.join(known)}, found {word!r}{did_you_mean(word, known)}")
     if options.rounds < 1 or options.per_round < 1:
         raise UsageError(f"--rounds and --per_round: expected at least 1, found {options.rounds}, {options.per_round}")
+    if options.batch < 0:
+        raise UsageError(f"--batch: expected at least 1, or 0 for the size's own, found {options.batch}")
 
     from gptlab.benchmark.run import Bench
 

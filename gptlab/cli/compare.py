@@ -68,26 +68,26 @@ def _parser() -> Parser:
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")
     own.add_argument("--baseline", metavar="ARM", help="an arm of a log, or one of the baseline's runs [baseline]")
-    own.add_argument("--delta", type=_number, metavar="X", help="the largest difference that does not matter [0.01]")
-    own.add_argument("--looks", type=_looks, metavar="N,N,..", help="seeds at which looks were declared [none]")
+    own.add_argument("--delta", type=number, metavar="X", help="the largest difference that does not matter [0.01]")
+    own.add_argument("--looks", type=looks, metavar="N,N,..", help="seeds at which looks were declared [none]")
     own.add_argument("--placebo", action="append", default=[], metavar="ARM=PLACEBO", help="a log's placebo arms")
     plan = parser.add_argument_group("Planning")
     plan.add_argument("--plan", action="store_true", help="how many seeds a question needs, instead of verdicts")
-    plan.add_argument("--sigma", type=_number, metavar="X", help="spread of paired differences, nats [the sources']")
-    plan.add_argument("--difference", type=_number, metavar="X", help="the true difference to find, nats [1 sigma]")
+    plan.add_argument("--sigma", type=number, metavar="X", help="spread of paired differences, nats [the sources']")
+    plan.add_argument("--difference", type=number, metavar="X", help="the true difference to find, nats [1 sigma]")
     plan.add_argument("--arms", type=int, default=1, metavar="N", help="arms beside baseline and controls [1]")
-    plan.add_argument("--power", type=_number, default=0.8, metavar="X", help="probability to find it [0.8]")
+    plan.add_argument("--power", type=number, default=0.8, metavar="X", help="probability to find it [0.8]")
     return parser
 
 
-def _number(text: str) -> float:
+def number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value) or value < 0:
         raise argparse.ArgumentTypeError(f"expected a number that is not negative, found {text!r}")
     return value
 
 
-def _looks(text: str) -> list[int]:
+def looks(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gptlab.data.corpora import base_name
-from gptlab.data.corpus import Corpus, open_corpus, wait_for_shard
-from gptlab.data.prepare import LOCK, default_folder, prepare
+from gptlab.data.corpus import MANIFEST, PARTIAL_MANIFEST, Corpus, holds_corpus, open_corpus, wait_for_shard
+from gptlab.data.prepare import LOCK, corpus_folder, prepare
 from gptlab.data.synthetic import SYNTHETIC
 from gptlab.distributed import World
 from gptlab.errors import ConfigError, DataError, did_you_mean
@@ -30,12 +30,14 @@ def open_or_prepare(
     shards are there. Every rank may call it: preparation holds a lock. Raises DataError for a corpus that is unknown,
     ConfigError for one of another tokenizer.
     """
-    folder = Path(data) if Path(data).is_dir() else default_folder(data, tokenizer)
+    folder = corpus_folder(data, tokenizer)
+    unfinished = (folder / PARTIAL_MANIFEST).exists() or not (folder.is_dir() and holds_corpus(folder))
+    missing = unfinished and not (folder / MANIFEST).exists()
     alive: Callable[[], bool] = lambda: False  # noqa: E731
-    if base_name(data) in SMALL and not (folder / "corpus.json").exists():
+    if base_name(data) in SMALL and missing:
         note(f"preparing {data} in {folder}")
         prepare(data, folder, tokenizer)
-    elif data in LARGE and not (folder / "corpus.json").exists():
+    elif data in LARGE and missing:
         alive = _start_preparing(data, folder, tokenizer, world, note)
         wait_for_shard(folder, "val", 0, alive=alive, timeout=3600.0)
         wait_for_shard(folder, "train", 0, alive=alive, timeout=3600.0)

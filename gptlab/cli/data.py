@@ -14,7 +14,7 @@ from rich.text import Text
 from gptlab.cli.terminal import printable
 from gptlab.data import prepare as preparation
 from gptlab.data.corpora import CORPORA, default_tokenizer, is_known
-from gptlab.data.corpus import SPLITS, Corpus, open_corpus
+from gptlab.data.corpus import SPLITS, Corpus, holds_corpus, open_corpus
 from gptlab.data.prepare import default_folder
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
 from gptlab.errors import UsageError, did_you_mean
@@ -95,7 +95,7 @@ def _info(options: argparse.Namespace) -> int:
 
 def _folder(given: str) -> Path:
     """The folder itself, or where a corpus of that name is by default."""
-    if is_known(given) and not Path(given).is_dir():
+    if is_known(given) and not (Path(given).is_dir() and holds_corpus(Path(given))):
         folders = [default_folder(given, tokenizer) for tokenizer in (default_tokenizer(given), *TOKENIZERS)]
         return next((folder for folder in folders if folder.is_dir()), folders[0])
     return Path(given)

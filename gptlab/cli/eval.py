@@ -199,7 +199,7 @@ def _validation(opened: Opened, options: argparse.Namespace, display: Any) -> di
     tokens = options.eval_tokens or (config or TrainingConfig()).eval_tokens
     corpus, _ = open_or_prepare(data, opened.tokenizer.name, opened.world, display.note)
     shape = opened.model.config
-    windows = ValidationWindows(corpus, shape.block_size, shape.vocab_size, tokens)
+    windows = ValidationWindows(corpus, shape.block_size, min(shape.vocab_size, corpus.vocab_size), tokens)
     display.note(f"val: {len(windows):,} windows of {shape.block_size} tokens")
     found = validate(opened.model, windows, opened.world, opened.placement, every_block=options.blocks)
     assert found is not None, "nothing interrupts it"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
 from gptlab.cli.terminal import printable
-from gptlab.errors import ConfigError, UsageError, did_you_mean
+from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from gptlab.runs.executor import Executor
@@ -125,9 +125,11 @@ def _run(options: argparse.Namespace) -> int:
         try:
             for snapshot in runner.run(stop):
                 watch.show(snapshot)
-        finally:
-            if options.json:
-                print(json.dumps(_summary(runner), indent=1))
+        except GptlabError as error:
+            error.found = _summary(runner)
+            raise
+    if options.json:
+        print(json.dumps(_summary(runner), indent=1))
     return _close(runner)
 
 

@@ -38,14 +38,14 @@ def main(argv: list[str]) -> int:
         found |= _early_exit(opened, options)
     if options.prompt is not None:
         found |= _look(opened, options)
-    if options.json:
-        print(json.dumps(found))
-    else:
-        lens_view.show(found, options.top or 1)
     for path, write in ((options.html, _write_page), (options.svg, _write_plot)):
         if path:
             write(Path(path), found)
             _tell(f"written to {path}")
+    if options.json:
+        print(json.dumps(found))
+    else:
+        lens_view.show(found, options.top or 1)
     return 0
 
 

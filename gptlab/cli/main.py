@@ -67,12 +67,13 @@ def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
         return 0
     except (GptlabError, OSError, KeyboardInterrupt) as error:
         code, text, shown = _told(error)
+        found = error.found if isinstance(error, GptlabError) else {}
         if shown:
             print(f"gptlab: {printable(text)}", file=sys.stderr)
         if "--debug" in argv:
             traceback.print_exc()
     if "--json" in argv and shown:
-        print(json.dumps({"error": text, "exit_code": code}))
+        print(json.dumps({**found, "error": text, "exit_code": code}))
     return code
 
 

@@ -135,8 +135,9 @@ def _train(
     check_installed(config)
     display = Display(config, quiet=not world.main)
     corpus, alive = open_or_prepare(config.data, config.tokenizer, world, display.note)
-    windows = TrainingWindows(corpus, config.block_size, config.vocab_size, config.seed, alive)
-    validation = ValidationWindows(corpus, config.block_size, config.vocab_size, config.eval_tokens)
+    vocabulary = min(config.vocab_size, corpus.vocab_size)  # the model's may be padded
+    windows = TrainingWindows(corpus, config.block_size, vocabulary, config.seed, alive)
+    validation = ValidationWindows(corpus, config.block_size, vocabulary, config.eval_tokens)
     tokenizer = get_tokenizer(config.tokenizer)
     bytes_per_token = tokenizer.count_bytes(validation.stream) / len(validation.stream)
     world.connect(placement.device, timedelta(seconds=config.rank_timeout))
@@ -169,7 +170,7 @@ def _train(
             )
         began, first = time.perf_counter(), session.state.step
         track = ends.enter_context(tracking(config, folder.path, first, display.note)) if folder else None
-        sample = partial(_sample, config, validation.stream[: config.block_size // 4].tolist(), tokenizer)
+        sample = partial(_sample, config, validation.stream[: max(1, config.block_size // 4)].tolist(), tokenizer)
         for record in session.records(
             windows, validation, peak=peak, bytes_per_token=bytes_per_token, stop=stop, sample=sample
         ):

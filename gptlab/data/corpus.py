@@ -194,6 +194,16 @@ def _open_ours(folder: Path, content: dict[str, Any]) -> Corpus:
     return Corpus(folder, name, tokenizer, content["vocab_size"], content["complete"], train, val, floor)
 
 
+def shards_of_others(folder: Path) -> list[str]:
+    """The names of files in a folder that are shards, as other programs write them or we do."""
+    return sorted(path.name for path in folder.iterdir() if _FOREIGN_SHARD.fullmatch(path.name))
+
+
+def holds_corpus(folder: Path) -> bool:
+    """Whether there is a corpus in a folder, or a part of one."""
+    return _has_manifest(folder) or bool(shards_of_others(folder))
+
+
 def _open_foreign(folder: Path) -> Corpus:
     if not folder.is_dir():
         raise DataError(f"expected a corpus at {folder}, found no folder: make one with `gptlab data prepare`")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 from collections import deque
@@ -22,10 +23,20 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.data.corpora import get_source
-from gptlab.data.corpus import FORMAT, MANIFEST, PARTIAL_MANIFEST, SPLITS, Corpus, open_corpus, read_manifest
+from gptlab.data.corpora import get_source, is_known
+from gptlab.data.corpus import (
+    FORMAT,
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    SPLITS,
+    Corpus,
+    holds_corpus,
+    open_corpus,
+    read_manifest,
+    shards_of_others,
+)
 from gptlab.data.floor import Floor
-from gptlab.data.shards import TEMPORARY_FILES, open_shard, write_atomically, write_shard
+from gptlab.data.shards import open_shard, write_atomically, write_shard
 from gptlab.data.source import Position, Source
 from gptlab.data.synthetic import canonical
 from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
@@ -35,6 +46,7 @@ LOCK = ".lock"
 CHUNK_CHARACTERS = 1 << 19  # what a thread gets at a time: about a tenth of a second of work for GPT-2's tokenizer
 
 _OUR_SHARD = re.compile(r"(?:train|val)_\d{6}\.bin")
+_OUR_TEMPORARY = re.compile(r"\.(?:(?:train|val)_\d{6}\.bin|corpus(?:\.partial)?\.json)\.\d+\.tmp")
 
 
 @dataclass(frozen=True)
@@ -69,9 +81,18 @@ def default_folder(name: str, tokenizer: str, root: Path = Path("data")) -> Path
     return root / f"{canonical(name).replace(':', '-')}-{tokenizer}"
 
 
+def corpus_folder(data: str, tokenizer: str) -> Path:
+    """Where the corpus is that `--data` names: a folder that holds one, else where one of that name is prepared.
+
+    A folder that is called as a corpus is, and holds none, is something else of the user's.
+    """
+    own = Path(data)
+    return own if own.is_dir() and (holds_corpus(own) or not is_known(data)) else default_folder(data, tokenizer)
+
+
 def known_tokens(data: str, tokenizer: str, shards: Sequence[str]) -> int | None:
     """Training tokens of the corpus that `--data` names, where it is at hand and its shards have these SHA-256s."""
-    folder = Path(data) if Path(data).is_dir() else default_folder(data, tokenizer)
+    folder = corpus_folder(data, tokenizer)
     try:
         manifest = read_manifest(folder / MANIFEST)
     except DataError:
@@ -121,10 +142,11 @@ def prepare(
         if (floor := source.floor()) and tokenizer != "bytes":
             raise ConfigError(f"corpus {name!r} is made of bytes, found tokenizer {tokenizer}: use bytes")
         if not (out / PARTIAL_MANIFEST).exists() and (corpus := _finished(out, settings)):
+            _refuse_newer(source, out)
             return corpus
         with _only_one(out):
             if _finished(out, settings) is None:  # it may be by now, through the one that was waited for
-                manifest = _begin(out, settings, floor)
+                manifest = _begin(out, settings, source, floor)
                 _sweep(out)
                 _write_shards(out, source, manifest, workers or _default_workers(), progress, limit_shards)
             _sweep(out)
@@ -276,24 +298,48 @@ def _finished(out: Path, settings: dict[str, Any]) -> Corpus | None:
     manifest = read_manifest(out / MANIFEST)
     if manifest is None:
         return None
-    if differing := [key for key, value in settings.items() if manifest.get(key) != value]:
-        raise DataError(
-            f"{out} holds a finished corpus of another {' and '.join(differing)}: choose another --out, or remove it"
-        )
+    if differing := _differing(manifest, settings):
+        raise DataError(f"{out} holds a finished corpus of another {differing}: choose another --out, or remove it")
     try:
         return open_corpus(out)
     except DataError:
         return None
 
 
-def _begin(out: Path, settings: dict[str, Any], floor: Floor | None) -> dict[str, Any]:
-    """The manifest of the unfinished preparation in `out` if it has these settings and its shards, else a fresh one."""
-    (out / MANIFEST).unlink(missing_ok=True)  # there only if its shards are not
+def _refuse_newer(source: Source, out: Path) -> None:
+    """Raise DataError where a file was changed since the corpus in `out`, finished or not, was made from it.
+
+    Names and sizes alone do not tell.
+    """
+    made = max((path.stat().st_mtime for name in (MANIFEST, PARTIAL_MANIFEST) if (path := out / name).exists()),
+               default=math.inf)  # fmt: skip
+    files: Sequence[Path] = getattr(source, "files", ())
+    if file := next((file for file in files if file.stat().st_mtime > made), None):
+        raise DataError(f"{file} was changed after {out} was prepared from it: choose another --out, or remove that")
+
+
+def _differing(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The settings that a manifest has otherwise, in words; empty if it has them all."""
+    return " and ".join(key for key, value in settings.items() if manifest.get(key) != value)
+
+
+def _begin(out: Path, settings: dict[str, Any], source: Source, floor: Floor | None) -> dict[str, Any]:
+    """The manifest of the unfinished preparation in `out` if it has its shards, else a fresh one.
+
+    Raises DataError for a preparation with other settings, and for shards that are not ours.
+    """
     manifest = read_manifest(out / PARTIAL_MANIFEST)
-    if manifest is not None and all(manifest.get(key) == value for key, value in settings.items()):
+    if manifest is None and not (out / MANIFEST).exists() and (others := shards_of_others(out)):
+        raise DataError(f"{out} holds {others[0]}, and no manifest of ours: choose another --out")
+    if manifest is not None and any(manifest["splits"][split] for split in SPLITS):
+        if differing := _differing(manifest, settings):
+            raise DataError(f"{out} holds an unfinished corpus of another {differing}: give the same to go on, choose "
+                            "another --out, or remove it")  # fmt: skip
+        _refuse_newer(source, out)
         with contextlib.suppress(DataError):
             for shard in (shard for split in SPLITS for shard in manifest["splits"][split]):
                 open_shard(out / shard["file"])
+            (out / MANIFEST).unlink(missing_ok=True)
             return manifest
     manifest = {
         "format": FORMAT,
@@ -308,6 +354,7 @@ def _begin(out: Path, settings: dict[str, Any], floor: Floor | None) -> dict[str
     write_manifest(
         out / PARTIAL_MANIFEST, manifest
     )  # first, so that the shards to come never look like a corpus without one
+    (out / MANIFEST).unlink(missing_ok=True)  # there only if its shards are not
     return manifest
 
 
@@ -317,8 +364,9 @@ def _sweep(out: Path) -> None:
         (out / PARTIAL_MANIFEST).unlink(missing_ok=True)
     corpus = open_corpus(out)
     kept = {shard.name for split in SPLITS for shard in corpus.splits[split]}
-    for path in [*out.glob(TEMPORARY_FILES), *out.glob("*.bin")]:
-        if path.suffix == ".tmp" or (_OUR_SHARD.fullmatch(path.name) and path.name not in kept):
+    for path in out.iterdir():
+        ours = _OUR_SHARD.fullmatch(path.name) and path.name not in kept
+        if ours or _OUR_TEMPORARY.fullmatch(path.name):
             path.unlink()
 
 

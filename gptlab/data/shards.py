@@ -25,7 +25,6 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN = np.dtype("<u2")
 NPY_MAGIC = b"\x93NUMPY"
-TEMPORARY_FILES = ".*.tmp"  # what an interrupted write leaves, as a glob pattern
 
 _NUMBERED = re.compile(r"_\d{6}\.bin$")  # llm.c's names: always with a header
 

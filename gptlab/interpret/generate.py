@@ -36,6 +36,8 @@ class Sampling:
 
 
 PLAIN = Sampling()
+COLDEST = 1e-6
+"""Below this temperature the likeliest token has all the probability that float32 can tell, and division overflows."""
 """A token as often as the model expects it."""
 
 
@@ -183,7 +185,7 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     >>> choose(torch.tensor([[0.0, 9.0, 9.0]]).repeat(2, 1), Sampling(), torch.tensor([0.1, 0.9]))
     tensor([1, 2])
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < COLDEST:
         return logits.argmax(1)
     index = None
     if sampling.top_k and sampling.top_k < logits.shape[1]:

@@ -11,7 +11,7 @@ from typing import Any
 from gptlab.data.corpus import Corpus
 from gptlab.errors import CheckpointError
 from gptlab.runs import checkpoint
-from gptlab.runs.despite import changes, made_of_what, recorded, refuse
+from gptlab.runs.despite import changes, made_elsewhere, made_of_what, recorded, refuse
 from gptlab.runs.folder import RunFolder
 from gptlab.training.config import TrainingConfig
 
@@ -33,7 +33,8 @@ def begin(
 
     despite: go on with a run of other options, data or code, and record what differs (see `despite.py`). attempt: how
     often torchrun has started this command anew. Raises CheckpointError if the folder holds another run (with the
-    difference), if `--resume must` finds nothing to go on with, or if no checkpoint of it is whole.
+    difference) or what is no run's, if `--resume must` finds nothing to go on with, if no checkpoint of it is whole, or
+    if it finished before and its checkpoints are gone.
     """
     launch = environment.get("launch") if attempt else None
     folder = RunFolder(_free(Path(config.folder), launch) if config.resume == "never" else config.folder)
@@ -41,6 +42,7 @@ def begin(
         raise CheckpointError(f"--resume must: expected a run in {folder.path}, found none; check --out")
     if summary := _finished(folder, config, corpus, despite):
         return folder, Beginning(str(folder.path), finished=summary)
+    folder.refuse_foreign()
     folder.lock()
     try:
         if summary := _finished(folder, config, corpus, despite):  # by the process that the lock was waited for
@@ -49,10 +51,18 @@ def begin(
         checkpoint.remove_debris(folder.checkpoints)
         changed = changes(folder, config, corpus) if folder.begun() else []
         found, notes = _where_to_go_on(folder, config)
+        if found is None and folder.begun() and (step := folder.finished_at()):
+            raise CheckpointError(
+                f"{folder.path} finished at step {step} and has no checkpoint to go on from; "
+                "give another --out, or --resume never for a new folder"
+            )
         made_of = made_of_what(config, corpus)
         step = found.step if found else 0
         if history := recorded(folder, changed, step):
             made_of["despite"] = history
+        environment = {**environment, **made_elsewhere(folder, environment, step)}
+        if environment.get("earlier", [{}])[-1].get("until_step") == step > 0:
+            notes.append("until here it was made by other software or elsewhere; environment.json keeps both")
         folder.record("config.json", made_of)
         folder.record("environment.json", environment)
         folder.open_records(**(found.state["records"] if found else {}))

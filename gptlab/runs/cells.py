@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gptlab.runs.experiment_file import Arm, Experiment
+from gptlab.runs.lock import take
 from gptlab.runs.rows import parse_row
 
 OUTPUT = "output.txt"
@@ -72,14 +73,8 @@ class Claim:
     @classmethod
     def in_folder(cls, folder: Path) -> Claim | None:
         """The claim on the cell that lives in a folder, or None where another process has it."""
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / CLAIM).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        return cls(file)
+        file = take(folder / CLAIM)
+        return cls(file) if file else None
 
     @property
     def descriptor(self) -> int:

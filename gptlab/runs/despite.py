@@ -7,6 +7,8 @@ difference, a line each; with `--despite` it goes on, and the difference stands 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import gptlab
@@ -20,6 +22,8 @@ from gptlab.training.config import TrainingConfig
 
 FIXED = ("tokenizer", "block_size", "n_layer", "n_embd", "share_blocks", "optimizer")
 """Options that decide which tensors there are: with another of these a checkpoint does not fit."""
+PASSING = ("launch", "reasons", "earlier")
+"""What environment.json says of a sitting alone."""
 
 
 def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
@@ -66,6 +70,24 @@ def recorded(folder: RunFolder, changed: list[str], step: int) -> list[dict[str,
     """All that the run has gone on despite of: what config.json says, and what has changed now, at `step`."""
     before = folder.recorded("config.json").get("despite", []) if folder.begun() else []
     return [*before, {"step": step, "differences": changed}] if changed else before
+
+
+def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """{"earlier": what environment.json said of each sitting before, up to its last step}, where those differ from now.
+
+    A run that goes on after an update, or on another machine, was made by both.
+    """
+    if not step:
+        return {}
+    before: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):  # nothing hangs on it
+        before = folder.recorded("environment.json")
+    earlier = before.pop("earlier", [])
+    before["gptlab"] = folder.recorded("config.json").get("gptlab")
+    if any(before.get(key) != value for key, value in {**environment, "gptlab": gptlab.__version__}.items()
+           if key not in PASSING):  # fmt: skip
+        earlier = [*earlier, {"until_step": step, **before}]
+    return {"earlier": earlier} if earlier else {}
 
 
 def _code(config: TrainingConfig) -> dict[str, str]:

@@ -6,7 +6,7 @@ writes it anew: no row twice, none missing.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import platform
@@ -19,7 +19,7 @@ from gptlab.errors import CheckpointError, ConfigError
 from gptlab.options import flatten, recorded
 from gptlab.parsing import parse_json
 from gptlab.runs import checkpoint
-from gptlab.runs.lock import LOCK
+from gptlab.runs.lock import LOCK, take
 from gptlab.runs.rows import parse_row
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 
@@ -51,25 +51,42 @@ class RunFolder:
             bool(checkpoint.complete(self.checkpoints)) or any(row["kind"] == "train" for row in self.rows())
         )
 
+    def refuse_foreign(self) -> None:
+        """Raise CheckpointError where the folder holds what looks like a run and is none: nothing of it is to be lost.
+
+        A run's config.json is written first, so that there is no record of ours without it.
+        """
+        self._refuse_links()
+        found = ""
+        if self.exists():
+            try:
+                self.recorded("config.json", "options")
+            except CheckpointError:
+                found = "a config.json that is no run's"
+        elif names := [name for name in WRITTEN if name != LOCK and (self.path / name).exists()]:
+            found = f"{' and '.join(names)} without a config.json"
+        if found:
+            raise CheckpointError(f"expected a new folder or a run's, found {found} in {self.path}; give another --out")
+
+    def finished_at(self) -> int | None:
+        """The last step at which the run was finished; it may have gone on since."""
+        return max((row["step"] for row in self.rows() if row.get("event") == "finished"), default=None)
+
     def lock(self, patience: float = LOCK_PATIENCE) -> None:
         """Become the only writer; raises CheckpointError naming the holder if it does not let go in `patience` s."""
+        holder = ""
         self.path.mkdir(parents=True, exist_ok=True)
         self._refuse_links()
-        file = (self.path / LOCK).open("a+", encoding="utf-8")
         deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    holder = file.read().strip() or "another process"
-                    file.close()
-                    raise CheckpointError(
-                        f"{self.path} is being written by {holder}; wait for it, stop it, or give another --out"
-                    ) from None
-                time.sleep(0.2)
+        while (file := take(self.path / LOCK)) is None:
+            if time.monotonic() > deadline:
+                with contextlib.suppress(FileNotFoundError):
+                    holder = (self.path / LOCK).read_text(encoding="utf-8").strip()
+                raise CheckpointError(
+                    f"{self.path} is being written by {holder or 'another process'}; wait for it, stop it, or give "
+                    "another --out"
+                )
+            time.sleep(0.2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

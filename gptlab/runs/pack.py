@@ -14,9 +14,10 @@ from typing import Any
 from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError, ConfigError
 from gptlab.parsing import parse_json
-from gptlab.runs.cells import ENDED, Cell, Rows, cells_of
+from gptlab.runs.cells import CLAIM, ENDED, Cell, Rows, cells_of
 from gptlab.runs.choice import FILE as CHOICE
 from gptlab.runs.experiment_file import FILE, Experiment
+from gptlab.runs.lock import LOCK
 from gptlab.runs.results import FILE as RESULTS
 from gptlab.runs.results import write_whole
 from gptlab.runs.rows import Clock, parse_row
@@ -24,6 +25,8 @@ from gptlab.runs.trials import trial_experiment, trials_folder
 
 EVERY = 50
 """Updates between two train rows that are kept whole."""
+LIVE = ("checkpoints", "log.txt", LOCK, CLAIM)
+"""What a cell has and its copy has not."""
 
 
 def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
@@ -39,6 +42,10 @@ def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
     ended = [cell for cell in cells_of(experiment, folder) if Rows(cell).look().state(running=False) in ENDED]
     if not ended:
         raise ConfigError(f"expected finished cells in {folder}, found none; run the experiment first")
+    for cell in ended:
+        there = out / cell.folder.relative_to(folder)
+        if live := [name for name in LIVE if (there / name).exists()]:
+            raise ConfigError(f"{there} is a run, with {live[0]}, which a copy would damage; give another --out")
     out.mkdir(parents=True, exist_ok=True)
     for cell in ended:
         there = out / cell.folder.relative_to(folder)

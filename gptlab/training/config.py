@@ -115,6 +115,8 @@ class TrainingConfig:
             if name not in TRACKERS:
                 raise ConfigError(f"log: expected none, {', '.join(TRACKERS)} or several with commas, found {name!r}"
                                   f"{did_you_mean(name, TRACKERS)}")  # fmt: skip
+        if self.min_lr is not None and self.min_lr < 0:
+            raise ConfigError(f"min_lr must be at least 0, found {self.min_lr}")
         if not 0 <= self.target_flip < 1:
             raise ConfigError(f"target_flip must be at least 0 and below 1, found {self.target_flip}")
         if self.total_batch_tokens % self.block_size:

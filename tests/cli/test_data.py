@@ -1,14 +1,19 @@
 """`gptlab data` as a user types it: what goes to which stream, spellings of options, and what a mistake is told."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gptlab.cli.data import main
+from gptlab.cli.main import main as gptlab
+from gptlab.data.corpus import open_corpus
 from gptlab.errors import UsageError
+from gptlab.runs.folder import RunFolder
 
 Capture = pytest.CaptureFixture[str]
 
@@ -94,3 +99,21 @@ def test_help_shows_every_option(capsys: Capture) -> None:
 def test_the_command_starts_without_torch() -> None:
     script = "import sys, gptlab.cli.data; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_folder_named_as_a_corpus_is_the_users_own_if_it_holds_one(
+    tiny: Callable[..., list[str]], tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_corpus, "shakespeare")
+    before = sorted(Path("shakespeare").iterdir())
+    assert gptlab(tiny(tmp_path / "run", data="shakespeare", steps=1)) == 0
+    assert RunFolder(tmp_path / "run").recorded("config.json")["data"] == open_corpus(tiny_corpus).identity()
+    assert sorted(Path("shakespeare").iterdir()) == before
+    assert not Path("data").exists()
+    Path("markov").mkdir()
+    Path("markov", "notes.txt").write_text("mine")
+    assert gptlab(tiny(tmp_path / "other", data="markov", steps=1)) == 0
+    assert [path.name for path in Path("markov").iterdir()] == ["notes.txt"]
+    assert Path("data", "markov-bytes", "corpus.json").is_file()
+    assert main(["info", "markov", "--json"]) == 0

@@ -164,3 +164,9 @@ def test_colours_go_from_the_first_block_to_the_last_which_is_plain() -> None:
     assert len(set(shades)) > 9
     assert colour(1, 1) == PLAIN
     assert colour(1, 2) != PLAIN
+
+
+def test_a_page_that_cannot_be_written_leaves_one_object_for_a_program(finished_run: Path, capsys: Capture) -> None:
+    words = ["lens", str(finished_run), "--prompt", "a", "--json", "--html", "nowhere/lens.html"]
+    assert main(words) == 3
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 3

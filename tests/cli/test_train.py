@@ -304,6 +304,23 @@ def test_bad_data_is_one_line_that_names_it(
         assert rows(tmp_path / "run")[-1]["text"] == line.removeprefix("gptlab: ")
 
 
+def test_a_token_that_only_pads_the_models_vocabulary_is_out_of_range(
+    tiny: Words, tiny_corpus: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus, folder)
+    of_another_tokenizer(folder)
+    write_shard(folder / "val_000000.bin", np.full(600, 50300, dtype=np.uint16))
+    assert main(tiny(tmp_path / "run", data=folder, tokenizer="gpt2")) == 3
+    (line,) = told(capsys)
+    assert re.search(r"val_000000\.bin: token out of range: .* 50257, found 50300 at position 0", line)
+
+
+def test_the_shortest_context_has_a_prompt_for_its_samples(tiny: Words, tmp_path: Path) -> None:
+    assert main(tiny(tmp_path / "run", block_size=2, total_batch_tokens=8, steps=2, sample_every=1)) == 0
+    assert sum(row["kind"] == "sample" for row in rows(tmp_path / "run")) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -312,6 +329,8 @@ def test_bad_data_is_one_line_that_names_it(
         ({"total_batch_tokens": 65}, "must be a multiple of block_size 16, found 65; try 64"),
         ({"n_head": 5}, "n_embd must be a multiple of n_head 5, found 32"),
         ({"device": "cuda:99"}, "device cuda:99 is not there: this machine has"),
+        ({"min_lr": -1}, "min_lr must be at least 0, found -1.0"),
+        ({"threads": 100_000}, r"threads must be from 0 \(a share of the cores\) to 1024, found 100000"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, found 'tpu'"),
         ({"data": "shakespear"}, "no corpus 'shakespear'.*did you mean 'shakespeare'"),
         ({"init_from": "nowhere"}, "expected a run or a checkpoint, found none at nowhere"),

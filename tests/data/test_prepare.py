@@ -1,6 +1,7 @@
 """Preparing: the packing of documents, the same bytes whatever happens on the way, and what is left after a failure."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -166,12 +167,41 @@ def test_a_finished_corpus_that_lost_a_shard_is_made_again(jsonl: Path, tmp_path
     assert contents(tmp_path / "out") == before
 
 
-def test_other_settings_start_an_unfinished_preparation_over(jsonl: Path, tmp_path: Path) -> None:
-    prepare("text", tmp_path / "whole", "bytes", inputs=[jsonl], shard_tokens=4000)
+def test_other_settings_leave_an_unfinished_preparation_alone(jsonl: Path, tmp_path: Path) -> None:
     prepare("text", tmp_path / "out", "gpt2", inputs=[jsonl], shard_tokens=300, limit_shards=8)
-    (tmp_path / "out" / ".train_000008.bin.1.tmp").write_bytes(b"half")
-    prepare("text", tmp_path / "out", "bytes", inputs=[jsonl], shard_tokens=4000)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match="holds an unfinished corpus of another tokenizer and shard_tokens: give"):
+        prepare("text", tmp_path / "out", "bytes", inputs=[jsonl], shard_tokens=4000)
+    assert contents(tmp_path / "out") == before
+
+
+def test_of_what_was_interrupted_only_our_own_files_are_removed(jsonl: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare("text", out, "bytes", inputs=[jsonl], shard_tokens=4000, limit_shards=1)
+    ours = [".train_000008.bin.1.tmp", ".corpus.partial.json.22.tmp", "train_000077.bin"]
+    others = [".notes.tmp", ".corpus.tmp", "mine_000001.bin"]
+    for name in (*ours, *others):
+        (out / name).write_bytes(b"half")
+    prepare("text", out, "bytes", inputs=[jsonl], shard_tokens=4000)
+    assert [name for name in (*ours, *others) if (out / name).exists()] == others
+
+
+def test_shards_of_others_are_left_alone(jsonl: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.bin").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"holds train\.bin, and no manifest of ours: choose another --out"):
+        prepare("text", tmp_path / "out", "bytes", inputs=[jsonl])
+    assert (tmp_path / "out" / "train.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_an_input_that_was_changed_since_is_named(jsonl: Path, tmp_path: Path, limit: int | None) -> None:
+    prepare("text", tmp_path / "out", "bytes", inputs=[jsonl], shard_tokens=4000, limit_shards=limit)
+    jsonl.write_text(jsonl.read_text().swapcase())  # as many bytes
+    later = time.time() + 10
+    os.utime(jsonl, (later, later))
+    with pytest.raises(DataError, match=rf"{jsonl} was changed after .*out was prepared from it"):
+        prepare("text", tmp_path / "out", "bytes", inputs=[jsonl], shard_tokens=4000)
 
 
 @pytest.mark.parametrize("options", [{"shard_tokens": 0}, {"shard_tokens": 2**31}, {"workers": 0}])

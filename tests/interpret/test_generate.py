@@ -236,6 +236,7 @@ def test_a_confidence_that_is_never_reached_writes_the_same_text(model: GPT) -> 
         (1.0, None, 1e-9, torch.tensor([0, 1.0, 0, 0])),
         (0.0, None, 1.0, torch.tensor([0, 1.0, 0, 0])),
         (1e-4, None, 1.0, torch.tensor([0, 1.0, 0, 0])),
+        (1e-300, None, 1.0, torch.tensor([0, 1.0, 0, 0])),
     ],
 )
 def test_draws_follow_the_distribution_that_was_asked_for(

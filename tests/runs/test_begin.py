@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,3 +130,54 @@ def test_never_goes_on_only_with_what_this_start_of_torchrun_began(
     folder.close()
     assert Path(beginning.folder).name == name
     assert (beginning.checkpoint is not None) == (name == "run")
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"config.json": '{"model_type": "gpt2"}'}, "a config.json that is no run's"),
+        ({"log.txt": "1 train 2.5\n", "metrics.jsonl": "mine\n"}, "metrics.jsonl and log.txt without a config.json"),
+        ({"checkpoints": "a file"}, "checkpoints without a config.json"),
+    ],
+)
+def test_a_folder_that_is_no_runs_is_left_as_it_is(
+    files: dict[str, str], found: str, corpus: Corpus, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"expected a new folder or a run's, found {found} in .*another --out"):
+        begin(TrainingConfig(out=str(tmp_path)), corpus, {})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+def test_a_finished_run_without_checkpoints_does_not_begin_anew(run: Path, corpus: Corpus) -> None:
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    longer = replace(config_of(run), steps=9)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"finished at step 6 and has no checkpoint to go on from; "):
+            begin(longer, corpus, {})
+        assert (run / "metrics.jsonl").read_bytes() == before
+    _, beginning = begin(config_of(run), corpus, {})
+    assert beginning.finished is not None
+
+
+def test_what_made_a_run_before_stands_beside_what_goes_on(run: Path, corpus: Corpus) -> None:
+    def go_on(**environment: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+        without_summary(run) if list(RunFolder(run).rows())[-1].get("event") == "finished" else None
+        folder, beginning = begin(config_of(run), corpus, environment)
+        folder.close()
+        return folder.recorded("environment.json"), beginning.notes
+
+    said = RunFolder(run).recorded("environment.json")
+    same = {key: value for key, value in said.items() if key != "reasons"}
+    assert go_on(**same) == (same, ())
+    found, notes = go_on(**same | {"torch": "x"})
+    version = RunFolder(run).recorded("config.json")["gptlab"]
+    assert found["earlier"] == [{"until_step": 6, **same, "gptlab": version}]
+    assert "by other software or elsewhere" in notes[0]
+    again, notes = go_on(**same | {"torch": "x"})
+    assert (again, notes) == (found, notes)
+    (run / "environment.json").unlink()
+    lost, _ = go_on(torch="y")
+    assert lost["earlier"] == [{"until_step": 6, "gptlab": version}]

@@ -112,7 +112,9 @@ def test_killed_and_stopped_and_identical(whole: Path, start: Start, tmp_path: P
         assert code == (75 if number == signal.SIGTERM else -9), err
         if number == signal.SIGTERM:
             assert "run the same command again to go on" in err
-            assert json.loads(said.partition('\n{"error"')[0])["states"].get("running", 0) == 0
+            stopped = json.loads(said)
+            assert stopped["exit_code"] == 75
+            assert stopped["states"].get("running", 0) == 0
     code, said, err = start(out).end()
     assert code == 4, err
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()

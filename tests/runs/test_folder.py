@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -150,3 +151,19 @@ def test_only_what_is_free_on_resume_and_more_steps_are_no_difference() -> None:
     assert differences(before, replace(before, steps=before.steps + 1, **free)) == []
     changed = replace(before, seed=2, steps=before.steps - 1, weight_decay=0.3)
     assert [line.partition(":")[0] for line in differences(before, changed)] == ["seed", "steps", "weight_decay"]
+
+
+def test_who_waits_for_a_folder_that_is_moved_away_gets_the_one_at_its_place(tmp_path: Path) -> None:
+    path, waiting = tmp_path / "run", RunFolder(tmp_path / "run")
+    holder, other = RunFolder(path), RunFolder(path)
+    holder.lock()
+    waits = threading.Thread(target=waiting.lock)
+    waits.start()
+    time.sleep(0.3)
+    path.rename(tmp_path / "trash")
+    holder.close()
+    waits.join()
+    with pytest.raises(CheckpointError, match="is being written by"):
+        other.lock(patience=0)
+    assert (path / ".lock").is_file()
+    waiting.close()

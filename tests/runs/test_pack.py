@@ -64,6 +64,7 @@ def _without_clock(said: dict[str, Any]) -> list[float]:
         (["{out}"], 2, "expected --out DIR"),
         (["{out}", "--out", "{out}"], 3, "expected another folder"),
         (["{out}", "--out", "{other}"], 3, "holds another experiment"),
+        (["{out}", "--out", "{live}"], 3, "live/sure/seed_2 is a run, with checkpoints, which a copy would damage"),
         (["{file}", "--out", "{other}"], 3, "expected finished cells"),
     ],
 )
@@ -75,6 +76,9 @@ def test_a_mistake_is_one_line(
     if "{out}" in words:
         other.mkdir()
         (other / "experiment.toml").write_text("name = 'something else'\n")
-    given = [word.format(file=file, out=out, other=other) for word in words]
+    live = tmp_path / "live"
+    (live / "sure" / "seed_2" / "checkpoints").mkdir(parents=True)
+    given = [word.format(file=file, out=out, other=other, live=live) for word in words]
     assert main(["experiment", "pack", *given]) == code
     assert line in capsys.readouterr().err
+    assert [path.name for path in live.rglob("*") if path.is_file()] == []
