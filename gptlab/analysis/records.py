@@ -87,7 +87,24 @@ def read_run(path: str | Path) -> Run:
             doses += [row["dose"]] if row.get("dose") is not None else []
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that went on
     environment = _json(path / "environment.json")
+    if not _is_environment(environment):
+        raise CheckpointError(
+            f"{path / 'environment.json'}: expected a machine with its gpus, and earlier sittings alike; leave that run "
+            "out or train it again"
+        )
     return Run(path, config, environment, losses, step, ended, tuple(doses), tempered, clock.seconds)
+
+
+def _is_environment(content: Mapping[str, Any]) -> bool:
+    """Whether what is compared of machine and software is of the kinds that a run records."""
+    machine, earlier = content.get("machine", {}), content.get("earlier", [])
+    gpus = machine.get("gpus", []) if isinstance(machine, dict) else None
+    return (
+        isinstance(gpus, list)
+        and all(isinstance(gpu, str) for gpu in gpus)
+        and isinstance(earlier, list)
+        and all(isinstance(before, dict) and _is_environment(before) for before in earlier)
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:

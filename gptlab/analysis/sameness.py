@@ -64,7 +64,9 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
 
 def _versions(before: Mapping[str, Any]) -> dict[str, Any]:
     """Of a sitting before the last: what made it."""
-    return {key: before.get(key) for key in ("gptlab", "python", "torch", "compile", "platform", "dtype", "machine")}
+    machine = before.get("machine", {})
+    facts = {key: before.get(key) for key in ("gptlab", "python", "torch", "compile", "platform", "dtype")}
+    return {**facts, "processor": machine.get("processor"), "gpus": sorted(set(machine.get("gpus", [])))}
 
 
 def _grew(run: Run, reference: Run, split: str) -> bool:

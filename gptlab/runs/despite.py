@@ -72,6 +72,12 @@ def recorded(folder: RunFolder, changed: list[str], step: int) -> list[dict[str,
     return [*before, {"step": step, "differences": changed}] if changed else before
 
 
+def sittings_before(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What environment.json says of earlier sittings, as far as it is objects."""
+    earlier = environment.get("earlier")
+    return [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
+
+
 def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int) -> dict[str, Any]:
     """{"earlier": what environment.json said of each sitting before, up to its last step}, where those differ from now.
 
@@ -82,7 +88,8 @@ def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int)
     before: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):  # nothing hangs on it
         before = folder.recorded("environment.json")
-    earlier = before.pop("earlier", [])
+    earlier = sittings_before(before)
+    before.pop("earlier", None)
     before["gptlab"] = folder.recorded("config.json").get("gptlab")
     if any(before.get(key) != value for key, value in {**environment, "gptlab": gptlab.__version__}.items()
            if key not in PASSING):  # fmt: skip

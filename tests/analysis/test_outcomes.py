@@ -13,6 +13,7 @@ from gptlab.analysis.outcomes import Outcomes, read
 from gptlab.analysis.records import count_parameters, read_run
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.options import build, flatten
+from gptlab.runs.folder import RunFolder
 from gptlab.training.config import TrainingConfig
 
 EXPERIMENT = """
@@ -143,6 +144,7 @@ UNDECLARED: dict[str, tuple[dict[str, Any], str]] = {
     "a patch": ({"config": {"patch": "abc"}}, "software patch: expected None as in"),
     "a user's signal": ({"config": {"code": {"idea.py": "abc"}}}, "software code: expected None as in"),
     "torch": ({"environment": {"torch": "2.12.0"}}, "software torch: expected '2.13.0' as in"),
+    "torch until step 9": ({"environment": {"earlier": [{"torch": "2.12.0"}]}}, "software earlier: expected [] as in"),
     "compile": ({"environment": {"compile": True}}, "software compile: expected False as in"),
     "processor": ({"environment": {"machine": {"processor": "another"}}}, "machine processor: expected 'a processor'"),
     "device": ({"environment": {"device": "cuda:1"}}, "machine device: expected 'cpu' as in"),
@@ -163,6 +165,28 @@ def test_what_nobody_declared_is_found(
     found = read([experiment]).undeclared
     assert len(found) == 1
     assert found[0].startswith(f"{cell}: {message}"), found
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"machine": 5}, {"machine": {"gpus": 5}}, {"machine": {"gpus": [{}]}}, {"earlier": 5}, {"earlier": [5]},
+     {"earlier": [{"machine": {"gpus": 5}}]}],
+)  # fmt: skip
+def test_an_environment_of_another_kind_is_damage(experiment: Path, environment: dict[str, Any]) -> None:
+    (experiment / "faster" / "seed_1" / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(
+        CheckpointError, match=r"seed_1/environment\.json: expected a machine with its gpus, and earlier"
+    ):
+        read([experiment])
+
+
+def test_a_sitting_before_that_was_made_alike_is_no_difference(experiment: Path, write_run: Any) -> None:
+    cell = experiment / "faster" / "seed_1"
+    os.rename(cell, experiment / "before")
+    alike = {**RunFolder(experiment / "before").recorded("environment.json"), "gptlab": "0.1.0", "threads": 7}
+    earlier = [{"until_step": 9, **alike, "machine": {**alike["machine"], "cores": 99}}]
+    write_run(cell, 2.9, seed=1, options=OPTIONS["faster"], environment={"earlier": earlier})
+    assert read([experiment]).undeclared == ()
 
 
 @pytest.mark.parametrize("declared", ["n_layer = 3", "weight_decay = 0.2", 'dtype = "bf16"', 'patch = "idea.diff"'])

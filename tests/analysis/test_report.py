@@ -21,7 +21,7 @@ from gptlab.analysis.outcomes import read
 from gptlab.analysis.report.comparison import write_comparison
 from gptlab.analysis.report.history import binned, over_seeds, read_history
 from gptlab.analysis.report.plots import Line, Row, curves, forest
-from gptlab.analysis.report.run import write_run
+from gptlab.analysis.report.run import flat, write_run
 from gptlab.analysis.report.theme import CSS_COLOURS
 from gptlab.cli.compare import main as compare
 from gptlab.cli.main import guarded, main
@@ -246,3 +246,8 @@ def test_what_cannot_be_seen_is_told_in_words() -> None:
         "Paired differences in nats, with a band of ±0.01: a, better: difference -0.2000, 95% interval -0.4000 to "
         "+0.0000; b, undecided: no difference measured"
     ]
+
+
+def test_earlier_sittings_are_rows_of_their_own() -> None:
+    found = flat({"torch": "b", "earlier": [{"torch": "a", "machine": {"gpus": []}}], "gpus": ["x", "y"]})
+    assert found == [("torch", "b"), ("earlier 1: torch", "a"), ("earlier 1: machine: gpus", "none"), ("gpus", "x, y")]

@@ -151,6 +151,8 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, value in table.items():
         if isinstance(value, Mapping):
             rows += flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+            rows += flat({f"{key} {n}": one for n, one in enumerate(value, 1)}, prefix)
         else:
             shown = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
             rows.append((f"{prefix}{key}".replace("_", " ").replace(".", ": "), shown))
