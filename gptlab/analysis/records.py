@@ -89,8 +89,8 @@ def read_run(path: str | Path) -> Run:
     environment = _json(path / "environment.json")
     if not _is_environment(environment):
         raise CheckpointError(
-            f"{path / 'environment.json'}: expected a machine with its gpus, and earlier sittings alike; leave that run "
-            "out or train it again"
+            f"{path / 'environment.json'}: expected a machine with its gpus, and earlier sittings alike; leave "
+            "that run out or train it again"
         )
     return Run(path, config, environment, losses, step, ended, tuple(doses), tempered, clock.seconds)
 
