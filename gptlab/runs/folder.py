@@ -75,7 +75,6 @@ class RunFolder:
     def lock(self, patience: float = LOCK_PATIENCE) -> None:
         """Become the only writer; raises CheckpointError naming the holder if it does not let go in `patience` s."""
         holder = ""
-        self.path.mkdir(parents=True, exist_ok=True)
         self._refuse_links()
         deadline = time.monotonic() + patience
         while (file := take(self.path / LOCK)) is None:
