@@ -120,7 +120,7 @@ def _run(values: Mapping[str, Any], *, as_json: bool, despite: bool) -> int:
 def _train(
     config: TrainingConfig, machine: Machine, placement: Placement, world: World, despite: bool
 ) -> dict[str, Any]:
-    from gptlab.analysis.report import after_run
+    from gptlab.analysis.report import after_run, lacks_report
     from gptlab.cli.corpus import open_or_prepare
     from gptlab.cli.progress import Display
     from gptlab.cli.stopping import StopRequest
@@ -156,6 +156,8 @@ def _train(
             ends.callback(folder.close)
         if beginning.finished:
             display.finished(beginning.folder, beginning.finished, again=True)
+            if folder and lacks_report(folder.path):
+                display.note(f"  report  {after_run(folder.path)}")
             return {**beginning.finished, "folder": beginning.folder}
         for note in beginning.notes:
             display.note(note)

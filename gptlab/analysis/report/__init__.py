@@ -17,6 +17,11 @@ def missing() -> str | None:
     return f"a report needs {' and '.join(lacking)}; pip install 'gptlab[report]'" if lacking else None
 
 
+def lacks_report(folder: Path) -> bool:
+    """Whether a finished run was ended before its report was written whole."""
+    return not (folder / "report.html").exists() or (folder / ".report.html.tmp").exists()
+
+
 def after_run(folder: Path) -> str:
     """Write the report of a run that has just finished, and say in one line where it is or why there is none.
 
