@@ -25,7 +25,7 @@ import numpy as np
 from marked import rewrite
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "docs"))
+sys.path.append(str(ROOT / "docs"))  # for scale.py, a script beside its page and no package: so imports follow
 
 import scale  # noqa: E402  # pyright: ignore[reportMissingImports]
 

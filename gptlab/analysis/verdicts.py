@@ -1,7 +1,7 @@
 """Verdicts: what an experiment's losses say of each arm against its baseline, in words, with the reason.
 
-A pure function of numbers. The rules stand in decision.py and are told to a researcher in
-docs/verdicts.md; where the numbers come from is in outcomes.py.
+A pure function of numbers. The rules stand in decision.py and are told to a researcher in docs/verdicts.md;
+where the numbers come from is in outcomes.py.
 """
 
 from __future__ import annotations

@@ -194,14 +194,14 @@ def _open_ours(folder: Path, content: dict[str, Any]) -> Corpus:
     return Corpus(folder, name, tokenizer, content["vocab_size"], content["complete"], train, val, floor)
 
 
-def shards_of_others(folder: Path) -> list[str]:
+def shard_names(folder: Path) -> list[str]:
     """The names of files in a folder that are shards, as other programs write them or we do."""
     return sorted(path.name for path in folder.iterdir() if _FOREIGN_SHARD.fullmatch(path.name))
 
 
 def holds_corpus(folder: Path) -> bool:
     """Whether there is a corpus in a folder, or a part of one."""
-    return _has_manifest(folder) or bool(shards_of_others(folder))
+    return _has_manifest(folder) or bool(shard_names(folder))
 
 
 def _open_foreign(folder: Path) -> Corpus:

@@ -33,7 +33,7 @@ from gptlab.data.corpus import (
     holds_corpus,
     open_corpus,
     read_manifest,
-    shards_of_others,
+    shard_names,
 )
 from gptlab.data.floor import Floor
 from gptlab.data.shards import open_shard, write_atomically, write_shard
@@ -329,7 +329,7 @@ def _begin(out: Path, settings: dict[str, Any], source: Source, floor: Floor | N
     Raises DataError for a preparation with other settings, and for shards that are not ours.
     """
     manifest = read_manifest(out / PARTIAL_MANIFEST)
-    if manifest is None and not (out / MANIFEST).exists() and (others := shards_of_others(out)):
+    if manifest is None and not (out / MANIFEST).exists() and (others := shard_names(out)):
         raise DataError(f"{out} holds {others[0]}, and no manifest of ours: choose another --out")
     if manifest is not None and any(manifest["splits"][split] for split in SPLITS):
         if differing := _differing(manifest, settings):

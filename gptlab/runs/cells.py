@@ -5,7 +5,6 @@ Only JSON is read here, again and again while others write it; torch is not need
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from gptlab.runs.experiment_file import Arm, Experiment
-from gptlab.runs.lock import take
+from gptlab.runs.lock import held, take
 from gptlab.runs.rows import parse_row
 
 OUTPUT = "output.txt"
@@ -86,17 +85,8 @@ class Claim:
 
 
 def claimed(cell: Cell) -> bool:
-    """Whether any process has the cell's claim; asking takes it for a moment, shared."""
-    try:
-        file = (cell.folder / CLAIM).open("r", encoding="utf-8")
-    except FileNotFoundError:
-        return False
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    """Whether any process has the cell's claim."""
+    return held(cell.folder, CLAIM)
 
 
 @dataclass

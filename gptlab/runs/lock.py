@@ -28,9 +28,9 @@ def take(path: Path) -> IO[str] | None:
     return None
 
 
-def held(run: Path) -> bool:
-    """Whether a process holds the run's lock."""
-    path = run / LOCK
+def held(folder: Path, name: str = LOCK) -> bool:
+    """Whether a process holds a folder's lock, a run's or one of another name; asking takes it for a moment, shared."""
+    path = folder / name
     if not path.is_file():
         return False
     with path.open("rb") as file:
