@@ -19,6 +19,9 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+LONGEST_MESSAGE = 4000
+"""Characters of an error line. A list of differing options needs a thousand or two; a file's content has no end."""
+
 
 class GptlabError(Exception):
     """Base of every error that is the user's to mend; `exit_code` is what the process ends with.
@@ -30,6 +33,9 @@ class GptlabError(Exception):
     exit_code = 3
     everywhere = True
     found: Mapping[str, Any] = MappingProxyType({})
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shortened(message, LONGEST_MESSAGE))
 
 
 class UsageError(GptlabError):
@@ -58,6 +64,28 @@ class DivergedError(GptlabError):
 
 class Stopped(GptlabError):
     exit_code = 75
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text` with its middle left out where it has more than `longest` characters: the end says what to do.
+
+    >>> shortened("expected 1, found xxxxxxxxxxxxxxxxxxxx; mend line 3", 40)
+    'expected 1, found [...]xxxx; mend line 3'
+    """
+    if len(text) <= longest:
+        return text
+    kept = longest - len(" [...]")
+    return f"{text[: (kept + 1) // 2]} [...]{text[len(text) - kept // 2 :]}"
+
+
+def shown(value: object, longest: int = 80) -> str:
+    """A value that was found, as an error quotes it: its repr, shortened.
+
+    >>> shown("x" * 100, 20)
+    "'xxxxxx [...]xxxxxx'"
+    """
+    text = repr(value[: 4 * longest]) if isinstance(value, str | bytes) else repr(value)
+    return shortened(text, longest)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,0 +1,238 @@
+"""The one way to read and to write a file: regular files up to a size in, whole files or none out.
+
+A path may come from anyone: a packed experiment, a run on a shared disk, a typing error. So a reader opens regular
+files only (a pipe would hang it, a device would never end), reads no more than it was built for, and does not follow a
+link out of the folder it was given. A writer builds the new content in a file of its own whose name nobody can foresee
+and renames it over the old one: a kill leaves the old content or the new, and a planted link is replaced, not followed.
+
+What is streamed (shards, metrics) uses `open_regular` and `writing`; everything else is one call.
+
+What a file holds is the caller's to check. Every refusal here is one of our errors, of the kind the caller names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from gptlab.errors import DataError, GptlabError
+from gptlab.parsing import parse_json, parse_toml
+
+KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
+SMALL = 16 * MB
+"""Bytes of the largest config, manifest or table that is read at once; the largest of ours is below 1 MB."""
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISLNK, "a link"),
+)
+
+
+def open_regular(
+    path: str | Path, *, inside: str | Path | None = None, error: type[GptlabError] = DataError
+) -> BinaryIO:
+    """Open a regular file for reading, unbuffered work left to the caller; never waits for the other end of a pipe.
+
+    inside: the folder that the file has to lie in, with no link on the way from it to the file. Without it links are
+    followed, as for a path that the user typed.
+
+    Raises FileNotFoundError, and `error` for anything that is no regular file or lies elsewhere.
+    """
+    path = Path(path)
+    if inside is not None:
+        refuse_links(path, inside, error=error)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if inside is not None else 0)
+    try:
+        descriptor = os.open(path, flags)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(2, "No such file or directory", str(path)) from None
+    except OSError as failure:  # a socket, a loop of links, no permission, a name too long
+        raise error(f"{path} cannot be opened: {failure.strerror}; expected a regular file") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise error(f"{path}: expected a regular file, found {kind_of(mode)}; copy its content into a file")
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(
+    path: str | Path,
+    *,
+    limit: int = SMALL,
+    inside: str | Path | None = None,
+    error: type[GptlabError] = DataError,
+) -> bytes:
+    """The whole content of a regular file of at most `limit` bytes; raises as open_regular does."""
+    with open_regular(path, inside=inside, error=error) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise error(
+            f"{path}: expected at most {size(limit)}, found {size(os.path.getsize(path))}; is it the right file?"
+        )
+    return content
+
+
+def read_text(
+    path: str | Path,
+    *,
+    limit: int = SMALL,
+    inside: str | Path | None = None,
+    error: type[GptlabError] = DataError,
+) -> str:
+    """The whole text of a UTF-8 file, line ends made \\n; raises as read_bytes does, and `error` for other bytes."""
+    content = read_bytes(path, limit=limit, inside=inside, error=error)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as failure:
+        raise error(f"{path}: expected UTF-8, found another byte at {failure.start}; convert the file") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(
+    path: str | Path,
+    *,
+    limit: int = SMALL,
+    inside: str | Path | None = None,
+    error: type[GptlabError] = DataError,
+) -> Any:
+    """The value of a JSON file; raises as read_text does, and `error` for what is no JSON."""
+    text = read_text(path, limit=limit, inside=inside, error=error)
+    try:
+        return parse_json(text)
+    except ValueError as failure:
+        raise error(f"{path} is damaged: expected JSON, found {failure}") from None
+
+
+def read_toml(
+    path: str | Path,
+    *,
+    limit: int = SMALL,
+    inside: str | Path | None = None,
+    error: type[GptlabError] = DataError,
+) -> dict[str, Any]:
+    """The table of a TOML file; raises as read_text does, and `error` for what is no TOML."""
+    text = read_text(path, limit=limit, inside=inside, error=error)
+    try:
+        return parse_toml(text)
+    except ValueError as failure:
+        raise error(f"{path} is not a TOML file that can be read: {failure}") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, *, error: type[GptlabError] = DataError) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, whole and on disk; nothing changes if the block raises.
+
+    The folder must exist. A link at `path` is replaced, not followed. What a kill left of an earlier writing goes.
+
+    Raises `error` where `path` is a folder, a pipe or a device: /dev/stdout must not be renamed over.
+    """
+    path = Path(path)
+    with contextlib.suppress(OSError):  # nothing there, or a link that leads nowhere
+        if not stat.S_ISREG(mode := path.stat().st_mode):
+            raise error(f"{path}: expected the name of a file to write, found {kind_of(mode)}; give another")
+    _remove_abandoned(path)
+    building, file = _new_file_beside(path)
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(building, path)
+    except BaseException:
+        building.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: str | Path, content: bytes | str, *, error: type[GptlabError] = DataError) -> None:
+    """Make `content` the whole content of a file, or leave the file as it was; text is written as UTF-8."""
+    with writing(path, error=error) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def open_append(path: str | Path, *, error: type[GptlabError] = DataError) -> IO[bytes]:
+    """Open a regular file to append to, made where it is missing; raises `error` for a link, pipe or device."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except FileNotFoundError:
+        raise
+    except OSError as failure:
+        found = kind_of(os.lstat(path).st_mode) if os.path.lexists(path) else failure.strerror
+        raise error(f"{path}: expected a regular file to append to, found {found}; remove it or give another") from None
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise error(f"{path}: expected a regular file to append to, found {kind_of(mode)}; remove it or give another")
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "ab")
+
+
+def refuse_links(path: str | Path, folder: str | Path, *, error: type[GptlabError] = DataError) -> None:
+    """Raise `error` where `path` does not lie in `folder` or a link stands on the way from the folder to it."""
+    path, folder = Path(path), Path(folder)
+    try:
+        parts = path.relative_to(folder).parts
+    except ValueError:
+        parts = ("..",)
+    if ".." in parts:
+        raise error(f"{path}: expected a file in {folder}, found one elsewhere")
+    step = folder
+    for part in parts:
+        step = step / part
+        if step.is_symlink():
+            raise error(f"{step} is a link to elsewhere; expected a file of {folder} itself: remove the link")
+
+
+def kind_of(mode: int) -> str:
+    """What a file of this mode (st_mode) is, in words."""
+    return next((name for matches, name in _KINDS if matches(mode)), "a regular file")
+
+
+def size(count: int) -> str:
+    """A count of bytes in the largest unit that it fills.
+
+    >>> [size(n) for n in (12, 3 * KB, 5 * MB + 1, 2 * GB)]
+    ['12 bytes', '3 kB', '5 MB', '2 GB']
+    """
+    for unit, name in ((GB, "GB"), (MB, "MB"), (KB, "kB")):
+        if count >= unit:
+            return f"{count // unit} {name}"
+    return f"{count} bytes"
+
+
+def _new_file_beside(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file in the folder of `path`, with the lock that tells other writers that it is no debris."""
+    while True:
+        building = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+        descriptor = os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:  # else another writer took it for debris before the lock was on it
+            return building, os.fdopen(descriptor, "wb")
+        os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed writers left of `path`: temporary files that nobody holds the lock of."""
+    with contextlib.suppress(OSError):
+        for debris in path.parent.glob(f".{_literal(path.name[:200])}.{'[0-9a-f]' * 16}.tmp"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(debris, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    debris.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
