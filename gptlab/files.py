@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 from gptlab.errors import DataError, GptlabError
 from gptlab.parsing import parse_json, parse_toml
@@ -36,12 +38,17 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISLNK, "a link"),
 )
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_NAMED = 50
+"""Characters of a file's name in the name of its temporary file, which has at most 255 bytes."""
+_NOT_FOLDERS = ("/dev", "/proc", "/sys")
+"""Where a name stands for something that runs: files there are not to be replaced, even if they lead to a file."""
 
 
 def open_regular(
     path: str | Path, *, inside: str | Path | None = None, error: type[GptlabError] = DataError
 ) -> BinaryIO:
-    """Open a regular file for reading, unbuffered work left to the caller; never waits for the other end of a pipe.
+    """Open a regular file for reading; never waits for the other end of a pipe.
 
     inside: the folder that the file has to lie in, with no link on the way from it to the file. Without it links are
     followed, as for a path that the user typed.
@@ -49,21 +56,30 @@ def open_regular(
     Raises FileNotFoundError, and `error` for anything that is no regular file or lies elsewhere.
     """
     path = Path(path)
-    if inside is not None:
-        refuse_links(path, inside, error=error)
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if inside is not None else 0)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, _READ) if inside is None else _open_inside(path, Path(inside), error)
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(2, "No such file or directory", str(path)) from None
-    except OSError as failure:  # a socket, a loop of links, no permission, a name too long
-        raise error(f"{path} cannot be opened: {failure.strerror}; expected a regular file") from None
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    except (OSError, ValueError) as failure:  # a socket, a loop of links, no permission, a name that cannot be one
+        raise error(f"{path} cannot be opened: {_reason(failure)}; expected a regular file") from None
+    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise error(f"{path}: expected a regular file, found {kind_of(mode)}; copy its content into a file")
-    os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "rb")
+
+
+def _open_inside(path: Path, folder: Path, error: type[GptlabError]) -> int:
+    """Open folder by folder, so that no link that is put there meanwhile is followed either."""
+    refuse_links(path, folder, error=error)
+    *folders, name = path.relative_to(folder).parts or (".",)
+    at = os.open(folder, _READ | os.O_DIRECTORY)
+    try:
+        for step in folders:
+            outer, at = at, os.open(step, _READ | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(outer)
+        return os.open(name, _READ | os.O_NOFOLLOW, dir_fd=at)
+    finally:
+        os.close(at)
 
 
 def read_bytes(
@@ -75,11 +91,13 @@ def read_bytes(
 ) -> bytes:
     """The whole content of a regular file of at most `limit` bytes; raises as open_regular does."""
     with open_regular(path, inside=inside, error=error) as file:
-        content = file.read(limit + 1)
+        try:
+            content = file.read(limit + 1) or b""
+        except OSError as failure:  # what stands for a file in /proc
+            raise error(f"{path} cannot be read: {_reason(failure)}; expected a regular file") from None
+        found = max(os.fstat(file.fileno()).st_size, len(content))
     if len(content) > limit:
-        raise error(
-            f"{path}: expected at most {size(limit)}, found {size(os.path.getsize(path))}; is it the right file?"
-        )
+        raise error(f"{path}: expected at most {size(limit)}, found {size(found)}; is it the right file?")
     return content
 
 
@@ -90,10 +108,10 @@ def read_text(
     inside: str | Path | None = None,
     error: type[GptlabError] = DataError,
 ) -> str:
-    """The whole text of a UTF-8 file, line ends made \\n; raises as read_bytes does, and `error` for other bytes."""
+    """The whole text of a UTF-8 file, line ends made \\n, without a mark before it; `error` for other bytes."""
     content = read_bytes(path, limit=limit, inside=inside, error=error)
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as failure:
         raise error(f"{path}: expected UTF-8, found another byte at {failure.start}; convert the file") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -137,14 +155,17 @@ def writing(path: str | Path, *, error: type[GptlabError] = DataError) -> Iterat
 
     Raises `error` where `path` is a folder, a pipe or a device: /dev/stdout must not be renamed over.
     """
-    path = Path(path)
-    with contextlib.suppress(OSError):  # nothing there, or a link that leads nowhere
-        if not stat.S_ISREG(mode := path.stat().st_mode):
-            raise error(f"{path}: expected the name of a file to write, found {kind_of(mode)}; give another")
+    path, mode = Path(path), None
+    _refuse_unwritable(path, error)
+    with contextlib.suppress(FileNotFoundError):
+        found = path.lstat().st_mode
+        mode = None if stat.S_ISLNK(found) else stat.S_IMODE(found)  # what others may not read stays so
     _remove_abandoned(path)
     building, file = _new_file_beside(path)
     try:
         with file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -160,21 +181,63 @@ def write_whole(path: str | Path, content: bytes | str, *, error: type[GptlabErr
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def open_append(path: str | Path, *, error: type[GptlabError] = DataError) -> IO[bytes]:
+def write_json(path: str | Path, value: object, *, error: type[GptlabError] = DataError, **how: Any) -> None:
+    """`write_whole` of a value as JSON that any reader takes, without NaN; how: further options of `json.dumps`."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False, **how) + "\n", error=error)
+
+
+def open_append(path: str | Path, *, error: type[GptlabError] = DataError) -> BinaryIO:
     """Open a regular file to append to, made where it is missing; raises `error` for a link, pipe or device."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags, 0o666)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise
-    except OSError as failure:
-        found = kind_of(os.lstat(path).st_mode) if os.path.lexists(path) else failure.strerror
-        raise error(f"{path}: expected a regular file to append to, found {found}; remove it or give another") from None
+    except (OSError, ValueError) as failure:
+        raise _not_to_append(path, _kind_at(path) or _reason(failure), error) from None
     if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise error(f"{path}: expected a regular file to append to, found {kind_of(mode)}; remove it or give another")
+        raise _not_to_append(path, kind_of(mode), error)
     os.set_blocking(descriptor, True)
     return os.fdopen(descriptor, "ab")
+
+
+def open_new(path: str | Path) -> BinaryIO:
+    """A new empty file to write as it comes, in place of the file or link that stood there."""
+    Path(path).unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+
+
+def take_lock(path: str | Path, *, wait: bool = False, error: type[GptlabError] = DataError) -> BinaryIO | None:
+    """The file at a path, made where it is missing, locked for as long as it is open; None while another holds it.
+
+    The kernel lets go of it however its holder ends. It is on the file, not on its path: a folder may be moved away,
+    and another be made in its place, while somebody waits.
+    """
+    while True:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open_append(path, error=error)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(file.fileno()), os.lstat(path)):
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        file.close()
+        if not wait:
+            return None
+
+
+def is_locked(path: str | Path) -> bool:
+    """Whether a process holds the lock that is a file at a path; asking takes it for a moment, shared."""
+    try:
+        with open_regular(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (FileNotFoundError, DataError):
+        pass
+    return False
 
 
 def refuse_links(path: str | Path, folder: str | Path, *, error: type[GptlabError] = DataError) -> None:
@@ -210,12 +273,29 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
+def _refuse_unwritable(path: Path, error: type[GptlabError]) -> None:
+    """Raise `error` for what is not to be replaced by a file: a folder, a pipe, a device or a name for one."""
+    where = os.path.realpath(path.parent)
+    if where in _NOT_FOLDERS or where.startswith(("/proc/", "/sys/", "/dev/fd")):
+        raise error(f"{path}: expected the name of a file to write, found one of {where}; give another")
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # nothing there, a link that leads nowhere, or what opening it will say
+        return
+    if not stat.S_ISREG(mode):
+        raise error(f"{path}: expected the name of a file to write, found {kind_of(mode)}; give another")
+
+
 def _new_file_beside(path: Path) -> tuple[Path, BinaryIO]:
     """A new file in the folder of `path`, with the lock that tells other writers that it is no debris."""
     while True:
-        building = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
-        descriptor = os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        building = path.with_name(f".{path.name[:_NAMED]}.{secrets.token_hex(8)}.tmp")
+        try:
+            descriptor = os.open(building, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as failure:
+            raise OSError(failure.errno, failure.strerror, str(path)) from None
+        with contextlib.suppress(OSError):  # a disk without locks: there debris stays
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:  # else another writer took it for debris before the lock was on it
             return building, os.fdopen(descriptor, "wb")
         os.close(descriptor)
@@ -224,9 +304,9 @@ def _new_file_beside(path: Path) -> tuple[Path, BinaryIO]:
 def _remove_abandoned(path: Path) -> None:
     """Remove what killed writers left of `path`: temporary files that nobody holds the lock of."""
     with contextlib.suppress(OSError):
-        for debris in path.parent.glob(f".{_literal(path.name[:200])}.{'[0-9a-f]' * 16}.tmp"):
+        for debris in path.parent.glob(f".{glob.escape(path.name[:_NAMED])}.{'[0-9a-f]' * 16}.tmp"):
             with contextlib.suppress(OSError):
-                descriptor = os.open(debris, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+                descriptor = os.open(debris, _READ | os.O_NOFOLLOW)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     debris.unlink()
@@ -234,5 +314,17 @@ def _remove_abandoned(path: Path) -> None:
                     os.close(descriptor)
 
 
-def _literal(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+def _not_to_append(path: str | Path, found: str, error: type[GptlabError]) -> GptlabError:
+    return error(f"{path}: expected a regular file to append to, found {found}; remove it or give another")
+
+
+def _kind_at(path: str | Path) -> str | None:
+    """What stands at a path, in words; None for nothing."""
+    try:
+        return kind_of(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return None
+
+
+def _reason(failure: OSError | ValueError) -> str:
+    return (failure.strerror if isinstance(failure, OSError) else None) or str(failure)
