@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.data.prepare import known_tokens
+from gptlab.data.tokenizers import TOKENIZERS
 from gptlab.errors import CheckpointError
 from gptlab.options import flatten, options_of
 from gptlab.parsing import is_count, is_number, parse_json
@@ -166,7 +167,7 @@ def count_parameters(options: Mapping[str, Any], vocabulary: int) -> int:
 
 
 def count_vocabulary(options: Mapping[str, Any]) -> int:
-    return {"bytes": 256, "gpt2": 50304}[options["tokenizer"]]
+    return TOKENIZERS[options["tokenizer"]].rows
 
 
 def _training_tokens(run: Run) -> int | None:

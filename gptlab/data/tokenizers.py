@@ -32,10 +32,14 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 
 
 class Tokenizer(ABC):
-    """A fixed vocabulary: `name`, `vocab_size` (real tokens, no padding) and `document_start`, put before documents."""
+    """A fixed vocabulary: `name`, `vocab_size` (real tokens, no padding) and `document_start`, put before documents.
+
+    rows: of the embedding of a model that is trained on it; the last ones may only pad it.
+    """
 
     name: str
     vocab_size: int
+    rows: int
     document_start: int
 
     @abstractmethod
@@ -88,7 +92,7 @@ class BytesTokenizer(Tokenizer):
     """One token a byte of UTF-8. NUL starts documents, so text may not hold it."""
 
     name = "bytes"
-    vocab_size = 256
+    vocab_size = rows = 256
     document_start = 0
 
     def encode(self, text: str) -> Tokens:
@@ -111,6 +115,7 @@ class GPT2Tokenizer(Tokenizer):
 
     name = "gpt2"
     vocab_size = 50257
+    rows = 50304  # a multiple of 128, which matmuls like; so in nanoGPT and build-nanogpt
     document_start = 50256
 
     def encode(self, text: str) -> Tokens:
@@ -134,6 +139,8 @@ class GPT2Tokenizer(Tokenizer):
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {"bytes": BytesTokenizer, "gpt2": GPT2Tokenizer}
+PADDING = {tokenizer.rows: tokenizer.rows - tokenizer.vocab_size for tokenizer in TOKENIZERS.values()}
+"""Rows that are no tokens, by the rows of a vocabulary that is known to be padded."""
 
 
 @functools.cache

@@ -29,13 +29,14 @@ PACKED_FOR = 16
 class Product:
     """A linear layer as a decoder multiplies by it, in its dtype: x (N, K) -> (N, M).
 
-    weight (M, K), bias (M): of any dtype. Results are sums in fp32, rounded once; with `gelu` what GELU makes of them.
+    weight (M, K), bias (M): of any dtype. Results are sums in fp32, rounded once; with `gelu` ("tanh" or "none", its
+    form) what GELU makes of them.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: str = "") -> None:
         self._source, self._dtype = (weight, bias), dtype
         self._gelu = gelu
-        self._after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self._after = ("gelu", [], gelu) if gelu else ("none", [], "")
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.weight = weight.detach().to(dtype)
         self.is_packed = _packs(self.weight)
@@ -46,7 +47,7 @@ class Product:
         if self.is_packed:
             return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, *self._after)
         y = F.linear(x, self.weight, self.bias)
-        return F.gelu(y, approximate="tanh") if self._gelu else y
+        return F.gelu(y, approximate=self._gelu) if self._gelu else y
 
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual (N, M) + the product, in the residual's dtype; without `gelu`."""
@@ -60,7 +61,7 @@ class Product:
         return Product(weight[first:], None if bias is None else bias[first:], self._dtype)
 
 
-def product(layer: Linear, dtype: torch.dtype, *, gelu: bool = False) -> Product:
+def product(layer: Linear, dtype: torch.dtype, *, gelu: str = "") -> Product:
     """A layer's product, made of its working copy if that is of the dtype."""
     copy = layer.working
     source = layer if copy is None or copy.weight.dtype != dtype else copy
@@ -99,7 +100,7 @@ class BlockWeights:
         self.ln_1, self.ln_2 = Norm(block.ln_1, dtype), Norm(block.ln_2, dtype)
         self.width = len(block.ln_1.weight)
         self.c_attn, self.attn_proj = product(block.attn.c_attn, dtype), product(block.attn.c_proj, dtype)
-        self.c_fc, self.mlp_proj = product(block.mlp.c_fc, dtype, gelu=True), product(block.mlp.c_proj, dtype)
+        self.c_fc, self.mlp_proj = product(block.mlp.c_fc, dtype, gelu=block.mlp.gelu), product(block.mlp.c_proj, dtype)
 
     @cached_property
     def keys_values(self) -> Product:

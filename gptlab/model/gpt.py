@@ -8,17 +8,18 @@ Shapes: B batch, T time, C channels (n_embd), H heads, L blocks (n_layer), V voc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptlab.data.tokenizers import PADDING
 from gptlab.errors import ConfigError
 from gptlab.model.attention import causal_attention
 from gptlab.model.flops import training_flops_per_token
-from gptlab.model.limits import MOST_BLOCKS
+from gptlab.parsing import MOST_BLOCKS
 from gptlab.randomness import torch_generator
 
 if TYPE_CHECKING:
@@ -36,11 +37,19 @@ class GPTConfig:
     n_embd: int = 768
     share_blocks: bool = False
     """Use one block L times over, as the program behind the notes did (N5)."""
+    exact_gelu: bool = False
+    """GELU by the error function, as nanoGPT has it, in place of GPT-2's tanh form."""
+    padding: int | None = field(default=None, compare=False)
+    """Last rows of the vocabulary that are no tokens; None: by how many rows a tokenizer of ours is padded to it."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if not 0 <= (self.padding or 0) < self.vocab_size:
+            raise ConfigError(
+                f"padding must be at least 0 and below vocab_size {self.vocab_size}, found {self.padding}"
+            )
         if self.n_layer > MOST_BLOCKS:
             raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
         if self.n_embd % self.n_head:
@@ -48,6 +57,11 @@ class GPTConfig:
                 f"n_embd must be a multiple of n_head, found n_embd {self.n_embd} and n_head {self.n_head}; "
                 f"try n_embd {self.n_embd // self.n_head * self.n_head or self.n_head}"
             )
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the vocabulary that are tokens: the first ones."""
+        return self.vocab_size - (PADDING.get(self.vocab_size, 0) if self.padding is None else self.padding)
 
     @property
     def parameters(self) -> int:
@@ -96,11 +110,12 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.gelu = "none" if config.exact_gelu else "tanh"
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
 
 
 class Block(nn.Module):

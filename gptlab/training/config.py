@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from gptlab.errors import ConfigError, did_you_mean
-from gptlab.model.limits import MOST_BLOCKS
 from gptlab.options import option
+from gptlab.parsing import MOST_BLOCKS
 from gptlab.signals.config import SignalConfig
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -177,7 +177,9 @@ class TrainingConfig:
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding: GPT-2's 50,257 are padded to a multiple of 128, which matmuls like."""
-        return {"bytes": 256, "gpt2": 50304}[self.tokenizer]
+        from gptlab.data.tokenizers import TOKENIZERS
+
+        return TOKENIZERS[self.tokenizer].rows
 
     @property
     def folder(self) -> str:

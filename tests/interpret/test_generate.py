@@ -41,7 +41,9 @@ def generator(seed: int) -> torch.Generator:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, {"share_blocks": True}, {"n_layer": 1}, {"vocab_size": 51, "n_head": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"share_blocks": True}, {"n_layer": 1}, {"vocab_size": 51, "n_head": 1}, {"exact_gelu": True}]
+)
 def test_each_step_is_a_full_recomputation(changes: dict[str, int]) -> None:
     """20 tokens with a block_size of 8: with kept keys and values, and then with a window that slides."""
     model = build(**changes)
@@ -154,8 +156,9 @@ def test_a_product_is_a_linear_layer_packed_or_not(
     torch.testing.assert_close(added.double(), expected + residual.double(), **tolerance)
     part = found.from_column(16)(x.to(dtype))
     torch.testing.assert_close(part.double(), expected[:, 16:], **tolerance)
-    curved = Product(weight, bias, dtype, gelu=True)(x.to(dtype))
-    torch.testing.assert_close(curved.double(), F.gelu(expected, approximate="tanh"), **tolerance)
+    for form in ("tanh", "none"):
+        curved = Product(weight, bias, dtype, gelu=form)(x.to(dtype))
+        torch.testing.assert_close(curved.double(), F.gelu(expected, approximate=form), **tolerance)
 
 
 def test_products_are_packed_on_a_cpu_that_has_onednn() -> None:

@@ -134,3 +134,11 @@ def test_input_longer_than_the_block_size_is_refused() -> None:
 def test_impossible_sizes_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         GPTConfig(**change)
+
+
+@pytest.mark.parametrize(
+    ("rows", "padding", "tokens"),
+    [(50304, None, 50257), (50304, 0, 50304), (50257, None, 50257), (50260, None, 50260), (256, None, 256), (8, 3, 5)],
+)
+def test_only_rows_known_to_pad_are_no_tokens(rows: int, padding: int | None, tokens: int) -> None:
+    assert GPTConfig(vocab_size=rows, padding=padding).tokens == tokens
