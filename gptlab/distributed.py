@@ -8,6 +8,7 @@ DDP's hooks, made for one backward call a step, do not allow. The sum is the sam
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -16,11 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from gptlab import errors
 from gptlab.rendezvous import absent, meet
@@ -46,7 +47,7 @@ class World:
     launch: str = ""
     """A hash of torchrun's name for this start of the run; empty without torchrun."""
     attempt: int = 0
-    """How often torchrun has started the processes anew (`--max-restarts`)."""
+    """How often torchrun has started the processes again (`--max-restarts`)."""
     store: str = ""
     """host:port of the store by which the processes find each other."""
     store_stays: bool = False
@@ -194,11 +195,7 @@ class World:
             raise
 
     def _lost(self, silent: list[int] | None, error: RuntimeError) -> errors.LostProcessError:
-        lost = errors.LostProcessError(_what_is_lost(silent, self.size, error))
-        first = self.rank - self.local_rank
-        here = [rank for rank in range(first, first + self.local_size) if rank not in (silent or ())]
-        lost.everywhere = here[0] != self.rank  # the first rank that is left of a machine tells of it
-        return lost
+        return errors.LostProcessError(_what_is_lost(silent, self.size, error))
 
     def share(self, sequences: int, batch_size: int) -> int:
         """Sequences of a micro-batch: the most that divide this rank's part of an update and exceed no batch_size."""
@@ -236,6 +233,35 @@ def buckets(tensors: Sequence[torch.Tensor]) -> Iterable[list[int]]:
         size += t.nbytes
     if bucket:
         yield bucket
+
+
+@contextmanager
+def said_once(what: str) -> Iterator[bool]:
+    """Whether this process is to say something that other processes of torchrun on this machine may say as well.
+
+    Any may be the first to end, and then torchrun ends the others: so whoever comes first speaks, within the block, and
+    the others wait until that is said. torchrun gives the processes of a machine a folder in common; where it does not,
+    local rank 0 speaks.
+    """
+    line = hashlib.sha256(what.encode(errors="replace")).hexdigest().encode()
+    with ExitStack() as ends:
+        marker, mine = None, os.environ.get("LOCAL_RANK", "0") == "0"
+        if own_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            with suppress(OSError):
+                marker = ends.enter_context(_marker(Path(own_file).parents[1] / "said"))
+                fcntl.flock(marker, fcntl.LOCK_EX)  # held by who speaks; the kernel takes it from one that is killed
+                mine = line not in marker.read().split(b"\n")
+        yield mine
+        if marker and mine:
+            marker.write(line + b"\n")
+
+
+def _marker(path: Path) -> IO[bytes]:
+    """A file to read and append to; raises OSError too where standard error leads nowhere, as torchrun can be asked."""
+    if os.path.samestat(os.fstat(2), os.stat(os.devnull)):
+        raise OSError("what is said here is not seen")
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+    return os.fdopen(os.open(path, flags, 0o600), "r+b", 0)
 
 
 def end_with_launcher() -> None:

@@ -26,12 +26,10 @@ LONGEST_MESSAGE = 4000
 class GptlabError(Exception):
     """Base of every error that is the user's to mend; `exit_code` is what the process ends with.
 
-    everywhere: whether all processes of a run meet it alike, so that one on each machine tells of it
     found: what the command has to show nevertheless; with `--json` it is one object with the error
     """
 
     exit_code = 3
-    everywhere = True
     found: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, message: str = "") -> None:

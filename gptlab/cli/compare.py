@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
-from gptlab.cli.table import show_table
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable, show_table
 from gptlab.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:

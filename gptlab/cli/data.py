@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable
 from gptlab.data import prepare as preparation
 from gptlab.data.corpora import CORPORA, default_tokenizer, is_known
 from gptlab.data.corpus import SPLITS, Corpus, holds_corpus, open_corpus

@@ -11,8 +11,7 @@ from typing import Any
 
 from gptlab.analysis.tables import Table, number
 from gptlab.cli.arguments import Parser
-from gptlab.cli.table import show_table
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable, show_table
 from gptlab.errors import ConfigError
 
 

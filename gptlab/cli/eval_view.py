@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable
 
 EVERY_SECONDS = 10.0
 """Between two lines of progress in a file."""

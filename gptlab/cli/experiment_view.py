@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable
 from gptlab.runs.cells import State
 from gptlab.runs.experiment import Progress, Snapshot
 from gptlab.runs.smoke import Trial

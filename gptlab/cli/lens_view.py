@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable
 
 NAMES = {"raw": "raw reading", "tuned": "tuned reading"}
 FRAME = 3

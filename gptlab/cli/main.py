@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
 import gptlab
-from gptlab.cli.terminal import printable
-from gptlab.distributed import World
-from gptlab.errors import GptlabError, UsageError, did_you_mean
+from gptlab.cli.console import ReaderLeft, say, standard_streams
+from gptlab.distributed import said_once
+from gptlab.errors import GptlabError, LostProcessError, UsageError, did_you_mean, shown
 
 COMMANDS = {
     "train": "train GPT-2, with or without a block loss",
@@ -35,57 +35,76 @@ COMMANDS = {
     "doctor": "what this machine has, and what a run would use and why",
 }
 
+IN_FILES = frozenset({"train", "experiment", "data"})
+"""Commands whose work is kept in files: they continue whatever becomes of the streams that show it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `gptlab ARGV` and give its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    if argv[0] == "--version":
-        print(f"gptlab {gptlab.__version__}")
-        return 0
-    name = argv[0]
+    name = argv[0] if argv else "--help"
 
     def command(rest: list[str]) -> int:
+        if name in ("-h", "--help", "help"):
+            print(_help())
+            return 0
+        if name == "--version":
+            print(f"gptlab {gptlab.__version__}")
+            return 0
         if name not in COMMANDS:
-            raise UsageError(f"no command {name!r}{did_you_mean(name, COMMANDS)}; see `gptlab --help`")
+            raise UsageError(f"no command {shown(name)}{did_you_mean(name, COMMANDS)}; see `gptlab --help`")
         return importlib.import_module(f"gptlab.cli.{name}").main(rest)
 
-    return guarded(command, argv[1:])
+    return guarded(command, argv[1:], in_files=name in IN_FILES)
 
 
-def guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+def guarded(command: Callable[[list[str]], int], argv: Sequence[str], *, in_files: bool = True) -> int:
     """Run a command; an error of ours, a full disk or Ctrl-C becomes one line on standard error and an exit code.
 
-    `--debug` shows the traceback too. With `--json` the error also stands on standard output, as JSON.
+    `--debug` shows the traceback too. With `--json` the error also stands on standard output, as JSON. in_files:
+    whether what the command makes is kept in files, so that it succeeds whatever becomes of its output.
     """
-    try:
-        return command([a for a in argv if a != "--debug"])
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (GptlabError, OSError, KeyboardInterrupt) as error:
-        code, text, shown = _told(error)
-        found = error.found if isinstance(error, GptlabError) else {}
-        if shown:
-            print(f"gptlab: {printable(text)}", file=sys.stderr)
-        if "--debug" in argv:
-            traceback.print_exc()
-    if "--json" in argv and shown:
-        print(json.dumps({**found, "error": text, "exit_code": code}))
+    with standard_streams(in_files=in_files) as lost:
+        code = _run(command, argv)
+        if (error := lost()) and not (isinstance(error, BrokenPipeError) or in_files or code):
+            say(f"gptlab: standard output could not be written: {error.strerror}; give it another place")
+            return 3
     return code
 
 
-def _told(error: GptlabError | OSError | KeyboardInterrupt) -> tuple[int, str, bool]:
-    """The exit code of an error, its line, and whether this process is the one to say it; raises what is not ours."""
+def _run(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    try:
+        return command([a for a in argv if a != "--debug"])
+    except ReaderLeft:  # head or less has seen enough
+        return 0
+    except (GptlabError, OSError, KeyboardInterrupt) as error:
+        code, text = _described(error)
+        # a process that cannot reach another says so in its own words, which differ from rank to rank
+        with said_once(type(error).__name__ if isinstance(error, LostProcessError) else text) as mine:
+            if mine:
+                say(f"gptlab: {text}")
+                if "--json" in argv:
+                    _print_error(error, text, code)
+        if "--debug" in argv:
+            traceback.print_exc()
+    return code
+
+
+def _print_error(error: BaseException, text: str, code: int) -> None:
+    found = error.found if isinstance(error, GptlabError) else {}
+    with contextlib.suppress(ReaderLeft):
+        print(json.dumps({**found, "error": text, "exit_code": code}), flush=True)
+
+
+def _described(error: GptlabError | OSError | KeyboardInterrupt) -> tuple[int, str]:
+    """The exit code of an error, and its line; raises what is not ours."""
     if isinstance(error, GptlabError):
-        return error.exit_code, str(error), not error.everywhere or World.from_environment().local_rank == 0
+        return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted", True
+        return 130, "interrupted"
     if error.filename is None and error.errno is None:
         raise error
-    return 3, f"{error.strerror}: {error.filename or 'a file'}; check the path and the disk", True
+    return 3, f"{error.strerror}: {error.filename or 'a file'}; check the path and the disk"
 
 
 def _help() -> str:
@@ -95,7 +114,8 @@ def _help() -> str:
         [
             "usage: gptlab COMMAND [options]",
             "",
-            "A laboratory for pretraining GPT-2 in which every block is judged by the confidence of the next.",
+            "Train GPT-2 with auxiliary per-block losses, and find out, with matched seeds and controls, whether they",
+            "help.",
             "",
             *lines,
             "",

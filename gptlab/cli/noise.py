@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.noise.options import NoiseConfig, names_in, own_names, signal_configs, split_name
 from gptlab.cli.arguments import Parser, add_options, given_options
-from gptlab.cli.table import show_table
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable, show_table
 from gptlab.cli.train import check_signals
 from gptlab.errors import ConfigError, UsageError
 from gptlab.options import build

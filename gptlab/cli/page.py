@@ -14,8 +14,8 @@ from socket import gethostname
 from typing import TYPE_CHECKING
 
 from gptlab.cli.arguments import Parser
+from gptlab.cli.console import printable
 from gptlab.cli.stopping import StopRequest
-from gptlab.cli.terminal import printable
 from gptlab.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable
 from gptlab.data.corpus import Corpus
 from gptlab.device import Placement
 from gptlab.options import build, flatten

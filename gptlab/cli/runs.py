@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable
 from gptlab.errors import UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptlab.cli.terminal import printable
+from gptlab.cli.console import printable
 
 if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer

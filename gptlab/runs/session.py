@@ -9,7 +9,7 @@ from typing import Any
 from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.device import Placement
 from gptlab.distributed import World
-from gptlab.errors import DivergedError, GptlabError, LostProcessError, Stopped
+from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.model.working import Workspace
@@ -113,8 +113,6 @@ class Session:
                 yield record
         except GptlabError as error:
             self._write_error(self.state.step, error)
-            if not isinstance(error, LostProcessError):  # which says itself who tells of it
-                error.everywhere = isinstance(error, Stopped | DivergedError)
             raise
 
     def _write_error(self, step: int, error: GptlabError) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from gptlab.analysis.tables import Table
-from gptlab.cli.table import show_table
+from gptlab.cli.console import show_table
 
 HEADER = tuple(f"name of column {n}" for n in range(8))
 ROW = tuple(f"{n} is what this cell says, in so many words" for n in range(8))

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from gptlab.cli.arguments import Parser
+from gptlab.cli.console import printable
 from gptlab.cli.main import COMMANDS, guarded, main
 from gptlab.cli.progress import visible
 from gptlab.cli.stopping import StopRequest
-from gptlab.cli.terminal import printable
 from gptlab.errors import (
     CheckpointError,
     ConfigError,
@@ -125,13 +125,24 @@ def test_with_json_an_error_is_machine_readable_too(capsys: Capture) -> None:
     assert err == "gptlab: gone\n"
 
 
-def test_one_process_on_a_machine_tells_what_all_of_them_meet(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    alone = DataError("my shard")
-    alone.everywhere = False
-    assert guarded(raising(DataError("everyone's")), []) == 3
-    assert guarded(raising(alone), []) == 3
-    assert capsys.readouterr().err == "gptlab: my shard\n"
+def test_without_a_folder_in_common_local_rank_0_speaks(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    for rank, expected in (("1", ""), ("0", "gptlab: everyone's\n")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert guarded(raising(DataError("everyone's")), []) == 3
+        assert capsys.readouterr().err == expected
+
+
+def test_whichever_process_of_a_machine_comes_first_speaks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """torchrun gives each process a file for its errors, all in one folder; nothing else tells them apart here."""
+    for rank, text, spoken in (("1", "a", True), ("0", "a", False), ("2", "b", True), ("1", "b", False)):
+        own = tmp_path / "attempt_0" / rank
+        own.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(own / "error.json"))
+        assert guarded(raising(DataError(text)), []) == 3
+        assert capsys.readouterr().err == f"gptlab: {text}\n" * spoken
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""The one way to the terminal: standard streams that never end a job, and text, tables and times shown on them.
+
+A display observes the work. A terminal that goes away, a pipe whose reader has left, a full disk or an encoding that
+lacks a character take the display with them, never the training that it shows.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import errno
+import os
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gptlab.analysis.tables import Table
+
+_P = ParamSpec("_P")
+
+PIPE_WIDTH = 110
+"""Characters of a line where the stream is no terminal."""
+NARROWEST = 20
+"""A terminal that reports fewer columns, or none, is shown lines of the usual 80."""
+
+_KEPT = "\n\t"
+_BIDI = {0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+"""Marks that change the direction of what follows: shown text could be made to read otherwise than it is."""
+
+_SPELLED = {
+    "τ": "tau", "Σ": "sum", "Δ": "Delta", "∞": "inf", "–": "-", "—": "-", "…": "...", "’": "'", "“": '"', "”": '"',
+    "±": "+/-", "×": "x", "·": "*", "≤": "<=", "≥": ">=", "≠": "!=", "→": "->", "²": "^2", "␣": "_", "⏎": "\\n",
+    "⇥": "\\t", "∅": "\\0",
+}  # fmt: skip
+"""How a stream in another encoding than UTF-8 shows characters that we write and it may lack."""
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    missing = error.object[error.start : error.end]
+    escaped = (c.encode("ascii", "backslashreplace").decode() for c in missing)
+    return "".join(_SPELLED.get(c, e) for c, e in zip(missing, escaped, strict=True)), error.end
+
+
+codecs.register_error("gptlab.spelled", _spell)
+
+
+class ReaderLeft(Exception):
+    """Nobody reads standard output any more (`| head`), and what is printed there is all that the command is for."""
+
+
+class _Stream:
+    """A standard stream that never fails: at its first error it is replaced, for good, by one that nobody reads.
+
+    ends: whether ReaderLeft is raised where the reader of a pipe has left, to end a command that only prints.
+    """
+
+    def __init__(self, stream: IO[str], *, ends: bool) -> None:
+        self._stream, self._ends = stream, ends
+        self.lost: OSError | None = None
+
+    def write(self, text: str) -> int:
+        with self._surviving():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._surviving():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError:  # another program made the terminal non-blocking: this text is lost, no more
+            pass
+        except (OSError, ValueError) as error:  # ValueError: the stream was closed
+            self._drop(error if isinstance(error, OSError) else OSError(errno.EBADF, str(error)))
+            if self._ends and isinstance(error, BrokenPipeError):
+                raise ReaderLeft from None
+
+    def _drop(self, error: OSError) -> None:
+        """Let the descriptor lead nowhere, for C code and child processes too; the text that waited goes there."""
+        self.lost = self.lost or error
+        with contextlib.suppress(OSError, ValueError):
+            descriptor = self._stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def standard_streams(*, in_files: bool) -> Iterator[Callable[[], OSError | None]]:
+    """Within, sys.stdout and sys.stderr fail nobody, whatever their encoding.
+
+    in_files: whether the work is kept in files. Then standard output is an observer too; else ReaderLeft is raised
+    where its reader has left. What is yielded gives the error that kept standard output from being written, if any.
+    """
+    for descriptor in range(3):  # else the next file that is opened would be taken for a stream that was closed
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    out = _Stream(_encodable(before[0]), ends=not in_files)
+    err = _Stream(_encodable(before[1]), ends=False)
+
+    def lost() -> OSError | None:
+        with contextlib.suppress(ReaderLeft):
+            out.flush()
+        return out.lost
+
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    try:
+        yield lost
+    finally:
+        with contextlib.suppress(ReaderLeft):
+            out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _encodable(stream: IO[str] | None) -> IO[str]:
+    if stream is None:  # it was closed before Python started
+        return open(os.devnull, "w", encoding="utf-8")
+    if reconfigure := getattr(stream, "reconfigure", None):
+        reconfigure(errors="gptlab.spelled")
+    return stream
+
+
+def say(line: str) -> None:
+    """One line on standard error, at once; what others wrote in it steers no terminal."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A rich console; where the stream is no terminal, its lines have PIPE_WIDTH characters."""
+    from rich.console import Console
+
+    shown = Console(stderr=stderr, highlight=False, quiet=quiet)
+    if not shown.is_terminal:
+        shown.width = PIPE_WIDTH
+    elif shown.width < NARROWEST:
+        shown.width = 80
+    return shown
+
+
+class Observer:
+    """A display: what fails in a method under `observing` ends the display, once and for good, and nothing else."""
+
+    dropped = False
+
+    def close(self) -> None:
+        """Take away what is drawn live."""
+
+    def drop(self, error: Exception) -> None:
+        self.dropped = True
+        with contextlib.suppress(Exception):
+            self.close()
+        say(f"gptlab: nothing more is shown here ({type(error).__name__}: {error}); the work continues")
+
+
+def observing(
+    method: Callable[Concatenate[Any, _P], None],
+) -> Callable[Concatenate[Any, _P], None]:
+    """A method of an Observer that does nothing once the display is dropped, and drops it where it raises."""
+
+    @wraps(method)
+    def observed(self: Observer, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if self.dropped:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.drop(error)
+
+    return observed
+
+
+def printable(text: str) -> str:
+    """`text` with a visible stand-in for every character that would steer the terminal; lines and tabs are kept.
+
+    >>> printable("a\\x1b[2Jb\\r\\n")
+    'a␛[2Jb␍\\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _KEPT else _stand_in(c) for c in text)
+
+
+def _stand_in(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode's pictures of control characters
+    if code == 0x7F:
+        return "␡"
+    steers = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or code in _BIDI
+    return "\N{REPLACEMENT CHARACTER}" if steers else character
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as hours, minutes and seconds; a dash where they are unknown.
+
+    >>> duration(3725.2), duration(59.9), duration(None)
+    ('1:02:05', '0:59', '–')
+    """
+    if seconds is None:
+        return "–"
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def show_table(shown_on: Console, table: Table) -> None:
+    """A table and an empty line after it; cells fold where the terminal is narrow, and are never cut.
+
+    What is no terminal has no width: there rows are as long as they are.
+    """
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    title, header, rows = table
+    shown = RichTable(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
+    room = max(1, shown_on.width // len(header) - 2)
+    for name, *cells in zip(header, *rows, strict=True):
+        widest = max(map(len, (name, *cells)))
+        shown.add_column(name, overflow="fold", min_width=min(widest, 24, room) if shown_on.is_terminal else widest)
+    for row in rows:
+        shown.add_row(*(Text(printable(cell)) for cell in row))
+    shown_on.print(shown, "", crop=False)
