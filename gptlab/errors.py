@@ -15,6 +15,10 @@ A message is one line: what was expected, what was found, what to do. Our own fa
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import importlib.util
+import re
+import shlex
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -94,3 +98,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def needs_package(what: str, package: str) -> str:
+    """One line: `what` needs a package that is not installed, and what to type here, in versions that gptlab supports.
+
+    It names the package, not an extra of gptlab: that works however gptlab itself was installed.
+
+    >>> needs_package("--log trackio", "trackio")
+    '--log trackio needs the package trackio, which is not installed; pip install trackio'
+    """
+    try:
+        requirements = [line.partition(";")[0].strip() for line in importlib.metadata.requires("gptlab") or ()]
+    except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        requirements = []
+    asked = next((one for one in requirements if re.match(rf"{package}(?![\w.-])", one)), package)
+    return f"{what} needs the package {package}, which is not installed; {pip_command()} install {shlex.quote(asked)}"
+
+
+def pip_command() -> str:
+    """What installs packages here: the environments that uv makes have no pip."""
+    return "pip" if importlib.util.find_spec("pip") else "uv pip"

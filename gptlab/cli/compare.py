@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +22,10 @@ WHOSE = "--delta, --looks, --baseline and --placebo"
 def main(argv: list[str]) -> int:
     """Print verdicts or a plan; raises ConfigError with the difference where runs differ in what nobody declared."""
     options = _parser().parse(argv)
-    if find_spec("scipy") is None:
-        raise ConfigError("verdicts need the package scipy, which is not installed; pip install 'gptlab[report]'")
     if options.plan:
         return _plan(options)
     if not options.sources:
         raise UsageError("expected runs, an experiment's folder or a log; see `gptlab compare --help`")
-    from gptlab.analysis.report import missing
-
     outcomes, result = _verdicts(options)
     _report(options, outcomes, result)
     if options.markdown:
@@ -40,8 +35,6 @@ def main(argv: list[str]) -> int:
     if options.svg:
         from gptlab.analysis.report.comparison import write_forest
 
-        if lacking := missing():
-            raise ConfigError(f"--svg: {lacking}")
         write_forest(result, options.svg)
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
@@ -110,22 +103,23 @@ def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
 def _report(options: argparse.Namespace, outcomes: Outcomes, result: dict[str, Any]) -> None:
     """Write report.html where --html says, or into the experiment's folder; there a failure is only told."""
     from gptlab.analysis.outcomes import EXPERIMENT
-    from gptlab.analysis.report import FILE, missing
+    from gptlab.analysis.report import FILE
 
     folder = Path(options.sources[0])
     if not options.html and not (folder / EXPERIMENT).is_file():
         return
-    path, problem = Path(options.html or folder / FILE), missing()
-    if not problem:
-        from gptlab.analysis.report.comparison import write_comparison
+    from gptlab.analysis.report.comparison import write_comparison
 
-        try:
-            write_comparison(outcomes, result, path)
-        except OSError as error:
-            problem = f"could not write {path}: {error.strerror}"
-    if problem and options.html:
-        raise ConfigError(f"--html: {problem}")
-    print(problem or f"report: {path}", file=sys.stderr)
+    path = Path(options.html or folder / FILE)
+    try:
+        write_comparison(outcomes, result, path)
+    except OSError as error:
+        problem = f"could not write {path}: {error.strerror}"
+        if options.html:
+            raise ConfigError(f"--html: {problem}") from None
+        print(problem, file=sys.stderr)
+    else:
+        print(f"report: {path}", file=sys.stderr)
 
 
 def _placebos(given: list[str]) -> dict[str, str] | None:

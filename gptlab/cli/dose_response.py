@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 from gptlab.analysis.tables import Table, number
@@ -18,18 +17,13 @@ from gptlab.errors import ConfigError
 def main(argv: list[str]) -> int:
     """Print multipliers, fits and compounding; raises ConfigError or DataError where the folder has none."""
     options = _parser().parse(argv)
-    if find_spec("scipy") is None:
-        raise ConfigError("intervals need the package scipy, which is not installed; pip install 'gptlab[report]'")
     from gptlab.analysis.series import SHARES, Target, dose_response
 
     levels = [Target(level=level) for level in options.levels or ()]
     result = dose_response(options.experiment, levels or [Target(share) for share in options.shares or SHARES])
     if options.svg:
-        from gptlab.analysis.report import missing
         from gptlab.analysis.report.response import draw
 
-        if lacking := missing():
-            raise ConfigError(f"--svg: {lacking}")
         try:
             draw(result, options.svg)
         except OSError as error:

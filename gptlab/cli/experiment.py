@@ -51,11 +51,15 @@ def _parser() -> Parser:
         "it again after any stop or kill. status: how the cells stand, from any terminal. smoke: in two minutes, does "
         "every arm run, is its signal active, at what dose, and what will the whole cost? pack: copy all that verdicts "
         "need, and no weights, into a small folder to commit or send.",
-        epilog="A file declares arms, seeds and delta (experiments/ has ready ones); `gptlab compare` gives verdicts. "
-        "Exit codes of run: 0 every cell finished, 3 a cell failed, 4 a cell diverged, 75 stopped: run again.",
+        epilog="A file declares arms, seeds and delta (ready: first_look, 1_noise); `gptlab compare` gives "
+        "verdicts. Exit codes of run: 0 every cell finished, 3 a cell failed, 4 one diverged, 75 stopped: run again.",
     )
     parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument("file", metavar="FILE", help="an experiment file; for status and pack its folder too")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        help="an experiment file, or the name of a ready one; for status and pack its folder too",
+    )
     parser.add_argument("--out", metavar="DIR", help="the experiment's folder [log/<name>]; for pack the copy")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
@@ -86,9 +90,9 @@ def _count(text: str) -> int:
 
 def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
     """The experiment and its folder."""
-    from gptlab.runs.experiment_file import FILE, read_experiment
+    from gptlab.runs.experiment_file import FILE, find_experiment, read_experiment
 
-    path = Path(options.file)
+    path = find_experiment(options.file)
     looks = options.action in ("status", "pack")
     if looks and not path.exists():
         raise ConfigError(f"expected an experiment's folder, or its file, at {path}, found none; see `gptlab runs`")

@@ -181,20 +181,14 @@ def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tenso
 
 
 def _write_page(path: Path, found: dict[str, Any]) -> None:
-    from gptlab.analysis.report import missing
     from gptlab.analysis.report.lens import page
     from gptlab.analysis.report.page import write
 
-    if lacking := missing():
-        raise UsageError(lacking)
     write(path, page(found))
 
 
 def _write_plot(path: Path, found: dict[str, Any]) -> None:
-    from gptlab.analysis.report import missing
     from gptlab.analysis.report.lens import exit_plot
     from gptlab.analysis.report.page import write
 
-    if lacking := missing():
-        raise UsageError(lacking)
     write(path, exit_plot(found["early_exit"]))

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +40,6 @@ def main(argv: list[str]) -> int:
     names = names_in(options.signals)
     for name in names:
         check_signals({"signal.name": split_name(name)[0]}, allow_code=parsed.allow_code, kind=UsageError)
-    if find_spec("scipy") is None:
-        raise ConfigError("intervals need the package scipy, which is not installed; pip install 'gptlab[report]'")
     if parsed.html:
         _check_report(parsed.html)
     changes = {key.removeprefix("signal."): value for key, value in given.items() if key.startswith("signal.")}
@@ -76,10 +73,6 @@ def _parser() -> Parser:
 
 def _check_report(path: str) -> None:
     """Refuse a page that could not be written, before minutes are spent on what should stand in it."""
-    from gptlab.analysis.report import missing
-
-    if problem := missing():
-        raise ConfigError(f"--html: {problem}")
     if not Path(path).resolve().parent.is_dir():
         raise UsageError(f"--html: expected a file in a folder that exists, found {path}")
 

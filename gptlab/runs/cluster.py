@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptlab.errors import ConfigError, did_you_mean
+from gptlab.errors import ConfigError, did_you_mean, needs_package
 from gptlab.options import option, options_of, typed
 from gptlab.runs.cells import OUTPUT, Cell, Claim, claimed, saved_step
 from gptlab.runs.job import blocked, license_job, licensed, train_cell, withdraw
@@ -165,9 +165,7 @@ class Jobs:
     def __init__(self, system: System, name: str, folder: Path, options: JobOptions) -> None:
         """name: of the jobs; raises ConfigError where submitit, or the cluster, is not there."""
         if find_spec("submitit") is None:
-            raise ConfigError(
-                f"--executor {system} needs the package submitit, which is not installed; pip install 'gptlab[cluster]'"
-            )
+            raise ConfigError(needs_package(f"--executor {system}", "submitit"))
         import submitit
 
         self.system: System = system

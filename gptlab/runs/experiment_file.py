@@ -106,6 +106,25 @@ class Experiment:
         return sorted({name for name in names if ".py:" in name})
 
 
+def ready_experiments() -> dict[str, Path]:
+    """The files that come with gptlab, by name: next to the package in a checkout, within it when installed."""
+    package = Path(__file__).parent.parent
+    return {
+        path.stem: path
+        for folder in (package.parent, package)
+        if (folder / "experiments" / "first_look.toml").is_file()
+        for path in sorted((folder / "experiments").glob("*.toml"))
+    }
+
+
+def find_experiment(file: str | Path) -> Path:
+    """A path that exists, or else the ready experiment that it names: first_look, experiments/first_look.toml."""
+    path = Path(file)
+    if path.exists() or path.suffix not in ("", ".toml") or path.parent not in (Path(), Path("experiments")):
+        return path
+    return ready_experiments().get(path.stem, path)
+
+
 def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
     """The experiment that a file declares; raises ConfigError that names the file and the nearest key.
 
@@ -116,8 +135,10 @@ def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
         text = path.read_text(encoding="utf-8")
         table = parse_toml(text)
     except FileNotFoundError:
+        ready = ready_experiments()
         raise ConfigError(
-            f"expected an experiment file at {path}, found none; ready ones are in experiments/"
+            f"expected an experiment file at {path}, found none{did_you_mean(path.stem, ready)}; ready ones, "
+            f"by name: {', '.join(ready)}"
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None

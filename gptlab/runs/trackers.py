@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptlab.errors import ConfigError
+from gptlab.errors import ConfigError, needs_package
 from gptlab.options import flatten
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record
@@ -124,8 +124,7 @@ def check_installed(config: TrainingConfig) -> None:
     """Raises ConfigError for a tracker whose package is not there."""
     for name in config.trackers:
         if find_spec(name) is None:
-            extra = "'gptlab[track]'" if name == "tensorboard" else name
-            raise ConfigError(f"--log {name} needs the package {name}, which is not installed; pip install {extra}")
+            raise ConfigError(needs_package(f"--log {name}", name))
 
 
 @contextlib.contextmanager

@@ -62,7 +62,11 @@ def file(tiny_corpus: Path, tmp_path: Path) -> Path:
         (["run"], 2, "the following arguments are required: FILE"),
         (["run", "{file}", "--jobs", "0"], 2, "--jobs: expected a whole number of at least 1, found '0'"),
         (["run", "{file}", "--job", "2"], 2, "unknown argument '--job'; did you mean '--jobs'?"),
-        (["run", "nowhere.toml"], 3, "expected an experiment file at nowhere.toml, found none; ready ones are in"),
+        (
+            ["run", "nowhere.toml"],
+            3,
+            "expected an experiment file at nowhere.toml, found none; ready ones, by name:",
+        ),
         (["pack", "nowhere", "--out", "there"], 3, "expected an experiment's folder, or its file, at nowhere"),
         (["status", "{folder}"], 3, "expected an experiment's folder, found no experiment.toml in"),
         (["run", "{folder}"], 3, "is not a TOML file that can be read"),

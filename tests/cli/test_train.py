@@ -19,9 +19,12 @@ import pytest
 
 from gptlab.cli import train
 from gptlab.cli.main import main
+from gptlab.cli.progress import next_commands
 from gptlab.data.shards import write_shard
+from gptlab.options import build
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import RunFolder, newest
+from gptlab.training.config import TrainingConfig
 
 Capture = pytest.CaptureFixture[str]
 Words = Callable[..., list[str]]
@@ -474,3 +477,21 @@ def test_torchrun_with_two_processes_tells_an_error_once(tiny: Words, tmp_path: 
     assert done.returncode == 1
     assert done.stderr.count("gptlab: --resume must: expected a run") == 1
     assert "exitcode  : 3" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("signal", "launcher", "command"),
+    [
+        ("none", "train_gpt2_ben.py", "gptlab train --signal.name confidence"),
+        ("brier", "train_gpt2.py", "gptlab train"),
+    ],
+)
+def test_what_to_try_next_works_where_it_is_printed(
+    signal: str, launcher: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the launchers of a checkout, or with the command alone, which is all that an installed wheel has."""
+    config = build(TrainingConfig, {"signal.name": signal, "steps": 7, "seed": 2})
+    monkeypatch.chdir(tmp_path)
+    assert next_commands(config, "log/run")[0].startswith(f"{command} --seed 2 --steps 7  # the same")
+    (tmp_path / launcher).touch()
+    assert next_commands(config, "log/run")[0].startswith(f"torchrun --standalone --nproc_per_node=1 {launcher} --")

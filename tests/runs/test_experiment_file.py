@@ -15,7 +15,7 @@ from gptlab.errors import ConfigError
 from gptlab.options import build
 from gptlab.runs.arm_options import as_toml
 from gptlab.runs.cells import cells_of
-from gptlab.runs.experiment_file import Arm, Experiment, read_experiment
+from gptlab.runs.experiment_file import Arm, Experiment, find_experiment, read_experiment
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import flops_per_token
 
@@ -186,6 +186,22 @@ def test_the_ready_experiments_are_the_ones_promised() -> None:
         parameters += (256 + config.block_size) * config.n_embd
         per_parameter.append(config.steps * config.total_batch_tokens / parameters)
     assert max(per_parameter) / min(per_parameter) < 1.03
+
+
+@pytest.mark.parametrize("named", ["first_look", "first_look.toml", "experiments/first_look.toml"])
+def test_a_ready_experiment_is_found_by_its_name(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = find_experiment(named)
+    assert found.is_absolute()
+    assert read_experiment(found).name == "first_look"
+
+
+@pytest.mark.parametrize("named", ["first_look.json", "mine/first_look.toml", "/first_look", "../first_look", "mine"])
+def test_another_path_stands_for_itself(named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_experiment(named) == Path(named)
+    (tmp_path / "first_look").mkdir()
+    assert find_experiment("first_look") == Path("first_look"), "what lies there comes first"
 
 
 def test_judges_arithmetic_is_counted() -> None:

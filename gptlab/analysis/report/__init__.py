@@ -1,20 +1,13 @@
 """report.html: a run, or a comparison, as one file that opens offline and can be sent to someone.
 
-Needs matplotlib and jinja2 (the extra `report`). No verdict is made here: `compare`'s are shown.
+No verdict is made here: `compare`'s are shown.
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 FILE = "report.html"
-
-
-def missing() -> str | None:
-    """One line that says which package a report lacks, or None."""
-    lacking = [package for package in ("matplotlib", "jinja2") if find_spec(package) is None]
-    return f"a report needs {' and '.join(lacking)}; pip install 'gptlab[report]'" if lacking else None
 
 
 def lacks_report(folder: Path) -> bool:
@@ -27,8 +20,6 @@ def after_run(folder: Path) -> str:
 
     Never raises: the run is done and saved, and its report can be done without.
     """
-    if lacking := missing():
-        return f"none: {lacking}"
     try:
         from gptlab.analysis.report.run import write_run
 
