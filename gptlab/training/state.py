@@ -49,17 +49,17 @@ class TrainingState:
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 p.copy_(weights[name])
-        for name, p in self.model.named_parameters():
-            mine = {
-                key: value
-                for key, _, of in (k.partition(".") for k in moments)
-                if of == name
-                for value in [moments[f"{key}.{name}"]]
-            }
-            if mine:
-                self.optimizer.state[p] = {
-                    key: value.clone() if key == "step" else value.to(p.device, copy=True)
-                    for key, value in mine.items()
-                }
+        parameters = dict(self.model.named_parameters())
+        on_device = {p for group in self.optimizer.param_groups if _counts_on_device(group) for p in group["params"]}
+        for full_name, value in moments.items():
+            key, _, name = full_name.partition(".")
+            p = parameters[name]
+            place = p.device if key != "step" or p in on_device else torch.device("cpu")
+            self.optimizer.state.setdefault(p, {})[key] = value.to(place, copy=True)
         for name, value in scalars.items():
             setattr(self, name, value)
+
+
+def _counts_on_device(group: dict[str, Any]) -> bool:
+    """Whether a group's optimizer keeps `step` where its parameters are: a fused kernel refuses one on the host."""
+    return bool(group.get("fused") or group.get("capturable"))
