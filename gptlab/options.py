@@ -171,7 +171,7 @@ def typed(option: Option, value: Any) -> Any:
             if option.choices and isinstance(converted, str) and converted not in option.choices:
                 break
             return converted
-    expected = f"one of {', '.join(option.choices)}" if option.choices else _describe(option.type)
+    expected = f"one of {', '.join(option.choices)}" if option.choices else describe(option.type)
     hint = did_you_mean(str(value), option.choices)
     raise ConfigError(f"{option.key}: expected {expected}, found {value!r}{hint}")
 
@@ -221,6 +221,7 @@ def _as(kind: Any, value: Any) -> Any:
     return _NO
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """What an option of this type takes, in words."""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
     return " or ".join(names.get(k, "a list of whole numbers") for k in _alternatives(kind))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gptlab.analysis.pairing import pair
-from gptlab.analysis.records import Run
+from gptlab.analysis.run import Run
 from gptlab.analysis.sameness import own_options
 from gptlab.errors import ConfigError
 from gptlab.options import build

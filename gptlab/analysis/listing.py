@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.records import Run, read_rows, read_run
+from gptlab.analysis.run import Run, read_run
 from gptlab.errors import GptlabError, UsageError, did_you_mean
 from gptlab.runs.lock import held
 
@@ -45,12 +46,12 @@ def find_runs(folder: Path) -> Iterator[Path]:
             yield from find_runs(folder / name)
 
 
-def listed(root: Path, path: Path) -> Listed:
-    """How a run stands."""
+def listed(root: Path, path: Path, until: float = math.inf) -> Listed:
+    """How a run stands. until: the moment at which reading it ends, as for read_rows."""
     name = path.relative_to(root).as_posix() if path != root else path.name
     figures: dict[str, Any] = dict.fromkeys(FIGURES) | {"run": name}
     try:
-        run = read_run(path)
+        run = read_run(path, until)
         ended = dict(run.ended)
         last = max(run.losses, default=None)
         figures |= {
@@ -58,7 +59,7 @@ def listed(root: Path, path: Path) -> Listed:
             "step": run.last_step,
             "steps": run.options["steps"],
             "loss": run.losses[last] if last is not None else None,
-            "bits_per_byte": ended["bits_per_byte"] if "bits_per_byte" in ended else _last_bits(path),
+            "bits_per_byte": ended.get("bits_per_byte", run.bits_per_byte),
             "dose": run.dose if run.has_signal else None,
             "clipped_share": ended.get("clipped_share"),
             "finished_at": _time(path / "metrics.jsonl"),
@@ -75,11 +76,6 @@ def _state(run: Run) -> str:
     event = run.ended.get("event")
     named = {"finished": "finished", "Stopped": "stopped", "DivergedError": "diverged", None: "unfinished"}
     return named.get(event, "failed")
-
-
-def _last_bits(path: Path) -> float | None:
-    found = [row["bits_per_byte"] for row in read_rows(path / "metrics.jsonl") if row.get("bits_per_byte") is not None]
-    return found[-1] if found else None
 
 
 def _time(path: Path) -> str | None:

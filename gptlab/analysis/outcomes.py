@@ -13,7 +13,7 @@ from typing import Any
 
 from gptlab.analysis.beside import beside, longer_runs_of
 from gptlab.analysis.logs import SUFFIXES, read_log
-from gptlab.analysis.records import Run, mean_dose, passport, read_run
+from gptlab.analysis.run import Run, mean_dose, passport, read_run
 from gptlab.analysis.sameness import COMMON, TUNED, arm_of, own_options, undeclared
 from gptlab.analysis.tuned import Tuning, read_tuning
 from gptlab.analysis.verdicts import compare

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gptlab.analysis.records import Run
+from gptlab.analysis.run import Run
 from gptlab.training.config import FREE_ON_RESUME
 
 FREE = FREE_ON_RESUME | {"seed", "preset"}

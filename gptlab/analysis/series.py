@@ -24,9 +24,10 @@ from gptlab.analysis.dose_response import (
     tokens_to_reach,
 )
 from gptlab.analysis.outcomes import read
-from gptlab.analysis.records import Run, count_vocabulary, read_rows
+from gptlab.analysis.run import Run, count_vocabulary
 from gptlab.analysis.sameness import own_options
 from gptlab.errors import ConfigError, DataError
+from gptlab.runs.records import read_rows
 
 SHARES = (0.125, 0.25, 0.5)
 """Levels: what the clean arm has reached after these shares of its tokens, early to late."""
@@ -108,7 +109,7 @@ def _arms(runs: Mapping[str, Sequence[Run]]) -> tuple[list[Arm], list[str]]:
         if len(errors) > 1:
             notes.append(f"{name} has errors of {len(errors)} kinds, so that no dose is its own")
             continue
-        rows = {run.seed: [r for r in read_rows(run.path / "metrics.jsonl") if r["kind"] == "val"] for run in members}
+        rows = {run.seed: [r for r in read_rows(run.path) if r["kind"] == "val"] for run in members}
         arms.append(Arm(name, clean, errors[0] if errors else None, {run.seed: run for run in members}, rows))
     return arms, notes
 
@@ -143,6 +144,8 @@ def _series(name: str, reference: Arm, members: Sequence[Arm], targets: Sequence
     assert error is not None
     formula, abscissa = THEORIES[error.theory]
     vocabulary = count_vocabulary(next(iter(reference.runs.values())).options)
+    if vocabulary is None:
+        raise DataError(f"{reference.name}: expected a tokenizer that gptlab knows, found one of a patch")
     levels, by_arm = [], {arm.name: [] for arm in members}
     doses = [arm.error.dose for arm in members if arm.error]
     predicted = [abscissa(dose, vocabulary) for dose in doses]

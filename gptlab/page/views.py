@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis.listing import Listed, differing, ordered
 from gptlab.analysis.outcomes import read
-from gptlab.analysis.records import read_run
 from gptlab.analysis.report import comparison, run, theme
 from gptlab.analysis.report.history import Band, read_history
 from gptlab.analysis.report.page import render, stylesheet
 from gptlab.analysis.report.plots import Line, curves
+from gptlab.analysis.run import read_run
 from gptlab.errors import ConfigError, GptlabError
 from gptlab.page.line import Cache
 from gptlab.page.shelf import SHARE, Shelf, Shelved, mark_of

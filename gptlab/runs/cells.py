@@ -6,14 +6,15 @@ Only JSON is read here, again and again while others write it; torch is not need
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from gptlab.errors import CheckpointError
 from gptlab.runs.experiment_file import Arm, Experiment
 from gptlab.runs.lock import held, take
-from gptlab.runs.rows import parse_row
+from gptlab.runs.records import new_rows
 
 OUTPUT = "output.txt"
 """What a cell's process said, in the cell's folder."""
@@ -113,39 +114,25 @@ class Rows:
         size = path.stat().st_size if path.exists() else 0
         try:
             if size < self._offset:
-                raise ValueError
+                raise CheckpointError
             self._read(path)
-        except ValueError:
+        except CheckpointError:
             self.__init__(self.cell)
             try:
                 self._read(path)
-            except ValueError:
-                self.damage = f"{path} is damaged: expected rows with step and kind; remove {self.cell.folder}"
+            except CheckpointError as error:
+                self.damage = f"{error}; remove {self.cell.folder}"
         return self
 
     def _read(self, path: Path) -> None:
-        for row in self._new(path):
-            self.step, self.last = row["step"], row
+        for row, end in new_rows(path, self._offset):
+            self.step, self.last, self._offset = row["step"], row, end
             if row["kind"] == "train":
                 self.loss = row.get("loss", self.loss)  # a packed cell's rows may hold a dose alone
                 self.tokens_per_second = row.get("tokens_per_second", self.tokens_per_second)
                 self.doses += [row["dose"]] if row.get("dose") is not None else []
             elif row["kind"] == "val":
                 self.val_loss = row["loss"]
-
-    def _new(self, path: Path) -> Iterator[dict[str, Any]]:
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                self._offset += len(line)
-                row = parse_row(line)
-                if row is None:
-                    raise ValueError
-                yield row
 
     @property
     def event(self) -> str | None:

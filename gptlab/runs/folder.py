@@ -17,10 +17,9 @@ from typing import IO, Any
 
 from gptlab.errors import CheckpointError, ConfigError
 from gptlab.options import flatten, recorded
-from gptlab.parsing import parse_json
 from gptlab.runs import checkpoint
 from gptlab.runs.lock import LOCK, take
-from gptlab.runs.rows import parse_row
+from gptlab.runs.records import last_row, read_record, read_rows
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 
 LOCK_PATIENCE = 30.0
@@ -118,17 +117,7 @@ class RunFolder:
 
     def recorded(self, name: str, *keys: str) -> dict[str, Any]:
         """A JSON file of the folder: an object that has an object for each of `keys`; raises CheckpointError."""
-        path = self.path / name
-        damage = "expected a JSON object" + f" with {' and '.join(keys)}" * bool(keys)
-        try:
-            content = parse_json(path.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in keys):
-                return content
-        except FileNotFoundError:
-            raise CheckpointError(f"expected a run folder, found no {name} in {self.path}") from None
-        except ValueError as error:
-            damage += f", found one that cannot be read ({error})"
-        raise CheckpointError(f"{path} is damaged: {damage}; give another --out, or remove the folder")
+        return read_record(self.path / name, *keys)
 
     def record(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file of the folder, whole or not at all."""
@@ -142,26 +131,11 @@ class RunFolder:
 
         Raises CheckpointError naming the first line that is no row.
         """
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    return
-                row = parse_row(line)
-                if row is None:
-                    raise CheckpointError(
-                        f"{path} is damaged: expected a row with step and kind in line {number}, "
-                        f"found {line[:40].decode(errors='replace')!r}; remove that line to read the rest"
-                    )
-                yield row
+        return read_rows(self.path)
 
     def finished(self, steps: int) -> dict[str, Any] | None:
         """The summary of a run that reached `steps`, else None."""
-        path = self.path / "metrics.jsonl"
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        last = parse_row(whole.rpartition(b"\n")[2])  # None for a damaged tail: that run is not finished
+        last, _ = last_row(self.path)  # None for a damaged tail: that run is not finished
         done = last is not None and last.get("event") == "finished" and last["step"] >= steps
         return last if done else None
 
@@ -195,10 +169,9 @@ class RunFolder:
         path, log = self.path / "metrics.jsonl", self.path / "log.txt"
         if not path.exists() or not log.exists():
             return
-        whole = path.read_bytes().rpartition(b"\n")[0]
-        last = parse_row(whole.rpartition(b"\n")[2]) or {"step": 0}
-        self.open_records(len(whole) + bool(whole), log.stat().st_size)
-        self.write("event", last["step"], values)
+        last, end = last_row(self.path)
+        self.open_records(end, log.stat().st_size)
+        self.write("event", last["step"] if last else 0, values)
 
     def written(self) -> dict[str, int]:
         """The lengths of the record files, flushed to disk: what a checkpoint keeps to cut them back to."""

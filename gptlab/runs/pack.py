@@ -13,14 +13,13 @@ from typing import Any
 
 from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError, ConfigError
-from gptlab.parsing import parse_json
 from gptlab.runs.cells import CLAIM, ENDED, Cell, Rows, cells_of
 from gptlab.runs.choice import FILE as CHOICE
 from gptlab.runs.experiment_file import FILE, Experiment
 from gptlab.runs.lock import LOCK
+from gptlab.runs.records import Clock, read_config, read_environment, read_rows
 from gptlab.runs.results import FILE as RESULTS
 from gptlab.runs.results import write_whole
-from gptlab.runs.rows import Clock, parse_row
 from gptlab.runs.trials import trial_experiment, trials_folder
 
 EVERY = 50
@@ -51,7 +50,7 @@ def pack(experiment: Experiment, folder: Path, out: Path) -> list[Cell]:
         there = out / cell.folder.relative_to(folder)
         there.mkdir(parents=True, exist_ok=True)
         write_whole(there / "config.json", json.dumps(_config(cell), indent=1) + "\n")
-        write_whole(there / "environment.json", json.dumps(_recorded(cell, "environment.json"), indent=1) + "\n")
+        write_whole(there / "environment.json", json.dumps(read_environment(cell.folder), indent=1) + "\n")
         write_whole(there / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in _kept(cell)))
     write_whole(out / FILE, experiment.text)
     for name in (RESULTS, CHOICE):
@@ -68,7 +67,7 @@ def _has_trials(folder: Path) -> bool:
 
 def _config(cell: Cell) -> dict[str, Any]:
     """The cell's config, and how many tokens its corpus has, which elsewhere may not be at hand."""
-    config = _recorded(cell, "config.json", "options", "data")
+    config = read_config(cell.folder)
     options, data = config["options"], config["data"]
     try:
         tokens = data.get("train_tokens") or known_tokens(options["data"], options["tokenizer"], data["train"])
@@ -77,27 +76,12 @@ def _config(cell: Cell) -> dict[str, Any]:
     return {**config, "data": {**data, "train_tokens": tokens}}
 
 
-def _recorded(cell: Cell, name: str, *keys: str) -> dict[str, Any]:
-    """What a cell recorded in a JSON file of its own. A link to elsewhere is not packed: who knows what it leads to."""
-    path = cell.folder / name
-    try:
-        content = None if path.is_symlink() else parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in keys):
-        raise CheckpointError(
-            f"{path} is damaged or a link: expected a JSON object; remove {cell.folder} to go without"
-        )
-    return content
-
-
 def _kept(cell: Cell) -> Iterator[dict[str, Any]]:
     """The rows of the copy; a kept update has the mean speed since the one kept before, so that no time is lost."""
-    rows = [parse_row(line) for line in (cell.folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
-    last = max((k for k, row in enumerate(rows) if row and row["kind"] == "train"), default=-1)
+    rows = list(read_rows(cell.folder))
+    last = max((k for k, row in enumerate(rows) if row["kind"] == "train"), default=-1)
     clock, seconds, tokens = Clock(), 0.0, 0
     for k, row in enumerate(rows):
-        assert row, "Rows has read them all"
         if row["kind"] == "train":
             clock.tick(row)
         if row["kind"] in ("val", "event"):

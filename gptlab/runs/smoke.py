@@ -5,7 +5,6 @@ Estimates, told as such: of an arm's own speed, measured beside as many others a
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import tempfile
@@ -23,6 +22,7 @@ from gptlab.runs.cells import OUTPUT, Cell, Rows, cells_of
 from gptlab.runs.experiment_file import Arm, Experiment
 from gptlab.runs.packing import Packing
 from gptlab.runs.patches import package, patched
+from gptlab.runs.records import read_rows
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import run_flops
 from gptlab.training.presets import PRESETS
@@ -164,8 +164,7 @@ def _activity(arm: Arm, name: str, dose: float | None, step: int) -> str:
 
 
 def _speeds(cell: Cell) -> list[float]:
-    lines = (cell.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+    rows = [row for row in read_rows(cell.folder) if row["kind"] == "train"]
     plain = [row["tokens_per_second"] for row in rows[1:] if "dose" not in row]  # measuring a dose takes time
     return plain or [row["tokens_per_second"] for row in rows]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptlab.analysis.outcomes import Outcomes, read
-from gptlab.analysis.records import count_parameters, read_run
+from gptlab.analysis.run import count_parameters, read_run
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.options import build, flatten
 from gptlab.runs.folder import RunFolder
@@ -298,7 +298,8 @@ def test_an_experiment_file_that_cannot_be_read_is_refused(experiment: Path, tex
         (lambda run: (run / "config.json").unlink(), "found no config.json"),
         (lambda run: (run / "config.json").write_text("{"), "is damaged"),
         (lambda run: (run / "config.json").write_text("[]"), "expected a JSON object"),
-        (lambda run: (run / "config.json").write_text("{}"), "a run's options with its seed"),
+        (lambda run: (run / "config.json").write_text("{}"), "expected a JSON object with options"),
+        (lambda run: (run / "config.json").write_text('{"options": {}}'), "a run's options with its seed"),
         (lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1: expected a row with step and kind"),
         (lambda run: (run / "metrics.jsonl").write_text("x\n"), "line 1: expected a row with step and kind"),
     ],

@@ -19,7 +19,7 @@ from pages import HOSTILE, IMAGE, Page
 from gptlab.analysis import report
 from gptlab.analysis.outcomes import read
 from gptlab.analysis.report.comparison import write_comparison
-from gptlab.analysis.report.history import binned, over_seeds, read_history
+from gptlab.analysis.report.history import Points, binned, over_seeds, read_history
 from gptlab.analysis.report.plots import Line, Row, curves, forest
 from gptlab.analysis.report.run import flat, write_run
 from gptlab.analysis.report.theme import CSS_COLOURS
@@ -213,7 +213,10 @@ def test_a_curve_over_seeds_is_their_mean_with_their_spread() -> None:
     band = over_seeds([{1: 1.0, 2: 4.0, 3: 9.0}, {1: 3.0, 2: 4.0}])
     assert (band.steps, band.mean) == ([1, 2], [2.0, 4.0])
     assert band.high == pytest.approx([2 + 2**0.5, 4.0])
-    assert binned({i: float(i) for i in range(1, 8)}, bins=3) == {3: 2.0, 6: 5.0, 7: 7.0}
+    points = Points()
+    for i in range(1, 8):
+        points.add(i, float(i))
+    assert binned(points, bins=3) == {3: 2.0, 6: 5.0, 7: 7.0}
 
 
 def test_time_and_speed_count_every_session(run: Path) -> None:
@@ -222,7 +225,7 @@ def test_time_and_speed_count_every_session(run: Path) -> None:
     assert history.seconds == pytest.approx(
         sum(64 / row["tokens_per_second"] for row in rows if row["kind"] == "train")
     )
-    assert history.blocks == 2
+    assert history.n_blocks == 2
 
 
 def test_what_cannot_be_seen_is_told_in_words() -> None:

@@ -119,7 +119,9 @@ def test_status_tells_every_state(file: Path, tmp_path: Path, capsys: Capture) -
     assert (cells["plain/1"]["loss"], cells["plain/2"]["loss"]) == (1.5, 3.25)
     assert cells["off/1"]["reason"] == "the disk is full"
     assert cells["sure/2"]["reason"] == "it holds another run: steps: 3 seed: 4"
-    assert cells["off/2"]["reason"].endswith(f"is damaged: expected rows with step and kind; remove {out}/off/seed_2")
+    assert cells["off/2"]["reason"].endswith(
+        f"before byte 7: expected a row with step and kind, found 'no row\\n'; remove {out}/off/seed_2"
+    )
     assert cells["wild/1"]["reason"] == "ended by SIGKILL; was memory short?"
     experiment = read_experiment(file)
     claim = Claim.take(next(cell for cell in cells_of(experiment, out) if cell.name == "plain/seed_2"))

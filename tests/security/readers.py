@@ -28,7 +28,7 @@ from mutations import (  # pyright: ignore[reportMissingImports]
 from safetensors.torch import save
 
 from gptlab.analysis.logs import read_log
-from gptlab.analysis.records import read_run
+from gptlab.analysis.run import read_run
 from gptlab.cli.arguments import file_options
 from gptlab.data.corpora import get_source, read_documents
 from gptlab.data.corpus import open_corpus

@@ -13,7 +13,7 @@ import pytest
 import torch
 from readers import EXPERIMENT, SMALL, readers, sign  # pyright: ignore[reportMissingImports]
 
-from gptlab.analysis.records import read_run
+from gptlab.analysis.run import read_run
 from gptlab.cli.main import main
 from gptlab.errors import CheckpointError, ConfigError
 from gptlab.model.huggingface import from_huggingface, to_huggingface

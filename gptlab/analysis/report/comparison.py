@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis.outcomes import Outcomes
 from gptlab.analysis.report import theme
-from gptlab.analysis.report.history import COARSE, Band, Curve, History, binned, over_seeds, read_history
+from gptlab.analysis.report.history import COARSE, Band, Curve, History, binned, blocks_shown, over_seeds, read_history
 from gptlab.analysis.report.page import Panel, arm_class, render, sample, stylesheet, write
 from gptlab.analysis.report.plots import Line, Row, curves, forest
 from gptlab.analysis.report.run import block_legend, changes, duration, flat
@@ -154,25 +154,25 @@ def _differences(outcomes: Outcomes, result: Mapping[str, Any], arm: str, baseli
 def _blocks(arms: list[str], histories: Histories) -> Iterator[tuple[str, list[Panel]]]:
     """Each arm's block losses and confidences over training, means over seeds, all on equal axes."""
     figures = (("block_loss", "Loss", "nats a token"), ("block_confidence", "Confidence", "mean p_max"))
-    bands: dict[tuple[str, str], list[Band]] = {}
+    bands: dict[tuple[str, str], dict[int, Band]] = {}
+    counts: dict[str, int] = {}
     for arm in arms:
         of = histories.get(arm, [])
-        blocks = min((history.blocks for history in of), default=0)
+        blocks = counts[arm] = min((history.n_blocks for history in of), default=0)
         for name, _, _ in figures:
-            found = [over_seeds(history.of_block(name, j) for history in of) for j in range(1, blocks + 1)]
-            bands[arm, name] = [band for band in found if band.steps]
-    limits = {name: _limits(bands[arm, name] for arm in arms) for name, _, _ in figures}
+            found = {j: over_seeds(history.of_block(name, j) for history in of) for j in blocks_shown(blocks)}
+            bands[arm, name] = {j: band for j, band in found.items() if band.steps}
+    limits = {name: _limits(bands[arm, name].values() for arm in arms) for name, _, _ in figures}
     for i, arm in enumerate(arms):
         panels = []
         for name, what, unit in figures:
-            of_blocks = bands[arm, name]
             lines = [
-                Line(b.without_spread(), theme.block(j, len(of_blocks)), f"block {j}")
-                for j, b in enumerate(of_blocks, 1)
+                Line(band.without_spread(), theme.block(j, counts[arm]), f"block {j}")
+                for j, band in bands[arm, name].items()
             ]
             if lines:
                 svg = curves(lines, f"{name}-{i}", f"{arm}: {what}", unit=unit, limits=limits[name])
-                panels.append(Panel(f"{what} of every block’s reading", svg, block_legend(len(lines))))
+                panels.append(Panel(f"{what} of every block’s reading", svg, block_legend(counts[arm])))
         if panels:
             yield arm, panels
 
@@ -236,7 +236,7 @@ def _drawn(lines: Iterable[Line]) -> list[Line]:
     return [line for line in lines if line.band.steps]
 
 
-def _limits(bands: Iterable[list[Band]]) -> tuple[float, float] | None:
+def _limits(bands: Iterable[Iterable[Band]]) -> tuple[float, float] | None:
     """The range of all their means, with a little room; None where there are none."""
     values = [value for found in bands for band in found for value in band.mean]
     if not values:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from array import array
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.records import read_rows
+from gptlab.analysis.run import blocks_of
 from gptlab.analysis.statistics import spread
-from gptlab.runs.rows import Clock
+from gptlab.runs.records import Clock, read_config, read_rows
 
 BINS = 150
 """Points of a curve of updates: each is the mean of the updates since the point before."""
@@ -18,73 +21,107 @@ BINS = 150
 COARSE = 30
 """Points of a curve of shares, which takes more updates a point."""
 
+MOST_BLOCKS_SHOWN = 24
+"""Of more blocks so many are drawn, evenly spaced from the first to the last."""
+MOST_SAMPLES, MOST_TOKENS, MOST_CHARACTERS = 24, 256, 20_000
+"""Samples of a run that are shown, the newest; of each so many tokens, and so much of its prompt and text."""
+
 Curve = Mapping[int, float]
 """{step: value}"""
 
 
+class Points:
+    """A curve that grows, 16 bytes a point: a run may have a million updates."""
+
+    def __init__(self) -> None:
+        self.steps, self.values = array("q"), array("d")
+
+    def add(self, step: int, value: float) -> None:
+        self.steps.append(step)
+        self.values.append(value)
+
+
 @dataclass(frozen=True)
 class History:
-    """updates: {figure: {step: value}} of the train rows; validations, samples: their rows.
+    """updates: {figure: its points} of the train rows; losses: validation losses; last: the last validation's row.
 
-    seconds: spent in updates, all sessions together.
+    blocks: {(figure, number from 1): its points} of the blocks that are shown, of n_blocks; samples: the newest rows of
+    `n_samples`. seconds: spent in updates, all sessions together.
     """
 
-    updates: Mapping[str, Curve]
-    validations: Sequence[Mapping[str, Any]]
+    updates: Mapping[str, Points]
+    losses: Points
+    blocks: Mapping[tuple[str, int], Points]
     samples: Sequence[Mapping[str, Any]]
+    n_samples: int = 0
+    n_blocks: int = 0
     seconds: float = 0.0
     last: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def losses(self) -> Curve:
-        return {row["step"]: row["loss"] for row in self.validations if row.get("loss") is not None}
-
-    @property
-    def blocks(self) -> int:
-        return len(self.validations[-1].get("block_loss", ())) if self.validations else 0
-
-    @property
     def tokens_per_second(self) -> float | None:
-        speeds = self.updates["tokens_per_second"].values()
+        speeds = self.updates["tokens_per_second"].values
         return statistics.median(speeds) if speeds else None
 
     def of_block(self, figure: str, number: int) -> Curve:
-        """`block_loss` or `block_confidence` of block `number`, from 1, at each validation."""
-        return {row["step"]: row[figure][number - 1] for row in self.validations if figure in row}
+        """`block_loss` or `block_confidence` of block `number`, from 1, over validations."""
+        return binned(self.blocks.get((figure, number), Points()))
 
 
 FIGURES = ("loss", "signal_loss", "grad_norm", "clipped", "dose", "tokens_per_second")
+OF_BLOCKS = ("block_loss", "block_confidence")
 
 
-def read_history(run: Path) -> History:
-    """The history in a run's folder; raises CheckpointError where a row cannot be read."""
-    updates: dict[str, dict[int, float]] = {figure: {} for figure in FIGURES}
-    validations, samples = [], []
-    clock, last = Clock(), {}
-    for row in read_rows(run / "metrics.jsonl"):
-        step, last = row["step"], row
+def read_history(run: Path, until: float = math.inf) -> History:
+    """The history in a run's folder; raises CheckpointError where a row cannot be read. until: as for read_rows."""
+    updates: dict[str, Points] = {figure: Points() for figure in FIGURES}
+    losses, blocks, last = Points(), {}, {}
+    samples: deque[Mapping[str, Any]] = deque(maxlen=MOST_SAMPLES)
+    n_samples, clock = 0, Clock()
+    for row in read_rows(run, blocks=blocks_of(read_config(run)), until=until):
+        step = row["step"]
         if row["kind"] == "val":
-            validations.append(row)
+            last = row
+            losses.add(step, row["loss"])
+            for figure in OF_BLOCKS:
+                for number in blocks_shown(len(row.get(figure, ()))):
+                    blocks.setdefault((figure, number), Points()).add(step, row[figure][number - 1])
         elif row["kind"] == "sample":
-            samples.append(row)
+            samples.append(_cut(row))
+            n_samples += 1
         elif row["kind"] == "train":
             for figure in FIGURES:
                 if row.get(figure) is not None:
-                    updates[figure][step] = float(row[figure])
+                    updates[figure].add(step, float(row[figure]))
             clock.tick(row)
-    return History(updates, validations, samples, clock.seconds, last)
+    n_blocks = len(last.get("block_loss", ()))
+    return History(updates, losses, blocks, list(samples), n_samples, n_blocks, clock.seconds, last)
 
 
-def binned(curve: Curve, bins: int = BINS) -> Curve:
-    """The curve in at most about `bins` points, each the mean of equally many and at the step of their last.
+def blocks_shown(blocks: int) -> list[int]:
+    """The numbers of the blocks that are drawn, from 1.
 
-    >>> binned({1: 4.0, 2: 2.0, 3: 1.0, 4: 1.0}, bins=2)
-    {2: 3.0, 4: 1.0}
+    >>> blocks_shown(3), len(blocks_shown(1000)), blocks_shown(1000)[-1]
+    ([1, 2, 3], 24, 1000)
     """
-    steps = list(curve)
+    most = MOST_BLOCKS_SHOWN
+    return list(range(1, blocks + 1)) if blocks <= most else [1 + i * (blocks - 1) // (most - 1) for i in range(most)]
+
+
+def _cut(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parts of a sample's row that are shown."""
+    texts = {name: sample[name][:MOST_CHARACTERS] for name in ("prompt", "text")}
+    shown = [[blocks[k - 1] for k in blocks_shown(len(blocks))] for blocks in sample["blocks"][:MOST_TOKENS]]
+    written = [word[:MOST_CHARACTERS] for word in sample["written"][:MOST_TOKENS]]
+    return {"step": sample["step"], **texts, "written": written, "blocks": shown}
+
+
+def binned(points: Points, bins: int = BINS) -> Curve:
+    """The curve in at most about `bins` points, each the mean of equally many and at the step of their last."""
+    steps, values = points.steps, points.values
     size = -(-len(steps) // bins) or 1
-    parts = [steps[i : i + size] for i in range(0, len(steps), size)]
-    return {part[-1]: sum(curve[step] for step in part) / len(part) for part in parts}
+    parts = [slice(i, i + size) for i in range(0, len(steps), size)]
+    return {steps[part][-1]: sum(values[part]) / len(values[part]) for part in parts}
 
 
 @dataclass(frozen=True)

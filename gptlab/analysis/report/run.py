@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.records import Run, passport, read_run
 from gptlab.analysis.report import FILE, theme
-from gptlab.analysis.report.history import COARSE, Band, History, binned, read_history
+from gptlab.analysis.report.history import COARSE, Band, History, binned, blocks_shown, read_history
 from gptlab.analysis.report.page import Panel, block_class, figure, render, sample, write
 from gptlab.analysis.report.plots import Line, curves
+from gptlab.analysis.run import Run, passport, read_run
 from gptlab.options import build, flatten
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
@@ -57,7 +57,7 @@ def _name(path: Path) -> str:
 
 def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
     """(name, figure, unit) of what one asks first."""
-    last = history.validations[-1] if history.validations else {}
+    last = history.last
     of = passport([run], run.last_step)
     yield "validation loss", figure(last.get("loss"), ".4f"), "nats a token"
     if "excess_loss" in last:
@@ -77,10 +77,10 @@ def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
 
 def panels(history: History, *, has_signal: bool) -> Iterator[Panel]:
     """The plots there is something to show in."""
-    updates, blocks = history.updates, history.blocks
+    updates, blocks = history.updates, history.n_blocks
     lines = [
         Line(Band.of(binned(updates["loss"])), theme.MUTED, "training", faint=True),
-        Line(Band.of(history.losses), theme.arm(1), "validation"),
+        Line(Band.of(binned(history.losses)), theme.arm(1), "validation"),
     ]
     legend = [("muted", "training"), ("arm-1", "validation")]
     yield from _panel("Loss", lines, "loss", "nats a token", legend)
@@ -92,7 +92,7 @@ def panels(history: History, *, has_signal: bool) -> Iterator[Panel]:
         yield from _panel("Dose", dose, "dose", "ratio", note=note)
     for title, name, unit in (("Loss", "block_loss", "nats a token"), ("Confidence", "block_confidence", "mean p_max")):
         of_blocks = [
-            Line(Band.of(history.of_block(name, j)), theme.block(j, blocks), f"block {j}") for j in range(1, blocks + 1)
+            Line(Band.of(history.of_block(name, j)), theme.block(j, blocks), f"block {j}") for j in blocks_shown(blocks)
         ]
         yield from _panel(f"{title} of every block’s reading", of_blocks, name, unit, block_legend(blocks))
     norm = [Line(Band.of(binned(updates["grad_norm"])), theme.arm(3))]

@@ -1,0 +1,147 @@
+"""One run as its folder shows it: config, environment, validation losses, dose, how it ended. Reads, never writes.
+
+Only JSON is read, so that comparing runs needs neither torch nor the machine that trained them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gptlab.data.prepare import known_tokens
+from gptlab.data.tokenizers import TOKENIZERS
+from gptlab.options import flatten
+from gptlab.runs.records import Clock, read_config, read_environment, read_rows
+from gptlab.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class Run:
+    """losses: validation loss by step, nats; ended: the last event row, where there is one; doses: as measured.
+
+    tempered: the last validation's loss at its best temperature, nats, and its bits_per_byte;
+    seconds: spent in updates, all sessions.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    losses: Mapping[int, float]
+    last_step: int
+    ended: Mapping[str, Any] = field(default_factory=dict)
+    doses: tuple[float, ...] = ()
+    tempered: float | None = None
+    bits_per_byte: float | None = None
+    seconds: float = 0.0
+
+    @cached_property
+    def options(self) -> Mapping[str, Any]:
+        """The recorded options; one that came into being after the run has its default, which is how it was then."""
+        return {**flatten(TrainingConfig()), **self.config["options"]}
+
+    @property
+    def seed(self) -> int:
+        return self.options["seed"]
+
+    @property
+    def finished(self) -> bool:
+        return self.ended.get("event") == "finished"
+
+    @property
+    def diverged(self) -> bool:
+        return self.ended.get("event") == "DivergedError"
+
+    @property
+    def dose(self) -> float | None:
+        """The mean dose of a run with a signal; 0 where its weight is 0, None where it was not measured."""
+        if self.doses:
+            return sum(self.doses) / len(self.doses)
+        return 0.0 if self.options.get("signal.weight") == 0 else None
+
+    @property
+    def has_signal(self) -> bool:
+        return self.options.get("signal.name", "none") != "none"
+
+
+def read_run(path: str | Path, until: float = math.inf) -> Run:
+    """The run in a folder, finished or not; raises CheckpointError where there is none or it cannot be read.
+
+    until: the moment at which reading ends, as for read_rows.
+    """
+    path = Path(path)
+    config = read_config(path)
+    losses: dict[int, float] = {}
+    doses: list[float] = []
+    ended: Mapping[str, Any] = {}
+    last: Mapping[str, Any] = {}
+    step, clock = 0, Clock()
+    for row in read_rows(path, blocks=blocks_of(config), until=until):
+        step = row["step"]
+        if row["kind"] == "val":
+            losses[step], last = row["loss"], row
+        elif row["kind"] == "train":
+            clock.tick(row)
+            doses += [row["dose"]] if row.get("dose") is not None else []
+        ended = row if row["kind"] == "event" else {}  # what follows an event is a run that was resumed
+    environment = read_environment(path)
+    return Run(
+        path, config, environment, losses, step, ended, tuple(doses),
+        tempered=last.get("tempered_loss"), bits_per_byte=last.get("bits_per_byte"), seconds=clock.seconds,
+    )  # fmt: skip
+
+
+def blocks_of(config: Mapping[str, Any]) -> int | None:
+    """The blocks that a run's validations list; None of patched code, which may have others."""
+    return None if "patch" in config else config["options"].get("n_layer", TrainingConfig().n_layer)
+
+
+def passport(runs: list[Run], step: int) -> dict[str, Any]:
+    """What an arm's figures rest on, from its runs at `step`; None for what the folders do not tell."""
+    options = runs[0].options
+    tokens = step * options["total_batch_tokens"]
+    vocabulary = count_vocabulary(options)
+    parameters = count_parameters(options, vocabulary) if vocabulary else None
+    trained = _training_tokens(runs[0])
+    clipped = [c for run in runs if (c := run.ended.get("clipped_share")) is not None]
+    return {
+        "parameters": parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / parameters if parameters else None,
+        "epochs": tokens / trained if trained else None,
+        "vocabulary": vocabulary,
+        "depth": options["n_layer"],
+        "learning_rate": options["learning_rate"],
+        "dose": mean_dose(runs),
+        "clipped_share": sum(clipped) / len(clipped) if clipped else None,
+    }
+
+
+def mean_dose(runs: list[Run]) -> float | None:
+    """Over the runs that have one; None where no run has."""
+    doses = [run.dose for run in runs if run.has_signal and run.dose is not None]
+    return sum(doses) / len(doses) if doses else None
+
+
+def count_parameters(options: Mapping[str, Any], vocabulary: int) -> int:
+    """Parameters of a run's GPT-2, the tied head counted once: 12·C² + 13·C a block, 2·C of ln_f, (V + T)·C."""
+    C, blocks = options["n_embd"], 1 if options["share_blocks"] else options["n_layer"]
+    return blocks * (12 * C * C + 13 * C) + 2 * C + (vocabulary + options["block_size"]) * C
+
+
+def count_vocabulary(options: Mapping[str, Any]) -> int | None:
+    """Rows of the embedding; None for a tokenizer that only a patch's code knows."""
+    tokenizer = TOKENIZERS.get(options["tokenizer"])
+    return tokenizer.rows if tokenizer else None
+
+
+def _training_tokens(run: Run) -> int | None:
+    """Tokens of the corpus: as a packed run records, or where the corpus is at hand."""
+    data = run.config["data"]
+    try:
+        return data.get("train_tokens") or known_tokens(run.options["data"], run.options["tokenizer"], data["train"])
+    except OSError:  # a name that no folder of this machine can have
+        return None
