@@ -208,7 +208,7 @@ def write(copy: Path, files: dict[str, str]) -> None:
 
 def run(tests: tuple[str, ...], copy: Path) -> int:
     """What pytest ends with: 1 where a test failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-m", "", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, check=False, capture_output=True, timeout=600)
     return done.returncode
