@@ -264,6 +264,12 @@ def _marker(path: Path) -> IO[bytes]:
     return os.fdopen(os.open(path, flags, 0o600), "r+b", 0)
 
 
+def launcher_hangs_up() -> bool:
+    """Whether torchrun started this process and ends it when the terminal goes, as it does even under nohup."""
+    heard = os.environ.get("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    return World.from_environment().launched and "SIGHUP" in heard
+
+
 def end_with_launcher() -> None:
     """Make this process end when the torchrun that started it is gone, so that no orphan writes on.
 

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import os
 import sys
+import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec
+from typing import IO, TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +26,8 @@ _P = ParamSpec("_P")
 
 PIPE_WIDTH = 110
 """Characters of a line where the stream is no terminal."""
+REDRAW_EVERY, COUNT_EVERY = 0.1, 10.0
+"""Seconds between two drawings of a live line, and between two lines of progress in a file."""
 NARROWEST = 20
 """A terminal that reports fewer columns, or none, is shown lines of the usual 80."""
 
@@ -163,15 +166,14 @@ class Observer:
         """Take away what is drawn live."""
 
     def drop(self, error: Exception) -> None:
+        """Show nothing from now on, and say so."""
         self.dropped = True
         with contextlib.suppress(Exception):
             self.close()
-        say(f"gptlab: nothing more is shown here ({type(error).__name__}: {error}); the work continues")
+        say(f"nothing more is shown here ({type(error).__name__}: {error}); the work continues")
 
 
-def observing(
-    method: Callable[Concatenate[Any, _P], None],
-) -> Callable[Concatenate[Any, _P], None]:
+def observing(method: Callable[Concatenate[Any, _P], None]) -> Callable[Concatenate[Any, _P], None]:
     """A method of an Observer that does nothing once the display is dropped, and drops it where it raises."""
 
     @wraps(method)
@@ -184,6 +186,114 @@ def observing(
             self.drop(error)
 
     return observed
+
+
+class LiveLine:
+    """One line at the bottom of a terminal that is drawn again in place; nothing where there is no terminal.
+
+    It is drawn when it is shown, by no thread of its own.
+    """
+
+    def __init__(self, shown_on: Console) -> None:
+        from rich.live import Live
+
+        self._console, self._drawn = shown_on, 0.0
+        self._live = Live(console=shown_on, auto_refresh=False, transient=True) if shown_on.is_terminal else None
+
+    @property
+    def is_live(self) -> bool:
+        return self._live is not None
+
+    def show(self, parts: Sequence[Part], *, at_once: bool = False) -> None:
+        """Draw the parts that fit, unless the line was drawn a moment ago."""
+        from rich.text import Text
+
+        now = time.monotonic()
+        if self._live is None or (now - self._drawn < REDRAW_EVERY and not at_once):
+            return
+        if not self._live.is_started:
+            self._live.start()
+        self._drawn = now
+        line = Text(printable(fitted(parts, self._console.width - 1)), no_wrap=True, overflow="ellipsis")
+        self._live.update(line, refresh=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+class Part(NamedTuple):
+    """What a line may show; `rank` 0 always, then the lower the sooner. A bar takes what room it gets."""
+
+    text: str
+    rank: int = 0
+
+
+def fitted(parts: Sequence[Part], width: int) -> str:
+    """The parts that a line of `width` characters has room for, in their order, two blanks apart.
+
+    >>> fitted([Part("step 5/9"), Part("loss 2.345", 1), Part("dose 0.45", 2), Part("0:07 left")], 32)
+    'step 5/9  loss 2.345  0:07 left'
+    """
+    chosen = [part for part in parts if part.rank == 0]
+    for part in sorted(parts, key=lambda part: part.rank):
+        if part.rank and sum(len(one.text) + 2 for one in (*chosen, part)) - 2 <= width:
+            chosen.append(part)
+    return "  ".join(part.text for part in parts if part in chosen)
+
+
+def bar(share: float, shown_on: Console, width: int = 16) -> str:
+    """A bar of which a share is full."""
+    full, empty = ("━", "╌") if shown_on.encoding.startswith("utf") else ("#", ".")
+    count = round(max(0.0, min(1.0, share)) * width)
+    return full * count + empty * (width - count)
+
+
+class Counter(Observer):
+    """How far a long job is, on standard error: a line drawn in place on a terminal, else a line now and then."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = console(stderr=True, quiet=quiet)
+        self._quiet, self._line = quiet, None
+        self._name, self._started, self._first, self._last = "", 0.0, 0, 0.0
+
+    @observing
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        from rich.text import Text
+
+        self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
+
+    @observing
+    def count(self, name: str, done: int, total: int, words: str = "") -> None:
+        """`done` of `total` pieces of the job of that name are finished; what was at its first count cost no time."""
+        now = time.monotonic()
+        if name != self._name:
+            self.close()
+            self._name, self._started, self._first, self._last = name, now, done, 0.0 if self._quiet else now
+            self._line = None if self._quiet else LiveLine(self.console)
+            if self._line and not self._line.is_live:
+                self.note(f"{name}: {done:,} of {total:,}")
+        left = (now - self._started) / (done - self._first) * (total - done) if done > self._first else None
+        counted, time_left = f"{name} {done:,}/{total:,}", f"{duration(left)} left"
+        if self._line and self._line.is_live:
+            share = bar(done / max(1, total), self.console)
+            self._line.show([Part(counted), Part(share, 2), Part(words, 1), Part(time_left)], at_once=done >= total)
+        elif now - self._last > COUNT_EVERY or done >= total:
+            self._last = now
+            self.note("  ".join(filter(None, (counted, words, time_left))))
+
+    def close(self) -> None:
+        if self._line:
+            self._line.close()
+        self._line, self._name = None, ""
+
+    def __enter__(self) -> Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def printable(text: str) -> str:

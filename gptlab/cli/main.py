@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ def _described(error: GptlabError | OSError | KeyboardInterrupt) -> tuple[int, s
     if isinstance(error, GptlabError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return 128 + getattr(error, "number", signal.SIGINT), str(error) or "interrupted"
     if error.filename is None and error.errno is None:
         raise error
     return 3, f"{error.strerror}: {error.filename or 'a file'}; check the path and the disk"

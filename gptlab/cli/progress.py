@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.console import printable
+from gptlab.cli.console import LiveLine, Observer, Part, bar, duration, observing, printable
+from gptlab.cli.console import console as terminal
 from gptlab.data.corpus import Corpus
 from gptlab.device import Placement
 from gptlab.options import build, flatten
 from gptlab.runs.begin import Beginning
 from gptlab.training.config import TrainingConfig
-from gptlab.training.loop import Record
+from gptlab.training.loop import Record, due
 from gptlab.training.presets import PRESETS
 
 SHOWN_TOKENS = 12
@@ -30,7 +28,7 @@ SHOWN_TOKENS = 12
 LONGEST_TOKEN = 8
 
 
-class Display:
+class Display(Observer):
     """Shows records on standard error, or on a console of the caller's; `quiet` shows nothing. clock: in seconds."""
 
     def __init__(
@@ -42,17 +40,17 @@ class Display:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.config, self.quiet, self._clock = config, quiet, clock
-        self.console = console or Console(
-            stderr=True, highlight=False, quiet=quiet, width=None if sys.stderr.isatty() else 110
-        )
+        self.console = console or terminal(stderr=True, quiet=quiet)
         self._dose: float | None = None
-        self._live: Progress | None = None
-        self._task: TaskID | None = None
+        self._line: LiveLine | None = None
+        self._step, self._figures, self._left, self._stage = 0, [], "", "starting"
         self._started, self._first = self._clock(), 0
 
+    @observing
     def note(self, text: str) -> None:
-        self.console.print(Text(text, style="dim"), soft_wrap=True)
+        self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
+    @observing
     def opening(
         self, config: TrainingConfig, placement: Placement, corpus: Corpus, peak: float, beginning: Beginning
     ) -> None:
@@ -60,72 +58,103 @@ class Display:
         signal = config.signal
         judged = "the plain baseline" if signal.name == "none" else f"block loss {signal.name}: {signal.signal.formula}"
         parameters = _model_size(config)
-        verb = f"going on from {beginning.checkpoint}" if beginning.checkpoint else "starting"
-        self.console.print(
-            Text.assemble(
-                ("gptlab ", "bold"), f"{config.preset}, {judged}\n",
-                f"  model   {parameters / 1e6:.1f}M parameters, {config.n_layer} blocks, {config.n_embd} wide, "
-                f"reads {config.block_size} tokens\n",
-                f"  data    {corpus.folder}: {corpus.tokens('train'):,} training tokens"
-                f"{'' if corpus.complete else ' so far'}\n",
-                f"  machine {placement.device}, {placement.threads} thread{'s' * (placement.threads > 1)} a process, "
-                f"matmul peak {peak / 1e9:,.0f} GFLOP/s\n",
-                f"  dtype   {placement.dtype_name} ({placement.reasons['dtype']})\n",
-                f"  run     {beginning.folder}, {verb}",
-            )
-        )  # fmt: skip
-        self._begin_line()
+        verb = f"resuming from {beginning.checkpoint}" if beginning.checkpoint else "starting"
+        for text in (
+            Text.assemble(("gptlab ", "bold"), f"{config.preset}, {judged}"),
+            f"  model   {parameters / 1e6:.1f}M parameters, {config.n_layer} blocks, {config.n_embd} wide, "
+            f"reads {config.block_size} tokens",
+            f"  data    {corpus.folder}: {corpus.tokens('train'):,} training tokens"
+            f"{'' if corpus.complete else ' so far'}",
+            f"  machine {placement.device}, {placement.threads} thread{'s' * (placement.threads > 1)} a process, "
+            f"matmul peak {peak / 1e9:,.0f} GFLOP/s",
+            f"  dtype   {placement.dtype_name} ({placement.reasons['dtype']})",
+            f"  run     {beginning.folder}, {verb}",
+        ):
+            self._print(text)
+        self.start_line()
 
-    def _begin_line(self) -> None:
-        self._started = self._clock()
-        if self.quiet or not self.console.is_terminal:
-            return
-        self._live = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=16), TextColumn("{task.description}"),
-            TimeRemainingColumn(compact=True), TextColumn("left"), console=self.console,
-        )  # fmt: skip
-        self._task = self._live.add_task("", total=self.config.steps)
-        self._live.start()
+    @observing
+    def start_line(self) -> None:
+        """On a terminal, show the step in a line of its own from now on."""
+        if not self.quiet and self.console.is_terminal:
+            self._line = LiveLine(self.console)
+            self._draw()
 
+    def _print(self, text: str | Text) -> None:
+        """A line: folded between words on a terminal, never cut elsewhere."""
+        text = text if isinstance(text, Text) else Text(printable(text))
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
+
+    @observing
     def show(self, record: Record) -> None:
-        """Show one record."""
+        """Show one record, and what is made next, if that takes its time."""
         if record.kind == "train":
             self._train(record)
         elif record.kind == "val":
-            v = record.values
-            shown = evenly(len(v["block_loss"]), 4)
-            blocks = " ".join(f"{v['block_loss'][j - 1]:.2f}" for j in shown)
-            sure = " ".join(f"{v['block_confidence'][j - 1]:.2f}" for j in shown)
-            self.console.print(
-                Text.assemble(
-                    (f"{record.step:>6} val   loss {v['loss']:.4f}", "bold"),
-                    *([f", {v['excess_loss']:+.4f} over the floor"] if "excess_loss" in v else []),
-                    *([f", clean {v['clean_loss']:.4f}"] if "clean_loss" in v else []),
-                    f"  {v['bits_per_byte']:.3f} bits/byte, {v['accuracy']:.1%} right",
-                    (f"  blocks {','.join(map(str, shown))}: loss {blocks}, p_max {sure}", "dim"),
-                ),
-                soft_wrap=True,
-            )
+            self._print(self._validation(record))
         elif record.kind == "sample":
             self.console.print(sample_panel(record.step, record.values, self.console.width))
+        self._stage = self._next(record)
+        self._draw(at_once=bool(self._stage) or record.kind != "train")
+
+    def _next(self, record: Record) -> str:
+        """What the loop does after a record, "" for an update: validation, a sample and a save come in this order."""
+        config, step, last = self.config, record.step, record.step == self.config.steps
+        after = ("train", "val", "sample", "checkpoint").index(record.kind)
+        stages = (
+            ("validating", config.eval_every),
+            ("sampling", config.sample_every),
+            ("saving", config.checkpoint_every),
+        )
+        return next((stage for stage, every in stages[after:] if due(every, step, last)), "")
+
+    @observing
+    def stage(self, name: str) -> None:
+        """Say what takes its time now."""
+        self._stage = name
+        self._draw(at_once=True)
+
+    def _validation(self, record: Record) -> Text:
+        v = record.values
+        shown = evenly(len(v["block_loss"]), 4)
+        blocks = " ".join(f"{v['block_loss'][j - 1]:.2f}" for j in shown)
+        sure = " ".join(f"{v['block_confidence'][j - 1]:.2f}" for j in shown)
+        return Text.assemble(
+            (f"{record.step:>6} val   loss {v['loss']:.4f}", "bold"),
+            *([f", {v['excess_loss']:+.4f} over the floor"] if "excess_loss" in v else []),
+            *([f", clean {v['clean_loss']:.4f}"] if "clean_loss" in v else []),
+            f"  {v['bits_per_byte']:.3f} bits/byte, accuracy {v['accuracy']:.1%}",
+            (f"  blocks {','.join(map(str, shown))}: loss {blocks}, p_max {sure}", "dim"),
+        )
 
     def _train(self, record: Record) -> None:
-        v, config = record.values, self.config
+        v, config, step = record.values, self.config, record.step
         self._dose = v.get("dose", self._dose)
         if not self._first:
-            self._first = record.step
-        words = f"loss {v['loss']:.3f}"
-        if config.signal.name != "none":
-            words += f"  signal {v['signal_loss']:+.3f}"
-            words += f"  dose {self._dose:.2f}" if self._dose is not None else ""
-        words += f"  {v['tokens_per_second']:,.0f} tokens/s  MFU {v['mfu']:.0%}"
-        if self._live and self._task is not None:
-            self._live.update(self._task, completed=record.step, description=escape(words))
-        elif config.log_every and (record.step % config.log_every == 0 or record.step == config.steps):
-            elapsed = self._clock() - self._started
-            left = elapsed / (record.step - self._first + 1) * (config.steps - record.step)
-            self.console.print(f"{record.step:>6} train {words}  {_minutes(left)} left", markup=False, soft_wrap=True)
+            self._first, self._started = step, self._clock()
+        judged = config.signal.name != "none"
+        self._figures = [
+            Part(f"loss {v['loss']:.3f}", 1),
+            *([Part(f"signal {v['signal_loss']:+.3f}", 4)] if judged else []),
+            *([Part(f"dose {self._dose:.2f}", 5)] if judged and self._dose is not None else []),
+            Part(f"{v['tokens_per_second']:,.0f} tokens/s", 3),
+            Part(f"MFU {v['mfu']:.0%}", 6),
+        ]
+        elapsed, made = self._clock() - self._started, step - self._first
+        seconds = elapsed / made if made else config.total_batch_tokens / v["tokens_per_second"]
+        self._step, self._left = step, duration(seconds * (config.steps - step))
+        if self._line is None and config.log_every and (step % config.log_every == 0 or step == config.steps):
+            words = "  ".join(part.text for part in self._figures)
+            self._print(f"{step:>6} train {words}  {self._left} left")
 
+    def _draw(self, *, at_once: bool = False) -> None:
+        if self._line:
+            step, steps = self._step, self.config.steps
+            counted, drawn = Part(f"step {step:,}/{steps:,}"), Part(bar(step / steps, self.console), 2)
+            last = Part(self._stage or f"{self._left} left")
+            self._line.show([counted, drawn, *self._figures, last], at_once=at_once)
+
+    @observing
     def finished(self, folder: str, summary: dict[str, Any], *, again: bool) -> None:
         """The summary of a run that is done, and what to try next."""
         self.close()
@@ -148,9 +177,9 @@ class Display:
             self.console.print(f"  {command}", markup=False, soft_wrap=True)  # never cut, so that it can be copied
 
     def close(self) -> None:
-        if self._live:
-            self._live.stop()
-            self._live = None
+        if self._line:
+            self._line.close()
+            self._line = None
 
 
 def next_commands(config: TrainingConfig, folder: str) -> list[str]:
@@ -222,12 +251,6 @@ def visible(token: str) -> str:
 
 def _shade(p: float) -> str:
     return "green" if p >= 0.9 else "yellow" if p >= 0.5 else "dim"
-
-
-def _minutes(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def _model_size(config: TrainingConfig) -> int:

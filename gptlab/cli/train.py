@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser, add_options, file_options, given_options
-from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
+from gptlab.cli.stopping import Interrupted, StopRequest
+from gptlab.errors import ConfigError, GptlabError, Stopped, UsageError, did_you_mean
 from gptlab.options import build
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
@@ -58,7 +61,22 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     check_log(filed, ConfigError)
     check_signals(given, allow_code=parsed.allow_code, kind=UsageError)
     check_signals(values, allow_code=parsed.allow_code, kind=ConfigError)
-    return _run(values, as_json=parsed.json, despite=parsed.despite)
+    with StopRequest(raising=True) as stop:
+        try:
+            return _run(values, stop, as_json=parsed.json, despite=parsed.despite)
+        except Interrupted as request:
+            raise _stopped_early(values, request) from None
+
+
+def _stopped_early(values: Mapping[str, Any], request: Interrupted) -> BaseException:
+    """What to raise for a request that came before this start could make a step: Stopped where a checkpoint waits."""
+    name = signal.Signals(request.number).name
+    with contextlib.suppress(ConfigError):
+        config = resolve(values, 0)
+        if config.resume != "never" and any(Path(config.folder).glob("checkpoints/step_*/MANIFEST.json")):
+            return Stopped(f"stopped by {name} before the first step; run the same command again to resume")
+    request.args = (f"stopped by {name} before there was anything to save; run the same command again",)
+    return request
 
 
 def check_log(values: Mapping[str, Any], kind: type[GptlabError]) -> None:
@@ -86,7 +104,7 @@ def resolve(values: Mapping[str, Any], gpus: int) -> TrainingConfig:
     return build(TrainingConfig, {**PRESETS[preset], **values, "preset": preset})
 
 
-def _run(values: Mapping[str, Any], *, as_json: bool, despite: bool) -> int:
+def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite: bool) -> int:
     from gptlab.device import Machine, decide
     from gptlab.distributed import World, end_with_launcher
     from gptlab.training.summing import micro_batch
@@ -109,7 +127,7 @@ def _run(values: Mapping[str, Any], *, as_json: bool, despite: bool) -> int:
     placement.apply()
     micro_batch(config, world)  # refuses what cannot be shared, before any waiting
     try:
-        summary = _train(config, machine, placement, world, despite)
+        summary = _train(config, machine, placement, world, stop, despite)
     finally:
         world.disconnect()
     if world.main and as_json:
@@ -118,12 +136,11 @@ def _run(values: Mapping[str, Any], *, as_json: bool, despite: bool) -> int:
 
 
 def _train(
-    config: TrainingConfig, machine: Machine, placement: Placement, world: World, despite: bool
+    config: TrainingConfig, machine: Machine, placement: Placement, world: World, stop: StopRequest, despite: bool
 ) -> dict[str, Any]:
     from gptlab.analysis.report import after_run, lacks_report
     from gptlab.cli.corpus import open_or_prepare
     from gptlab.cli.progress import Display
-    from gptlab.cli.stopping import StopRequest
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.device import environment, matmul_peak
@@ -161,7 +178,7 @@ def _train(
             return {**beginning.finished, "folder": beginning.folder}
         for note in beginning.notes:
             display.note(note)
-        stop = ends.enter_context(StopRequest(echo=1.0 if world.launched else 0.0))
+        stop.defer()  # from here on a stop saves a checkpoint
         peak = matmul_peak(placement)
         display.opening(config, placement, corpus, peak * world.size, beginning)
         session = Session(config, folder, beginning.checkpoint, placement, corpus.identity(), world)
@@ -179,6 +196,7 @@ def _train(
             display.show(record)
             if track:
                 track(record)
+        display.stage("writing the report")
         summary = session.finish(validation.sha256, time.perf_counter() - began, first, peak * world.size)
         if folder:
             display.note(f"  report  {after_run(folder.path)}")

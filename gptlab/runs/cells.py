@@ -176,4 +176,4 @@ def said(cell: Cell) -> str | None:
     except FileNotFoundError:
         return None
     _, found, error = text.rpartition("\ngptlab: ")
-    return " ".join(error.split()) if found and not error.startswith("stopped at step") else None
+    return " ".join(error.split()) if found and not error.startswith("stopped ") else None

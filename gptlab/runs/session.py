@@ -87,7 +87,7 @@ class Session:
         stop: Callable[[], bool],
         sample: Callable[[TrainingState], dict[str, Any]],
     ) -> Iterator[Record]:
-        """Train, writing every record before it is handed on; the last event row of a run that fails is its error.
+        """Train, and give every record when it is written, a checkpoint when it is saved; a failure ends the rows.
 
         sample: makes a sample's row, on the rank that writes.
         """
@@ -99,6 +99,7 @@ class Session:
             for record in self.world.watched(records):
                 if record.kind == "checkpoint":
                     self._save(record)
+                    yield record
                     continue
                 if record.kind == "sample":
                     if self.folder is None or self.state.model.sharded:  # writing on needs whole blocks

@@ -59,7 +59,7 @@ def train(
 
     while True:
         step, last = state.step, state.step == config.steps
-        if _due(config.eval_every, step, last) and state.validated != step:
+        if due(config.eval_every, step, last) and state.validated != step:
             result = validate(state.model, validation, world, placement, stop, config.undoable_flip)
             if result is None:
                 yield from checkpoint_and_stop()
@@ -67,18 +67,18 @@ def train(
             state.validated = step
             fitted = tempered(state.model, validation, world, placement) if last else None
             yield Record("val", step, _validation_row(result, fitted, validation.floor, bytes_per_token))
-        if _due(config.sample_every, step, last) and state.sampled != step:
+        if due(config.sample_every, step, last) and state.sampled != step:
             state.sampled = step
             yield Record("sample", step)
-        if _due(config.checkpoint_every, step, last):
+        if due(config.checkpoint_every, step, last):
             yield Record("checkpoint", step, {"cursor": windows.cursor(step, config.sequences)})
         if last:
             return
         start = time.perf_counter()
         noise = None
-        if _due(config.noise_every, step, False, first=True):
+        if due(config.noise_every, step, False, first=True):
             noise = quick_noise(state, config, windows, world, placement)
-        measure = _due(config.dose_every, step, False, first=True)
+        measure = due(config.dose_every, step, False, first=True)
         batches = micro_batches(config, windows, world, step, placement.device)
         done = update(state, config, batches, world, placement, measure_dose=measure, stop=stop())
         row = _train_row(state, config, done, time.perf_counter() - start, peak, world)
@@ -87,7 +87,7 @@ def train(
             yield from checkpoint_and_stop()
 
 
-def _due(every: int, step: int, last: bool, first: bool = False) -> bool:
+def due(every: int, step: int, last: bool, first: bool = False) -> bool:
     """Whether an interval falls on `step`; 0 is never, the last step always, step 0 only where `first`."""
     return every > 0 and (last or (step % every == 0 and (step > 0 or first)))
 

@@ -219,7 +219,7 @@ def test_a_token_is_shown_in_few_visible_characters() -> None:
 
 
 def test_a_request_to_stop_is_heard_once_and_echoes_are_the_same_request() -> None:
-    with StopRequest(echo=60.0) as stop:
+    with StopRequest() as stop:
         assert not stop()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop()
