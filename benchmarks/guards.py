@@ -101,7 +101,7 @@ GUARDS = (
     Guard("of a link among checkpoints the link alone is removed", "runs/checkpoint.py",
           "if path.is_symlink() or path.is_file():", "if path.is_file():",
           ("tests/security/test_escapes.py::test_links_among_checkpoints_are_removed_and_not_what_they_lead_to",)),
-    Guard("a pack takes no link along", "runs/pack.py", "None if path.is_symlink() else ", "",
+    Guard("a pack takes no link along", "runs/archive.py", "refuse_links(path, folder, error=ConfigError)", "pass",
           ("tests/security/test_escapes.py::test_a_pack_takes_no_link_along",)),
     Guard("a trash that leads elsewhere takes nothing", "runs/trash.py", "if trash.resolve() != trash:", "if False:",
           ("tests/security/test_escapes.py::test_a_trash_that_is_a_link_takes_nothing",)),

@@ -1,10 +1,10 @@
-"""The tables and pictures of the findings, from the packed experiments beside them.
+"""The tables and pictures of the findings, from the packed experiments next to them.
 
     python docs/findings.py     renews them all: in docs/findings/*.md and the README
 
-What stands between <!-- compare: FOLDER --> and <!-- end of FOLDER --> is what `gptlab compare docs/findings/FOLDER`
-prints as Markdown; with <!-- verdicts: FOLDER --> it is the first of its tables, with <!-- dose_response: FOLDER -->
-what `gptlab dose_response` finds there. Each folder gets a FOLDER.svg. With <!-- branches: NAME --> it is the branch
+What stands between <!-- compare: NAME --> and <!-- end of NAME --> is what `gptlab compare docs/findings/NAME.json.gz`
+prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, with <!-- dose_response: NAME -->
+what `gptlab dose_response` finds there. Each pack gets a NAME.svg. With <!-- branches: NAME --> it is the branch
 tests in NAME.json, which `gptlab noise --json` printed. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
 arms/confidence/difference, as Python formats it; NAME may be that of a file in benchmarks/results too.
@@ -25,6 +25,7 @@ from gptlab.analysis.report.response import draw
 from gptlab.analysis.series import SHARES, Target, dose_response
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
+from gptlab.runs.archive import SUFFIX
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
@@ -67,10 +68,10 @@ def _result(name: str) -> dict[str, Any]:
     for folder in (FINDINGS, ROOT / "benchmarks" / "results"):
         if (file := folder / f"{name}.json").is_file():
             return json.loads(file.read_text(encoding="utf-8"))
-    folder = FINDINGS / name
+    packed = FINDINGS / f"{name}{SUFFIX}"
     if name.startswith(RESPONSE):
-        return dose_response(folder, LEVELS.get(name, tuple(map(Target, SHARES))))
-    return read([folder]).verdicts()
+        return dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES))))
+    return read([packed]).verdicts()
 
 
 def _figure(name: str, place: str, form: str) -> str:
@@ -100,10 +101,9 @@ def main() -> None:
 
     for page in pages():
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
-    for experiment in FINDINGS.glob("*/experiment.toml"):
-        folder = experiment.parent
-        picture = draw if folder.name.startswith(RESPONSE) else write_forest
-        picture(_result(folder.name), folder.with_suffix(".svg"))
+    for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
+        picture = draw if name.startswith(RESPONSE) else write_forest
+        picture(_result(name), FINDINGS / f"{name}.svg")
     draw_noise()
 
 

@@ -1,10 +1,8 @@
-"""The documents against the program: README's commands and tree, and every figure that a real run records."""
+"""The documents against the program: README's commands, and every figure that a real run records."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -66,14 +64,6 @@ def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{document}: {target}"
-
-
-def test_the_tree_in_the_readme_is_the_tree_there_is() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("needs a git checkout: the tree is that of tracked files")
-    script = [sys.executable, str(ROOT / "docs" / "tree.py"), "--check"]
-    done = subprocess.run(script, check=False, capture_output=True, text=True)
-    assert done.returncode == 0, f"run `python docs/tree.py` after adding or renaming a file\n{done.stderr}"
 
 
 def test_the_pictures_of_the_noise_page_are_of_the_committed_results(tmp_path: Path) -> None:

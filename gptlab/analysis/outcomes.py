@@ -20,6 +20,7 @@ from gptlab.analysis.verdicts import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.options import flatten_table
 from gptlab.parsing import parse_toml
+from gptlab.runs.archive import SUFFIX, is_pack, read_pack
 
 EXPERIMENT = "experiment.toml"
 """The copy of the experiment file that lies beside an experiment's arms."""
@@ -79,13 +80,18 @@ def read(sources: Sequence[str | Path], *, step: int | None = None, baseline: st
     first = Path(sources[0])
     if first.suffix in SUFFIXES:
         return _of_log(_only(sources), step, baseline)
-    if (first / EXPERIMENT).is_file():
+    if is_experiment(first):
         return _of_experiment(_only(sources), step)
     if not first.exists():
         raise ConfigError(f"expected a run, an experiment's folder or a log at {first}, found nothing; check the path")
     if first.is_file():
-        raise ConfigError(f"{first}: expected a log that ends in {' or '.join(SUFFIXES)}, or a folder")
+        raise ConfigError(f"{first}: expected a log that ends in {' or '.join((*SUFFIXES, SUFFIX))}, or a folder")
     return _of_runs([read_run(path) for path in sources], step, baseline)
+
+
+def is_experiment(path: Path) -> bool:
+    """Whether it is an experiment's folder, or a packed one."""
+    return is_pack(path) or (path / EXPERIMENT).is_file()
 
 
 def _only(sources: Sequence[str | Path]) -> Path:
@@ -132,19 +138,27 @@ def _of_runs(runs: list[Run], step: int | None, baseline: str | None) -> Outcome
 
 
 def _of_experiment(folder: Path, step: int | None) -> Outcomes:
-    """An experiment's cells <arm>/seed_<n>/, with what its file declared."""
-    path = folder / EXPERIMENT
-    try:
-        table = parse_toml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
+    """An experiment's cells <arm>/seed_<n>/, or those of a packed one, with what its file declared."""
+    packed, path = None, folder
+    if is_pack(folder):
+        packed = read_pack(folder)
+        table = parse_toml(packed.text)
+    else:
+        path = folder / EXPERIMENT
+        try:
+            table = parse_toml(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
     if not isinstance(table.get("arms"), dict) or table.get("baseline") not in table["arms"]:
         hint = did_you_mean(str(table.get("baseline")), table.get("arms", ()))
         raise ConfigError(f"{path}: expected arms, and the name of one of them as baseline{hint}")
     looks, seeds = table.get("looks"), table.get("seeds")
     if (looks is None) == (seeds is None):
         raise ConfigError(f"{path}: expected either seeds or looks, found {'both' if looks else 'neither'}")
-    found = {arm: [read_run(cell) for cell in _cells(folder / arm)] for arm in table["arms"]}
+    if packed:
+        found = {arm: [read_run(cell.run) for cell in packed.cells if cell.arm == arm] for arm in table["arms"]}
+    else:
+        found = {arm: [read_run(cell) for cell in _cells(folder / arm)] for arm in table["arms"]}
     arms = {arm: [run for run in runs if seeds is None or run.seed in seeds] for arm, runs in found.items()}
     extra = [run for arm, runs in found.items() for run in runs if run not in arms[arm]]
     changed = {arm: _flat(own) for arm, own in table["arms"].items()}
@@ -163,7 +177,7 @@ def _of_experiment(folder: Path, step: int | None) -> Outcomes:
     declared = {arm: {**common, **changed[arm]} for arm in arms}
     name = str(table.get("name", folder.name))
     notes = [f"{run.path}: seed {run.seed} was not declared" for run in extra]
-    tuning = read_tuning(folder, table)
+    tuning = Tuning("tune" in table, packed.tuning or {}) if packed else read_tuning(folder, table)
     return _outcomes(name, arms, declared, step, arguments, allowed, tuning=tuning, notes=notes)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from gptlab.data.prepare import known_tokens
 from gptlab.data.tokenizers import TOKENIZERS
 from gptlab.options import flatten
-from gptlab.runs.records import Clock, read_config, read_environment, read_rows
+from gptlab.runs.records import Clock, Source, path_of, read_config, read_environment, read_rows
 from gptlab.training.config import TrainingConfig
 
 
@@ -24,7 +24,7 @@ class Run:
     """losses: validation loss by step, nats; ended: the last event row, where there is one; doses: as measured.
 
     tempered: the last validation's loss at its best temperature, nats, and its bits_per_byte;
-    seconds: spent in updates, all sessions.
+    seconds: spent in updates, all sessions. source: what it was read from.
     """
 
     path: Path
@@ -37,6 +37,7 @@ class Run:
     tempered: float | None = None
     bits_per_byte: float | None = None
     seconds: float = 0.0
+    source: Source = field(default="", repr=False)
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
@@ -67,19 +68,18 @@ class Run:
         return self.options.get("signal.name", "none") != "none"
 
 
-def read_run(path: str | Path, until: float = math.inf) -> Run:
-    """The run in a folder, finished or not; raises CheckpointError where there is none or it cannot be read.
+def read_run(source: Source, until: float = math.inf) -> Run:
+    """The run in a folder or a pack, finished or not; raises CheckpointError where there is none or it cannot be read.
 
     until: the moment at which reading ends, as for read_rows.
     """
-    path = Path(path)
-    config = read_config(path)
+    config = read_config(source)
     losses: dict[int, float] = {}
     doses: list[float] = []
     ended: Mapping[str, Any] = {}
     last: Mapping[str, Any] = {}
     step, clock = 0, Clock()
-    for row in read_rows(path, blocks=blocks_of(config), until=until):
+    for row in read_rows(source, blocks=blocks_of(config), until=until):
         step = row["step"]
         if row["kind"] == "val":
             losses[step], last = row["loss"], row
@@ -87,10 +87,10 @@ def read_run(path: str | Path, until: float = math.inf) -> Run:
             clock.tick(row)
             doses += [row["dose"]] if row.get("dose") is not None else []
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that was resumed
-    environment = read_environment(path)
+    environment = read_environment(source)
     return Run(
-        path, config, environment, losses, step, ended, tuple(doses),
-        tempered=last.get("tempered_loss"), bits_per_byte=last.get("bits_per_byte"), seconds=clock.seconds,
+        path_of(source), config, environment, losses, step, ended, tuple(doses), tempered=last.get("tempered_loss"),
+        bits_per_byte=last.get("bits_per_byte"), seconds=clock.seconds, source=source,
     )  # fmt: skip
 
 

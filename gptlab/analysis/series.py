@@ -109,7 +109,7 @@ def _arms(runs: Mapping[str, Sequence[Run]]) -> tuple[list[Arm], list[str]]:
         if len(errors) > 1:
             notes.append(f"{name} has errors of {len(errors)} kinds, so that no dose is its own")
             continue
-        rows = {run.seed: [r for r in read_rows(run.path) if r["kind"] == "val"] for run in members}
+        rows = {run.seed: [r for r in read_rows(run.source) if r["kind"] == "val"] for run in members}
         arms.append(Arm(name, clean, errors[0] if errors else None, {run.seed: run for run in members}, rows))
     return arms, notes
 

@@ -47,9 +47,9 @@ def _parser() -> Parser:
     parser = Parser(
         prog="gptlab compare",
         description="Say of every arm whether it is better or worse than its baseline, no different, inactive or "
-        "undecided, and why (docs/verdicts.md). An experiment's folder holds what was declared; single runs are "
-        "sorted into arms by their options, the arm without a signal being the baseline; a log of another trainer is "
-        "CSV or JSON lines with step, loss, arm and seed.",
+        "undecided, and why (docs/verdicts.md). An experiment's folder, or the file of a packed one, "
+        "holds what was declared; single runs are sorted into arms by their options, the arm without a signal being "
+        "the baseline; a log of another trainer is CSV or JSON lines with step, loss, arm and seed.",
     )
     parser.add_argument("sources", nargs="*", metavar="RUN|EXPERIMENT|LOG", help="run folders, or one of the others")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
@@ -84,10 +84,11 @@ def looks(text: str) -> list[int]:
 
 
 def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
-    from gptlab.analysis.outcomes import EXPERIMENT, read
+    from gptlab.analysis.outcomes import EXPERIMENT, is_experiment, read
 
-    declared = (Path(options.sources[0]) / EXPERIMENT).is_file()
-    if declared and (options.baseline or options.delta is not None or options.looks or options.placebo):
+    if is_experiment(Path(options.sources[0])) and (
+        options.baseline or options.delta is not None or options.looks or options.placebo
+    ):
         raise UsageError(f"{options.sources[0]} declares {WHOSE} in its {EXPERIMENT}; after the runs they stand")
     outcomes = read(options.sources, step=options.step, baseline=options.baseline)
     if outcomes.undeclared and not options.despite:
@@ -101,7 +102,7 @@ def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
 
 
 def _report(options: argparse.Namespace, outcomes: Outcomes, result: dict[str, Any]) -> None:
-    """Write report.html where --html says, or into the experiment's folder; there a failure is only told."""
+    """Write report.html where --html says, or into the experiment's folder; there a failure is only reported."""
     from gptlab.analysis.outcomes import EXPERIMENT
     from gptlab.analysis.report import FILE
 

@@ -43,7 +43,9 @@ def _parser() -> Parser:
         "get where its clean arm got, paired by seed, with 95% intervals; fitted against theory; and whether errors "
         "at every block multiply or add up. docs/dose_response.md says how each figure is made.",
     )
-    parser.add_argument("experiment", metavar="EXPERIMENT", help="the folder of an experiment such as dose_response")
+    parser.add_argument(
+        "experiment", metavar="EXPERIMENT", help="the folder or the pack of an experiment such as dose_response"
+    )
     shares = "levels: what the clean arm has after these shares of its tokens [0.125,0.25,0.5]"
     parser.add_argument("--shares", type=_numbers, metavar="X,X,..", help=shares)
     parser.add_argument("--levels", type=_numbers, metavar="X,X,..", help="these values of the figure, instead")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gptlab.runs.smoke import Trial
     from gptlab.runs.tuned import TunedRunner
 
-ACTIONS = ("run", "status", "smoke", "pack")
+ACTIONS = ("run", "status", "smoke", "pack", "unpack")
 EXECUTORS = ("slurm", "local")
 BUDGET = 120.0
 
@@ -41,7 +41,8 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--executor is for run, found it with {options.action}")
     if options.slurm and not options.executor:
         raise UsageError("--slurm is for jobs of a cluster: add --executor slurm")
-    return {"run": _run, "status": _status, "smoke": _smoke, "pack": _pack}[options.action](options)
+    actions = {"run": _run, "status": _status, "smoke": _smoke, "pack": _pack, "unpack": _unpack}
+    return actions[options.action](options)
 
 
 def _parser() -> Parser:
@@ -49,8 +50,9 @@ def _parser() -> Parser:
         prog="gptlab experiment",
         description="run: train every cell (arm and seed) that is missing, as many at a time as suits the machine; run "
         "it again after any stop or kill. status: how the cells stand, from any terminal. smoke: in two minutes, does "
-        "every arm run, is its signal active, at what dose, and what will the whole cost? pack: copy all that verdicts "
-        "need, and no weights, into a small folder to commit or send.",
+        "every arm run, is its signal active, at what dose, and what will the whole cost? pack: write all that "
+        "verdicts need, and no weights, to one small file to commit or send. unpack: make a folder of such a file, in "
+        "which run trains what is missing.",
         epilog="A file declares arms, seeds and delta (ready: first_look, 1_noise); `gptlab compare` gives "
         "verdicts. Exit codes of run: 0 every cell finished, 3 a cell failed, 4 one diverged, 75 stopped: run again.",
     )
@@ -60,7 +62,7 @@ def _parser() -> Parser:
         metavar="FILE",
         help="an experiment file, or the name of a ready one; for status and pack its folder too",
     )
-    parser.add_argument("--out", metavar="DIR", help="the experiment's folder [log/<name>]; for pack the copy")
+    parser.add_argument("--out", metavar="DIR", help="the experiment's folder [log/<name>]; for pack a file")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
     parser.add_argument("--jobs", type=_count, metavar="N", help="cells at a time, at most [what suits the machine]")
@@ -246,14 +248,26 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _pack(options: argparse.Namespace) -> int:
-    from gptlab.runs.pack import pack
+    from gptlab.runs.archive import SUFFIX, pack
+
+    if not (options.out or "").endswith(SUFFIX):
+        raise UsageError(f"experiment pack: expected --out NAME{SUFFIX}, the file to write")
+    experiment, folder = _read(options)
+    packed = pack(experiment, folder, Path(options.out))
+    found = {"experiment": experiment.name, "file": options.out, "cells": [cell.name for cell in packed.cells]}
+    line = f"{len(packed.cells)} cells in {options.out}; gptlab compare {options.out}"
+    print(json.dumps(found) if options.json else line)
+    return 0
+
+
+def _unpack(options: argparse.Namespace) -> int:
+    from gptlab.runs.archive import unpack
 
     if not options.out:
-        raise UsageError("experiment pack: expected --out DIR, where the copy goes")
-    experiment, folder = _read(options)
-    cells = pack(experiment, folder, Path(options.out))
-    found = {"experiment": experiment.name, "folder": options.out, "cells": [cell.name for cell in cells]}
-    print(json.dumps(found) if options.json else f"{len(cells)} cells in {options.out}; gptlab compare {options.out}")
+        raise UsageError("experiment unpack: expected --out DIR, the folder to make")
+    cells = unpack(Path(options.file), Path(options.out))
+    found = {"folder": options.out, "cells": [cell.name for cell in cells]}
+    print(json.dumps(found) if options.json else f"{len(cells)} cells in {options.out}")
     return 0
 
 

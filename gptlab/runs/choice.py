@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError
-from gptlab.parsing import parse_json
+from gptlab.files import read_text
+from gptlab.parsing import is_count, is_number, parse_json
 from gptlab.runs.experiment_file import Experiment
 from gptlab.runs.results import write_whole
 from gptlab.runs.trials import Trial, all_trials, leaders
@@ -118,16 +119,59 @@ def read_kept(folder: Path) -> dict[str, Any] | None:
     """The content of an experiment's tuning.json, None where there is none; raises ConfigError for a damaged one."""
     path = folder / FILE
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-        if not all({"options", "follows", "trial", "loss", "notes"} <= one.keys() for one in content["arms"].values()):
-            raise ValueError
+        return accepted(parse_json(read_text(path, inside=folder, error=ConfigError)))
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except ValueError:
         raise ConfigError(
             f"{path} is damaged: expected what trials chose for every arm; remove it and run the experiment again"
         ) from None
-    return content
+
+
+def accepted(content: Any) -> dict[str, Any]:
+    """`content` without what tuning.json does not hold; raises ValueError where it is of other kinds."""
+    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
+        raise ValueError("no arms")
+    for arm in content["arms"].values():
+        if not isinstance(arm, dict) or not all(key in arm and fits(arm[key]) for key, fits in _OF_ARM.items()):
+            raise ValueError("an arm's choice")
+    if not all(fits(content[key]) for key, fits in _OF_ALL.items() if key in content):
+        raise ValueError("seeds, trials or factors")
+    arms = {name: {key: arm[key] for key in _OF_ARM} for name, arm in content["arms"].items()}
+    return {**{key: content[key] for key in ("experiment", *_OF_ALL) if key in content}, "arms": arms}
+
+
+def _number(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def _text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
+
+
+_OF_ARM: Mapping[str, Callable[[Any], bool]] = {
+    "follows": _text,
+    "trial": _text,
+    "learning_rate": _number,
+    "dose": _number,
+    "options": lambda value: isinstance(value, dict),
+    "loss": _number,
+    "notes": _list_of(lambda value: isinstance(value, str)),
+    "losses": _table_of(_list_of(_number)),
+}
+_OF_ALL: Mapping[str, Callable[[Any], bool]] = {
+    "seeds": _list_of(is_count),
+    "trials": is_count,
+    "factors": _table_of(_list_of(_number)),
+}
 
 
 def as_json(experiment: Experiment, made: Mapping[str, Choice]) -> dict[str, Any]:

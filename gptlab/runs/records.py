@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,23 @@ LARGEST, SMALLEST = 1e100, 1e-100
 """Of a figure's absolute value: its square, and sums of such, are numbers too. float32 ends at 3e38 and 1e-45."""
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PackedRun:
+    """A run within a packed experiment: what the files of its folder held. path: what errors call it."""
+
+    path: Path
+    config: Any
+    environment: Any
+    rows: Sequence[Any]
+
+
+Source = str | Path | PackedRun
+
+
+def path_of(run: Source) -> Path:
+    return run.path if isinstance(run, PackedRun) else Path(run)
 
 
 class SlowReadError(CheckpointError):
@@ -115,8 +132,8 @@ ROWS: Mapping[str, Mapping[str, Check]] = {
 NEEDED = {"val": ("loss",), "sample": ("prompt", "text", "written", "blocks"), "event": ("event",)}
 
 
-def parse_row(line: str | bytes, blocks: int | None = None) -> Row:
-    """The row that a line holds; raises ValueError that says what is not as training writes it.
+def parse_row(line: str | bytes | Row, blocks: int | None = None) -> Row:
+    """The row that a line holds, or that is one already; raises ValueError that says what is not as training writes it.
 
     blocks: how many a validation lists; None where that is not known.
 
@@ -126,10 +143,12 @@ def parse_row(line: str | bytes, blocks: int | None = None) -> Row:
     Traceback (most recent call last):
     ValueError: expected a finite number as loss, found 'low'
     """
-    try:
-        row = parse_json(line)
-    except ValueError:
-        raise ValueError(f"expected a row with step and kind, found {shown(_as_text(line[:200]), 60)}") from None
+    row: Any = line
+    if isinstance(line, str | bytes):
+        try:
+            row = parse_json(line)
+        except ValueError:
+            raise ValueError(f"expected a row with step and kind, found {shown(_as_text(line[:200]), 60)}") from None
     if not isinstance(row, dict) or not _is_step(row.get("step")) or not _is_text(row.get("kind")):
         raise ValueError(f"expected a row with step and kind, found {shown(row, 60)}")
     kind = row["kind"]
@@ -148,34 +167,36 @@ def parse_row(line: str | bytes, blocks: int | None = None) -> Row:
     return row
 
 
-def read_rows(run: str | Path, *, blocks: int | None = None, until: float = math.inf) -> Iterator[Row]:
+def read_rows(run: Source, *, blocks: int | None = None, until: float = math.inf) -> Iterator[Row]:
     """The rows of a run's metrics.jsonl, none where there is no file; a last line that a kill cut off is left out.
 
     blocks: of the run's model, where that is known. until: the moment (time.monotonic) at which reading ends in a
     SlowReadError. Raises CheckpointError naming the first line that is no row.
     """
-    path = Path(run) / METRICS
-    file = _opened(path)
-    if file is None:
-        return
+    path = path_of(run) / METRICS
+    if isinstance(run, PackedRun):
+        yield from _in_order(path, run.rows, blocks, until)
+    elif file := _opened(path):
+        with file:
+            yield from _in_order(path, _lines(path, file), blocks, until)
+
+
+def _in_order(path: Path, lines: Iterable[bytes | Row], blocks: int | None, until: float) -> Iterator[Row]:
     step, tokens = 0, 0
-    with file:
-        for number, line in enumerate(_lines(path, file), 1):
-            if time.monotonic() > until:
-                raise SlowReadError(f"{path} takes too long to read at line {number}; read it on the command line")
-            try:
-                row = parse_row(line, blocks)
-                if row["step"] < step:
-                    raise ValueError(f"expected steps that do not fall, found {row['step']} after {step}")
-                if row["kind"] == "train" and row.get("tokens", tokens) < tokens:
-                    raise ValueError(f"expected tokens that do not fall, found {row['tokens']} after {tokens}")
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{path}, line {number}: {error}; remove that line, or leave the run out"
-                ) from None
-            step = row["step"]
-            tokens = row.get("tokens", tokens) if row["kind"] == "train" else tokens
-            yield row
+    for number, line in enumerate(lines, 1):
+        if time.monotonic() > until:
+            raise SlowReadError(f"{path} takes too long to read at line {number}; read it on the command line")
+        try:
+            row = parse_row(line, blocks)
+            if row["step"] < step:
+                raise ValueError(f"expected steps that do not fall, found {row['step']} after {step}")
+            if row["kind"] == "train" and row.get("tokens", tokens) < tokens:
+                raise ValueError(f"expected tokens that do not fall, found {row['tokens']} after {tokens}")
+        except ValueError as error:
+            raise CheckpointError(f"{path}, line {number}: {error}; remove that line, or leave the run out") from None
+        step = row["step"]
+        tokens = row.get("tokens", tokens) if row["kind"] == "train" else tokens
+        yield row
 
 
 def new_rows(path: Path, offset: int) -> Iterator[tuple[Row, int]]:
@@ -243,6 +264,11 @@ def read_record(path: Path, *keys: str) -> dict[str, Any]:
         content = read_json(path, limit=LARGEST_RECORD, inside=path.parent, error=CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"expected a run folder, found no {path.name} in {path.parent}") from None
+    return checked_record(path, content, *keys)
+
+
+def checked_record(path: Path, content: Any, *keys: str) -> dict[str, Any]:
+    """The content of a JSON file of a run, as read_record gives it; raises CheckpointError."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in keys):
         expected = "a JSON object" + f" with {' and '.join(keys)}" * bool(keys)
         raise CheckpointError(f"{path} is damaged: expected {expected}, found {shown(content, 60)}; {_INSTEAD}")
@@ -273,13 +299,13 @@ SIZES = {"n_layer": MOST_BLOCKS, "n_head": 2**20, "n_embd": 2**24, "block_size":
 """Options that a run's arithmetic is counted with, each from 1 to this."""
 
 
-def read_config(run: str | Path) -> dict[str, Any]:
+def read_config(run: Source) -> dict[str, Any]:
     """A run's config.json: options by their kinds (not their values, which only a patch's code may know) and its data.
 
     Raises CheckpointError.
     """
-    path = Path(run) / CONFIG
-    config = read_record(path, "options")
+    path = path_of(run) / CONFIG
+    config = checked_record(path, run.config, "options") if isinstance(run, PackedRun) else read_record(path, "options")
     options, data = config["options"], config.setdefault("data", {})
 
     def refuse(expected: str, key: str, found: object) -> None:
@@ -332,10 +358,10 @@ def _all_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def read_environment(run: str | Path) -> dict[str, Any]:
+def read_environment(run: Source) -> dict[str, Any]:
     """A run's environment.json; raises CheckpointError where what is compared of it is of another kind."""
-    path = Path(run) / ENVIRONMENT
-    environment = read_record(path)
+    path = path_of(run) / ENVIRONMENT
+    environment = checked_record(path, run.environment) if isinstance(run, PackedRun) else read_record(path)
     if not _is_environment(environment):
         raise CheckpointError(f"{path}: expected a machine with its gpus, and earlier sessions alike; {_INSTEAD}")
     return environment

@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptlab.parsing import parse_json
+from gptlab.errors import DataError
+from gptlab.files import read_json
 from gptlab.runs.cells import ENDED, Cell, Rows, claimed
 from gptlab.runs.experiment_file import Experiment
 
@@ -33,21 +35,25 @@ class Results:
         """
         with (self.folder / ".results.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            self._before = self._written()
-            content = {
-                "experiment": self.experiment.name,
-                "baseline": self.experiment.baseline,
-                "cells": [found for cell in self.cells if (found := self._outcome(cell))],
-            }
+            content = self.content()
             write_whole(self.folder / FILE, json.dumps(content, indent=1, allow_nan=False, sort_keys=True) + "\n")
         return content
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds of the cells as they stand now."""
+        self._before = self._written()
+        return {
+            "experiment": self.experiment.name,
+            "baseline": self.experiment.baseline,
+            "cells": [found for cell in self.cells if (found := self._outcome(cell))],
+        }
 
     def _written(self) -> dict[tuple[str, int], dict[str, Any]]:
         """The entries that the file has now; none of a file that cannot be read, which is about to be replaced."""
         try:
-            cells = parse_json((self.folder / FILE).read_text(encoding="utf-8"))["cells"]
+            cells = read_json(self.folder / FILE, inside=self.folder)["cells"]
             return {(cell["arm"], cell["seed"]): cell for cell in cells}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, DataError, KeyError, TypeError):
             return {}
 
     def _outcome(self, cell: Cell) -> dict[str, Any] | None:
@@ -59,8 +65,9 @@ class Results:
                 return None
             found = outcome(rows, state)
             before = self._before.get((cell.arm.name, cell.seed), {})
-            if found["weights_sha256"] is None and before.get("loss") == found["loss"]:  # a packed cell has no weights
-                found["weights_sha256"] = before.get("weights_sha256")
+            known = before.get("weights_sha256") if before.get("loss") == found["loss"] else None
+            if found["weights_sha256"] is None and is_sha256(known):  # an unpacked cell has no weights
+                found["weights_sha256"] = known
             if state == "failed":  # it may be tried again
                 return found
             self._ended[cell.name] = found
@@ -94,9 +101,15 @@ def _weights(cell: Cell, step: int) -> str | None:
     """SHA-256 of the weights as the checkpoint's manifest has it."""
     manifest = cell.folder / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json"
     try:
-        return str(parse_json(manifest.read_text(encoding="utf-8"))["files"][WEIGHTS]["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or a damaged one, which `gptlab verify` names
+        found = read_json(manifest, inside=cell.folder)["files"][WEIGHTS]["sha256"]
+    except (OSError, DataError, KeyError, TypeError):  # none, or a damaged one, which `gptlab verify` names
         return None
+    return found if is_sha256(found) else None
+
+
+def is_sha256(value: object) -> bool:
+    """Whether it is a SHA-256 as hex digits."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -61,7 +61,7 @@ def test_the_words_are_printed_as_json_and_for_zsh(
     assert main(["completion", "bash", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
     assert known.keys() == COMMANDS.keys()
-    assert known["experiment"]["words"] == ["run", "status", "smoke", "pack"]
+    assert known["experiment"]["words"] == ["run", "status", "smoke", "pack", "unpack"]
     assert all("--json" in command["options"] for command in known.values())
     assert main(["completion", "zsh"]) == 0
     zsh = capsys.readouterr().out

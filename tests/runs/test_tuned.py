@@ -61,8 +61,9 @@ def test_cells_run_with_what_their_arms_trials_chose(whole: Path, capsys: pytest
 def test_nothing_runs_again_where_it_was_run_or_where_its_packed_copy_lies(
     whole: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    packed = tmp_path / "packed"
-    assert main(["experiment", "pack", str(whole), "--out", str(packed)]) == 0
+    file_of_it, packed = tmp_path / "packed.json.gz", tmp_path / "packed"
+    assert main(["experiment", "pack", str(whole), "--out", str(file_of_it)]) == 0
+    assert main(["experiment", "unpack", str(file_of_it), "--out", str(packed)]) == 0
     before = (whole / "results.json").read_bytes()
     for out in (whole, packed):
         capsys.readouterr()

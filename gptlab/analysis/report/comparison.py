@@ -34,7 +34,7 @@ class Cost(NamedTuple):
 
 def write_comparison(outcomes: Outcomes, result: Mapping[str, Any], path: str | Path) -> Path:
     """Write the report of `result`, the verdicts on `outcomes`, and give its path; raises OSError."""
-    histories = {arm: [read_history(run.path) for run in runs] for arm, runs in outcomes.runs.items()}
+    histories = {arm: [read_history(run.source) for run in runs] for arm, runs in outcomes.runs.items()}
     path = Path(path)
     write(path, page(outcomes, result, histories))
     return path

@@ -8,12 +8,11 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from gptlab.analysis.run import blocks_of
 from gptlab.analysis.statistics import spread
-from gptlab.runs.records import Clock, read_config, read_rows
+from gptlab.runs.records import Clock, Source, read_config, read_rows
 
 BINS = 150
 """Points of a curve of updates: each is the mean of the updates since the point before."""
@@ -72,8 +71,8 @@ FIGURES = ("loss", "signal_loss", "grad_norm", "clipped", "dose", "tokens_per_se
 OF_BLOCKS = ("block_loss", "block_confidence")
 
 
-def read_history(run: Path, until: float = math.inf) -> History:
-    """The history in a run's folder; raises CheckpointError where a row cannot be read. until: as for read_rows."""
+def read_history(run: Source, until: float = math.inf) -> History:
+    """The history of a run; raises CheckpointError where a row cannot be read. until: as for read_rows."""
     updates: dict[str, Points] = {figure: Points() for figure in FIGURES}
     losses, blocks, last = Points(), {}, {}
     samples: deque[Mapping[str, Any]] = deque(maxlen=MOST_SAMPLES)
