@@ -90,7 +90,7 @@ GUARDS = (
     Guard("a corpus names files of its own folder", "data/corpus.py",
           '_SHARD_NAME.fullmatch(shard["file"])', 'isinstance(shard["file"], str)',
           ("tests/security/test_escapes.py::test_a_manifest_names_files_of_its_own_folder",
-           "tests/data/test_parts.py::test_a_listing_from_elsewhere_leads_to_no_other_folder")),
+           "tests/data/test_merge_shards.py::test_a_listing_from_elsewhere_leads_to_no_other_folder")),
     Guard("a checkpoint's manifest names its own files", "runs/checkpoint.py",
           "if unknown := expected.keys() - {*names}:", "if unknown := set():",
           ("tests/runs/test_sharded.py::test_a_manifest_lists_nothing_but_a_checkpoints_own_files",)),

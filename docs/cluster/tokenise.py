@@ -20,7 +20,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader, ParquetReader
 
-from gptlab.data.parts import gather, write_part
+from gptlab.data.merge_shards import merge_parts, write_part
 
 
 class WriteShards(PipelineStep):
@@ -55,7 +55,7 @@ class Gather(PipelineStep):
         self.out, self.parts = out, parts
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        gather(Path(self.out), Path(self.out).name, self.parts)
+        merge_parts(Path(self.out), Path(self.out).name, self.parts)
         yield from ()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
 import time
@@ -10,11 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gptlab.data.corpora import base_name
-from gptlab.data.corpus import MANIFEST, PARTIAL_MANIFEST, Corpus, holds_corpus, open_corpus, wait_for_shard
+from gptlab.data.corpus import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    TOKENIZER_FILE,
+    UNKNOWN,
+    Corpus,
+    holds_corpus,
+    holds_manifest,
+    open_corpus,
+    wait_for_shard,
+)
 from gptlab.data.prepare import LOCK, corpus_folder, prepare
 from gptlab.data.synthetic import SYNTHETIC
 from gptlab.distributed import World
 from gptlab.errors import ConfigError, DataError, did_you_mean
+from gptlab.files import is_locked, open_append
 
 SMALL = ("shakespeare", *SYNTHETIC)
 LARGE = ("fineweb-edu",)
@@ -48,34 +58,33 @@ def open_or_prepare(
         )
     corpus = open_corpus(folder)
     if corpus.tokenizer != tokenizer:
-        raise ConfigError(
-            f"{folder} holds {corpus.tokenizer} tokens, the run is set for {tokenizer}; "
-            f"add --tokenizer {corpus.tokenizer}"
-        )
+        mend = f"add --tokenizer {corpus.tokenizer}"
+        if corpus.tokenizer == UNKNOWN:
+            mend = (
+                f"{corpus.doubt}; tokenise its text with `gptlab data prepare text --input FILE --out DIR`, or, if you "
+                f"know better, write bytes or gpt2 into {folder / TOKENIZER_FILE}"
+            )
+        raise ConfigError(f"{folder} holds {corpus.tokenizer} tokens, the run is set for {tokenizer}; {mend}")
+    if corpus.left_out.count and not holds_manifest(folder):
+        note(f"of {folder}, {corpus.left_out}")
     return corpus, alive
 
 
 def _start_preparing(
     data: str, folder: Path, tokenizer: str, world: World, note: Callable[[str], None]
 ) -> Callable[[], bool]:
-    """Start `gptlab data prepare` beside the run (one process a machine), and tell whether it still works."""
+    """Start `gptlab data prepare` next to the run (one process a machine); gives whether it still works."""
     folder.mkdir(parents=True, exist_ok=True)
     if world.local_rank == 0:
         note(f"preparing {data} in {folder}; training starts with the first shard (progress in {folder}/prepare.txt)")
-        command = [sys.executable, "-m", "gptlab", "data", "prepare", data, "--tokenizer", tokenizer]
-        with (folder / "prepare.txt").open("ab") as log:
+        command = [sys.executable, "-P", "-m", "gptlab", "data", "prepare", data, "--tokenizer", tokenizer]
+        with open_append(folder / "prepare.txt") as log:
             process = subprocess.Popen([*command, "--out", str(folder)], stdout=log, stderr=log)
         return lambda: process.poll() is None
     started = time.monotonic()
 
     def somebody_works() -> bool:
-        if time.monotonic() - started < 60:  # the first rank's process may not have taken the lock yet
-            return True
-        with (folder / LOCK).open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        # at first the other rank's process may not have taken the lock yet
+        return time.monotonic() - started < 60 or is_locked(folder / LOCK)
 
     return somebody_works

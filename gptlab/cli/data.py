@@ -14,8 +14,9 @@ from rich.text import Text
 from gptlab.cli.console import printable
 from gptlab.data import prepare as preparation
 from gptlab.data.corpora import CORPORA, default_tokenizer, is_known
-from gptlab.data.corpus import SPLITS, Corpus, holds_corpus, open_corpus
+from gptlab.data.corpus import SPLITS, UNKNOWN, Corpus, holds_corpus, open_corpus
 from gptlab.data.prepare import default_folder
+from gptlab.data.shards import check_tokens
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
 from gptlab.errors import UsageError, did_you_mean
 
@@ -64,6 +65,8 @@ def _prepare(options: argparse.Namespace) -> int:
             inputs=options.input,
             shard_tokens=options.shard_tokens,
             val_fraction=options.val_fraction,
+            text_field=options.text_field,
+            skip_null=options.skip_null,
             workers=options.workers,
             progress=show,
         )
@@ -71,7 +74,7 @@ def _prepare(options: argparse.Namespace) -> int:
         print(json.dumps(_summary(corpus), indent=1))
     else:
         print(_counts(corpus))
-        print(f"look at it with: gptlab data info {corpus.folder}")
+        print(*_left_out(corpus), f"look at it with: gptlab data info {corpus.folder}", sep="\n")
     return 0
 
 
@@ -84,10 +87,10 @@ def _info(options: argparse.Namespace) -> int:
             summary["splits"][split]["excerpt"] = text
         print(json.dumps(summary, indent=1))
         return 0
-    print(_counts(corpus))
+    print(_counts(corpus), *_left_out(corpus), sep="\n")
     for split in SPLITS:
         for shard in corpus.splits[split]:
-            print(f"{split}  {shard.name}  {shard.tokens:,} tokens  sha256 {shard.sha256}")
+            print(f"{split}  {printable(shard.name)}  {shard.tokens:,} tokens  sha256 {shard.sha256}")
     for split, text in excerpts.items():
         print(f"\n--- {split} begins ---\n{printable(text)}")
     return 0
@@ -105,8 +108,11 @@ def _excerpt(corpus: Corpus, split: str) -> str:
     """The first words of a split, its first document's beginning."""
     if not corpus.splits[split]:
         return ""
-    tokenizer = get_tokenizer(corpus.tokenizer)
     tokens = corpus.read(split, 0)[:EXCERPT_TOKENS]
+    if corpus.tokenizer == UNKNOWN:
+        return "tokens " + " ".join(map(str, tokens))
+    tokenizer = get_tokenizer(corpus.tokenizer)
+    check_tokens(tokens, tokenizer.vocab_size, corpus.folder / corpus.splits[split][0].name)
     return tokenizer.decode(tokens[tokens != tokenizer.document_start]).strip()
 
 
@@ -118,6 +124,9 @@ def _summary(corpus: Corpus) -> dict[str, Any]:
         "vocab_size": corpus.vocab_size,
         "complete": corpus.complete,
         **({"floor": corpus.floor.as_json()} if corpus.floor else {}),
+        **({"doubt": corpus.doubt} if corpus.doubt else {}),
+        "left_out": corpus.left_out.as_json(),
+        "nulls": corpus.nulls,
         "splits": {
             split: {
                 "tokens": corpus.tokens(split),
@@ -129,6 +138,13 @@ def _summary(corpus: Corpus) -> dict[str, Any]:
             for split in SPLITS
         },
     }
+
+
+def _left_out(corpus: Corpus) -> list[str]:
+    """What of the inputs, or of the folder, is not in the corpus, and why its tokens are of no known vocabulary."""
+    files = [printable(str(corpus.left_out))] if corpus.left_out.count else []
+    nulls = [f"left out {corpus.nulls:,} documents that were null"] if corpus.nulls else []
+    return [*([f"unknown vocabulary: {printable(corpus.doubt)}"] if corpus.doubt else []), *files, *nulls]
 
 
 def _counts(corpus: Corpus) -> str:
@@ -156,10 +172,20 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="gptlab data", description=SUMMARY, allow_abbrev=False)
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    prepare = commands.add_parser("prepare", help="make a corpus, or go on making it", allow_abbrev=False)
+    prepare = commands.add_parser("prepare", help="make a corpus, or continue making it", allow_abbrev=False)
     prepare.set_defaults(run=_prepare)
     prepare.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {what}" for name, what in CORPORA.items()))
-    prepare.add_argument("--input", metavar="PATH", action="append", default=[], help="a file or folder; repeatable")
+    prepare.add_argument(
+        "--input", metavar="PATH", action="append", default=[],
+        help="a file or folder, repeatable; of a folder all .txt, .jsonl, .json and .parquet are read, .gz and .zst of "
+        "them too, but nothing whose name begins with a dot",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--text_field", metavar="NAME", default="text", help="of objects and rows of corpus text (default: text)"
+    )
+    prepare.add_argument(
+        "--skip_null", action="store_true", help="leave out documents whose text is null, and count them"
+    )
     prepare.add_argument(
         "--tokenizer", metavar="NAME", help="bytes or gpt2 (default: gpt2 for text and fineweb-edu, else bytes)"
     )

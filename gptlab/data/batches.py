@@ -4,13 +4,18 @@ A window is block_size tokens and the token after them; windows of a shard do no
 of a run (counted from its start) is the n-th window in the order of its epoch: shard by shard, the windows of a shard
 shuffled. In the first epoch the shards come in their own order, so that training can start while later shards are still
 being written; in later epochs they are shuffled too. Every window comes once an epoch.
+
+RandomWindows are for batches that know nothing of a run's own: every sequence is a draw of its own.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +25,7 @@ from torch import Tensor
 from gptlab.data.corpus import Corpus
 from gptlab.data.shards import check_tokens
 from gptlab.errors import DataError
-from gptlab.randomness import permutation
+from gptlab.randomness import permutation, uniform_index
 
 PATIENCE = 3600.0
 """Seconds to wait for a shard that is being prepared."""
@@ -112,7 +117,8 @@ class TrainingWindows:
         for row, (shard, window) in enumerate(ids):
             windows[row] = self.corpus.read("train", shard)[window * T : window * T + T + 1]
             if windows[row].max() >= self.vocab_size:
-                check_tokens(windows[row], self.vocab_size, self.corpus.train[shard].name)
+                name = self.corpus.folder / self.corpus.train[shard].name
+                check_tokens(windows[row], self.vocab_size, name, first=window * T)
         both = torch.from_numpy(windows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
@@ -124,6 +130,49 @@ class TrainingWindows:
         """Where the data stands after `step` updates of `sequences` each; derived, recorded for the reader."""
         epoch, shard, window = self.locate(step * sequences)
         return {"sequence": step * sequences, "epoch": epoch, "shard": shard, "window": window}
+
+
+class RandomWindows:
+    """Sequences 0, 1, 2, ...: each a window uniform over those of the corpus that are not `taken`, by (key, n)."""
+
+    def __init__(self, windows: TrainingWindows, taken: Collection[Window], *key: str | int) -> None:
+        """Raises DataError where more than half of the windows are taken.
+
+        windows: of which corpus; its shards as they are now, so that a draw stays what it is while others are written.
+        """
+        self.windows, self.taken, self.key = windows, frozenset(taken), key
+        self._ends = list(accumulate(windows.counts))
+        if 2 * len(self.taken) > self._ends[-1]:
+            raise DataError(
+                f"{windows.corpus.folder} has {self._ends[-1]} training windows of {windows.block_size} tokens and "
+                f"{len(self.taken)} of them are spoken for: too few are left to draw others from; take fewer steps or "
+                "add text"
+            )
+
+    def keyed(self, *more: str | int) -> RandomWindows:
+        """Other draws from the same windows, by the key and `more`."""
+        other = copy.copy(self)
+        other.key = (*self.key, *more)
+        return other
+
+    def window(self, n: int) -> Window:
+        """(shard, window of the shard) of sequence n."""
+        attempt = 0
+        while True:
+            place = uniform_index(self._ends[-1], "drawn window", *self.key, n, attempt)
+            shard = bisect_right(self._ends, place)
+            found = shard, place - (self._ends[shard - 1] if shard else 0)
+            if found not in self.taken:
+                return found
+            attempt += 1
+
+    def window_ids(self, first: int, count: int) -> list[Window]:
+        """The windows of sequences first..first+count-1."""
+        return [self.window(first + row) for row in range(count)]
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, (count, T) int64 each, of the same sequences."""
+        return self.windows.read(self.window_ids(first, count))
 
 
 class ValidationWindows:
@@ -138,7 +187,7 @@ class ValidationWindows:
             if have > tokens:
                 break
             parts.append(np.asarray(corpus.read("val", shard)[: tokens + 1 - have]))
-            check_tokens(parts[-1], vocab_size, corpus.val[shard].name)
+            check_tokens(parts[-1], vocab_size, corpus.folder / corpus.val[shard].name)
             have += len(parts[-1])
         count = (have - 1) // block_size
         if count < 1:

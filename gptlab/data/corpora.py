@@ -1,6 +1,6 @@
 """Where documents come from: a user's own files, FineWeb-Edu; and every corpus by its name.
 
-A source yields (document, position) pairs in a fixed order; started again at a position, it goes on with the next
+A source yields (document, position) pairs in a fixed order; started again at a position, it continues with the next
 document and loses or doubles none. Sources know nothing of tokens or shards: prepare.py makes those. Shakespeare's
 works are in shakespeare.py, sources that are made up, and whose floor is known, in synthetic.py.
 """
@@ -11,16 +11,17 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptlab.data.input_files import LeftOut, find_files
 from gptlab.data.shakespeare import Shakespeare
 from gptlab.data.source import Documents, Position, Source
 from gptlab.data.synthetic import SYNTHETIC, synthetic
-from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package
-from gptlab.parsing import parse_json
+from gptlab.data.text_files import count_documents, read_documents
+from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package, shortened, shown
 from gptlab.randomness import key_bits
 
 if TYPE_CHECKING:
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
 
 CORPORA = {
     "shakespeare": "Shakespeare's works, whole plays kept for validation",
-    "text": "your own .txt, .jsonl and .parquet files, given with --input",
+    "text": "your own .txt, .jsonl, .json and .parquet files, given with --input",
     "fineweb-edu": "FineWeb-Edu, the 10-billion-token sample",
     **{name: kind.SUMMARY for name, kind in SYNTHETIC.items()},
 }
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 FINEWEB_EDU_CONFIG = "sample-10BT"
@@ -57,18 +57,34 @@ def default_tokenizer(corpus: str) -> str:
     return "bytes" if base_name(corpus) in ("shakespeare", *SYNTHETIC) else "gpt2"
 
 
-def get_source(name: str, inputs: Sequence[str | Path] = (), val_fraction: float = 0.05) -> Source:
-    """The source of corpus `name`; raises ConfigError for an unknown name or unfit options, DataError for no data."""
+def get_source(
+    name: str,
+    inputs: Sequence[str | Path] = (),
+    val_fraction: float = 0.05,
+    text_field: str = "text",
+    skip_null: bool = False,
+) -> Source:
+    """The source of corpus `name`; raises ConfigError for an unknown name or unfit options, DataError for no data.
+
+    text_field: where in the objects and rows of corpus `text` the text stands. skip_null: leave out those with a null.
+    """
     if not is_known(name):
-        raise ConfigError(f"expected a corpus of {', '.join(CORPORA)}, found {name!r}{did_you_mean(name, CORPORA)}")
+        raise ConfigError(
+            f"expected a corpus of {', '.join(CORPORA)}, found {shown(name)}{did_you_mean(name, CORPORA)}"
+        )
     if not 0 < val_fraction < 1:
         raise ConfigError(f"expected val_fraction between 0 and 1, found {val_fraction}: 0.05 is usual")
     if name == "text":
         if not inputs:
             raise ConfigError("corpus 'text' expects files or folders, found none: name them with --input PATH")
-        return TextFiles(find_files(inputs, TEXT_SUFFIXES), val_fraction)
+        files, left_out = find_files(inputs, text_field=text_field)
+        return TextFiles(files, val_fraction, text_field, skip_null, left_out)
+    if text_field != "text" or skip_null:
+        raise ConfigError(
+            f"corpus {name!r} has its own documents, found --text_field or --skip_null: they are for 'text'"
+        )
     if name == "fineweb-edu":
-        return FineWebEdu(find_files(inputs, (".parquet",)))
+        return FineWebEdu(*find_files(inputs, (".parquet",)))
     if inputs:
         raise ConfigError(f"corpus {name!r} has its own documents, found --input: use corpus 'text' for yours")
     return synthetic(name) if base_name(name) in SYNTHETIC else Shakespeare()
@@ -76,40 +92,45 @@ def get_source(name: str, inputs: Sequence[str | Path] = (), val_fraction: float
 
 @dataclass(frozen=True)
 class TextFiles(Source):
-    """A user's files: a .txt is one document, a .jsonl one a line (`text` field), a .parquet one a row (`text` column).
+    """A user's files, each of one document or more: see text_files.py.
 
     A document is for validation where the hash of its index falls below `val_fraction`; each split gets at least one,
     and of a single document validation is the tail.
     """
 
     files: tuple[Path, ...]
-    val_fraction: float
+    val_fraction: float = 0.05
+    text_field: str = "text"
+    skip_null: bool = False
+    left_out: LeftOut = field(default_factory=LeftOut)
     name = "text"
     streams = ("val", "train")
 
     def settings(self) -> dict[str, Any]:
-        return {"inputs": describe_files(self.files), "val_fraction": self.val_fraction}
+        found = {"inputs": describe_files(self.files), "val_fraction": self.val_fraction}
+        unusual = {"text_field": self.text_field, "skip_null": self.skip_null}
+        return found | {key: value for key, value in unusual.items() if value not in ("text", False)}
+
+    def account(self) -> dict[str, Any]:
+        left_out = {"left_out": self.left_out.as_json()} if self.left_out.count else {}
+        return {**left_out, **({"nulls": sum(nulls for _, nulls in self._counts)} if self.skip_null else {})}
 
     def documents(self, stream: str, position: Position = None) -> Documents:
-        total = sum(self._counts)
-        is_validation = _validation_rule(total, self.val_fraction)
-        start = position or 0
-        first = 0  # index of the file's first document
-        for file, count in zip(self.files, self._counts, strict=True):
-            if first + count > start:
-                for index, text in enumerate(read_documents(file, max(0, start - first)), max(first, start)):
-                    if total == 1:
-                        yield _head_and_tail(text, self.val_fraction, file)[stream == "val"], index + 1
-                    elif is_validation(index) == (stream == "val"):
-                        yield text, index + 1
-            first += count
+        counts = [count for count, _ in self._counts]
+        is_validation = _validation_rule(sum(counts), self.val_fraction)
+        read = functools.partial(read_documents, text_field=self.text_field, skip_null=self.skip_null)
+        for index, text, file in _documents_from(position or 0, self.files, counts, read):
+            if sum(counts) == 1:
+                yield _head_and_tail(text, self.val_fraction, file)[stream == "val"], index + 1
+            elif is_validation(index) == (stream == "val"):
+                yield text, index + 1
 
     def count(self) -> int:
-        return max(2, sum(self._counts))  # one document is cut in two
+        return max(2, sum(count for count, _ in self._counts))  # one document is cut in two
 
     @functools.cached_property
-    def _counts(self) -> list[int]:
-        return [count_documents(file) for file in self.files]
+    def _counts(self) -> list[tuple[int, int]]:
+        return [count_documents(file, self.text_field, self.skip_null) for file in self.files]
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,7 @@ class FineWebEdu(Source):
     """FineWeb-Edu's 10B-token sample, streamed; or the same from downloaded .parquet `files`."""
 
     files: tuple[Path, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
     name = "fineweb-edu"
     streams = ("all",)
 
@@ -124,13 +146,37 @@ class FineWebEdu(Source):
         inputs = {"inputs": describe_files(self.files)} if self.files else {}
         return {"dataset": FINEWEB_EDU, "config": FINEWEB_EDU_CONFIG, **inputs}
 
+    def account(self) -> dict[str, Any]:
+        return {"left_out": self.left_out.as_json()} if self.left_out.count else {}
+
     def documents(self, stream: str, position: Position = None) -> Documents:
-        if self.files:
+        if not self.files:
+            return stream_documents(open_stream(FINEWEB_EDU, FINEWEB_EDU_CONFIG), position)
+        if isinstance(position, dict):  # a preparation that an earlier version began with `datasets`
             return stream_documents(open_stream("parquet", data_files=self.files), position)
-        return stream_documents(open_stream(FINEWEB_EDU, FINEWEB_EDU_CONFIG), position)
+        return ((text, index + 1) for index, text, _ in _documents_from(position or 0, self.files, self._counts))
 
     def count(self) -> int | None:
-        return sum(count_documents(file) for file in self.files) if self.files else None
+        return sum(self._counts) if self.files else None
+
+    @functools.cached_property
+    def _counts(self) -> list[int]:
+        return [count_documents(file)[0] for file in self.files]
+
+
+def _documents_from(
+    start: int,
+    files: Sequence[Path],
+    counts: Sequence[int],
+    read: Callable[[Path, int], Iterable[str]] = read_documents,
+) -> Iterator[tuple[int, str, Path]]:
+    """(index, text, file) of the documents from number `start` on; files that lie before it are not opened."""
+    first = 0
+    for file, count in zip(files, counts, strict=True):
+        if first + count > start:
+            for index, text in enumerate(read(file, max(0, start - first)), max(first, start)):
+                yield index, text, file
+        first += count
 
 
 def open_stream(
@@ -158,7 +204,7 @@ def open_stream(
 def stream_documents(dataset: datasets.IterableDataset, position: Position = None) -> Documents:
     """The `text` of each row after `position` with the position after it, which is the dataset's own state.
 
-    The state names the file and the row, so going on reads at most one file again and downloads none before it.
+    The state names the file and the row, so resuming reads at most one file again and downloads none before it.
     """
     if position is not None:
         dataset.load_state_dict(position)
@@ -168,36 +214,13 @@ def stream_documents(dataset: datasets.IterableDataset, position: Position = Non
                 row = next(rows, None)
             except Exception as error:
                 raise DataError(
-                    f"the stream broke off: {_one_line(error)}: run the same command again to go on"
+                    f"the stream broke off: {_one_line(error)}: run the same command again to resume"
                 ) from error
             if row is None:
                 return
             if not isinstance(row["text"], str):
-                raise DataError(f"expected text in every row of the stream, found {row['text']!r}: mend that file")
+                raise DataError(f"expected text in every row of the stream, found {shown(row['text'])}: mend that file")
             yield row["text"], dataset.state_dict()
-
-
-def find_files(inputs: Sequence[str | Path], suffixes: tuple[str, ...]) -> tuple[Path, ...]:
-    """The files of these suffixes among `inputs`, folders searched through, sorted within each, none twice.
-
-    Raises DataError naming an input that is missing, of another kind, or a folder without such files.
-    """
-    kinds = ", ".join(suffixes)
-    found: list[Path] = []
-    for given in map(Path, inputs):
-        path = given.resolve()
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix in suffixes and file.is_file())
-            if not files:
-                raise DataError(f"expected {kinds} files in folder {given}, found none: choose another with --input")
-            found += files
-        elif not path.exists():
-            raise DataError(f"expected a file or folder at {given}, found nothing: look at --input")
-        elif path.suffix not in suffixes:
-            raise DataError(f"expected a file of kind {kinds}, found {given}: convert or rename it")
-        else:
-            found.append(path)
-    return tuple(dict.fromkeys(found))
 
 
 def describe_files(files: Sequence[Path]) -> dict[str, Any]:
@@ -208,91 +231,6 @@ def describe_files(files: Sequence[Path]) -> dict[str, Any]:
         "bytes": sum(size for _, size in sizes),
         "names_and_sizes_sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
     }
-
-
-def count_documents(file: Path) -> int:
-    """The documents of one file, without decoding them."""
-    if file.suffix == ".txt":
-        return 1
-    if file.suffix == ".parquet":
-        with _open_parquet(file) as table:
-            return table.metadata.num_rows
-    with open(file, "rb") as lines:
-        return sum(1 for line in lines if not line.isspace())
-
-
-def read_documents(file: Path, start: int = 0) -> Iterator[str]:
-    """The documents of one file from number `start` on. Raises DataError naming the file and the line or row."""
-    if file.suffix == ".txt":
-        yield from [_read_text(file)][start:]
-    elif file.suffix == ".parquet":
-        yield from _read_parquet(file, start)
-    else:
-        yield from _read_jsonl(file, start)
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: expected UTF-8, found a stray byte at {error.start}: convert the file") from error
-
-
-def _read_jsonl(file: Path, start: int) -> Iterator[str]:
-    document = 0
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.isspace():
-                continue
-            document += 1
-            if document > start:
-                yield _text_field(line, f"{file}, line {number}")
-
-
-def _text_field(line: bytes, where: str) -> str:
-    try:
-        record = parse_json(line.decode("utf-8-sig"))
-    except ValueError as error:  # bad JSON, bad UTF-8
-        raise DataError(f"{where}: expected a JSON object, found {_one_line(error)}: mend that line") from error
-    text = record.get("text") if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        found = f"the fields {', '.join(record) or 'none'}" if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where}: expected a JSON object with a string field 'text', found {found}: mend that line")
-    return text
-
-
-def _read_parquet(file: Path, start: int) -> Iterator[str]:
-    row = 0
-    try:
-        with _open_parquet(file) as table:
-            for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-                for value in batch.column(0).slice(max(0, start - row)):
-                    if not isinstance(text := value.as_py(), str):
-                        raise DataError(f"{file}: expected text in each row of column 'text', found {text!r}: mend it")
-                    yield text
-                row += len(batch)
-    except (ValueError, OSError) as error:  # pyarrow's kinds for damaged pages
-        raise DataError(
-            f"{file} is damaged after row {row}: {_one_line(error)}: mend or leave out that file"
-        ) from error
-
-
-def _open_parquet(file: Path) -> Any:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(needs_package(str(file), "pyarrow")) from error
-    try:
-        table = parquet.ParquetFile(file)
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{file}: expected a parquet file, found {_one_line(error)}: mend or leave out that file"
-        ) from error
-    if "text" not in table.schema_arrow.names:
-        table.close()
-        raise DataError(f"{file}: expected a column 'text', found {', '.join(table.schema_arrow.names)}: rename one")
-    return table
 
 
 def _validation_rule(count: int, fraction: float) -> Callable[[int], bool]:
@@ -320,4 +258,4 @@ def _head_and_tail(text: str, fraction: float, file: Path) -> tuple[str, str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return shortened(" ".join(str(error).split()), 300) or type(error).__name__

@@ -1,7 +1,8 @@
 """An opened corpus: a folder of shards, what they hold, and whether it is the corpus a run began with.
 
 Ours carry a manifest (corpus.json, or corpus.partial.json while they are being prepared). Folders of nanoGPT,
-build-nanogpt and llm.c carry none and are told by their files' names. How a corpus is made is told in prepare.py.
+build-nanogpt and llm.c carry none: their files' names say what they are, and their tokens which vocabulary they may be
+of. How a corpus is made is in prepare.py.
 """
 
 from __future__ import annotations
@@ -16,28 +17,40 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.data.floor import Floor
+from gptlab.data.input_files import LeftOut
 from gptlab.data.shards import ShardInfo, open_shard, sha256_of
+from gptlab.data.source import EntropyFloor
 from gptlab.data.tokenizers import get_tokenizer
-from gptlab.errors import ConfigError, DataError
+from gptlab.errors import ConfigError, DataError, shortened, shown
+from gptlab.files import GB, read_bytes, read_text
 from gptlab.parsing import is_count, parse_json
 
 MANIFEST = "corpus.json"
 PARTIAL_MANIFEST = "corpus.partial.json"
 FORMAT = 1
+LARGEST_MANIFEST = GB // 4
 SPLITS = ("train", "val")
 TOKENIZER_FILE = "tokenizer.txt"  # in a folder of another program's shards: the name of their tokenizer, if not gpt2
 
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.bin", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_FOREIGN_SHARD = re.compile(r"(?:.*_)?(train|val)(?:_\d{6})?\.(?:bin|npy)")
+_FOREIGN_SHARD = re.compile(r"((?!\.).*_)?(train|val)(_\d{6})?(\.(?i:bin|npy))", re.DOTALL)
+_PART = re.compile(r"part_\d{5}_")
+UNKNOWN = "unknown"
+"""The tokenizer of shards that name none and cannot be GPT-2's: they can be read and scored, not turned into text."""
+VOCABULARY_FILE = "meta.pkl"  # nanoGPT's, of its character-level sets; a pickle, which is never opened
+FEW_IDS, MANY_TOKENS = (
+    256,
+    1024,
+)  # GPT-2's first 256 tokens are single bytes: no text of a thousand tokens has no others
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A folder of shards as it was when opened; `complete` is False while more are being prepared.
 
-    floor: the loss that no model can beat, of a corpus that is made up.
+    floor: the loss that no model can beat, of a corpus that is made up. left_out: files next to what was read. nulls:
+    documents left out because their text was null. doubt: why the tokenizer is UNKNOWN.
     """
 
     folder: Path
@@ -47,7 +60,10 @@ class Corpus:
     complete: bool
     train: tuple[ShardInfo, ...]
     val: tuple[ShardInfo, ...]
-    floor: Floor | None = None
+    floor: EntropyFloor | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
+    nulls: int = 0
+    doubt: str = ""
     _verified: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -121,26 +137,28 @@ def open_corpus(folder: str | Path) -> Corpus:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """A manifest's content, checked for shape, or None where there is no such file. Raises DataError."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path, limit=LARGEST_MANIFEST))
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}: look at the folder's rights") from error
     except ValueError:
         content = None
     if content is None or not _well_formed(content):
         raise DataError(f"{path} is damaged: expected a corpus manifest: remove the folder and prepare it again")
     if content["format"] != FORMAT:
-        raise DataError(f"{path}: expected manifest format {FORMAT}, found {content['format']}: update gptlab")
+        raise DataError(f"{path}: expected manifest format {FORMAT}, found {shown(content['format'])}: update gptlab")
     return content
 
 
 def _well_formed(content: Any) -> bool:
     try:
         if "floor" in content:
-            Floor.from_json(content["floor"])
+            EntropyFloor.from_json(content["floor"])
+        if "left_out" in content:
+            LeftOut.from_json(content["left_out"])
         return (
-            {"format", "name", "source", "tokenizer", "vocab_size", "complete"} <= content.keys()
+            is_count(content.get("nulls", 0))
+            and isinstance(content.get("modified_ns", []), list)
+            and {"format", "name", "source", "tokenizer", "vocab_size", "complete"} <= content.keys()
             and isinstance(content["name"], str)
             and isinstance(content["complete"], bool)
             and get_tokenizer(content["tokenizer"]).vocab_size == content["vocab_size"]
@@ -169,7 +187,7 @@ def wait_for_shard(
     deadline = time.monotonic() + timeout
     while True:
         running = alive()  # asked before looking, so that a shard finished just before the end is seen
-        corpus = open_corpus(folder) if _has_manifest(Path(folder)) else None
+        corpus = open_corpus(folder) if holds_manifest(Path(folder)) else None
         if corpus and (corpus.complete or index < len(corpus.splits[split])):
             return corpus
         if not running:
@@ -189,9 +207,11 @@ def _open_ours(folder: Path, content: dict[str, Any]) -> Corpus:
     for shard in (*train, *val):
         if (found := len(open_shard(folder / shard.name))) != shard.tokens:  # header and size; checksums in read()
             raise DataError(f"{folder / shard.name}: expected {shard.tokens} tokens, found {found}: prepare it again")
-    floor = Floor.from_json(content["floor"]) if "floor" in content else None
-    name, tokenizer = content["name"], content["tokenizer"]
-    return Corpus(folder, name, tokenizer, content["vocab_size"], content["complete"], train, val, floor)
+    floor = EntropyFloor.from_json(content["floor"]) if "floor" in content else None
+    left_out = LeftOut.from_json(content["left_out"]) if "left_out" in content else LeftOut()
+    name, tokenizer, vocab_size = content["name"], content["tokenizer"], content["vocab_size"]
+    nulls = content.get("nulls", 0)
+    return Corpus(folder, name, tokenizer, vocab_size, content["complete"], train, val, floor, left_out, nulls)
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -201,28 +221,74 @@ def shard_names(folder: Path) -> list[str]:
 
 def holds_corpus(folder: Path) -> bool:
     """Whether there is a corpus in a folder, or a part of one."""
-    return _has_manifest(folder) or bool(shard_names(folder))
+    return holds_manifest(folder) or bool(shard_names(folder))
 
 
 def _open_foreign(folder: Path) -> Corpus:
     if not folder.is_dir():
         raise DataError(f"expected a corpus at {folder}, found no folder: make one with `gptlab data prepare`")
-    matches = [match for path in sorted(folder.iterdir()) if (match := _FOREIGN_SHARD.fullmatch(path.name))]
-    names = {split: [match.string for match in matches if match[1] == split] for split in SPLITS}
+    names = _foreign_shards(folder)
+    left_out, read = LeftOut(), {*names["train"], *names["val"], TOKENIZER_FILE, VOCABULARY_FILE}
+    for path in sorted(folder.iterdir()):
+        if path.name not in read:
+            left_out.add(path)
     if not all(names.values()):
         found = ", ".join(split for split in SPLITS if names[split]) or "neither"
+        others = f" ({left_out})" if left_out.count else ""
         raise DataError(
-            f"expected a corpus in {folder} ({MANIFEST}, or files such as train.bin and val.bin), found {found}: "
-            "make one with `gptlab data prepare`"
+            f"expected a corpus in {folder} ({MANIFEST}, or files such as train.bin and val.bin), found {found}"
+            f"{others}: make one with `gptlab data prepare`"
         )
+    tokens = {name: open_shard(folder / name) for name in (*names["train"], *names["val"])}
     train, val = (
-        tuple(ShardInfo(name, len(open_shard(folder / name)), sha256_of(folder / name)) for name in names[split])
-        for split in SPLITS
+        tuple(ShardInfo(name, len(tokens[name]), sha256_of(folder / name)) for name in names[split]) for split in SPLITS
     )
-    named = folder / TOKENIZER_FILE
-    tokenizer = get_tokenizer(named.read_text(encoding="utf-8", errors="replace").strip() if named.exists() else "gpt2")
-    return Corpus(folder, folder.resolve().name, tokenizer.name, tokenizer.vocab_size, True, train, val)
+    tokenizer, vocab_size, doubt = _foreign_tokenizer(folder, tokens)
+    name = folder.resolve().name
+    return Corpus(folder, name, tokenizer, vocab_size, True, train, val, left_out=left_out, doubt=doubt)
 
 
-def _has_manifest(folder: Path) -> bool:
+def _foreign_shards(folder: Path) -> dict[str, list[str]]:
+    """The shards by split of the one data set in a folder: of the files without a prefix where there are such.
+
+    Raises DataError where files of several sets lie there, or of several kinds: both would be trained on.
+    """
+    sets: dict[str, list[re.Match[str]]] = {}
+    for match in filter(None, map(_FOREIGN_SHARD.fullmatch, shard_names(folder))):
+        sets.setdefault(_PART.sub("part_", match[1] or ""), []).append(match)
+    if {match[2] for match in sets.get("", ())} == set(SPLITS):
+        sets = {"": sets[""]}
+    if len(sets) > 1:
+        first = shortened(", ".join(matches[0].string for matches in sets.values()), 200)
+        raise DataError(f"{folder}: expected the shards of one corpus, found several ({first}): move the others away")
+    names = {}
+    for split in SPLITS:
+        found = [match for match in next(iter(sets.values()), ()) if match[2] == split]
+        names[split] = [match.string for match in found]
+        one_series = all(match[3] for match in found) and len({match[4].lower() for match in found}) == 1
+        if len(found) > 1 and not one_series:
+            several = shortened(" and ".join(names[split]), 200)
+            raise DataError(f"{folder}: expected the {split} tokens once, found {several}: move all but one away")
+    return names
+
+
+def _foreign_tokenizer(folder: Path, shards: Mapping[str, np.ndarray]) -> tuple[str, int, str]:
+    """(tokenizer, vocabulary, doubt) of shards that name no tokenizer: GPT-2's, unless something speaks against it."""
+    if (named := folder / TOKENIZER_FILE).exists():
+        tokenizer = get_tokenizer(read_text(named).strip())
+        return tokenizer.name, tokenizer.vocab_size, ""
+    gpt2, largest = get_tokenizer("gpt2"), 0
+    doubt = f"{VOCABULARY_FILE} means a vocabulary of their own" * (folder / VOCABULARY_FILE).exists()
+    for name, tokens in shards.items():
+        largest = max(largest, most := int(tokens.max()))
+        if most >= gpt2.vocab_size and not doubt:
+            place = int(np.argmax(tokens >= gpt2.vocab_size))
+            doubt = f"{name} has token {int(tokens[place])} at position {place}, GPT-2 has {gpt2.vocab_size}"
+    if not doubt and largest < FEW_IDS and sum(map(len, shards.values())) >= MANY_TOKENS:
+        doubt = f"no token is above {largest}, which is no text of GPT-2's tokenizer"
+    return (UNKNOWN, largest + 1, doubt) if doubt else (gpt2.name, gpt2.vocab_size, "")
+
+
+def holds_manifest(folder: Path) -> bool:
+    """Whether there is a corpus of ours in a folder, finished or not."""
     return (folder / MANIFEST).exists() or (folder / PARTIAL_MANIFEST).exists()

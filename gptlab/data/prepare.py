@@ -1,17 +1,15 @@
-"""Documents to shards: tokenised by several threads, written whole, gone on with after a kill.
+"""Documents to shards: tokenised by several threads, written whole, continued after a kill.
 
-After each shard the partial manifest is replaced by one that lists it and says where to go on; the last step writes
-corpus.json. So a preparation killed at any moment leaves finished shards, a place to go on from, and nothing that looks
-complete; and as documents come and are packed in a fixed order, the corpus is the same bytes for any number of kills
-and workers. Sources are in corpora.py, the file format in shards.py.
+After each shard the partial manifest is replaced by one that lists it and says where to continue; the last step writes
+corpus.json. So a preparation killed at any moment leaves finished shards, a place to resume from, and nothing that
+looks complete; and as documents come and are packed in a fixed order, the corpus is the same bytes for any number of
+kills and workers. Sources are in corpora.py, the file format in shards.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import math
 import os
 import re
 from collections import deque
@@ -35,18 +33,19 @@ from gptlab.data.corpus import (
     read_manifest,
     shard_names,
 )
-from gptlab.data.floor import Floor
 from gptlab.data.shards import open_shard, write_atomically, write_shard
-from gptlab.data.source import Position, Source
+from gptlab.data.source import EntropyFloor, Position, Source
 from gptlab.data.synthetic import canonical
 from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
 from gptlab.errors import ConfigError, DataError
+from gptlab.files import take_lock
 
 LOCK = ".lock"
+MODIFIED = "modified_ns"  # in a manifest: when each file was last changed, in their order
 CHUNK_CHARACTERS = 1 << 19  # what a thread gets at a time: about a tenth of a second of work for GPT-2's tokenizer
 
 _OUR_SHARD = re.compile(r"(?:train|val)_\d{6}\.bin")
-_OUR_TEMPORARY = re.compile(r"\.(?:(?:train|val)_\d{6}\.bin|corpus(?:\.partial)?\.json)\.\d+\.tmp")
+_OUR_TEMPORARY = re.compile(r"\.(?:(?:train|val)_\d{6}\.bin|corpus(?:\.partial)?\.json)\.(?:\d+|[0-9a-f]{16})\.tmp")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where to go on after a shard: in the midst of a chunk, whose documents are tokenised again."""
+    """Where to continue after a shard: in the midst of a chunk, whose documents are tokenised again."""
 
     stream: int = 0
     position: Position = None  # before the chunk
@@ -77,7 +76,7 @@ class Resume:
 
 
 def default_folder(name: str, tokenizer: str, root: Path = Path("data")) -> Path:
-    """Where a corpus is prepared unless told otherwise: data/<name>-<tokenizer>, parameters after a dash too."""
+    """Where a corpus is prepared by default: data/<name>-<tokenizer>, parameters after a dash too."""
     return root / f"{canonical(name).replace(':', '-')}-{tokenizer}"
 
 
@@ -110,14 +109,17 @@ def prepare(
     inputs: Sequence[str | Path] = (),
     shard_tokens: int = 100_000_000,
     val_fraction: float = 0.05,
+    text_field: str = "text",
+    skip_null: bool = False,
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
     limit_shards: int | None = None,
 ) -> Corpus:
-    """Make corpus `name` in folder `out`, or go on making it, and return it; a finished one is returned as it is.
+    """Make corpus `name` in folder `out`, or continue making it, and return it; a finished one is returned as it is.
 
-    `shard_tokens` is the size of a shard, `workers` the tokenising threads (default: all processors).
-    `limit_shards` stops once there are so many training shards and leaves the corpus unfinished, to go on later.
+    `inputs`, `val_fraction`, `text_field` and `skip_null` are for get_source. `shard_tokens` is the size of a shard,
+    `workers` the tokenising threads (default: all processors). `limit_shards` stops once there are so many training
+    shards and leaves the corpus unfinished, to be continued later.
     Waits while another process prepares the same folder. Raises ConfigError for options that cannot be, DataError for
     documents that cannot be read, a disk that refuses, or a finished corpus made with other settings.
     """
@@ -131,7 +133,7 @@ def prepare(
             raise DataError(
                 f"expected a folder to prepare {name!r} in, found {out}, and {file} is a file: change --out"
             )
-        source = get_source(name, inputs, val_fraction)
+        source = get_source(name, inputs, val_fraction, text_field, skip_null)
         settings = {
             "name": source.name,
             "source": source.settings(),
@@ -142,7 +144,7 @@ def prepare(
         if (floor := source.floor()) and tokenizer != "bytes":
             raise ConfigError(f"corpus {name!r} is made of bytes, found tokenizer {tokenizer}: use bytes")
         if not (out / PARTIAL_MANIFEST).exists() and (corpus := _finished(out, settings)):
-            _refuse_newer(source, out)
+            _refuse_changed(source, out, read_manifest(out / MANIFEST) or {})
             return corpus
         with _only_one(out):
             if _finished(out, settings) is None:  # it may be by now, through the one that was waited for
@@ -199,7 +201,7 @@ def _write_shards(
             contextlib.closing(encode_in_order(chunks, manifest["tokenizer"], workers)) as encoded,
             contextlib.closing(pack(encoded, resume, manifest["shard_tokens"], report)) as packed,
         ):
-            for tokens, resume in packed:  # where to go on replaces where this stream was begun
+            for tokens, resume in packed:  # where to continue replaces where this stream was begun
                 if len(tokens):
                     split = "val" if stream == "val" or (stream == "all" and not splits["val"]) else "train"
                     shard = write_shard(out / f"{split}_{len(splits[split]):06d}.bin", tokens)
@@ -220,9 +222,9 @@ def _write_shards(
 def pack(
     encoded: Iterable[tuple[Chunk, Tokens]], resume: Resume, shard_tokens: int, report: Callable[[int, int], None]
 ) -> Generator[tuple[Tokens, Resume], None, None]:
-    """Tokens cut into shards, each with where to go on after it; last the stream's rest, which may be empty.
+    """Tokens cut into shards, each with where to continue after it; last the stream's rest, which may be empty.
 
-    The array is one buffer, filled anew for the next shard.
+    The array is one buffer, filled again for the next shard.
     """
     buffer, filled = np.empty(shard_tokens, dtype=np.uint16), 0
     skip, documents = resume.skip, resume.documents
@@ -286,10 +288,10 @@ def _default_workers() -> int:
 
 @contextlib.contextmanager
 def _only_one(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, waiting for it; the kernel lets go of it however the holder ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / LOCK, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    """Hold the folder's lock, waiting for it."""
+    lock = take_lock(out / LOCK, wait=True)
+    assert lock
+    with lock:
         yield
 
 
@@ -306,16 +308,14 @@ def _finished(out: Path, settings: dict[str, Any]) -> Corpus | None:
         return None
 
 
-def _refuse_newer(source: Source, out: Path) -> None:
-    """Raise DataError where a file was changed since the corpus in `out`, finished or not, was made from it.
+def _refuse_changed(source: Source, out: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise DataError where a file is not the one that the corpus in `out`, finished or not, was made from.
 
-    Names and sizes alone do not tell.
+    Names and sizes alone do not tell, and whether a time is later depends on whose clock made it.
     """
-    made = max((path.stat().st_mtime for name in (MANIFEST, PARTIAL_MANIFEST) if (path := out / name).exists()),
-               default=math.inf)  # fmt: skip
-    files: Sequence[Path] = getattr(source, "files", ())
-    if file := next((file for file in files if file.stat().st_mtime > made), None):
-        raise DataError(f"{file} was changed after {out} was prepared from it: choose another --out, or remove that")
+    for file, before in zip(source.files, manifest.get(MODIFIED, ()), strict=False):
+        if file.stat().st_mtime_ns != before:
+            raise DataError(f"{file} was changed since {out} was prepared from it: choose another --out, or remove it")
 
 
 def _differing(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -323,7 +323,7 @@ def _differing(manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     return " and ".join(key for key, value in settings.items() if manifest.get(key) != value)
 
 
-def _begin(out: Path, settings: dict[str, Any], source: Source, floor: Floor | None) -> dict[str, Any]:
+def _begin(out: Path, settings: dict[str, Any], source: Source, floor: EntropyFloor | None) -> dict[str, Any]:
     """The manifest of the unfinished preparation in `out` if it has its shards, else a fresh one.
 
     Raises DataError for a preparation with other settings, and for shards that are not ours.
@@ -333,9 +333,11 @@ def _begin(out: Path, settings: dict[str, Any], source: Source, floor: Floor | N
         raise DataError(f"{out} holds {others[0]}, and no manifest of ours: choose another --out")
     if manifest is not None and any(manifest["splits"][split] for split in SPLITS):
         if differing := _differing(manifest, settings):
-            raise DataError(f"{out} holds an unfinished corpus of another {differing}: give the same to go on, choose "
-                            "another --out, or remove it")  # fmt: skip
-        _refuse_newer(source, out)
+            raise DataError(
+                f"{out} holds an unfinished corpus of another {differing}: give the same to continue, choose another "
+                "--out, or remove it"
+            )
+        _refuse_changed(source, out, manifest)
         with contextlib.suppress(DataError):
             for shard in (shard for split in SPLITS for shard in manifest["splits"][split]):
                 open_shard(out / shard["file"])
@@ -345,6 +347,8 @@ def _begin(out: Path, settings: dict[str, Any], source: Source, floor: Floor | N
         "format": FORMAT,
         **settings,
         **({"floor": floor.as_json()} if floor else {}),
+        **({MODIFIED: [file.stat().st_mtime_ns for file in source.files]} if source.files else {}),
+        **source.account(),
         "vocab_size": get_tokenizer(settings["tokenizer"]).vocab_size,
         "complete": False,
         "documents": 0,

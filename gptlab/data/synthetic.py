@@ -3,7 +3,7 @@
 A corpus is named with its parameters, `markov:order=3,symbols=8`; what is not named has its default. Each character is
 one token of the bytes tokenizer, all are printable but the end of a line. Everything is drawn from keys that name the
 source: the same documents on every machine, and the same beginning however many tokens are asked for. What a floor is
-the floor of stands in floor.py.
+the floor of stands in source.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gptlab.data.floor import Floor
-from gptlab.data.source import Documents, Position, Source
+from gptlab.data.source import Documents, EntropyFloor, Position, Source
 from gptlab.errors import ConfigError, did_you_mean
 from gptlab.options import option, options_of, typed
 from gptlab.randomness import key_bits, permutation
@@ -106,7 +105,7 @@ class SyntheticSource(Source):
         """The document, so many characters."""
 
     @abstractmethod
-    def floor(self) -> Floor: ...
+    def floor(self) -> EntropyFloor: ...
 
 
 @dataclass(frozen=True)
@@ -159,12 +158,12 @@ class Markov(SyntheticSource):
                 break
         return p
 
-    def floor(self) -> Floor:
+    def floor(self) -> EntropyFloor:
         joint = self.stationary.reshape((self.symbols,) * self.order)
         blocks = [0.0, *(entropy(joint.sum(tuple(range(n, self.order)))) for n in range(1, self.order + 1))]
         P = self.chances / CHANCES
         rate = float(self.stationary @ -(P * np.log(P)).sum(1))
-        return Floor((rate,), tuple(float(n) for n in np.diff(blocks)))
+        return EntropyFloor((rate,), tuple(float(n) for n in np.diff(blocks)))
 
     def text(self, length: int, stream: str, index: int) -> str:
         S, states = self.symbols, self.symbols**self.order
@@ -211,10 +210,12 @@ class LPN(SyntheticSource):
         """The places of the bits that count, from 0."""
         return tuple(sorted(permutation(self.bits, "lpn", self.seed, "secret", self.bits)[: self.ones].tolist()))
 
-    def floor(self) -> Floor:
+    def floor(self) -> EntropyFloor:
         label = entropy(np.array([self.noise, 1 - self.noise]))
         two = math.log(2)
-        return Floor((*[two] * self.bits, label, 0.0), parts={"bit": two, "label": label, "label_by_chance": two})
+        return EntropyFloor(
+            (*[two] * self.bits, label, 0.0), parts={"bit": two, "label": label, "label_by_chance": two}
+        )
 
     def text(self, length: int, stream: str, index: int) -> str:
         lines = -(-length // self.period)
@@ -250,10 +251,10 @@ class Copy(SyntheticSource):
     def period(self) -> int:
         return 2 * self.length + 2
 
-    def floor(self) -> Floor:
+    def floor(self) -> EntropyFloor:
         new = [math.log(self.symbols - n) for n in range(self.length)]
         again = [math.log(self.length), *[0.0] * (self.length - 1)]
-        return Floor((*new, 0.0, *again, 0.0), parts={"where_it_begins": again[0], "said_again": 0.0})
+        return EntropyFloor((*new, 0.0, *again, 0.0), parts={"where_it_begins": again[0], "said_again": 0.0})
 
     def text(self, length: int, stream: str, index: int) -> str:
         lines, n = -(-length // self.period), self.length

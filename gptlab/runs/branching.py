@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gptlab.data.batches import TrainingWindows, ValidationWindows
+from gptlab.data.batches import RandomWindows, TrainingWindows, ValidationWindows
 from gptlab.data.corpus import Corpus
-from gptlab.data.drawn import DrawnWindows
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
@@ -140,7 +139,7 @@ class _Lab:
         }
         S, first = config.sequences, self.checkpoint.step
         self.drawn = {
-            seed: DrawnWindows(windows, windows.window_ids(first * S, plan.steps * S), "signal", seed)
+            seed: RandomWindows(windows, windows.window_ids(first * S, plan.steps * S), "signal", seed)
             for seed, windows in self.windows.items()
         }
         tokens = plan.eval_tokens or config.eval_tokens

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from gptlab.data import corpora
-from gptlab.data.corpora import FineWebEdu, Shakespeare, Source, TextFiles, get_source, open_stream, stream_documents
+from gptlab.data.corpora import FineWebEdu, Shakespeare, Source, get_source, open_stream, stream_documents
 from gptlab.errors import ConfigError, DataError
 
 
@@ -146,81 +147,15 @@ def test_a_row_without_text_is_an_error(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["one", None])
     with pytest.raises(DataError, match="expected text in every row of the stream, found None"):
         list(stream_documents(open_stream("parquet", data_files=[path])))
-    with pytest.raises(DataError, match=r"a\.parquet: expected text in each row of column 'text', found None"):
-        list(corpora.read_documents(path))
 
 
-def test_a_stream_that_breaks_off_says_how_to_go_on(tmp_path: Path) -> None:
+def test_a_stream_that_breaks_off_says_how_to_resume(tmp_path: Path) -> None:
     whole, broken = (write_parquet(tmp_path / f"{name}.parquet", [name]) for name in "ab")
     documents = stream_documents(open_stream("parquet", data_files=[whole, broken]))
     broken.unlink()
     assert next(documents)[0] == "a"
-    with pytest.raises(DataError, match=r"the stream broke off: .*b\.parquet.*: run the same command again to go on"):
+    with pytest.raises(DataError, match=r"the stream broke off: .*b\.parquet.*: run the same command again to resume"):
         next(documents)
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": ', "line 3: expected a JSON object, found Expecting value"),
-        (
-            '{"txt": "a", "id": 1}',
-            "line 3: expected a JSON object with a string field 'text', found the fields txt, id",
-        ),
-        ('{"text": 5}', "line 3: expected a JSON object with a string field 'text'"),
-        ('["text"]', "line 3: expected a JSON object with a string field 'text', found list"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "good"}\n\n' + line + "\n")
-    with pytest.raises(DataError, match=message) as caught:
-        list(corpora.read_documents(path))
-    assert str(path) in str(caught.value)
-
-
-def test_bad_utf8_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match=r"a\.txt: expected UTF-8, found a stray byte at 3"):
-        list(corpora.read_documents(tmp_path / "a.txt"))
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1: .*utf-8"):
-        list(corpora.read_documents(tmp_path / "a.jsonl"))
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext\r\n")
-    assert list(corpora.read_documents(tmp_path / "a.txt")) == ["text\r\n"]
-
-
-def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"no parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: expected a parquet file, found"):
-        corpora.count_documents(tmp_path / "a.parquet")
-    parquet.write_table(pyarrow.table({"txt": ["a"]}), tmp_path / "b.parquet")
-    with pytest.raises(DataError, match=r"b\.parquet: expected a column 'text', found txt"):
-        list(corpora.read_documents(tmp_path / "b.parquet"))
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        (["gone.txt"], "expected a file or folder at .*gone.txt, found nothing"),
-        (["table.csv"], "expected a file of kind .txt, .jsonl, .parquet, found .*table.csv"),
-        (["empty"], "expected .txt, .jsonl, .parquet files in folder .*empty, found none"),
-    ],
-)
-def test_unfit_inputs_are_named(tmp_path: Path, inputs: list[str], message: str) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "table.csv").write_text("a,b")
-    with pytest.raises(DataError, match=message):
-        get_source("text", [tmp_path / name for name in inputs])
-
-
-def test_a_file_named_twice_is_read_once(mixed_folder: Path) -> None:
-    source = get_source("text", [mixed_folder / "z.parquet", mixed_folder, mixed_folder / "deep"])
-    assert isinstance(source, TextFiles)
-    assert [file.name for file in source.files] == ["z.parquet", "a.txt", "b.jsonl", "c.parquet"]
 
 
 def test_other_files_have_other_settings(mixed_folder: Path) -> None:
@@ -238,8 +173,25 @@ def test_other_files_have_other_settings(mixed_folder: Path) -> None:
         ("shakespeare", ["a.txt"], 0.05, "use corpus 'text' for yours"),
         ("text", ["a.txt"], 0.0, "val_fraction between 0 and 1, found 0.0"),
         ("text", ["a.txt"], 1.0, "val_fraction between 0 and 1, found 1.0"),
+        ("x" * 10_000, [], 0.05, r"found 'x{30,}.{0,20}x{30,}'"),
     ],
 )
 def test_unfit_options_are_named(name: str, inputs: list[str], fraction: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_source(name, inputs, fraction)
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "markov", "fineweb-edu"])
+@pytest.mark.parametrize("options", [{"text_field": "content"}, {"skip_null": True}])
+def test_options_of_texts_are_for_texts(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="they are for 'text'"):
+        get_source(name, **options)
+
+
+def test_a_preparation_that_an_earlier_version_began_is_continued(tmp_path: Path) -> None:
+    """Its position in local parquet files is the state of a dataset, as it is of a stream from the hub."""
+    files = [write_parquet(tmp_path / f"{f}.parquet", [f"{f} {i}" for i in range(10)]) for f in "ab"]
+    stream = stream_documents(open_stream("parquet", data_files=files))
+    positions = [next(stream)[1] for _ in range(13)]
+    rest = FineWebEdu(tuple(files)).documents("all", json.loads(json.dumps(positions[-1])))
+    assert [text for text, _ in rest] == [f"b {i}" for i in range(3, 10)]

@@ -1,6 +1,7 @@
 """Opening folders, ours and other programs', and telling whether a corpus is the one a run began with."""
 
 import json
+import os
 import pickle
 import threading
 import time
@@ -74,11 +75,11 @@ def test_a_pickle_is_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("train.bin", "val.bin"):
         TOKENS.tofile(name)
     Path("meta.pkl").write_bytes(pickle.dumps(_Trap()))
-    np.save("trap_train_000000.npy", np.array([_Trap()], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match=r"trap_train_000000\.npy"):
-        open_corpus(tmp_path)
-    Path("trap_train_000000.npy").unlink()
     open_corpus(tmp_path)
+    Path("train.bin").unlink()
+    np.save("train_000000.npy", np.array([_Trap()], dtype=object), allow_pickle=True)
+    with pytest.raises(DataError, match=r"train_000000\.npy"):
+        open_corpus(tmp_path)
     assert not Path("sprung").exists()
 
 
@@ -221,3 +222,121 @@ def test_waiting_does_not_outlast_hope(prepared: Corpus, tmp_path: Path) -> None
         part.wait_for("train", 1, alive=lambda: True, timeout=0.05)
     assert part.wait_for("train", 0, alive=lambda: False) is part
     assert prepared.wait_for("train", 10_000, alive=lambda: False) is prepared
+
+
+def raw_shards(folder: Path, **files: np.ndarray) -> None:
+    """Raw shards by name; two underscores stand for a dot."""
+    for name, tokens in files.items():
+        tokens.tofile(folder / name.replace("__", "."))
+
+
+GPT2 = (np.arange(3000) * 16 % 50000).astype(np.uint16)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["._train.bin", "._val.bin", ".DS_Store"],
+        ["old_train.bin", "train.bin.bak", "mytrain.bin", "train_old.bin", "Train.bin"],
+        ["old_train.bin", "old_val.bin", "train_1.bin", "train_0000001.bin", "train.bin~"],
+        ["README.md", ".train_000000.bin.swp", "train.bin.gz", "val (1).bin", "train\n.bin"],
+    ],
+)
+def test_files_next_to_the_shards_are_no_data_and_are_counted(tmp_path: Path, others: list[str]) -> None:
+    raw_shards(tmp_path, train__bin=GPT2, val__bin=GPT2[:40])
+    before = open_corpus(tmp_path)
+    assert not before.left_out.count
+    for name in others:
+        GPT2[:500].tofile(tmp_path / name)
+    found = open_corpus(tmp_path)
+    assert found.identity() == before.identity()
+    assert (found.left_out.count, set(found.left_out.first)) == (len(others), set(others))
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (["train_000000.bin"], r"expected the train tokens once, found train\.bin and train_000000\.bin"),
+        (["val.npy"], r"expected the val tokens once, found val\.bin and val\.npy"),
+        (["train.BIN"], r"expected the train tokens once, found train\.BIN and train\.bin"),
+    ],
+)
+def test_tokens_that_are_there_twice_are_refused(tmp_path: Path, others: list[str], message: str) -> None:
+    raw_shards(tmp_path, train__bin=GPT2, val__bin=GPT2[:40])
+    for name in others:
+        GPT2[:500].tofile(tmp_path / name)
+    with pytest.raises(DataError, match=message):
+        open_corpus(tmp_path)
+
+
+def test_several_corpora_in_a_folder_are_refused(tmp_path: Path) -> None:
+    for name in ("tinystories_train", "tinystories_val", "wiki_train", "wiki_val"):
+        write_shard(tmp_path / f"{name}.bin", GPT2)
+    with pytest.raises(DataError, match=r"found several \(tinystories_train\.bin, wiki_train\.bin\): move"):
+        open_corpus(tmp_path)
+    (tmp_path / "wiki_train.bin").rename(tmp_path / "._wiki_train.bin")
+    (tmp_path / "wiki_val.bin").unlink()
+    assert open_corpus(tmp_path).train[0].name == "tinystories_train.bin"
+
+
+def test_hidden_shards_alone_are_no_corpus(tmp_path: Path) -> None:
+    for name in ("._train.bin", ".train_000000.bin"):
+        GPT2.tofile(tmp_path / name)
+    with pytest.raises(DataError, match=r"found neither \(left out 2: 2 hidden"):
+        open_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "npy"])
+def test_tokens_of_a_vocabulary_of_their_own_are_not_taken_for_gpt2s(tmp_path: Path, suffix: str) -> None:
+    """nanoGPT's shakespeare_char: numbers of characters, next to a pickle with their meaning."""
+    characters = (np.arange(5000) * 7 % 65).astype(np.uint16)
+    for split in ("train", "val"):
+        characters.tofile(tmp_path / f"{split}.bin") if suffix == "bin" else np.save(
+            tmp_path / f"{split}.npy", characters
+        )
+    doubtful = open_corpus(tmp_path)
+    assert (doubtful.tokenizer, doubtful.vocab_size) == ("unknown", 65)
+    assert doubtful.doubt == "no token is above 64, which is no text of GPT-2's tokenizer"
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(_Trap()))
+    assert open_corpus(tmp_path).doubt == "meta.pkl means a vocabulary of their own"
+    assert not open_corpus(tmp_path).left_out.count
+    (tmp_path / "tokenizer.txt").write_text("gpt2")
+    assert (open_corpus(tmp_path).tokenizer, open_corpus(tmp_path).doubt) == ("gpt2", "")
+    assert not Path("sprung").exists()
+
+
+def test_a_large_vocabulary_of_characters_is_known_by_its_pickle(tmp_path: Path) -> None:
+    raw_shards(tmp_path, train__bin=GPT2, val__bin=GPT2)
+    assert open_corpus(tmp_path).tokenizer == "gpt2"
+    (tmp_path / "meta.pkl").write_bytes(b"anything")
+    assert open_corpus(tmp_path).tokenizer == "unknown"
+
+
+def test_a_token_beyond_gpt2s_is_named(tmp_path: Path) -> None:
+    tokens = GPT2.copy()
+    tokens[123] = 60000
+    raw_shards(tmp_path, train__bin=tokens, val__bin=GPT2)
+    found = open_corpus(tmp_path)
+    assert (found.tokenizer, found.vocab_size) == ("unknown", 60001)
+    assert found.doubt == "train.bin has token 60000 at position 123, GPT-2 has 50257"
+
+
+def test_linked_shards_are_read(tmp_path: Path) -> None:
+    """As a Hugging Face cache holds them."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for split in ("train", "val"):
+        GPT2.tofile(tmp_path / "blobs" / f"hash-of-{split}")
+        (tmp_path / "snapshot" / f"{split}.bin").symlink_to(f"../blobs/hash-of-{split}")
+    assert open_corpus(tmp_path / "snapshot").tokens("train") == len(GPT2)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "corpus.json", "tokenizer.txt", "train_000000.bin"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_refused_at_once(tmp_path: Path, name: str, kind: str) -> None:
+    raw_shards(tmp_path, val__bin=GPT2)
+    if not name.startswith("train"):
+        raw_shards(tmp_path, train__bin=GPT2)
+    os.mkfifo(tmp_path / name) if kind == "pipe" else (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=f"{name}: expected a regular file, found a {kind}"):
+        open_corpus(tmp_path)

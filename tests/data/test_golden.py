@@ -16,9 +16,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from gptlab.data.batches import TrainingWindows, ValidationWindows
+from gptlab.data.batches import RandomWindows, TrainingWindows, ValidationWindows
 from gptlab.data.corpus import Corpus
-from gptlab.data.drawn import DrawnWindows
 from gptlab.data.prepare import prepare
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "corpora.json"
@@ -59,7 +58,7 @@ def described(corpus: Corpus, block_size: int) -> dict[str, Any]:
         kept["source"] = manifest["source"]
     windows = TrainingWindows(corpus, block_size, corpus.vocab_size, seed=3)
     validation = ValidationWindows(corpus, block_size, corpus.vocab_size, 4096)
-    drawn = DrawnWindows(windows, windows.window_ids(0, 2), "golden", 7)
+    drawn = RandomWindows(windows, windows.window_ids(0, 2), "golden", 7)
     count = min(40, sum(windows.counts))
     return {
         "identity": digest(corpus.identity()),

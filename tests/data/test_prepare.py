@@ -1,9 +1,11 @@
 """Preparing: the packing of documents, the same bytes whatever happens on the way, and what is left after a failure."""
 
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -179,6 +181,7 @@ def test_of_what_was_interrupted_only_our_own_files_are_removed(jsonl: Path, tmp
     out = tmp_path / "out"
     prepare("text", out, "bytes", inputs=[jsonl], shard_tokens=4000, limit_shards=1)
     ours = [".train_000008.bin.1.tmp", ".corpus.partial.json.22.tmp", "train_000077.bin"]
+    ours.append(".val_000003.bin.0123456789abcdef.tmp")
     others = [".notes.tmp", ".corpus.tmp", "mine_000001.bin"]
     for name in (*ours, *others):
         (out / name).write_bytes(b"half")
@@ -194,14 +197,95 @@ def test_shards_of_others_are_left_alone(jsonl: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "train.bin").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("clock", [-10, 10])
 @pytest.mark.parametrize("limit", [None, 1])
-def test_an_input_that_was_changed_since_is_named(jsonl: Path, tmp_path: Path, limit: int | None) -> None:
+def test_an_input_that_was_changed_since_is_named(jsonl: Path, tmp_path: Path, limit: int | None, clock: int) -> None:
+    """Whether the clock of whoever changed it was fast or slow."""
     prepare("text", tmp_path / "out", "bytes", inputs=[jsonl], shard_tokens=4000, limit_shards=limit)
     jsonl.write_text(jsonl.read_text().swapcase())  # as many bytes
-    later = time.time() + 10
-    os.utime(jsonl, (later, later))
-    with pytest.raises(DataError, match=rf"{jsonl} was changed after .*out was prepared from it"):
+    os.utime(jsonl, (time.time() + clock,) * 2)
+    with pytest.raises(DataError, match=rf"{jsonl} was changed since .*out was prepared from it"):
         prepare("text", tmp_path / "out", "bytes", inputs=[jsonl], shard_tokens=4000)
+
+
+@pytest.mark.parametrize("clock", [-(10**9), 10**9])
+@pytest.mark.parametrize("limit", [None, 1])
+def test_times_of_another_clock_are_no_change(jsonl: Path, tmp_path: Path, limit: int | None, clock: int) -> None:
+    os.utime(jsonl, (time.time() + clock,) * 2)
+    for out in ("out", "whole"):
+        prepare("text", tmp_path / out, "bytes", inputs=[jsonl], shard_tokens=4000, limit_shards=limit)
+    assert prepare("text", tmp_path / "out", "bytes", inputs=[jsonl], shard_tokens=4000).complete
+
+
+def test_a_corpus_of_an_earlier_version_is_left_alone(jsonl: Path, tmp_path: Path) -> None:
+    """Its manifest says nothing of times, and nothing of what was left out."""
+    before = prepare("text", tmp_path / "out", "bytes", inputs=[jsonl])
+    manifest = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    del manifest["modified_ns"]
+    (tmp_path / "out" / "corpus.json").write_text(json.dumps(manifest))
+    assert prepare("text", tmp_path / "out", "bytes", inputs=[jsonl]) == before
+
+
+@pytest.mark.parametrize("target", ["file", "nothing", "folder"])
+def test_a_lock_is_not_taken_through_a_link(jsonl: Path, tmp_path: Path, target: str) -> None:
+    victim = tmp_path / "victim"
+    if target == "file":
+        victim.write_text("mine")
+    elif target == "folder":
+        victim.mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".lock").symlink_to(victim)
+    with pytest.raises(DataError, match=r"\.lock: expected a regular file to append to, found a link"):
+        prepare("text", tmp_path / "out", "bytes", inputs=[jsonl])
+    assert victim.read_text() == "mine" if target == "file" else victim.is_dir() == (target == "folder")
+
+
+def test_no_file_is_written_through_a_link(jsonl: Path, tmp_path: Path) -> None:
+    victim, out = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("mine")
+    out.mkdir()
+    for name in ("corpus.json", "corpus.partial.json", ".corpus.json.tmp"):
+        (out / name).symlink_to(tmp_path / "gone")
+    (out / "val_000001.bin").symlink_to(victim)
+    with contextlib.suppress(DataError):  # whose shard that is, is not known
+        prepare("text", out, "bytes", inputs=[jsonl])
+    assert victim.read_text() == "mine"
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_an_input_that_never_ends_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
+    with pytest.raises(DataError, match=f"a.txt: expected a regular file, found a {kind}"):
+        prepare("text", tmp_path / "out", "bytes", inputs=[path])
+    (tmp_path / "b.txt").write_text("text\n" * 9)
+    corpus = prepare("text", tmp_path / "out", "bytes", inputs=[tmp_path])
+    assert corpus.left_out.as_json() == {"count": 1, "kinds": {f"a {kind}": 1}, "first": ["a.txt"]}
+
+
+def test_what_was_left_out_is_in_the_manifest_and_survives_a_restart(tmp_path: Path) -> None:
+    rows = [{"content": None if n % 5 == 0 else f"text {n} " * 9} for n in range(100)]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "in" / "b.csv").write_text("no")
+    options = {"inputs": [tmp_path / "in"], "text_field": "content", "skip_null": True, "shard_tokens": 1000}
+    whole = prepare("text", tmp_path / "whole", "bytes", **options)
+    prepare("text", tmp_path / "out", "bytes", **options, limit_shards=2)
+    found = prepare("text", tmp_path / "out", "bytes", **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert (found.nulls, found.left_out.kinds, found.left_out) == (20, {".csv": 1}, whole.left_out)
+    manifest = json.loads((tmp_path / "out" / "corpus.json").read_text())
+    assert (manifest["documents"], manifest["nulls"]) == (80, 20)
+    assert (manifest["source"]["text_field"], manifest["source"]["skip_null"]) == ("content", True)
+    with pytest.raises(DataError, match="another source"):
+        prepare("text", tmp_path / "out", "bytes", **(options | {"skip_null": False}))
 
 
 @pytest.mark.parametrize("options", [{"shard_tokens": 0}, {"shard_tokens": 2**31}, {"workers": 0}])

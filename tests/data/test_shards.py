@@ -136,3 +136,60 @@ def test_the_first_token_out_of_range_is_named() -> None:
     )
     with pytest.raises(DataError, match=expected):
         check_tokens(tokens, 256, "train_000000.bin")
+
+
+WIDTHS = ("<u4", "<i4", "<i8", ">u4", ">i8")
+NUMBERS = {
+    "GPT-2's": np.arange(1000) * 37 % 50257,
+    "a larger vocabulary's": np.arange(1000) * 1237 % 128_000,
+    "characters": np.arange(1000) * 7 % 65,
+}
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("count", [20, 1000])
+def test_raw_tokens_of_another_width_are_refused(tmp_path: Path, numbers: str, width: str, count: int) -> None:
+    NUMBERS[numbers][-count:].astype(width).tofile(tmp_path / "train.bin")
+    bits = "64" if width.endswith("8") else "32"
+    with pytest.raises(DataError, match=rf"train\.bin: expected uint16 tokens, found what looks like .*{bits}-bit"):
+        open_shard(tmp_path / "train.bin")
+
+
+TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n"
+
+
+@pytest.mark.parametrize("content", [TEXT.encode(), "größere 你好 ".encode() * 9, bytes(range(1, 65)) * 2])
+def test_text_under_the_name_of_a_shard_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "train.bin").write_bytes(content[: len(content) // 2 * 2])
+    with pytest.raises(DataError, match=r"train\.bin: expected uint16 tokens, found what looks like text or single"):
+        open_shard(tmp_path / "train.bin")
+
+
+@pytest.mark.parametrize("kind", ["few", "bytes", "characters", "noise", "two", "zeros"])
+def test_raw_tokens_of_any_kind_are_read(tmp_path: Path, kind: str) -> None:
+    draw = np.random.default_rng(1)
+    tokens = {
+        "few": np.array([5, 0, 60, 0, 70, 1]),
+        "bytes": np.frombuffer((TEXT * 9).encode(), dtype=np.uint8),
+        "characters": draw.integers(0, 65, 5000),
+        "noise": draw.integers(0, 50257, 5000),
+        "two": draw.integers(0, 2, 5000),
+        "zeros": np.zeros(5000),
+    }[kind].astype(np.uint16)
+    tokens.tofile(tmp_path / "train.bin")
+    assert np.array_equal(open_shard(tmp_path / "train.bin"), tokens)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", "<i4", "<u4", "<f4", "u1"])
+def test_an_array_of_another_type_says_how_to_convert_it(tmp_path: Path, dtype: str) -> None:
+    np.save(tmp_path / "train.npy", np.arange(9).astype(dtype))
+    with pytest.raises(
+        DataError, match=rf"train\.npy: .* found {np.dtype(dtype)} of shape .*: convert it with tokens\.astype"
+    ):
+        open_shard(tmp_path / "train.npy")
+
+
+def test_the_position_of_a_token_is_that_in_the_file() -> None:
+    with pytest.raises(DataError, match=r"a\.bin: .* found 300 at position 1001"):
+        check_tokens(np.array([1, 300, 301]), 256, "a.bin", first=1000)

@@ -30,9 +30,10 @@ from safetensors.torch import save
 from gptlab.analysis.logs import read_log
 from gptlab.analysis.run import read_run
 from gptlab.cli.arguments import file_options
-from gptlab.data.corpora import get_source, read_documents
+from gptlab.data.corpora import get_source
 from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import check_tokens, open_shard, write_shard
+from gptlab.data.text_files import read_documents
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
 from gptlab.evals.hellaswag import hellaswag
 from gptlab.evals.lambada import lambada

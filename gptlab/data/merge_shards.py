@@ -1,7 +1,7 @@
 """A corpus made in parts by many machines, and put together: for texts that one machine would be too slow for.
 
 Every machine writes one part or more, each from documents of its own, into a folder that all of them see: shards in the
-usual format and, last, part_NNNNN.json, which lists them. Once all parts are there, `gather` writes the corpus's
+usual format and, last, part_NNNNN.json, which lists them. Once all parts are there, `merge_parts` writes the corpus's
 manifest over the same files, so that nothing is copied. Who hands the documents out is not here: docs/scale.md has a
 datatrove pipeline that does. One machine needs none of this: see prepare.py.
 """
@@ -18,6 +18,7 @@ from gptlab.data.prepare import Resume, cut_into_chunks, encode_in_order, pack, 
 from gptlab.data.shards import ShardInfo, write_shard
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError, DataError
+from gptlab.files import read_bytes
 from gptlab.parsing import is_count, parse_json
 
 
@@ -63,7 +64,7 @@ def write_part(
     return part
 
 
-def gather(out: Path, name: str, parts: int) -> Corpus:
+def merge_parts(out: Path, name: str, parts: int) -> Corpus:
     """Put `parts` parts, from 0 on, together as corpus `name`, in their order; the corpus.
 
     Raises DataError, naming the first of them, where parts are missing, damaged or of several tokenizers, or where
@@ -78,7 +79,7 @@ def gather(out: Path, name: str, parts: int) -> Corpus:
     tokenizers = sorted({part.tokenizer for part in found})
     if len(tokenizers) != 1:
         raise DataError(
-            f"{out}: expected parts of one tokenizer, found {' and '.join(tokenizers) or 'none'}: write them anew"
+            f"{out}: expected parts of one tokenizer, found {' and '.join(tokenizers) or 'none'}: write them again"
         )
     manifest = {
         "format": FORMAT,
@@ -111,11 +112,11 @@ def _entry(shard: ShardInfo) -> dict[str, Any]:
 def _read(path: Path) -> Part:
     """What a part's listing says; what it says of its shards is checked when the corpus is opened. Raises DataError."""
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path))
         shards = {split: tuple(ShardInfo(**shard) for shard in content[split]) for split in SPLITS}
         part = Part(content["tokenizer"], content["documents"], shards["train"], shards["val"])
         if is_count(part.documents) and get_tokenizer(part.tokenizer):
             return part
     except (ValueError, KeyError, TypeError, ConfigError):
         pass
-    raise DataError(f"{path} is damaged: expected the list of a part's shards: write that part anew")
+    raise DataError(f"{path} is damaged: expected the list of a part's shards: write that part again")

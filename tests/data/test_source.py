@@ -8,42 +8,44 @@ from typing import Any
 
 import pytest
 
-from gptlab.data.floor import Floor
+from gptlab.data.source import EntropyFloor
 from gptlab.errors import ConfigError
 
 
 def test_the_rate_is_the_mean_over_a_period() -> None:
-    assert Floor((1.0, 2.0, 0.0)).rate == 1.0
+    assert EntropyFloor((1.0, 2.0, 0.0)).rate == 1.0
 
 
 @pytest.mark.parametrize(
     ("floor", "block_size", "count", "total"),
     [
-        (Floor((2.0,)), 4, 3, 24.0),
-        (Floor((1.0, 2.0, 0.0)), 6, 2, 12.0),
+        (EntropyFloor((2.0,)), 4, 3, 24.0),
+        (EntropyFloor((1.0, 2.0, 0.0)), 6, 2, 12.0),
         # By what is in sight: nothing, one character (5, 3), then 2 each. Only the first window starts with nothing.
-        (Floor((2.0,), (5.0, 3.0)), 4, 1, 5 + 3 + 2 + 2),
-        (Floor((2.0,), (5.0, 3.0)), 4, 3, (5 + 3 + 2 + 2) + 2 * (3 + 2 + 2 + 2)),
-        (Floor((2.0,), (5.0, 3.0)), 1, 2, 5 + 3),  # a window shorter than what it takes
-        (Floor((2.0,), (7.0, 5.0, 3.0)), 2, 2, (7 + 5) + (5 + 3)),
+        (EntropyFloor((2.0,), (5.0, 3.0)), 4, 1, 5 + 3 + 2 + 2),
+        (EntropyFloor((2.0,), (5.0, 3.0)), 4, 3, (5 + 3 + 2 + 2) + 2 * (3 + 2 + 2 + 2)),
+        (EntropyFloor((2.0,), (5.0, 3.0)), 1, 2, 5 + 3),  # a window shorter than what it takes
+        (EntropyFloor((2.0,), (7.0, 5.0, 3.0)), 2, 2, (7 + 5) + (5 + 3)),
     ],
 )
 def test_the_floor_of_windows_counts_what_each_token_has_in_sight(
-    floor: Floor, block_size: int, count: int, total: float
+    floor: EntropyFloor, block_size: int, count: int, total: float
 ) -> None:
     assert floor.of_windows(block_size, count) == pytest.approx(total / (block_size * count), rel=1e-15)
 
 
 def test_windows_out_of_step_with_the_lines_are_refused() -> None:
     with pytest.raises(ConfigError, match="windows of whole lines, of 3 tokens each, found block_size 128; try 129"):
-        Floor((1.0, 2.0, 0.0)).of_windows(128, 4)
+        EntropyFloor((1.0, 2.0, 0.0)).of_windows(128, 4)
     with pytest.raises(ConfigError, match="found block_size 1; try 3"):
-        Floor((1.0, 2.0, 0.0)).of_windows(1, 4)
+        EntropyFloor((1.0, 2.0, 0.0)).of_windows(1, 4)
 
 
-@pytest.mark.parametrize("floor", [Floor((1 / 3, 0.0), parts={"bit": 0.1}), Floor((math.log(7),), (0.1, 0.3))])
-def test_a_manifest_keeps_every_digit(floor: Floor) -> None:
-    assert Floor.from_json(json.loads(json.dumps(floor.as_json()))) == floor
+@pytest.mark.parametrize(
+    "floor", [EntropyFloor((1 / 3, 0.0), parts={"bit": 0.1}), EntropyFloor((math.log(7),), (0.1, 0.3))]
+)
+def test_a_manifest_keeps_every_digit(floor: EntropyFloor) -> None:
+    assert EntropyFloor.from_json(json.loads(json.dumps(floor.as_json()))) == floor
 
 
 @pytest.mark.parametrize(
@@ -59,4 +61,4 @@ def test_a_manifest_keeps_every_digit(floor: Floor) -> None:
 )
 def test_a_manifest_that_holds_no_floor_is_refused(content: dict[str, Any]) -> None:
     with pytest.raises((ValueError, KeyError)):
-        Floor.from_json(content)
+        EntropyFloor.from_json(content)

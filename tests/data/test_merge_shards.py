@@ -10,7 +10,7 @@ import pytest
 
 from gptlab.cli.main import main
 from gptlab.data.corpus import open_corpus
-from gptlab.data.parts import gather, write_part
+from gptlab.data.merge_shards import merge_parts, write_part
 from gptlab.data.shards import HEADER_BYTES, MAGIC, VERSION, sha256_of
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError, DataError
@@ -28,7 +28,7 @@ def parts(tmp_path: Path) -> Path:
 
 
 def test_every_document_is_there_once_in_the_order_of_parts(parts: Path) -> None:
-    corpus = gather(parts, "rhymes", PARTS)
+    corpus = merge_parts(parts, "rhymes", PARTS)
     splits = [corpus.read(split, k) for split in ("val", "train") for k in range(len(corpus.splits[split]))]
     gpt2 = get_tokenizer("gpt2")
     expected = [
@@ -41,7 +41,7 @@ def test_every_document_is_there_once_in_the_order_of_parts(parts: Path) -> None
 
 
 def test_the_bytes_are_llm_cs_and_their_hashes_true(parts: Path) -> None:
-    corpus = gather(parts, "rhymes", PARTS)
+    corpus = merge_parts(parts, "rhymes", PARTS)
     for shard in (*corpus.train, *corpus.val):
         path = parts / shard.name
         header = np.fromfile(path, dtype="<i4", count=256)
@@ -54,7 +54,7 @@ def test_the_bytes_are_llm_cs_and_their_hashes_true(parts: Path) -> None:
 
 
 def test_data_info_reads_it(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gather(parts, "rhymes", PARTS)
+    merge_parts(parts, "rhymes", PARTS)
     assert main(["data", "info", str(parts), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["complete"]
@@ -69,24 +69,24 @@ def test_a_part_that_is_written_again_is_the_same(parts: Path) -> None:
 
 def test_a_part_without_documents_counts(parts: Path) -> None:
     assert write_part([], parts, PARTS, "gpt2").documents == 0
-    assert gather(parts, "rhymes", PARTS + 1).train == gather(parts, "rhymes", PARTS).train
+    assert merge_parts(parts, "rhymes", PARTS + 1).train == merge_parts(parts, "rhymes", PARTS).train
 
 
 def test_missing_and_damaged_parts_are_named(parts: Path) -> None:
     with pytest.raises(DataError, match="expected parts 0 to 4, found none of 3, 4: write them first"):
-        gather(parts, "rhymes", 5)
+        merge_parts(parts, "rhymes", 5)
     write_part(TEXTS, parts, 3, "bytes")
     with pytest.raises(DataError, match="parts of one tokenizer, found bytes and gpt2"):
-        gather(parts, "rhymes", 4)
+        merge_parts(parts, "rhymes", 4)
     (parts / "part_00001.json").write_text("{}")
     with pytest.raises(DataError, match=r"part_00001\.json is damaged"):
-        gather(parts, "rhymes", PARTS)
+        merge_parts(parts, "rhymes", PARTS)
 
 
 def test_a_shard_that_is_gone_leaves_no_corpus(parts: Path) -> None:
     (parts / "part_00002_train_000000.bin").unlink()
     with pytest.raises(DataError, match="part_00002_train_000000"):
-        gather(parts, "rhymes", PARTS)
+        merge_parts(parts, "rhymes", PARTS)
     assert not (parts / "corpus.json").exists()
 
 
@@ -96,7 +96,7 @@ def test_a_listing_from_elsewhere_leads_to_no_other_folder(parts: Path) -> None:
     content["train"][0]["name"] = "../corpus/train_000000.bin"
     listing.write_text(json.dumps(content))
     with pytest.raises(DataError, match="damaged"):
-        gather(parts, "rhymes", PARTS)
+        merge_parts(parts, "rhymes", PARTS)
 
 
 def test_options_that_cannot_be(tmp_path: Path) -> None:
@@ -107,4 +107,4 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     write_part(["a"], tmp_path / "out", 0, "gpt2")
     with pytest.raises(DataError, match="too few"):
-        gather(tmp_path / "out", "one", 1)
+        merge_parts(tmp_path / "out", "one", 1)

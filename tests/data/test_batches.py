@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gptlab.data.batches import TrainingWindows
+from gptlab.data.batches import RandomWindows, TrainingWindows
 from gptlab.data.corpus import open_corpus
-from gptlab.data.drawn import DrawnWindows
 from gptlab.data.shards import write_shard
 from gptlab.errors import DataError
 
@@ -37,7 +36,7 @@ TAKEN = [(0, 3), (1, 0), (1, 9), (2, 0)]
 
 def test_draws_are_uniform_over_every_shard_and_leave_out_what_is_taken(windows: TrainingWindows) -> None:
     count = 13_000
-    found = Counter(DrawnWindows(windows, TAKEN, "test").window_ids(0, count))
+    found = Counter(RandomWindows(windows, TAKEN, "test").window_ids(0, count))
     assert sorted(found) == sorted(set(ALL) - set(TAKEN))
     expected = count / len(found)
     chi_squared = sum((n - expected) ** 2 / expected for n in found.values())
@@ -45,16 +44,16 @@ def test_draws_are_uniform_over_every_shard_and_leave_out_what_is_taken(windows:
 
 
 def test_a_draw_is_decided_by_its_key_and_its_number_alone(windows: TrainingWindows) -> None:
-    drawn = DrawnWindows(windows, TAKEN, "test", 1)
+    drawn = RandomWindows(windows, TAKEN, "test", 1)
     ids = drawn.window_ids(100, 40)
-    assert ids == [*drawn.window_ids(100, 7), *DrawnWindows(windows, TAKEN, "test", 1).window_ids(107, 33)]
-    assert ids == DrawnWindows(windows, TAKEN, "test").keyed(1).window_ids(100, 40)
-    assert ids != DrawnWindows(windows, TAKEN, "test", 2).window_ids(100, 40)
+    assert ids == [*drawn.window_ids(100, 7), *RandomWindows(windows, TAKEN, "test", 1).window_ids(107, 33)]
+    assert ids == RandomWindows(windows, TAKEN, "test").keyed(1).window_ids(100, 40)
+    assert ids != RandomWindows(windows, TAKEN, "test", 2).window_ids(100, 40)
     assert ids != drawn.window_ids(140, 40)
 
 
 def test_the_rows_are_those_of_the_windows(windows: TrainingWindows) -> None:
-    drawn = DrawnWindows(windows, TAKEN, "test")
+    drawn = RandomWindows(windows, TAKEN, "test")
     tokens, targets = drawn.rows(3, 30)
     assert tokens[:, 0].tolist() == [ALL.index(window) for window in drawn.window_ids(3, 30)]
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
@@ -62,4 +61,4 @@ def test_the_rows_are_those_of_the_windows(windows: TrainingWindows) -> None:
 
 def test_a_corpus_too_small_to_draw_from_is_refused(windows: TrainingWindows) -> None:
     with pytest.raises(DataError, match="17 training windows of 4 tokens and 9 of them are spoken for"):
-        DrawnWindows(windows, ALL[:9], "test")
+        RandomWindows(windows, ALL[:9], "test")

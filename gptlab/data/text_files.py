@@ -1,0 +1,335 @@
+"""A user's own files as documents: how each kind is read, in bounded memory.
+
+A .txt is one document, a .jsonl one a line, a .json one an object (of a list, or one after the other), a .parquet one a
+row; all but parquet may be compressed. Files come from anyone: neither what one unpacks to nor what it says of its size
+is believed. Which files of a folder are read is decided in input_files.py.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gptlab.data.input_files import text_kind
+from gptlab.errors import DataError, needs_package, shortened, shown
+from gptlab.files import GB, MB, open_regular, size
+from gptlab.parsing import parse_json
+
+LONGEST = GB
+"""Bytes of a line, of a .json, of a compressed .txt; more is a sign of damage or malice."""
+LARGEST_TEXT = 16 * GB
+"""Bytes of a .txt, which is one document and lies in memory whole."""
+EXPANSION, FREE_EXPANSION = 200, 64 * MB
+"""Bytes that a compressed byte may stand for, beyond the first 64 MB. Text that people write comes to 3 to 30."""
+
+Row = tuple[str, str | None]
+"""Where a document stands, in words, and its text; None for a null."""
+
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_STARTS = {
+    codecs.BOM_UTF32_LE: "UTF-32 (iconv -f UTF-32 -t UTF-8 FILE > NEW)",
+    codecs.BOM_UTF16_LE: "UTF-16 (iconv -f UTF-16 -t UTF-8 FILE > NEW)",
+    codecs.BOM_UTF16_BE: "UTF-16 (iconv -f UTF-16 -t UTF-8 FILE > NEW)",
+    b"\x1f\x8b": "gzip, whose name ends in .gz",
+    b"\x28\xb5\x2f\xfd": "zstd, whose name ends in .zst",
+    b"PAR1": "parquet, whose name ends in .parquet",
+    b"PK\3\4": "a zip archive, which is to be unpacked",
+    b"\0\5\x16\7": "what macOS writes next to a file, which can be removed",
+}
+"""What files begin with that are no UTF-8, and what they are."""
+
+
+def count_documents(file: Path, text_field: str = "text", skip_null: bool = False) -> tuple[int, int]:
+    """(documents, nulls left out) of one file; without `skip_null` they are counted without decoding them."""
+    suffix, _ = text_kind(file.name)
+    if suffix == ".txt":
+        return 1, 0
+    if skip_null:
+        nulls = [text is None for _, text in _rows(file, 0, text_field)]
+        return nulls.count(False), nulls.count(True)
+    if suffix == ".parquet":
+        with _open_parquet(file, text_field) as table:
+            return table.metadata.num_rows, 0
+    with _enough_memory(file), _unpacked(file) as stream:
+        return sum(1 for _ in (_lines if suffix == ".jsonl" else _json_values)(stream, file)), 0
+
+
+def read_documents(file: Path, start: int = 0, text_field: str = "text", skip_null: bool = False) -> Iterator[str]:
+    """The documents of one file from number `start` on. Raises DataError naming the file and the line or row.
+
+    skip_null: leave nulls out, uncounted; otherwise one is an error.
+    """
+    if skip_null:
+        yield from islice((text for _, text in _rows(file, 0, text_field) if text is not None), start, None)
+        return
+    for where, text in _rows(file, start, text_field):
+        if text is None:
+            raise DataError(f"{where}: expected text in {shown(text_field)}, found null: mend it, or add --skip_null")
+        yield text
+
+
+def _rows(file: Path, start: int, text_field: str) -> Iterator[Row]:
+    """What stands in a file from row `start` on."""
+    suffix, _ = text_kind(file.name)
+    with _enough_memory(file):
+        if suffix == ".parquet":
+            yield from _read_parquet(file, start, text_field)
+            return
+        with _unpacked(file) as stream:
+            if suffix == ".txt":
+                yield from [(str(file), decode(_whole(stream, file), str(file)))][start:]
+            elif suffix == ".jsonl":
+                for number, line in islice(_lines(stream, file), start, None):
+                    where = f"{file}, line {number}"
+                    yield _row(_parsed(line, where), text_field, where)
+            else:
+                for number, value in enumerate(islice(_json_values(stream, file), start, None), start + 1):
+                    yield _row(value, text_field, f"{file}, object {number}")
+
+
+@contextlib.contextmanager
+def _enough_memory(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        reason = f" ({shortened(str(error), 100)})" if str(error) else ""
+        raise DataError(f"{file} takes more memory than there is{reason}: cut it into smaller documents") from error
+
+
+def decode(content: bytes, where: str) -> str:
+    """The text of UTF-8 bytes, without a mark; raises DataError that says what they look like instead."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        other = "UTF-16" if b"\0" in content else "another encoding, such as Latin-1,"
+        looks = _other_encoding(content) or f"{other} or no text at all"
+        raise DataError(
+            f"{where}: expected UTF-8, found a stray byte at {error.start}; it may be {looks}: convert the file"
+        ) from error
+    if "\0" in text and (looks := _other_encoding(content)):
+        raise DataError(f"{where}: expected UTF-8, found NUL bytes; it may be {looks}: convert the file")
+    return text
+
+
+def _other_encoding(content: bytes) -> str:
+    """What bytes look like that are no UTF-8 text; empty where there is no telling."""
+    for start, kind in _STARTS.items():
+        if content.startswith(start):
+            return kind
+    if (first := content.find(b"\0")) < 0:
+        return ""
+    if not content[first : first + 4096].strip(b"\0") and len(content) > first + 1:
+        return f"damaged from byte {first} on, where NULs begin"
+    sample = content[first & ~1 : (first & ~1) + 4096]
+    for name, half in (("UTF-16LE", sample[1::2]), ("UTF-16BE", sample[::2])):
+        if len(half) > 1 and 0 in half and sum(byte < 32 for byte in half) > 0.9 * len(half):
+            wide = sample.count(0) > 0.6 * len(sample)
+            name = name.replace("16", "32") if wide else name
+            return f"{name} (iconv -f {name} -t UTF-8 FILE > NEW)"
+    return ""
+
+
+@contextlib.contextmanager
+def _unpacked(file: Path) -> Iterator[BinaryIO]:
+    """The content of a file as a stream, decompressed by its name. Raises DataError where it is damaged or a bomb."""
+    _, compression = text_kind(file.name)
+    with open_regular(file) as raw:
+        if not compression:
+            yield raw
+            return
+        if compression == ".gz":
+            inner: Any = gzip.GzipFile(fileobj=raw)
+        else:
+            pyarrow = _pyarrow(file)
+            inner = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        yield io.BufferedReader(_Unpacking(inner, file), 1 << 18)  # type: ignore[return-value]
+
+
+class _Unpacking(io.RawIOBase):
+    """What a compressed file holds, up to what one of its size may."""
+
+    def __init__(self, inner: Any, file: Path) -> None:
+        self._read, self._budget = inner.read, _Budget(file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            piece = self._read(len(buffer))
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{self._budget.file} is damaged: {_one_line(error)}: fetch or make it again") from error
+        self._budget.take(len(piece))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+class _Budget:
+    """How many bytes a compressed file may still come to."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.size = file, file.stat().st_size
+        self.limit = self.left = max(FREE_EXPANSION, EXPANSION * self.size)
+
+    def take(self, count: int) -> None:
+        """Raises DataError where a file of its size should not hold so many bytes more."""
+        self.left -= count
+        if self.left < 0:
+            raise DataError(
+                f"{self.file}: {size(self.size)} come to more than {size(self.limit)}, as no text does that people "
+                "write: leave it out, or give its content uncompressed"
+            )
+
+
+def _whole(stream: BinaryIO, file: Path) -> bytes:
+    """The rest of a stream. Raises DataError where it is too long for one document."""
+    compressed, content = text_kind(file.name)[1], bytearray()
+    limit = LARGEST_TEXT if text_kind(file.name) == (".txt", "") else LONGEST
+    if not compressed and file.stat().st_size <= limit:
+        return stream.read()
+    while compressed and len(content) <= limit:
+        if not (piece := stream.read(MB)):
+            return bytes(content)
+        content += piece
+    raise DataError(f"{file}: expected a document of at most {size(limit)}, found a longer one: cut it into several")
+
+
+def _lines(stream: BinaryIO, file: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line that is not blank, counted from 1. Raises DataError for one without end."""
+    for number, line in enumerate(iter(functools.partial(stream.readline, LONGEST), b""), 1):
+        if len(line) == LONGEST:
+            raise DataError(f"{file}, line {number}: expected at most {size(LONGEST)}, found more: cut it into several")
+        if not line.isspace():
+            yield number, line
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return parse_json(line.decode("utf-8-sig"))
+    except ValueError as error:  # bad JSON, bad UTF-8
+        looks = _other_encoding(line)
+        found = f"what may be {looks}" if looks else _one_line(error)
+        raise DataError(f"{where}: expected a JSON object, found {found}: mend that line") from error
+
+
+def _json_values(stream: BinaryIO, file: Path) -> Iterator[Any]:
+    """The values of a JSON list, or those that stand one after the other. Raises DataError naming the file."""
+    text, place = decode(_whole(stream, file), str(file)), 0
+    try:
+        if text.lstrip().startswith("["):
+            yield from parse_json(text)
+            return
+        while (place := _BLANKS.match(text, place).end()) < len(text):  # type: ignore[union-attr]
+            value, place = json.JSONDecoder().raw_decode(text, place)
+            yield value
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: expected JSON, found {_one_line(error)}: mend that place") from error
+
+
+def _row(record: Any, text_field: str, where: str) -> Row:
+    """(where, text) of an object. Raises DataError for one without that field, or with something else in it."""
+    text = record.get(text_field, 0) if isinstance(record, dict) else 0
+    if text is None or isinstance(text, str):
+        return where, text
+    found = type(record).__name__
+    if isinstance(record, dict):
+        fields = shortened(", ".join(record), 200) or "none"
+        found = f"{shown(text)} there" if text_field in record else f"the fields {fields}"
+    raise DataError(
+        f"{where}: expected a JSON object with a string field {text_field!r}, found {found}: mend it, or name the "
+        "field with --text_field"
+    )
+
+
+def _read_parquet(file: Path, start: int, text_field: str) -> Iterator[Row]:
+    number, budget = 0, _Budget(file)
+    try:
+        with _open_parquet(file, text_field) as table:
+            for batch in table.iter_batches(_batch_rows(table), columns=[text_field], use_threads=False):
+                for value in batch.column(0):
+                    number += 1
+                    if number > start:
+                        text, where = value.as_py(), f"{file}, row {number}"
+                        budget.take(1 + len(text or ""))
+                        yield where, decode(text, where) if isinstance(text, bytes) else text
+    except (ValueError, OSError) as error:  # pyarrow's kinds for damaged pages
+        raise DataError(
+            f"{file} is damaged after row {number}: {_one_line(error)}: mend or leave out that file"
+        ) from error
+
+
+def _batch_rows(table: Any) -> int:
+    """Rows to decode at a time: 1024, or as many long ones as come to 32 MB."""
+    held = sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
+    return min(1024, max(1, 32 * MB * table.metadata.num_rows // max(1, held)))
+
+
+@contextlib.contextmanager
+def _open_parquet(file: Path, text_field: str) -> Iterator[Any]:
+    """The parquet file, seen to have a column of text and to claim no more than its size allows. Raises DataError."""
+    pyarrow = _pyarrow(file)
+    from pyarrow import parquet
+
+    with open_regular(file) as raw:
+        try:
+            table = parquet.ParquetFile(pyarrow.PythonFile(raw, mode="r"))
+            _check_column(table.schema_arrow, text_field, file)
+            _check_claims(table.metadata, text_field, file)
+            # As a dictionary, a text that many rows share is held once; by pages, no column is held whole.
+            table = parquet.ParquetFile(pyarrow.PythonFile(raw, mode="r"), read_dictionary=[text_field], buffer_size=MB)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"{file}: expected a parquet file, found {_one_line(error)}: mend or leave out that file"
+            ) from error
+        yield table
+
+
+def _check_column(schema: Any, text_field: str, file: Path) -> None:
+    from pyarrow import types
+
+    names = schema.names
+    if names.count(text_field) != 1:
+        columns = shortened(", ".join(names), 200) or "none"
+        raise DataError(
+            f"{file}: expected a column {text_field!r}, found {columns}: rename one, or name it with --text_field"
+        )
+    kind = schema.field(text_field).type
+    inner = kind.value_type if types.is_dictionary(kind) else kind
+    fitting = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
+    if not any(fits(inner) for fits in fitting):
+        raise DataError(
+            f"{file}: expected text in column {text_field!r}, found {shortened(str(kind), 80)}: name another column "
+            "with --text_field, or make it one text a row"
+        )
+
+
+def _check_claims(metadata: Any, text_field: str, file: Path) -> None:
+    """Raise DataError for a file that says to hold more than one of its size can, before any of it is read."""
+    budget = _Budget(file)
+    columns = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path == text_field]
+    chunks = [metadata.row_group(group).column(n) for group in range(metadata.num_row_groups) for n in columns]
+    if sum(chunk.total_compressed_size for chunk in chunks) > budget.size:
+        raise DataError(f"{file} is truncated or damaged: it says to be longer than it is: fetch or make it again")
+    budget.take(max(metadata.num_rows, sum(chunk.total_uncompressed_size for chunk in chunks)))
+
+
+def _pyarrow(file: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(needs_package(str(file), "pyarrow")) from error
+    return pyarrow
+
+
+def _one_line(error: BaseException) -> str:
+    return shortened(" ".join(str(error).split()), 200) or type(error).__name__

@@ -1,0 +1,352 @@
+"""Documents of a user's files: each kind as it comes, whatever is wrong in one line, and never much memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from gptlab.data.text_files import count_documents, read_documents
+from gptlab.errors import DataError
+
+TEXTS = ["plain", "two\nlines", "", "größer 你好 \N{GRINNING FACE}", 'quotes "and" \\ back', "last " * 500]
+LINES = "".join(json.dumps({"id": n, "text": text}) + "\n\n" for n, text in enumerate(TEXTS))
+INDENTED = json.dumps([{"text": text} for text in TEXTS], indent=2, ensure_ascii=False)
+
+
+def zstd(content: bytes) -> bytes:
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {"": lambda content: content, ".gz": gzip.compress, ".zst": zstd}
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    """The content, compressed as the name says."""
+    content = content.encode() if isinstance(content, str) else content
+    path.write_bytes(COMPRESS.get(path.suffix, COMPRESS[""])(content))
+    return path
+
+
+def write_parquet(path: Path, column: pyarrow.Array, name: str = "text", **options: object) -> Path:
+    parquet.write_table(pyarrow.table({"id": range(len(column)), name: column}), path, row_group_size=4, **options)
+    return path
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", LINES),
+        ("a.jsonl", "\ufeff" + LINES.replace("\n\n", "\r\n").rstrip()),
+        ("a.json", LINES),
+        ("a.json", INDENTED),
+        ("a.json", f"\ufeff \n{INDENTED}\n"),
+        ("a.json", " ".join(json.dumps({"text": text}, indent=1) for text in TEXTS)),
+    ],
+)
+def test_each_kind_is_read_from_any_document_on(tmp_path: Path, name: str, content: str, compression: str) -> None:
+    file = write(tmp_path / (name + compression), content)
+    assert count_documents(file) == (len(TEXTS), 0)
+    for start in range(len(TEXTS) + 1):
+        assert list(read_documents(file, start)) == TEXTS[start:]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_text_is_one_document(tmp_path: Path, compression: str) -> None:
+    file = write(tmp_path / f"a.TXT{compression}", b"\xef\xbb\xbftext\r\n")
+    assert list(read_documents(file)) == ["text\r\n"], "a byte order mark is no text"
+    assert count_documents(file) == (1, 0)
+
+
+def test_files_that_were_compressed_in_pieces_are_read_whole(tmp_path: Path) -> None:
+    for name, compress in COMPRESS.items():
+        (tmp_path / f"a.txt{name}").write_bytes(compress(b"first ") + compress(b"second"))
+        assert list(read_documents(tmp_path / f"a.txt{name}")) == ["first second"]
+
+
+KINDS = {
+    "string": pyarrow.string(),
+    "large": pyarrow.large_string(),
+    "binary": pyarrow.binary(),
+    "large binary": pyarrow.large_binary(),
+    "dictionary": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parquet_column_of_text_is_read_whatever_its_type(tmp_path: Path, kind: str) -> None:
+    file = write_parquet(tmp_path / "a.parquet", pyarrow.array(TEXTS).cast(KINDS[kind]))
+    assert count_documents(file) == (len(TEXTS), 0)
+    for start in range(len(TEXTS) + 1):
+        assert list(read_documents(file, start)) == TEXTS[start:]
+
+
+WITH_NULLS = ["a", None, "b", None, None, "c"]
+
+
+@pytest.fixture(params=["jsonl", "json", "list", "parquet", "gz", "binary"])
+def with_nulls(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """A file with nulls in its field `content`, and where the first stands."""
+    rows = [{"content": text} for text in WITH_NULLS]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if request.param in ("parquet", "binary"):
+        kind = pyarrow.binary() if request.param == "binary" else pyarrow.string()
+        return write_parquet(tmp_path / "a.parquet", pyarrow.array(WITH_NULLS).cast(kind), "content"), "row 2"
+    if request.param == "list":
+        return write(tmp_path / "a.json", json.dumps(rows)), "object 2"
+    name = {"jsonl": "a.jsonl", "json": "a.json", "gz": "a.jsonl.gz"}[request.param]
+    return write(tmp_path / name, lines), "object 2" if request.param == "json" else "line 2"
+
+
+def test_a_null_is_named_and_can_be_left_out(with_nulls: tuple[Path, str]) -> None:
+    file, where = with_nulls
+    with pytest.raises(
+        DataError, match=f"{where}: expected text in 'content', found null: .* add --skip_null"
+    ) as caught:
+        list(read_documents(file, text_field="content"))
+    assert str(file) in str(caught.value)
+    assert count_documents(file, "content", skip_null=True) == (3, 3)
+    for start in range(4):
+        assert list(read_documents(file, start, "content", skip_null=True)) == ["a", "b", "c"][start:]
+
+
+def test_another_field_says_so(with_nulls: tuple[Path, str]) -> None:
+    with pytest.raises(DataError, match=r"'text', found .*content.*: .*--text_field"):
+        list(read_documents(with_nulls[0]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": ', "line 3: expected a JSON object, found Expecting value"),
+        ('{"txt": 1, "id": 1}', "line 3: expected a JSON object with a string field 'text', found the fields txt, id"),
+        ('{"text": 5}', "line 3: expected a JSON object with a string field 'text', found 5 there"),
+        ('{"text": ["a"]}', "found \\['a'\\] there"),
+        ('["text"]', "line 3: expected a JSON object with a string field 'text', found list"),
+        ("[" * 100_000, "line 3: expected a JSON object, found nested too deeply"),
+        ("text", "line 3: expected a JSON object, found Expecting value"),
+    ],
+)
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str, compression: str) -> None:
+    path = write(tmp_path / f"a.jsonl{compression}", '{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=message) as caught:
+        list(read_documents(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('[{"text": "a"}, {"text": "b"]', r"a\.json: expected JSON, found Expecting ',' delimiter: line 1 column 29"),
+        ('[{"text": "a"}', r"a\.json: expected JSON, found Expecting ',' delimiter"),
+        ('{"text": "a"} {"text": ', r"a\.json: expected JSON, found Expecting value: line 1 column 24"),
+        ('[{"text": "a"}] more', r"a\.json: expected JSON, found Extra data"),
+        ('{"text": "a"} 5', r"a\.json, object 2: expected a JSON object with a string field 'text', found int"),
+        ('["a"]', r"a\.json, object 1: expected a JSON object with a string field 'text', found str"),
+        ('{"a":' * 100_000, r"a\.json: expected JSON, found "),
+    ],
+)
+def test_a_bad_object_is_named(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        list(read_documents(write(tmp_path / "a.json", content)))
+
+
+SAMPLE = "The quick brown fox.\nÄrger im Café.\n" * 40
+CYRILLIC = "Привет, мир! Как дела?\n" * 3
+OTHERS = {
+    "latin-1": (SAMPLE.encode("latin-1"), "another encoding, such as Latin-1"),
+    "utf-16 with a mark": (SAMPLE.encode("utf-16"), "UTF-16"),
+    "utf-16le": (SAMPLE.encode("utf-16le"), "UTF-16"),
+    "utf-16be": (SAMPLE.encode("utf-16be"), "UTF-16"),
+    "utf-16le of few words": ("ok".encode("utf-16le"), "UTF-16LE"),
+    "utf-16le, ASCII alone": (("plain " * 9).encode("utf-16le"), "UTF-16LE"),
+    "utf-16be, ASCII alone": (("plain " * 9).encode("utf-16be"), "UTF-16BE"),
+    "utf-16le, Cyrillic": (CYRILLIC.encode("utf-16le"), "UTF-16LE"),
+    "utf-32le": (("plain " * 9).encode("utf-32le"), "UTF-32LE"),
+    "utf-32be": (("plain " * 9).encode("utf-32be"), "UTF-32BE"),
+    "utf-16 from the middle on": (b"plain UTF-8\n" + ("and more " * 9).encode("utf-16le"), "UTF-16LE"),
+    "NULs after a crash": (b"text\n" + bytes(5000), "damaged from byte 5 on, where NULs begin"),
+    "gzip": (gzip.compress(SAMPLE.encode()), "gzip"),
+    "zstd": (zstd(SAMPLE.encode()), "zstd"),
+    "AppleDouble": (b"\0\5\x16\7\0\2\0\0Mac OS X        \0\2\0\0\0\xc9", "what macOS writes next to a file"),
+    "zip": (b"PK\3\4\x14\0\0\0\x08\0\xff\xfe", "zip"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_utf8_is_named_for_what_it_is(tmp_path: Path, kind: str) -> None:
+    content, looks = OTHERS[kind]
+    file = write(tmp_path / "a.txt", content)
+    with pytest.raises(DataError, match=f"a.txt: expected UTF-8, found .*{looks}") as caught:
+        list(read_documents(file))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16le", "utf-16be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_json_in_another_encoding_is_named(tmp_path: Path, name: str, encoding: str) -> None:
+    line = json.dumps({"text": "Ärger"}, ensure_ascii=False) + "\n"
+    file = write(tmp_path / name, line.encode(encoding))
+    with pytest.raises(DataError, match=r"utf-8|UTF-16|UTF-32|Latin-1") as caught:
+        list(read_documents(file))
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "one\0two\0three\0" * 50, "Привет \0 мир", "\t\r\n\t" * 99])
+def test_text_in_utf8_is_read_with_the_signs_it_has(tmp_path: Path, text: str) -> None:
+    assert list(read_documents(write(tmp_path / "a.txt", text))) == [text]
+
+
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json"])
+@pytest.mark.parametrize("damage", ["cut", "not compressed", "followed by something"])
+def test_a_damaged_compressed_file_is_named(tmp_path: Path, name: str, compression: str, damage: str) -> None:
+    file = write(tmp_path / (name + compression), LINES)
+    content = file.read_bytes()
+    file.write_bytes(
+        {"cut": content[:-5], "not compressed": LINES.encode(), "followed by something": content + b"x" * 9}[damage]
+    )
+    with pytest.raises(DataError, match=r"is damaged: .*: fetch or make it again") as caught:
+        list(read_documents(file))
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"no parquet", b"", b"PAR1" + b"\xff" * 60 + b"PAR1"])
+def test_a_damaged_parquet_file_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: expected a parquet file, found"):
+        count_documents(tmp_path / "a.parquet")
+
+
+def test_damaged_pages_are_named(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "a.parquet", pyarrow.array(TEXTS), compression="none", use_dictionary=False)
+    content = bytearray(file.read_bytes())
+    content[4 : len(content) // 3] = b"\xff" * (len(content) // 3 - 4)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet is damaged after row 0"):
+        list(read_documents(file))
+
+
+@pytest.mark.parametrize("kind", ["binary", "string"])
+def test_bytes_that_are_no_text_are_named(tmp_path: Path, kind: str) -> None:
+    column = pyarrow.array([b"good", b"caf\xe9"])
+    if kind == "string":
+        column = pyarrow.Array.from_buffers(pyarrow.string(), 2, column.buffers())
+    with pytest.raises(DataError, match=r"a\.parquet.* row [12].*"):
+        list(read_documents(write_parquet(tmp_path / "a.parquet", column)))
+
+
+LONG = "x" * 3_000_000
+NESTED = {
+    "list": pyarrow.array([[LONG], [LONG]]),
+    "struct": pyarrow.array([{"a": LONG}]),
+    "number": pyarrow.array([1, 2]),
+    "list of structs": pyarrow.array([[{"role": LONG, "content": LONG}]]),
+}
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_column_of_something_else_is_one_short_line(tmp_path: Path, kind: str) -> None:
+    file = write_parquet(tmp_path / "a.parquet", NESTED[kind])
+    with pytest.raises(DataError, match=r"expected text in column 'text', found (list|struct|int64)") as caught:
+        count_documents(file)
+    assert len(str(caught.value)) < 1000 + len(str(file))
+
+
+def test_what_an_error_quotes_is_short(tmp_path: Path) -> None:
+    for content in (json.dumps({"text": [LONG]}), json.dumps({LONG: 1}), json.dumps(LONG), f'{{"text": "{LONG}'):
+        for name in ("a.jsonl", "a.json"):
+            with pytest.raises(DataError) as caught:
+                list(read_documents(write(tmp_path / name, content)))
+            assert len(str(caught.value)) < 1000 + len(str(tmp_path))
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptlab.data.text_files.LONGEST", 1000)
+    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.zst", "a.txt.gz"):
+        file = write(tmp_path / name, '{"text": "good"}\n' + "x" * 5000)
+        with pytest.raises(DataError, match=r"expected .*at most 1000 bytes, found .*: cut it into several"):
+            list(read_documents(file))
+
+
+# A process with little room reads files that unpack to, or claim, more than that.
+BOMBS = """
+import json, resource, sys
+from pathlib import Path
+from gptlab.data.text_files import count_documents, read_documents
+from gptlab.errors import DataError
+files = [Path(name) for name in sys.argv[1:]]
+for good in ("good.parquet", "good.txt.zst"):  # loads what is loaded late
+    list(read_documents(files[0].with_name(good)))
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**29,) * 2)
+for file in files:
+    for read in (count_documents, lambda file: sum(1 for _ in read_documents(file))):
+        try:
+            found = read(file)
+        except DataError as error:
+            found = f"DataError: {error}"
+        print(json.dumps([file.name, found]))
+"""
+
+
+def _bombs(folder: Path) -> list[Path]:
+    """Small files that come to half a GB, or to 40."""
+    block, line = b" " * 2**26, (b'{"text": "' + b"x" * (2**20 - 13) + b'"}\n') * 64
+    for compression in (".gz", ".zst"):
+        for content, names in ((block, ("one.txt", "blank.jsonl", "list.json")), (line, ("lines.jsonl", "lines.json"))):
+            compressed = COMPRESS[compression](content) * 8
+            for name in names:
+                (folder / (name + compression)).write_bytes(compressed)
+    column = {
+        "a text in every row": ([0] * 40_000, "x" * 10**6),
+        "a page": ([0], "x" * 10**8),
+        "rows of nothing": (np.zeros(7 * 10**7, dtype=np.int8), ""),
+    }
+    for name, (rows, text) in column.items():
+        shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array(rows, pyarrow.int8()), pyarrow.array([text]))
+        parquet.write_table(pyarrow.table({"text": shared}), folder / f"{name}.parquet", compression="zstd")
+    files = sorted(folder.iterdir())
+    assert all(file.stat().st_size < 2**23 for file in files)
+    return files
+
+
+def test_a_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
+    files = _bombs(tmp_path)
+    write_parquet(tmp_path / "good.parquet", pyarrow.array(TEXTS))
+    write(tmp_path / "good.txt.zst", "text")
+    done = subprocess.run(
+        [sys.executable, "-c", BOMBS, *map(str, files)], capture_output=True, text=True, check=False,
+        env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, _ in found[::2]] == [file.name for file in files]
+    for name, read in found[1::2]:
+        assert str(tmp_path / name) in read
+        assert "as no text does that people write" in read or "more memory than there is" in read
+    counted = dict(found[::2])
+    assert counted["a page.parquet"].startswith("DataError"), "from its footer, before it is read"
+    assert counted["rows of nothing.parquet"].startswith("DataError")
+    assert counted["lines.jsonl.zst"].startswith("DataError")
+
+
+def test_much_text_that_repeats_itself_is_no_bomb(tmp_path: Path) -> None:
+    texts = [f"{n} and the same again and again" * 9 for n in range(30_000)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for compression in (".gz", ".zst"):
+        assert list(read_documents(write(tmp_path / f"a.jsonl{compression}", lines))) == texts
+    assert (
+        list(read_documents(write_parquet(tmp_path / "a.parquet", pyarrow.array(texts), compression="zstd"))) == texts
+    )
