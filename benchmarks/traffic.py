@@ -1,4 +1,4 @@
-"""What training sends: bytes over the loopback in an update, as the kernel counts them, beside docs/scale.py.
+"""What training sends: bytes over the loopback in an update, as the kernel counts them, beside tools/scale.py.
 
     unshare -rn sh -c 'ip link set lo up && python benchmarks/traffic.py'     in a network of its own
     python benchmarks/traffic.py                                              where nothing else uses the loopback
@@ -134,7 +134,7 @@ def sent(launcher: str, parallel: str, processes: int, steps: int, corpus: Path)
 
 
 def computed(processes: int, parallel: str, judges: int) -> dict[str, float]:
-    """Bytes that a process sends in an update, all of it fp32 as on a CPU: `ring`, as docs/scale.py has it, and `gloo`,
+    """Bytes that a process sends in an update, all in fp32 as on a CPU: `ring`, as tools/scale.py has it, and `gloo`,
     whose reduce-scatter sends as much as an all-reduce, twice a ring's."""
     model = GPTConfig(**MODEL, vocab_size=256)
     said = scale.traffic(model, processes, parallel, micro_batches=MICRO_BATCHES, judges=judges, gathered=scale.FP32)

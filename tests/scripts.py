@@ -1,4 +1,4 @@
-"""Scripts of docs/ and benchmarks/ as modules, for the tests of what is in them. No tests here."""
+"""Scripts of tools/ and benchmarks/ as modules, for the tests of what is in them. No tests here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def load_script(path: str) -> ModuleType:
-    """A script as a module, by its path from the root, such as "docs/scale.py"; loaded once.
+    """A script as a module, by its path from the root, such as "tools/scale.py"; loaded once.
 
     Its folder is one to import from, as when Python runs it.
     """

@@ -67,23 +67,23 @@ def test_links_lead_somewhere(document: str) -> None:
 
 
 def test_the_pictures_of_the_noise_page_are_of_the_committed_results(tmp_path: Path) -> None:
-    pictures = load_script("docs/noise_pictures.py")
-    pictures.draw(tmp_path)
+    pictures = load_script("tools/findings.py")
+    pictures.draw_pictures(tmp_path)
     page = (ROOT / "docs" / "findings" / "noise.md").read_text(encoding="utf-8")
     for name in pictures.PICTURES:
         drawn, committed = (
             list(ElementTree.parse(folder / f"{name}.svg").getroot().itertext())
             for folder in (tmp_path, pictures.FINDINGS)
         )
-        assert drawn == committed, "run `python docs/findings.py`"
+        assert drawn == committed, "run `python tools/findings.py`"
         assert f"({name}.svg)" in page
 
 
 def test_the_findings_show_what_compare_says_of_the_committed_results() -> None:
-    findings = load_script("docs/findings.py")
+    findings = load_script("tools/findings.py")
     pages = list(findings.pages())
     tables = [mark for page in pages for mark in findings.MARK.findall(page.read_text(encoding="utf-8"))]
     assert ("verdicts", "1_noise") in tables
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        assert findings.renewed(text) == text, f"{page}: run `python docs/findings.py`"
+        assert findings.renewed(text) == text, f"{page}: run `python tools/findings.py`"

@@ -33,7 +33,7 @@ LARGE = ["124M", "350M", "774M", "1.5B"]
 
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
-    return load_script("docs/scale.py")
+    return load_script("tools/scale.py")
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -112,7 +112,7 @@ def test_micro_batches_are_the_trainers(scale: ModuleType) -> None:
 def test_the_tables_are_those_that_the_arithmetic_gives(scale: ModuleType) -> None:
     text = scale.PAGE.read_text(encoding="utf-8")
     assert {mark[1] for mark in scale.MARK.finditer(text)} == set(scale.TABLES)
-    assert scale.renewed(text) == text, "run `python docs/scale.py`"
+    assert scale.renewed(text) == text, "run `python tools/scale.py`"
 
 
 def test_the_traffic_on_the_page_was_measured_and_is_what_is_computed(scale: ModuleType) -> None:

@@ -8,7 +8,7 @@ import pytest
 from syntax import found_in  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted([*ROOT.glob("*.py"), *(p for d in ("gptlab", "benchmarks", "docs") for p in (ROOT / d).rglob("*.py"))])
+FILES = sorted([*ROOT.glob("*.py"), *(p for d in ("gptlab", "benchmarks", "tools") for p in (ROOT / d).rglob("*.py"))])
 
 EXCEPTED = {
     ("gptlab/signals/user.py", "exec"): "a user's own signal file is code, and runs with --allow_code only",

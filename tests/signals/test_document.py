@@ -70,7 +70,7 @@ def test_every_option_and_control_is_explained() -> None:
 
 @pytest.fixture(scope="module")
 def plots() -> ModuleType:
-    return load_script("docs/plots.py")
+    return load_script("tools/signal_plots.py")
 
 
 def test_every_signal_has_a_plot_and_every_plot_a_signal() -> None:

@@ -32,7 +32,7 @@ def test_cut_blocks_make_what_one_process_makes(ranks: int, tmp_path: Path) -> N
         assert passes > 8
         weights, moments = found[name].pop("bytes").tolist()
         if name == "baseline":  # docs/scale.md counts fp32
-            said = load_script("docs/scale.py").state(GPTConfig(T, V, L, 2, 16), ranks, "fsdp")
+            said = load_script("tools/scale.py").state(GPTConfig(T, V, L, 2, 16), ranks, "fsdp")
             assert (weights, moments) == (2 * said.weights, 2 * said.moments)
         expected = outcome(make_run(**options), (SEQUENCES,), World())
         assert found[name].keys() == expected.keys()

@@ -1,6 +1,6 @@
 """The arithmetic of docs/scale.md: memory and traffic of GPT-2 on many GPUs. Pure functions, and the tables from them.
 
-    python docs/scale.py     writes the tables: what stands between <!-- computed: NAME --> and <!-- end of NAME -->
+    python tools/scale.py     writes the tables: what stands between <!-- computed: NAME --> and <!-- end of NAME -->
 
 Nothing here is measured but what the table `checked` compares with. `parallel` is ddp (every process holds the model)
 or fsdp (it holds 1/N of every block and all of the rest, and a block is whole only while a pass goes through it).
@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gptlab.benchmark.sizes import SIZES
 from gptlab.model.gpt import GPTConfig
@@ -221,7 +222,7 @@ def checked_table() -> str:
     for name in ("small", "124m"):
         found = json.loads((ROOT / "benchmarks" / "results" / f"speed_{name}.json").read_text(encoding="utf-8"))
         peaks = {row["name"]: row["peak_memory_bytes"] for row in found["rows"]}
-        size = {key: value for key, value in SIZES[name].items() if key != "batch"}
+        size: dict[str, Any] = {key: value for key, value in SIZES[name].items() if key != "batch"}
         model = GPTConfig(**size)
         tokens, scores = found["batch"] * model.block_size, BF16 * model.n_head * model.block_size * model.n_layer
         for mode, judges in (("baseline", 0), ("exact", model.n_layer - 1)):

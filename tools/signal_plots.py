@@ -1,6 +1,6 @@
 """The plots of docs/signals.md: every signal's value and gradient against p_m, one SVG each.
 
-    python docs/plots.py [FOLDER]    draws them anew, into docs/images/signals unless said
+    python tools/signal_plots.py [FOLDER]    draws them again, into docs/images/signals by default
 
 The same bytes for the same version of matplotlib. Tokens are bytes (V = 256), τ is 0.9. What the argmax leaves of the
 probability is spread evenly over all other tokens; another block that a signal reads has p_m = 0.5 on the same argmax.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gptlab.signals import SIGNALS
 
-FOLDER = Path(__file__).parent / "images" / "signals"
+FOLDER = Path(__file__).parents[1] / "docs" / "images" / "signals"
 V = 256
 OTHER = 0.5
 BLUE, RED = "#1f6feb", "#cf222e"

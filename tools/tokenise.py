@@ -1,14 +1,15 @@
 """A corpus tokenised on many machines: a datatrove pipeline that writes gptlab's shards.
 
     pip install 'datatrove[io]'      and gptlab, in an environment that every machine sees
-    python docs/cluster/tokenise.py --input TEXTS --out data/mine --tasks 200 --executor slurm --partition cpu
-    python docs/cluster/tokenise.py --input TEXTS --out data/mine --tasks 4      here, in four processes
+    python tools/tokenise.py --input TEXTS --out data/mine --tasks 200 --executor slurm --partition cpu
+    python tools/tokenise.py --input TEXTS --out data/mine --tasks 4      here, in four processes
 
 TEXTS is a folder or an address that fsspec knows (s3://..., hf://datasets/...) of .jsonl or .parquet files with a field
 `text`. A task takes every TASKS-th file, so make them no more than the files. The same command again makes only what is
 missing.
 """
 
+# pyright: reportMissingImports=false
 from __future__ import annotations
 
 import argparse

@@ -1,9 +1,9 @@
 """The README's picture of a run: the rows that a real run recorded, shown by the display that showed them live.
 
-    python docs/picture.py RUN docs/images/run.svg
+    python tools/run_picture.py RUN docs/images/run.svg
 
-It draws what metrics.jsonl holds and nothing else: some train rows, validations, the last sample. The time
-left is told from the recorded speeds.
+It draws what metrics.jsonl holds and nothing else: some train rows, validations, the last sample. The time left is
+computed from the recorded speeds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,197 @@
+"""The tables and pictures of the findings, from the packed experiments next to them.
+
+    python tools/findings.py    renews them all: in docs/findings/*.md and the README
+
+What stands between <!-- compare: NAME --> and <!-- end of NAME --> is what `gptlab compare docs/findings/NAME.json.gz`
+prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, with <!-- dose_response: NAME -->
+what `gptlab dose_response` finds there. Each pack gets a NAME.svg. With <!-- branches: NAME --> it is the branch
+tests in NAME.json, which `gptlab noise --json` printed. A figure within a
+sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
+arms/confidence/difference, as Python formats it; NAME may be that of a file in benchmarks/results too.
+
+The pictures of docs/findings/noise.md that belong to no experiment are drawn from what `gptlab noise --json` printed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gptlab.analysis.noise.labels import THRESHOLDS
+from gptlab.analysis.outcomes import read
+from gptlab.analysis.report.comparison import write_forest
+from gptlab.analysis.report.response import PANEL, STYLE, draw
+from gptlab.analysis.series import SHARES, Target, dose_response
+from gptlab.analysis.tables import markdown, table_in_markdown
+from gptlab.cli.dose_response import tables as response_tables
+from gptlab.runs.archive import SUFFIX
+
+ROOT = Path(__file__).parents[1]
+FINDINGS = ROOT / "docs" / "findings"
+RESPONSE = "dose_response"
+LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
+"""What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
+
+MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
+FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
+
+
+def pages() -> Iterator[Path]:
+    """The documents that hold tables."""
+    yield ROOT / "README.md"
+    yield from sorted(FINDINGS.glob("*.md"))
+
+
+def renewed(text: str) -> str:
+    """A document with its tables as the committed results give them now."""
+    text = MARK.sub(lambda found: _filled(found[1], found[2]), text)
+    return FIGURE.sub(lambda found: found[1] + _figure(*found.groups()[1:]), text)
+
+
+def _filled(what: str, name: str) -> str:
+    result = _result(name)
+    if what == "branches":
+        tables = _branches(result)
+    elif what == "dose_response":
+        tables = "\n\n".join(map(table_in_markdown, response_tables(result))) + "\n"
+    else:
+        tables = markdown(result)
+    if what == "verdicts":
+        tables = "\n\n".join(tables.split("\n\n")[:2]) + "\n"
+    return f"<!-- {what}: {name} -->\n\n{tables}\n<!-- end of {name} -->"
+
+
+@cache
+def _result(name: str) -> dict[str, Any]:
+    """What the command that belongs to the results of a name gives as JSON."""
+    for folder in (FINDINGS, ROOT / "benchmarks" / "results"):
+        if (file := folder / f"{name}.json").is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    packed = FINDINGS / f"{name}{SUFFIX}"
+    if name.startswith(RESPONSE):
+        return dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES))))
+    return read([packed]).verdicts()
+
+
+def _figure(name: str, place: str, form: str) -> str:
+    value: Any = _result(name)
+    for key in place.split("/"):
+        value = value[int(key)] if isinstance(value, (list, tuple)) else value[key]
+    return format(value, form)
+
+
+def _branches(measured: dict[str, Any]) -> str:
+    """What the branch test said of each signal, as a table."""
+
+    def told(part: dict[str, Any]) -> str:
+        low, high = part["interval"]
+        return f"{part['value']:+.4f} ({low:+.4f} to {high:+.4f})"
+
+    lines = ["| signal | verdict | bias, nats | noise, nats | dose at the start |", "|---|---|---|---|---|"]
+    for name, signal in measured["signals"].items():
+        if branch := signal.get("branch"):
+            parts = f"{told(branch['bias'])} | {told(branch['noise'])}"
+            lines.append(f"| {name} | {branch['verdict']} | {parts} | {branch['dose']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+GREY = "#8c959f"
+BLOCKS = ("#9ecbff", "#54a0ff", "#1f6feb", "#0b3d91")
+"""Of four blocks, first to last."""
+
+SIGNALS = ("#1f6feb", "#cf222e", "#8250df", "#bf8700", "#1a7f37", "#57606a")
+STEPS = (25, 50, 100, 400)
+SHOWN = (0.5, 0.9)
+"""Thresholds that are written beside their points."""
+
+
+def labels(axes: Axes, _: int) -> None:
+    """Precision of verdicts against the share of tokens that pass, a point a threshold, a curve a block (N2)."""
+    blocks = _result("1_noise_bias_or_noise")["label_quality"]["blocks"]
+    for number, block in enumerate(blocks, 1):
+        points = [p for p in zip(block["raw"]["coverage"], block["raw"]["precision"], THRESHOLDS, strict=True) if p[1]]
+        x, y = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(x, y, ".-", color=BLOCKS[number - 1], label=f"block {number}", lw=1.1)
+        for share, right, threshold in points:
+            if number == len(blocks) and any(abs(threshold - one) < 1e-9 for one in SHOWN):
+                axes.annotate(
+                    f"τ = {threshold:g}", (share, right), xytext=(6, 4), textcoords="offset points", fontsize=8
+                )
+    axes.set_xlabel("tokens that pass")
+    axes.set_ylabel("right of these")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def alignment(axes: Axes, _: int) -> None:
+    """The cosine of each signal's mean gradient with the true loss's, at four steps of one run (N3)."""
+    at = [_result(f"alignment_{step}")["signals"] for step in STEPS]
+    axes.axhline(0.0, color=GREY, linewidth=0.6)
+    for k, name in enumerate([name for name in at[0] if name != "true_loss"]):
+        cosines = [(i + (k - 2.5) / 20, one[name]["total"]["alignment"]) for i, one in enumerate(at)]
+        found = [(x, one) for x, one in cosines if one["value"] is not None]
+        axes.plot([x for x, _ in found], [one["value"] for _, one in found], ".-", color=SIGNALS[k], label=name, lw=1.1)
+        for x, one in found:
+            axes.plot([x, x], one["interval"], color=SIGNALS[k], linewidth=1.6)
+    axes.set_xticks(range(len(STEPS)), [f"step {step}" for step in STEPS])
+    axes.set_ylabel("cosine with the true loss")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def averages(axes: Axes, which: int) -> None:
+    """The branch test of one of N4's and N5's signals: validation loss against 1/M, what is left at 0 is bias."""
+    signals = _result("1_noise_bias_or_noise")["signals"]
+    name = [name for name in signals if name != "true_loss"][which]
+    branch: Mapping[str, Any] = signals[name]["branch"]
+    axes.axhline(0.0, color=GREY, linewidth=0.6)
+    for averaged, row in branch["differences"].items():
+        axes.plot([1 / int(averaged)] * len(row), row, ".", color=GREY, markersize=4)
+    grid = [i / 50 for i in range(51)]
+    curve = [sum(c * x**k for k, c in enumerate(branch["fit"])) for x in grid]
+    axes.plot(grid, curve, color=SIGNALS[0], linewidth=1.2)
+    axes.plot([0, 0], branch["bias"]["interval"], color="black", linewidth=1.6)
+    axes.plot([0], [branch["bias"]["value"]], "D", color="black", markersize=4)
+    axes.set_title(f"{name}: {branch['verdict']}", fontsize=9)
+    axes.set_xlabel("1/M, of M batches averaged")
+    axes.set_ylabel("nats more than without")
+
+
+PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
+    "noise_labels": (labels, 1),
+    "noise_alignment": (alignment, 1),
+    "noise_averages": (averages, 4),
+}
+"""name of the SVG -> what draws one panel, and how many."""
+
+
+def draw_pictures(folder: Path = FINDINGS) -> None:
+    """Write all of PICTURES: equal bytes for equal results and matplotlib."""
+    for name, (panel, count) in PICTURES.items():
+        with mpl.rc_context(STYLE):
+            columns = min(count, 2)
+            rows = -(-count // columns)
+            width = PANEL[0] * (columns if count > 1 else 1.7)
+            figure = Figure(figsize=(width, PANEL[1] * (rows if count > 1 else 1.1)), layout="constrained")
+            for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).ravel()):
+                panel(axes, number)
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, format="svg")
+
+
+def main() -> None:
+    for page in pages():
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
+        picture = draw if name.startswith(RESPONSE) else write_forest
+        picture(_result(name), FINDINGS / f"{name}.svg")
+    draw_pictures()
+
+
+if __name__ == "__main__":
+    main()
