@@ -67,15 +67,15 @@ class Placement:
     compile: bool
     reasons: dict[str, str] = field(default_factory=dict)
     row_block: int = 0
-    """Rows of a block of a product with a narrow result (model/working.py); 0 = whole."""
+    """Rows of a block of a product with a narrow result (model/fast_cpu.py); 0 = whole."""
 
     @property
     def dtype_name(self) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype == (self.autocast or torch.float32))
 
     @property
-    def working_copies(self) -> bool:
-        """Whether linear layers multiply by copies of their weights, cast once an update (eager bf16 on a CPU)."""
+    def eager_bf16_on_cpu(self) -> bool:
+        """Whether model/fast_cpu.py serves."""
         return self.autocast is not None and self.device.type == "cpu" and not self.compile
 
     def apply(self) -> None:

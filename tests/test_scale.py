@@ -19,7 +19,6 @@ from torch.distributed.run import get_args_parser
 
 from gptlab.cli.arguments import Parser, add_options, given_options
 from gptlab.cli.train import resolve
-from gptlab.model import attention
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.training.config import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
@@ -57,11 +56,8 @@ def test_what_a_process_holds_is_what_its_tensors_take(scale: ModuleType) -> Non
 
 
 @pytest.mark.parametrize("working", [4, 2])
-def test_a_block_keeps_so_many_bytes_of_a_token(
-    working: int, scale: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_keeps_so_many_bytes_of_a_token(working: int, scale: ModuleType) -> None:
     """All that autograd stores of one block, in fp32 and with autocast to bf16, whose copies of weights count apart."""
-    monkeypatch.setattr(attention, "SHORT", 0)  # attention as on a GPU
     model, B = GPT(TINY), 2
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     stored: dict[int, torch.UntypedStorage] = {}

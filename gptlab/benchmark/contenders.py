@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from gptlab.device import DTYPES, Placement, keep_freed_memory
 from gptlab.distributed import World
 from gptlab.errors import UsageError
+from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.model.working import Workspace
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
@@ -72,8 +72,7 @@ def ours(
         learning_rate=1e-5,
     )
     model = GPT(c).to(placement.device)
-    if placement.working_copies and placement.autocast:
-        Workspace(model, placement.autocast, placement.row_block)
+    install(model, placement)
     state = TrainingState(model, build_optimizer(model, plain))
     tokens, targets = work.data(placement.device)
 

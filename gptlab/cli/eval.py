@@ -110,7 +110,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _open(options: argparse.Namespace, world: World, display: Any) -> Opened:
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.device import Machine, decide
-    from gptlab.model.working import Workspace
+    from gptlab.model.fast_cpu import install
     from gptlab.runs.initial import any_model, weights_digest
     from gptlab.training.compilation import compile_blocks
 
@@ -130,8 +130,7 @@ def _open(options: argparse.Namespace, world: World, display: Any) -> Opened:
     digest = weights_digest(model)
     model.to(placement.device).eval()
     world.connect(placement.device)
-    if placement.working_copies and placement.autocast:
-        Workspace(model, placement.autocast, placement.row_block)
+    install(model, placement)
     if options.compile != "off":
         display.note(f"  compile {compile_blocks(model, placement)}")
     model.requires_grad_(False)

@@ -183,7 +183,7 @@ def _train(
         display.opening(config, placement, corpus, peak * world.size, beginning)
         session = Session(config, folder, beginning.checkpoint, placement, corpus.identity(), world)
         display.note(f"  compile {session.compiled}")
-        if session.state.model.sharded:
+        if session.sharded:
             display.note(
                 "  blocks  cut over the processes; no samples are drawn, gptlab sample writes from a checkpoint"
             )

@@ -63,9 +63,7 @@ class Product:
 
 def product(layer: Linear, dtype: torch.dtype, *, gelu: str = "") -> Product:
     """A layer's product, made of its working copy if that is of the dtype."""
-    copy = layer.working
-    source = layer if copy is None or copy.weight.dtype != dtype else copy
-    return Product(source.weight, source.bias, dtype, gelu=gelu)
+    return Product(*layer.operands(dtype), dtype, gelu=gelu)
 
 
 def _packs(weight: Tensor) -> bool:
@@ -117,7 +115,7 @@ class Weights:
     def __init__(self, model: GPT, dtype: torch.dtype | None = None) -> None:
         head = model.lm_head
         self.config, self.device = model.config, head.weight.device
-        self.dtype = dtype or (head.working.weight.dtype if head.working else head.weight.dtype)
+        self.dtype = dtype or head.matmul_dtype
         slow = self.dtype == torch.bfloat16 and self.device.type == "cpu"
         self.attention_dtype = torch.float32 if slow else self.dtype  # one bf16 query took 6 times as long as in fp32
         self.wte, self.wpe = model.wte.weight.detach(), model.wpe.weight.detach()

@@ -1,80 +1,21 @@
 """GPT-2 (Radford et al. 2019): token and position embeddings, pre-norm blocks, a head tied to the token embedding.
 
-The model gives its hidden states one block at a time, because every block may be judged by the next. How a loss is
-read from them, and how gradients flow back, is not here but in signals/reader.py and training/gradients.py.
+The model gives its hidden states one block at a time, because the block loss reads every one of them. How a loss is
+read from a hidden state is in signals/readout.py, how gradients flow back in training/block_loss.py, and what replaces
+modules of this file on a CPU in model/fast_cpu.py.
 
 Shapes: B batch, T time, C channels (n_embd), H heads, L blocks (n_layer), V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptlab.data.tokenizers import PADDING
 from gptlab.errors import ConfigError
-from gptlab.model.attention import causal_attention
-from gptlab.model.flops import training_flops_per_token
-from gptlab.parsing import MOST_BLOCKS
+from gptlab.model.config import GPTConfig
 from gptlab.randomness import torch_generator
-
-if TYPE_CHECKING:
-    from gptlab.model.working import WorkingCopy, Workspace
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The size of a GPT-2; the defaults are the 124M model's, with the vocabulary padded to a multiple of 128."""
-
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    share_blocks: bool = False
-    """Use one block L times over, as the program behind the notes did (N5)."""
-    exact_gelu: bool = False
-    """GELU by the error function, as nanoGPT has it, in place of GPT-2's tanh form."""
-    padding: int | None = field(default=None, compare=False)
-    """Last rows of the vocabulary that are no tokens; None: by how many rows a tokenizer of ours is padded to it."""
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if not 0 <= (self.padding or 0) < self.vocab_size:
-            raise ConfigError(
-                f"padding must be at least 0 and below vocab_size {self.vocab_size}, found {self.padding}"
-            )
-        if self.n_layer > MOST_BLOCKS:
-            raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
-        if self.n_embd % self.n_head:
-            raise ConfigError(
-                f"n_embd must be a multiple of n_head, found n_embd {self.n_embd} and n_head {self.n_head}; "
-                f"try n_embd {self.n_embd // self.n_head * self.n_head or self.n_head}"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Rows of the vocabulary that are tokens: the first ones."""
-        return self.vocab_size - (PADDING.get(self.vocab_size, 0) if self.padding is None else self.padding)
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model, the tied head counted once."""
-        C = self.n_embd
-        block = 12 * C * C + 13 * C
-        blocks = 1 if self.share_blocks else self.n_layer
-        return (self.vocab_size + self.block_size) * C + blocks * block + 2 * C
-
-    @property
-    def flops_per_token(self) -> int:
-        """Arithmetic of one training token, forward and backward."""
-        return training_flops_per_token(self.n_layer, self.n_embd, self.vocab_size, self.block_size)
 
 
 class Embedding(nn.Embedding):
@@ -85,26 +26,45 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """A linear layer that only `GPT` fills; it multiplies by its working copy where there is one (model/working.py)."""
-
-    working: WorkingCopy | None = None
+    """A linear layer that only `GPT` fills."""
 
     def reset_parameters(self) -> None:
         """Nothing: PyTorch would draw from the global generator here."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.working is None else self.working(input)
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """The dtype that this layer multiplies in, outside autocast."""
+        return self.weight.dtype
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight (out, in) and bias (out,) in `dtype`, detached: for products outside of `forward`."""
+        return self.weight.detach().to(dtype), None if self.bias is None else self.bias.detach().to(dtype)
+
+
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(C/H) + mask) v: every position attends to itself and to those before it. No parameters."""
+
+    def __init__(self, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+
+    def forward(self, qkv: Tensor) -> Tensor:  # (B, T, 3C) -> (B, T, C)
+        B, T, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        heads = (B, T, self.n_head, C // self.n_head)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in qkv.split(C, dim=2))  # (B, H, T, C/H) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, C/H)
+        return y.transpose(1, 2).reshape(B, T, C)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.attend = CausalAttention(config.n_head)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.c_proj(causal_attention(self.c_attn(x), self.n_head))
+        return self.c_proj(self.attend(self.c_attn(x)))
 
 
 class MLP(nn.Module):
@@ -144,9 +104,6 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.workspace: Workspace | None = None
-        self.sharded = False  # training/sharding.py cut the blocks: a pass through them needs every process
-        self.recompute = False  # keep no block's inner activations for the backward pass
         first = Block(config)
         rest = [first if config.share_blocks else Block(config) for _ in range(config.n_layer - 1)]
         self.transformer = nn.ModuleDict(
@@ -214,3 +171,11 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) of tokens (B, T)."""
         return self.read(self.hidden_states(tokens)[-1])
+
+
+def add_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Add to a parameter's `.grad`, in the parameter's dtype: for gradients that are made outside of autograd."""
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad.add_(gradient)

@@ -10,9 +10,9 @@ from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import GptlabError
+from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import check_moments, check_stored
-from gptlab.model.working import Workspace
 from gptlab.options import flatten
 from gptlab.runs import checkpoint, sharded
 from gptlab.runs.folder import RunFolder
@@ -53,23 +53,22 @@ class Session:
         if config.init_jitter and not checkpoint_path:
             jitter(model, config.init_jitter, config.seed)
         model.to(placement.device)
-        model.recompute = config.activation_checkpointing
         self.compiled = compile_blocks(model, placement)
-        if config.parallel == "fsdp":
+        self.sharded = config.parallel == "fsdp" and world.size > 1
+        install(model, placement, copies=not self.sharded)
+        if self.sharded:
             shard_blocks(model, world, placement)
         self.state = TrainingState(model, build_optimizer(model, config))
         self._saved = -1
         if checkpoint_path:
             self._restore(Path(checkpoint_path), shape)
             self._saved = self.state.step
-        if placement.working_copies and placement.autocast and not model.sharded:
-            Workspace(model, placement.autocast, placement.row_block)
         self._final: dict[str, Any] = {}
         self._speeds: list[float] = []
 
     def _restore(self, path: Path, shape: GPTConfig) -> None:
         """Take over the checkpoint that rank 0 chose; where blocks are cut, each process reads its own rows."""
-        if self.state.model.sharded:
+        if self.sharded:
             sharded.load(path, shape, self.state, self.world)
             return
         found = checkpoint.load(path)
@@ -102,7 +101,7 @@ class Session:
                     yield record
                     continue
                 if record.kind == "sample":
-                    if self.folder is None or self.state.model.sharded:  # writing on needs whole blocks
+                    if self.folder is None or self.sharded:  # writing on needs whole blocks
                         continue
                     record = Record("sample", record.step, sample(self.state))
                 elif record.kind == "val":
@@ -121,7 +120,7 @@ class Session:
             self.folder.write("event", step, {"event": type(error).__name__, "text": str(error)})
 
     def _save(self, record: Record) -> None:
-        cut = self.state.model.sharded
+        cut = self.sharded
         if self._saved == record.step or not (self.folder or cut):
             return
         if cut:

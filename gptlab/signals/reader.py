@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab.model.gpt import GPT
-from gptlab.model.working import add_gradient, product
+from gptlab.model.fast_cpu import WorkingLinear, product
+from gptlab.model.gpt import GPT, add_gradient
 from gptlab.signals import closed_form
 from gptlab.signals.closed_form import ClosedForm
 
@@ -78,12 +78,9 @@ class Reader:
     ) -> None:
         self.ln_f = model.ln_f
         self.head = model.lm_head.weight  # (V, C)
-        dtype, copy = dtype or self.head.dtype, model.lm_head.working
-        if copy is not None and copy.weight.dtype == dtype:
-            self.working_head = copy.weight
-        else:
-            self.working_head = self.head.detach().to(dtype)
-        self.rows = model.workspace.rows if model.workspace else 0
+        dtype = dtype or self.head.dtype
+        self.working_head, _ = model.lm_head.operands(dtype)
+        self.rows = model.lm_head.row_block if isinstance(model.lm_head, WorkingLinear) else 0
         turn = self.rows and readings >= FEW
         self.turned_head = self.working_head.t().contiguous() if turn else self.working_head.t()  # (C, V)
         V = len(self.head)

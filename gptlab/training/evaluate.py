@@ -20,6 +20,7 @@ from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.signals.reader import Reader, true_loss
 from gptlab.training.clean import clean_loss
+from gptlab.training.sharding import blocks_are_sharded
 from gptlab.training.trace import matmul_dtype
 
 SHAPE = 8
@@ -72,10 +73,10 @@ def validate(
     lower = model.config.n_layer - 1 if every_block else 0
     losses_below = torch.zeros(lower, len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
     by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=placement.device)
-    stop = False
+    stop, sharded = False, blocks_are_sharded(model)
     for first, mine in share_of(batches, model, world):
         stop = stop or interrupted()
-        if stop and not model.sharded:  # where it is, the others' passes need this process's
+        if stop and not sharded:  # where it is, the others' passes need this process's
             break
         tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
         states = hidden_states(model, tokens, placement)
@@ -139,9 +140,10 @@ def share_of(batches: Sequence[int], model: GPT, world: World) -> Iterator[tuple
 
     A pass through blocks that are cut needs every process: the ones that have fewer batches repeat the last.
     """
+    sharded = blocks_are_sharded(model)
     for start in range(0, len(batches), world.size):
         mine = start + world.rank < len(batches)
-        if mine or model.sharded:
+        if mine or sharded:
             yield batches[min(start + world.rank, len(batches) - 1)], mine
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gptlab.model.flops import training_flops_per_token
+from gptlab.model.config import GPTConfig
 from gptlab.training.config import TrainingConfig
 
 
@@ -13,7 +13,7 @@ def flops_per_token(config: TrainingConfig) -> float:
     4·V·C for logits and their gradient. A live judge's weights take 2 more each, a placebo one more backward pass.
     """
     C, T, V = config.n_embd, config.block_size, config.vocab_size
-    plain = training_flops_per_token(config.n_layer, C, V, T)
+    plain = GPTConfig(T, V, config.n_layer, config.n_head, C).flops_per_token
     total = float(plain)
     for signal in config.signals:
         if signal.weight == 0:

@@ -98,6 +98,7 @@ def accumulate(
     *,
     flip: TargetFlip = CLEAN,
     ledger: Ledger | None = None,
+    recompute: bool = False,
 ) -> Losses:
     """Add one micro-batch's gradient, scaled by its share of the update's tokens, to `.grad` or to a ledger.
 
@@ -105,7 +106,7 @@ def accumulate(
     """
     truth = batch.part != "signals"
     voices = () if batch.part == "true loss" else voices
-    run = trace(model, batch.tokens, autocast)
+    run = trace(model, batch.tokens, autocast, recompute=recompute)
     L = model.config.n_layer
     judges = (voice.config.judges_at(batch.step, L, batch.seed)[0] for voice in voices)
     reader = Reader(model, autocast, readings=truth + sum(map(len, judges)))

@@ -41,7 +41,11 @@ def shard_blocks(model: GPT, world: World, placement: Placement) -> None:
         unit = cast(Any, fully_shard(block, mesh=mesh, reshard_after_forward=True, mp_policy=policy))
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    model.sharded = True
+
+
+def blocks_are_sharded(model: GPT) -> bool:
+    """Whether every process holds rows of the blocks only, so that a pass through them needs all processes."""
+    return hasattr(model.blocks[0], "reshard")  # FSDP2's mark
 
 
 def is_sharded(tensor: Tensor) -> bool:

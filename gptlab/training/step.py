@@ -62,7 +62,7 @@ def update(
 
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
-    model, step = state.model, state.step
+    model, step, recompute = state.model, state.step, config.activation_checkpointing
     voices = speaking(state, config)
     flip = TargetFlip(config.target_flip, config.target_flip_to)
     disturbed = config.gradient_noise > 0 or config.gradient_bias > 0
@@ -77,11 +77,13 @@ def update(
     summed = Summed(config, model, ledger, apart, sums.all)
     seen: list[tuple[Batch, Losses]] = []
     for batch in batches:
-        losses = accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger if apart else None)
+        losses = accumulate(
+            model, batch, voices, placement.autocast, flip=flip, ledger=ledger if apart else None, recompute=recompute
+        )
         seen.append((batch, losses))
         sums.add(losses, batch.share)
         if ledger and not apart:  # a second pass, so that measuring changes nothing of what is learnt
-            accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger)
+            accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger, recompute=recompute)
         summed.close(batch)
     summed.over(world)
 
@@ -129,8 +131,7 @@ def _take_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.optimizer.step()
-    if state.model.workspace:
-        state.model.workspace.refresh()
+    torch.autograd.graph.increment_version(state.model.parameters())  # a fused step leaves that out
     state.step += 1
     state.clipped += clipped
     return learning_rate, clipped

@@ -13,16 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptlab.model.gpt import GPT
-from gptlab.model.working import add_gradient
+from gptlab.model.fast_cpu import WorkingLinear
+from gptlab.model.gpt import GPT, add_gradient
+from gptlab.training.sharding import blocks_are_sharded
 
 
 @dataclass
 class Trace:
-    """inputs[j-1] is h_{j-1} as a leaf, outputs[j-1] is f_j of it, without its graph if the model recomputes."""
+    """inputs[j-1] is h_{j-1} as a leaf, outputs[j-1] is f_j of it, without its graph if that is to be recomputed."""
 
     tokens: Tensor
     autocast: torch.dtype | None
+    recompute: bool
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -31,7 +33,7 @@ class Trace:
         return self.outputs[j - 1].detach() if j else self.inputs[0].detach()
 
 
-def trace(model: GPT, tokens: Tensor, autocast: torch.dtype | None) -> Trace:
+def trace(model: GPT, tokens: Tensor, autocast: torch.dtype | None, *, recompute: bool = False) -> Trace:
     """Run the model's blocks on tokens (B, T), keeping each block's graph apart from the others'."""
     inputs, outputs = [], []
     with matmul_dtype(model, tokens.device, autocast):
@@ -39,17 +41,17 @@ def trace(model: GPT, tokens: Tensor, autocast: torch.dtype | None) -> Trace:
             h = model.embed(tokens)
         for block in model.blocks:
             inputs.append(h.detach().requires_grad_())
-            with torch.set_grad_enabled(not model.recompute):
+            with torch.set_grad_enabled(not recompute):
                 outputs.append(block(inputs[-1]))
             h = outputs[-1]
-    return Trace(tokens, autocast, inputs, outputs)
+    return Trace(tokens, autocast, recompute, inputs, outputs)
 
 
 def matmul_dtype(model: GPT, device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[object]:
     """The dtype of the matmuls within. Weights that are gathered for one pass are not to outlive it in a cache."""
-    if autocast is None or model.workspace is not None:
+    if autocast is None or isinstance(model.lm_head, WorkingLinear):
         return nullcontext()
-    return torch.autocast(device.type, autocast, cache_enabled=not model.sharded)
+    return torch.autocast(device.type, autocast, cache_enabled=not blocks_are_sharded(model))
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,12 @@ def descend(model: GPT, trace: Trace, lessons: Iterable[Lesson], *, embeddings: 
 def pass_through(model: GPT, trace: Trace, j: int, gradient: Tensor, *, learn: bool, keep: bool) -> Tensor:
     """The gradient at h_{j-1} of a gradient at h_j; block j's weights add theirs to `.grad` if they learn."""
     x, y = trace.inputs[j - 1], trace.outputs[j - 1]
-    if model.recompute:
+    if trace.recompute:
         with matmul_dtype(model, x.device, trace.autocast):
             y, keep = model.blocks[j - 1](x), False
-    with model.workspace.weights(learn) if model.workspace else nullcontext():
-        if not learn:
-            return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
-        torch.autograd.backward(y, gradient, retain_graph=keep)
+    if not learn:
+        return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
+    torch.autograd.backward(y, gradient, retain_graph=keep)
     passed, x.grad = x.grad, None
     assert passed is not None
     return passed

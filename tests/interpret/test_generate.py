@@ -12,8 +12,8 @@ from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError
 from gptlab.interpret.decoder import Decoder, Product, Weights
 from gptlab.interpret.generate import Sampling, Step, as_row, choose, generate, generate_batch
+from gptlab.model.fast_cpu import replace_linears
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.model.working import Workspace
 
 GREEDY = Sampling(temperature=0)
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0])
@@ -125,12 +125,11 @@ def test_bf16_multiplies_in_bf16_and_uses_working_copies() -> None:
     rounded = decoder.read(list(decoder.states(tokens))[-1])
     assert rounded.dtype == torch.float32
     assert 1e-4 < float((rounded - exact).abs().max() / exact.std()) < 0.05
-    Workspace(model, torch.bfloat16)
-    working = model.lm_head.working
-    assert working is not None
+    replace_linears(model, torch.bfloat16)
+    working, _ = model.lm_head.operands(torch.bfloat16)
     again = Decoder(Weights(model))
     assert torch.equal(again.read(list(again.states(tokens))[-1]), rounded)
-    working.weight.zero_()
+    working.zero_()
     assert not Weights(model).head(torch.ones(1, 64, dtype=torch.bfloat16)).any()
 
 

@@ -99,7 +99,6 @@ def make_run(
     if sure:  # the last token, which is a target only, is what block 2 expects: some signals ask for who is right
         with torch.no_grad():
             windows[:, -1] = model.read(model.hidden_states(windows[:, :-1])[2])[:, -1].argmax(1)
-    model.recompute = config.activation_checkpointing
     if world:
         shard_blocks(model, world, placement)
     return Run(TrainingState(model, build_optimizer(model, config)), config, placement, windows)

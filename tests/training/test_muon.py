@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_run import make_run
 
-from gptlab.model.working import Workspace
+from gptlab.model.fast_cpu import WorkingLinear, replace_linears
 
 RATE = 0.01
 
@@ -57,9 +57,11 @@ def test_everything_else_is_adamws_and_each_parameter_is_in_one_group(share_bloc
 
 def test_working_copies_follow_muons_step() -> None:
     run = make_run(optimizer="muon", dtype=torch.float32, autocast=torch.bfloat16, learning_rate=RATE)
-    workspace = Workspace(run.state.model, torch.bfloat16)
-    before = [copy.weight.clone() for copy in workspace.copies]
+    replace_linears(run.state.model, torch.bfloat16)
+    layers = [module for module in run.state.model.modules() if isinstance(module, WorkingLinear)]
+    before = [layer.operands(torch.bfloat16)[0].clone() for layer in layers]
     run.update()
-    for copy, old in zip(workspace.copies, before, strict=True):
-        assert torch.equal(copy.weight, copy.layer.weight.bfloat16())
-        assert not torch.equal(copy.weight, old)
+    for layer, old in zip(layers, before, strict=True):
+        copy, _ = layer.operands(torch.bfloat16)
+        assert torch.equal(copy, layer.weight.bfloat16())
+        assert not torch.equal(copy, old)

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from naive_gradients import SIZE, build, furthest, gradients, naive, text
+from small_run import make_run
 from torch.nn.functional import scaled_dot_product_attention
 
-from gptlab.model import GPT, attention, working
-from gptlab.model.working import Workspace, product
+from gptlab.device import Placement
+from gptlab.model import GPT, GPTConfig, fast_cpu
+from gptlab.model.fast_cpu import ShortAttention, WorkingLinear, install, product, replace_linears
 from gptlab.signals import SignalConfig
 from gptlab.training import backward
 
@@ -27,10 +29,10 @@ def test_working_copies_equal_the_naive_reference(
     monkeypatch: pytest.MonkeyPatch, rows: int, options: dict[str, Any], share_blocks: bool
 ) -> None:
     """In float64, so that nothing but the path differs."""
-    monkeypatch.setattr(working, "NARROW", range(1, 100))
+    monkeypatch.setattr(fast_cpu, "NARROW_PRODUCTS", range(1, 100))
     config = SignalConfig("confidence", **options)
     model = build(share_blocks)
-    Workspace(model, torch.float64, rows)
+    replace_linears(model, torch.float64, rows)
     for name, p in model.named_parameters():
         assert p.grad is None, name
     losses = backward(model, *text(), config)
@@ -40,30 +42,66 @@ def test_working_copies_equal_the_naive_reference(
     assert losses.signal_loss.item() == pytest.approx(signal_loss, rel=1e-10)
 
 
-def test_copies_follow_the_weights_only_when_refreshed() -> None:
-    model = build()
-    workspace, (tokens, _) = Workspace(model, torch.float64), text()
-    before = model(tokens)
+@pytest.mark.parametrize("fused", [True, False])
+def test_copies_follow_the_weights(fused: bool) -> None:
+    """Whatever changes them in place; and a training step with the fused optimizer, which hides that it does."""
+    model, expected, (tokens, _) = build(), build(), text()
+    replace_linears(model, torch.float64)
     with torch.no_grad():
-        for p in model.transformer["h"].parameters():
-            p.mul_(1.1)
-        stale = model(tokens)
-        workspace.refresh()
-        fresh = model(tokens)
-    assert not torch.equal(before, fresh)
-    assert not torch.equal(stale, fresh)
-    expected = build()
-    with torch.no_grad():
-        for p in expected.transformer["h"].parameters():
-            p.mul_(1.1)
-        torch.testing.assert_close(fresh, expected(tokens))
+        before = model(tokens)
+        for one in (model, expected):
+            for p in one.transformer["h"].parameters():
+                p.mul_(1.1)
+        changed = model(tokens)
+        assert not torch.equal(before, changed)
+        torch.testing.assert_close(changed, expected(tokens))
+    run = make_run(dtype=torch.float32)
+    replace_linears(run.state.model, torch.float32)
+    for group in run.state.optimizer.param_groups:
+        group["fused"] = fused
+    for _ in range(2):
+        run.update()
+        for layer in run.state.model.modules():
+            if isinstance(layer, WorkingLinear):
+                assert torch.equal(layer.operands(torch.float32)[0], layer.weight)
+
+
+def test_a_pass_that_asks_for_no_weights_gradient_makes_none() -> None:
+    """As of any layer: what a frozen judge passes on must not reach its weights."""
+    model, (tokens, _) = build(), text()
+    replace_linears(model, torch.float64)
+    x = model.embed(tokens).detach().requires_grad_()
+    y = model.blocks[0](x)
+    torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+    assert all(p.grad is None for name, p in model.named_parameters() if ".c_" in name)
+    torch.autograd.backward(y, torch.ones_like(y))
+    assert all(p.grad is not None for name, p in model.named_parameters() if "h.0." in name and ".c_" in name)
+
+
+def test_modules_are_replaced_where_it_pays_and_parameters_keep_their_names() -> None:
+    def kinds(placement: Placement, **options: Any) -> set[str]:
+        model = GPT(GPTConfig(8, 31, 2, 2, 16))
+        names = {name: id(p) for name, p in model.named_parameters()}
+        install(model, placement, **options)
+        assert {name: id(p) for name, p in model.named_parameters()} == names
+        assert list(model.state_dict()) == list(GPT(model.config).state_dict())
+        assert model.lm_head.weight is model.wte.weight, "tied"
+        return {type(module).__name__ for module in model.modules()}
+
+    cpu, bf16 = torch.device("cpu"), torch.bfloat16
+    fast = {"WorkingLinear", "ShortAttention"}
+    assert fast < kinds(Placement(cpu, bf16, 1, False))
+    assert kinds(Placement(cpu, bf16, 1, False), copies=False) & fast == {"ShortAttention"}
+    assert not kinds(Placement(cpu, None, 1, False)) & fast
+    assert not kinds(Placement(cpu, bf16, 1, True)) & fast
+    assert not kinds(Placement(torch.device("cuda"), bf16, 1, False)) & fast
 
 
 def test_bfloat16_copies_train_as_autocast_does() -> None:
     """The same products in the same dtype: gradients agree to bf16's own rounding."""
     size = replace(SIZE, n_embd=32)
     plain, copied = GPT(size, seed=2), GPT(size, seed=2)
-    Workspace(copied, torch.bfloat16)
+    replace_linears(copied, torch.bfloat16)
     for model in (plain, copied):
         backward(model, *text(), SignalConfig("brier"), autocast=torch.bfloat16)
     a, b = (torch.cat([g.flatten() for g in gradients(model).values()]) for model in (copied, plain))
@@ -89,7 +127,7 @@ def test_attention_with_kept_scores_is_attention(T: int) -> None:
     qkv = torch.randn(B, T, 3 * H * D, dtype=torch.float64, generator=generator)
     dy = torch.randn(B, T, H * D, dtype=torch.float64, generator=generator)
     ours, theirs = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
-    y = attention._KeptScores.apply(ours, H)
+    y = fast_cpu._KeptScores.apply(ours, H)
     q, k, v = (part.view(B, T, H, D).transpose(1, 2) for part in theirs.split(H * D, dim=2))
     expected = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, H * D)
     torch.testing.assert_close(y, expected)
@@ -98,11 +136,11 @@ def test_attention_with_kept_scores_is_attention(T: int) -> None:
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_kept_scores_serve_short_bfloat16_sequences_on_a_processor_only() -> None:
+def test_kept_scores_serve_short_bfloat16_sequences_only() -> None:
     def used(T: int, dtype: torch.dtype) -> bool:
-        y = attention.causal_attention(torch.zeros(1, T, 12, dtype=dtype, requires_grad=True), 2)
+        y = ShortAttention(2)(torch.zeros(1, T, 12, dtype=dtype, requires_grad=True))
         return type(y.grad_fn).__name__.startswith("_KeptScores")
 
-    assert used(attention.SHORT, torch.bfloat16)
-    assert not used(attention.SHORT + 1, torch.bfloat16)
+    assert used(fast_cpu.LONGEST_KEPT, torch.bfloat16)
+    assert not used(fast_cpu.LONGEST_KEPT + 1, torch.bfloat16)
     assert not used(8, torch.float32)
