@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gptlab.analysis import compare
-from gptlab.analysis.plan import seeds_for_difference
+from gptlab.analysis.power import seeds_for_difference
 from gptlab.analysis.sequential import level
 from gptlab.analysis.statistics import binomial_interval
 
@@ -197,7 +197,7 @@ def real(folder: Path, draws: int) -> dict[str, Any]:
     The first two arms differ by --init_jitter alone; each further arm truly differs from the first. The draws share
     runs, so that their intervals are narrower than those of as many new runs would be.
     """
-    from gptlab.analysis.outcomes import read
+    from gptlab.analysis.load import read
 
     table = read([folder])
     first, *others = table.losses

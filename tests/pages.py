@@ -5,6 +5,8 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 IMAGE = "<img src=x onerror=alert(1)>"
+ARM = "tried"
+"""The arm of the hostile experiment: what a file may call an arm is checked where it is read."""
 HOSTILE = (IMAGE, '"><script>alert(1)<!--', "$\\frac{1$ & 日本 {{ 7 * 7 }}", "'; }</style><b>")
 
 

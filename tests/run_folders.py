@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import HOSTILE, IMAGE
+from pages import ARM, HOSTILE, IMAGE
 
 from gptlab.options import build, flatten
 from gptlab.training.config import TrainingConfig
@@ -69,15 +69,16 @@ def write_run() -> WriteRun:
 
 @pytest.fixture
 def hostile_experiment(tmp_path: Path, write_run: WriteRun) -> Path:
-    """An experiment with a name, an arm and samples that try to be more than text; its arm is worse by 0.1."""
-    folder = tmp_path / "experiment"
-    arms = {"baseline": (0.0, None), IMAGE: (0.1, 0.5)}
+    """An experiment whose folder, options, machine and samples try to be more than text; its arm is worse by 0.1."""
+    folder = tmp_path / "served" / IMAGE
+    arms = {"baseline": (0.0, None), ARM: (0.1, 0.5)}
     signal = {"signal.name": "confidence"}
     for arm, (difference, dose) in arms.items():
         for seed in (1, 2, 3):
-            options = signal if arm == IMAGE else {}
+            options = {"data": IMAGE, **(signal if arm == ARM else {})}
+            machine = {"processor": HOSTILE[3], "cores": 2, "gpus": []}
             run = write_run(folder / arm / f"seed_{seed}", 3 + seed / 1000 + difference, seed=seed, options=options,
-                            dose=dose)  # fmt: skip
+                            dose=dose, environment={"machine": machine})  # fmt: skip
             blocks = {"block_loss": [4.0, 3.5, 3.2, 3.0 + difference], "block_confidence": [0.1, 0.2, 0.3, 0.4]}
             words = [*HOSTILE, "\0\x1b[2J", "\ud800", "\u202e"]
             sample = {"prompt": HOSTILE[1], "text": "".join(words), "tokens": list(range(len(words))),
@@ -87,7 +88,7 @@ def hostile_experiment(tmp_path: Path, write_run: WriteRun) -> Path:
             rows.insert(-1, {"step": 20, "kind": "sample", **sample})
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "experiment.toml").write_text(
-        f"name = {json.dumps(HOSTILE[3])}\nbaseline = 'baseline'\nseeds = [1, 2, 3]\n"
-        f"[arms.baseline]\n[arms.{json.dumps(IMAGE)}]\n'signal.name' = 'confidence'\n"
+        f"name = 'hostile'\nbaseline = 'baseline'\nseeds = [1, 2, 3]\ndelta = 0.01\n"
+        f"[options]\ndata = {json.dumps(IMAGE)}\n[arms.baseline]\n[arms.{ARM}]\n'signal.name' = 'confidence'\n"
     )
     return folder

@@ -25,11 +25,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gptlab.analysis.dose_response_runs import SHARES, Target, dose_response
+from gptlab.analysis.load import read
 from gptlab.analysis.noise.labels import THRESHOLDS
-from gptlab.analysis.outcomes import read
 from gptlab.analysis.report.comparison import write_forest
 from gptlab.analysis.report.response import PANEL, STYLE, draw
-from gptlab.analysis.series import SHARES, Target, dose_response
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
 from gptlab.runs.archive import SUFFIX

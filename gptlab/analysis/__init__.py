@@ -8,12 +8,12 @@ from gptlab.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from gptlab.analysis.noise.probing import probe
-    from gptlab.analysis.verdicts import compare
+    from gptlab.analysis.verdict import compare
 
 __all__ = ["compare", "probe"]
 
 # No module here may bear the name of an export: importing it would put the module in the function's place.
-_exports = {"compare": "gptlab.analysis.verdicts", "probe": "gptlab.analysis.noise.probing"}
+_exports = {"compare": "gptlab.analysis.verdict", "probe": "gptlab.analysis.noise.probing"}
 
 
 def __getattr__(name: str) -> Any:

@@ -114,7 +114,7 @@ def _verdict(bias: Part, noise: Part, delta: float) -> tuple[Any, str]:
     if not (bias.shown or noise.shown):
         if max(bias.most, noise.most) <= delta:
             return "neither", f"both lie within {delta:g}"
-        return "undecided", f"neither is told from 0, nor shown to lie within {delta:g}: take more seeds or steps"
+        return "undecided", f"neither is shown to differ from 0, nor to lie within {delta:g}: take more seeds or steps"
     large, small = ("bias", "noise") if abs(bias.value) > abs(noise.value) else ("noise", "bias")
     if bias.shown and noise.shown:
         if abs(parts[small].value) < MINOR * abs(parts[large].value):
@@ -165,7 +165,7 @@ def branch_test(
     """Run the branches of every signal from a checkpoint and judge them: name -> the object of `as_json`.
 
     run: a run (its newest checkpoint) or the folder of a checkpoint. See `runs.branching.branch` for what is raised
-    and for `progress`, whose first call tells the cost, and `runs.branch_plan.arms_named` for signals by name.
+    and for `progress`, whose first call gives the cost, and `runs.branch_plan.arms_named` for signals by name.
     """
     from gptlab.runs.branch_plan import Plan
     from gptlab.runs.branching import branch

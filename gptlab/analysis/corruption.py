@@ -17,7 +17,7 @@ _FLIPS = ("control", "flip", "flip_to")
 class Corruption:
     """kind: what is wrong, in words; judges: where, of a signal's flips, lowest first; dose: the share or size.
 
-    figure: of validation rows, the one that tells what was learnt of the truth despite it. theory: a key of
+    figure: of validation rows, the one that shows what was learnt of the truth despite it. theory: a key of
     dose_response.THEORIES.
     """
 

@@ -131,9 +131,9 @@ class Compounding:
     """Noise at every block against noise at each block alone.
 
     everywhere, product, sum: multipliers, geometric means over seeds; the sum is of what each costs beyond 1. against:
-    95% intervals of everywhere over the product and over the sum. verdict: product, sum, both (they cannot be told
-    apart), neither, or undecided: below two seeds, or where censored runs leave it open. Where single blocks are
-    censored, the product and the sum are lower bounds, and `neither` still holds of an everywhere below both; where
+    95% intervals of everywhere over the product and over the sum. verdict: product, sum, both (they cannot
+    be distinguished), neither, or undecided: below two seeds, or where censored runs leave it open. Where single blocks
+    are censored, the product and the sum are lower bounds, and `neither` still holds of an everywhere below both; where
     everywhere is, of one above both. bounds: what is only a lower bound, "singles", "everywhere", "all" or "".
     """
 

@@ -100,7 +100,7 @@ def blocks_of(config: Mapping[str, Any]) -> int | None:
 
 
 def passport(runs: list[Run], step: int) -> dict[str, Any]:
-    """What an arm's figures rest on, from its runs at `step`; None for what the folders do not tell."""
+    """What an arm's figures rest on, from its runs at `step`; None for what the folders do not hold."""
     options = runs[0].options
     tokens = step * options["total_batch_tokens"]
     vocabulary = count_vocabulary(options)

@@ -1,6 +1,6 @@
 """The statistics under a verdict: paired t, intervals, Wilcoxon, Holm, jackknife. Pure functions of numbers.
 
-What a verdict makes of them is in verdicts.py, levels for repeated looks in sequential.py. scipy (extra `report`) is
+What a verdict makes of them is in verdict.py, levels for repeated looks in sequential.py. scipy (extra `report`) is
 imported when first needed.
 """
 
@@ -64,7 +64,7 @@ def critical_t(level: float, freedom: int) -> float:
 
 
 def wilcoxon_p(differences: Sequence[float]) -> float:
-    """The two-sided p of Wilcoxon's signed-rank test. Shown beside the paired t, never used for a verdict.
+    """The two-sided p of Wilcoxon's signed-rank test. Shown next to the paired t, never used for a verdict.
 
     Differences of 0 are left out, as Wilcoxon did; where all are 0, p is 1. Exact up to 50 differences without ties.
     """
@@ -110,7 +110,7 @@ def equivalent(test: PairedT, delta: float, level: float = 0.10) -> bool:
 def jackknife(estimate: float, left_out: Sequence[float], level: float = 0.95) -> Interval:
     """The delete-one jackknife interval of `estimate`, with t of n - 1 degrees of freedom.
 
-    left_out: the estimate anew without the first, the second, ... of n groups, (n,), n at least 2.
+    left_out: the estimate without the first, the second, ... of n groups, (n,), n at least 2.
 
     >>> low, high = jackknife(2.0, [2.5, 2.0, 1.5])  # the mean of 1, 2, 3: the same as its t interval
     >>> round(low, 3), round(high, 3)

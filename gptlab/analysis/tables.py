@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-BESIDE = {
+ALSO_SHOWN = {
     "placebo": "against its placebo",
     "tempered": "at each one's best temperature",
     "equal_flops": "at equal FLOPs",
     "equal_time": "at equal time",
 }
+
+
+NO_DELTA = (
+    "no delta was declared, so that only a difference of exactly 0 is called none; declare the largest difference that "
+    "does not matter before the runs: delta = X in the experiment's file, or --delta X"
+)
 
 
 class Table(NamedTuple):
@@ -20,7 +26,7 @@ class Table(NamedTuple):
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
-    """The verdicts, their reasons, what stands beside them and the passports, where there are any."""
+    """The verdicts, their reasons, other differences and the passports, where there are any."""
     arms = result["arms"]
     yield Table(
         f"{result['experiment']} at step {result['step']:,}: loss minus its baseline's, nats, paired by seed",
@@ -40,9 +46,13 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         ],
     )
     yield Table("Why", ("arm", "against", "reason"), [(n, a["baseline"], a["reason"]) for n, a in arms.items()])
-    rows = [(name, *(_beside(arm.get(key)) for key in BESIDE)) for name, arm in arms.items()]
-    if any(arm.get(key) for arm in arms.values() for key in BESIDE):
-        yield Table("Beside the verdict: difference and 95% interval, nats", ("arm", *BESIDE.values()), rows)
+    rows = [(name, *(_difference(arm.get(key)) for key in ALSO_SHOWN)) for name, arm in arms.items()]
+    if any(arm.get(key) for arm in arms.values() for key in ALSO_SHOWN):
+        yield Table(
+            "At equal cost, and against the placebo: difference and 95% interval, nats",
+            ("arm", *ALSO_SHOWN.values()),
+            rows,
+        )
     if any("parameters" in arm["passport"] for arm in arms.values()):
         rows = [(name, _passport(arm["passport"])) for name, arm in arms.items()]
         yield Table("How far to trust it", ("arm", "passport"), rows)
@@ -73,7 +83,7 @@ def _tuned(found: Mapping[str, Any]) -> str:
     return f" (tuned for each arm{best}{whose})"
 
 
-def _beside(found: Mapping[str, Any] | None) -> str:
+def _difference(found: Mapping[str, Any] | None) -> str:
     if not found:
         return "–"
     text = f"{number(found['difference'], '+z.4f')} ({interval(found['interval'])})"
@@ -92,16 +102,17 @@ def _passport(found: Mapping[str, Any]) -> str:
             f"{number(found.get('clipped_share'), '.0%')} of steps clipped",
             f"noise floor {number(found['noise_floor'], '.4f')}",
             f"seed correlation {number(found['seed_correlation'], '.2f')}",
-            f"these seeds can show {number(found['smallest_difference'], '.4f')}",
+            f"minimum detectable effect (80% power) {number(found['smallest_difference'], '.4f')}",
         ]
     )
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
-    """What must be read beside the tables: differences that were overridden, runs that were left out."""
+    """What must be read with the tables: differences that were overridden, runs that were left out."""
     floor = number(result["noise_floor"], ".4f")
     looks = f"; looks at {', '.join(map(str, result['looks']))} seeds" if result["looks"] else ""
-    lines = [f"delta {result['delta']:g}; seeds alone move {result['baseline']} by {floor}{looks}"]
+    declared = NO_DELTA if result["delta"] is None else f"delta {result['delta']:g}"
+    lines = [f"{declared}; seed-to-seed SD of {result['baseline']}: {floor}{looks}"]
     lines += [f"COMPARED DESPITE: {line}" for line in result["undeclared"]]
     return lines + [f"left out: {line}" for line in result["notes"]]
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
 from gptlab.cli.console import printable, show_table
-from gptlab.errors import ConfigError, UsageError
+from gptlab.errors import ConfigError, DataError, UsageError
+from gptlab.files import write_whole
 
 if TYPE_CHECKING:
-    from gptlab.analysis.outcomes import Outcomes
+    from gptlab.analysis.load import Outcomes
 
-WHOSE = "--delta, --looks, --baseline and --placebo"
+DECLARED = ("baseline", "delta", "looks", "seeds", "placebo")
+"""Options that an experiment's file declares for its own runs."""
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> int:
     if options.markdown:
         from gptlab.analysis.tables import markdown
 
-        Path(options.markdown).write_text(printable(markdown(result)), encoding="utf-8")
+        write_whole(options.markdown, printable(markdown(result)))
     if options.svg:
         from gptlab.analysis.report.comparison import write_forest
 
@@ -60,14 +62,16 @@ def _parser() -> Parser:
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")
     own.add_argument("--baseline", metavar="ARM", help="an arm of a log, or one of the baseline's runs [baseline]")
-    own.add_argument("--delta", type=number, metavar="X", help="the largest difference that does not matter [0.01]")
-    own.add_argument("--looks", type=looks, metavar="N,N,..", help="seeds at which looks were declared [none]")
+    delta = "the largest difference that does not matter, nats [none: only an exact 0 is no difference]"
+    own.add_argument("--delta", type=number, metavar="X", help=delta)
+    own.add_argument("--looks", type=numbers, metavar="N,N,..", help="seeds at which looks were declared [none]")
+    own.add_argument("--seeds", type=numbers, metavar="N,N,..", help="the seeds that count [all that any arm has]")
     own.add_argument("--placebo", action="append", default=[], metavar="ARM=PLACEBO", help="a log's placebo arms")
     plan = parser.add_argument_group("Planning")
     plan.add_argument("--plan", action="store_true", help="how many seeds a question needs, instead of verdicts")
     plan.add_argument("--sigma", type=number, metavar="X", help="spread of paired differences, nats [the sources']")
     plan.add_argument("--difference", type=number, metavar="X", help="the true difference to find, nats [1 sigma]")
-    plan.add_argument("--arms", type=int, default=1, metavar="N", help="arms beside baseline and controls [1]")
+    plan.add_argument("--arms", type=int, default=1, metavar="N", help="arms without baseline and controls [1]")
     plan.add_argument("--power", type=number, default=0.8, metavar="X", help="probability to find it [0.8]")
     return parser
 
@@ -79,18 +83,20 @@ def number(text: str) -> float:
     return value
 
 
-def looks(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def numbers(text: str) -> list[int]:
+    return sorted({int(part) for part in text.split(",")})
 
 
 def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
-    from gptlab.analysis.outcomes import EXPERIMENT, is_experiment, read
+    from gptlab.analysis.load import EXPERIMENT, is_experiment, read
 
-    if is_experiment(Path(options.sources[0])) and (
-        options.baseline or options.delta is not None or options.looks or options.placebo
-    ):
-        raise UsageError(f"{options.sources[0]} declares {WHOSE} in its {EXPERIMENT}; after the runs they stand")
-    outcomes = read(options.sources, step=options.step, baseline=options.baseline)
+    given = [name for name in DECLARED if getattr(options, name) not in (None, [])]
+    if given and is_experiment(Path(options.sources[0])):
+        raise UsageError(
+            f"{options.sources[0]} declares its {given[0]} in its {EXPERIMENT}; after the runs it stands: leave "
+            f"--{given[0]} out"
+        )
+    outcomes = read(options.sources, step=options.step, baseline=options.baseline, seeds=options.seeds)
     if outcomes.undeclared and not options.despite:
         listed = "\n  ".join(outcomes.undeclared)
         raise ConfigError(
@@ -102,8 +108,8 @@ def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
 
 
 def _report(options: argparse.Namespace, outcomes: Outcomes, result: dict[str, Any]) -> None:
-    """Write report.html where --html says, or into the experiment's folder; there a failure is only reported."""
-    from gptlab.analysis.outcomes import EXPERIMENT
+    """Write report.html where --html says, or into the experiment's folder, where a failure is only reported."""
+    from gptlab.analysis.load import EXPERIMENT
     from gptlab.analysis.report import FILE
 
     folder = Path(options.sources[0])
@@ -114,8 +120,8 @@ def _report(options: argparse.Namespace, outcomes: Outcomes, result: dict[str, A
     path = Path(options.html or folder / FILE)
     try:
         write_comparison(outcomes, result, path)
-    except OSError as error:
-        problem = f"could not write {path}: {error.strerror}"
+    except (OSError, DataError) as error:
+        problem = f"could not write {path}: {error.strerror if isinstance(error, OSError) else error}"
         if options.html:
             raise ConfigError(f"--html: {problem}") from None
         print(problem, file=sys.stderr)
@@ -155,18 +161,18 @@ def _plan(options: argparse.Namespace) -> int:
     if not 0 < options.power < 1 or options.arms < 1 or sigma == 0:
         raise UsageError("--plan: expected a power between 0 and 1, at least 1 arm and a sigma above 0")
 
-    from gptlab.analysis.plan import plan
+    from gptlab.analysis.power import plan
 
-    delta = 0.01 if options.delta is None else options.delta
     wanted = sigma if options.difference is None else options.difference
-    found = plan(sigma, wanted, delta=delta, arms=options.arms, power=options.power, looks=options.looks)
+    found = plan(sigma, wanted, delta=options.delta, arms=options.arms, power=options.power, looks=options.looks)
     if options.json:
         print(json.dumps(found, indent=1, allow_nan=False))
         return 0
     many = "more than 10,000"
     print(f"paired differences with a spread of {sigma:.4g} nats, {options.arms} arm(s), power {options.power:.0%}:")
     print(f"  to show a difference of {wanted:.4g}: {found['seeds_for_difference'] or many} seeds")
-    print(f"  to show that it lies within ±{delta:g}: {found['seeds_for_no_difference'] or many} seeds")
+    if options.delta is not None:
+        print(f"  to show that it lies within ±{options.delta:g}: {found['seeds_for_no_difference'] or many} seeds")
     for row in found["seeds"]:
         print(f"  {row['n']:>3} seeds show a difference of {row['smallest_difference']:.4g}")
     return 0

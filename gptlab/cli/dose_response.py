@@ -17,7 +17,7 @@ from gptlab.errors import ConfigError
 def main(argv: list[str]) -> int:
     """Print multipliers, fits and compounding; raises ConfigError or DataError where the folder has none."""
     options = _parser().parse(argv)
-    from gptlab.analysis.series import SHARES, Target, dose_response
+    from gptlab.analysis.dose_response_runs import SHARES, Target, dose_response
 
     levels = [Target(level=level) for level in options.levels or ()]
     result = dose_response(options.experiment, levels or [Target(share) for share in options.shares or SHARES])

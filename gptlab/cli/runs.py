@@ -1,4 +1,4 @@
-"""`gptlab runs`: the runs in a folder, how they stand and in what they differ; runs that are not wanted any more go."""
+"""`gptlab runs`: the runs in a folder, their state and their differences; or move some to the trash."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     if problems:
         raise CheckpointError(
             f"expected {options.run} as it was written, found {len(problems)} damaged file(s), listed above; "
-            "training goes on from the newest checkpoint that is whole"
+            "training continues from the newest checkpoint that is whole"
         )
     print(f"{options.run}: every file is as it was written")
     return 0

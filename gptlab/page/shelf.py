@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gptlab.analysis.listing import Listed, find_runs, listed
-from gptlab.analysis.outcomes import EXPERIMENT
+from gptlab.analysis.load import EXPERIMENT
 from gptlab.page.line import Cache
 from gptlab.runs.lock import held
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptlab.analysis.listing import Listed, differing, ordered
-from gptlab.analysis.outcomes import read
+from gptlab.analysis.load import read
 from gptlab.analysis.report import comparison, run, theme
 from gptlab.analysis.report.history import Band, read_history
 from gptlab.analysis.report.page import render, stylesheet

@@ -36,7 +36,7 @@ from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
 
 FILE = "experiment.toml"
-"""The copy of the experiment file in the experiment's folder; gptlab/analysis/outcomes.py reads it too."""
+"""The copy of the experiment file in the experiment's folder; gptlab/analysis/load.py reads it too."""
 
 TRIALS = ".tune"
 """The folder of an experiment's trials, in the experiment's own."""
@@ -52,6 +52,9 @@ NOT_AN_ARMS = {
 
 LARGEST_DELTA = 1e6
 """Nats; a TOML integer may be larger than any float."""
+
+NAMELESS = "experiment"
+"""The name of a copy that has none."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
 
@@ -76,14 +79,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """seeds: all that were declared, of looks those of the last one; table: the file's content; tune: [tune] of it."""
+    """seeds: all that were declared, of looks those of the last one; delta: None where the file declares none;
+    table: the file's content; tune: [tune] of it."""
 
     name: str
     preset: str
     baseline: str
     seeds: tuple[int, ...]
     looks: tuple[int, ...] | None
-    delta: float
+    delta: float | None
     arms: Mapping[str, Arm]
     table: Mapping[str, Any] = field(repr=False)
     text: str = field(repr=False)
@@ -133,7 +137,6 @@ def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        table = parse_toml(text)
     except FileNotFoundError:
         ready = ready_experiments()
         raise ConfigError(
@@ -142,8 +145,17 @@ def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
         ) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
+    return experiment_from(text, path, None if copy else path.parent)
+
+
+def experiment_from(text: str, path: Path, folder: Path | None = None) -> Experiment:
+    """The experiment that a text declares, which `path` holds; folder: where its patches lie, None for a copy."""
     try:
-        return _experiment(table, text, None if copy else path.parent)
+        table = parse_toml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
+    try:
+        return _experiment(table, text, folder)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -152,7 +164,7 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     for key in table:
         if key not in KEYS:
             raise ConfigError(f"unknown key {key!r}{did_you_mean(key, KEYS)}; there are {', '.join(KEYS)}")
-    name, preset = _text(table, "name"), _text(table, "preset", "shakespeare-tiny")
+    name, preset = _text(table, "name", None if folder else NAMELESS), _text(table, "preset", "shakespeare-tiny")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"name: expected a name for a folder, of letters, digits and . _ + = -, found {name!r}")
     if preset not in PRESETS:
@@ -169,11 +181,14 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     _check_twins(arms)
     _check_groups(_table(table, "groups"), arms, baseline)
     seeds, looks = _seeds(table)
-    delta = table.get("delta", 0.01)
-    if isinstance(delta, bool) or not isinstance(delta, int | float) or not 0 <= delta <= LARGEST_DELTA:
+    delta = table.get("delta")
+    is_number = isinstance(delta, int | float) and not isinstance(delta, bool)
+    if delta is not None and not (is_number and 0 <= delta <= LARGEST_DELTA):
         raise ConfigError(f"delta: expected nats, at least 0, found {delta!r}")
     tune = read_tune(_table(table, "tune"), seeds) if "tune" in table else None
-    return Experiment(name, preset, baseline, seeds, looks, float(delta), arms, table, text, tune)
+    return Experiment(
+        name, preset, baseline, seeds, looks, None if delta is None else float(delta), arms, table, text, tune
+    )
 
 
 def _text(table: Mapping[str, Any], key: str, default: str | None = None) -> str:
@@ -210,7 +225,7 @@ def _arm(name: str, own: Any, preset: str, common: Mapping[str, Any], folder: Pa
     if patch:
         if folder and not (folder / patch).is_file():
             raise ConfigError(f"[{where}] patch: expected a file at {folder / patch}, found none")
-        return Arm(name, {**common, **_untyped(own)}, (folder or Path()) / patch)
+        return Arm(name, {**common, **flat_options(own)}, (folder or Path()) / patch)
     options = {**common, **_options(own, where)}
     try:
         build(TrainingConfig, {**PRESETS[preset], **options})
@@ -219,7 +234,7 @@ def _arm(name: str, own: Any, preset: str, common: Mapping[str, Any], folder: Pa
     return Arm(name, options)
 
 
-def _untyped(table: Mapping[str, Any]) -> dict[str, Any]:
+def flat_options(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table under dotted keys as it stands; of several [[signal]] tables the first is `signal`, the rest `also`."""
     table, also = dict(table), []
     if isinstance(table.get("signal"), list):

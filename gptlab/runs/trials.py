@@ -205,7 +205,7 @@ def trial_experiment(experiment: Experiment) -> Experiment:
         "preset": experiment.preset,
         "baseline": baseline.name,
         "seeds": experiment.tune.seeds,
-        "delta": experiment.delta,
+        **({} if experiment.delta is None else {"delta": experiment.delta}),
     }
     text = as_toml(head) + "".join(_table(arm) for arm in arms.values())
     return Experiment(

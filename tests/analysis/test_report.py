@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import HOSTILE, IMAGE, Page
+from pages import ARM, HOSTILE, IMAGE, Page
 
 from gptlab.analysis import report
-from gptlab.analysis.outcomes import read
+from gptlab.analysis.load import read
 from gptlab.analysis.report.comparison import write_comparison
 from gptlab.analysis.report.history import Points, binned, over_seeds, read_history
 from gptlab.analysis.report.plots import Line, Row, curves, forest
@@ -43,7 +43,7 @@ def comparison(folder: Path) -> Page:
 @pytest.fixture
 def pages(hostile_experiment: Path) -> list[Page]:
     """The comparison's page and one of its runs'."""
-    run = write_run(hostile_experiment / IMAGE / "seed_1")
+    run = write_run(hostile_experiment / ARM / "seed_1")
     return [comparison(hostile_experiment), Page(run.read_text(encoding="utf-8"))]
 
 
@@ -91,7 +91,7 @@ def test_a_page_is_whole_in_itself(pages: list[Page]) -> None:
 
 def test_the_verdicts_come_first_and_are_those_of_compare(hostile_experiment: Path) -> None:
     page = comparison(hostile_experiment)
-    found = read([hostile_experiment]).verdicts()["arms"][IMAGE]
+    found = read([hostile_experiment]).verdicts()["arms"][ARM]
     assert found["verdict"] == "worse"
     assert page.text.index("Verdicts") < page.text.index("worse") < page.text.index("Loss over training")
     assert f"{found['difference']:+.4f}" in page.text
@@ -103,13 +103,13 @@ def test_the_verdicts_come_first_and_are_those_of_compare(hostile_experiment: Pa
 
 
 def test_equal_runs_give_equal_bytes_without_torch(hostile_experiment: Path) -> None:
-    run = write_run(hostile_experiment / IMAGE / "seed_1")
+    run = write_run(hostile_experiment / ARM / "seed_1")
     page = hostile_experiment / "report.html"
     comparison(hostile_experiment)
     before = [run.read_bytes(), page.read_bytes()]
     script = f"""
 import sys
-from gptlab.analysis.outcomes import read
+from gptlab.analysis.load import read
 from gptlab.analysis.report.comparison import write_comparison
 from gptlab.analysis.report.run import write_run
 write_run({str(run.parent)!r})
@@ -155,7 +155,7 @@ def test_a_report_that_cannot_be_made_is_told_in_a_line_and_fails_nothing(
     assert not (tmp_path / "run" / "report.html").exists()
     monkeypatch.undo()
     (tmp_path / "run" / "report.html").mkdir()
-    assert report.after_run(tmp_path / "run").startswith("none: IsADirectoryError")
+    assert report.after_run(tmp_path / "run").startswith("none: DataError: ")
     assert report.after_run(tmp_path / "nowhere").startswith("none: CheckpointError: expected a run folder")
 
 
@@ -200,7 +200,7 @@ def test_what_was_overridden_stands_on_the_page(hostile_experiment: Path) -> Non
 def test_runs_that_tell_little_and_arms_that_diverged_still_have_a_page(hostile_experiment: Path) -> None:
     """No rows at all of an arm that diverged on every seed; one seed left of nothing else."""
     for seed in (1, 2, 3):
-        path = hostile_experiment / IMAGE / f"seed_{seed}" / "metrics.jsonl"
+        path = hostile_experiment / ARM / f"seed_{seed}" / "metrics.jsonl"
         path.write_text(json.dumps({"step": 3, "kind": "event", "event": "DivergedError", "text": "x"}) + "\n")
     page = comparison(hostile_experiment)
     assert "no finite loss of it" in page.text

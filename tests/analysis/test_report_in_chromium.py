@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pages import HOSTILE, IMAGE
+from pages import ARM, HOSTILE
 
-from gptlab.analysis.outcomes import read
+from gptlab.analysis.load import read
 from gptlab.analysis.report.comparison import write_comparison
 from gptlab.analysis.report.run import write_run
 
@@ -59,7 +59,7 @@ def site(hostile_experiment: Path) -> Iterator[tuple[int, list[str]]]:
     """A proxy's port, and the requests it met for anything but the pages."""
     outcomes = read([hostile_experiment])
     comparison = write_comparison(outcomes, outcomes.verdicts(), hostile_experiment / "report.html")
-    run = write_run(hostile_experiment / IMAGE / "seed_1")
+    run = write_run(hostile_experiment / ARM / "seed_1")
     content = {f"{HOST}/harness.html": HARNESS.encode(), f"{HOST}/guest.html": GUEST.encode()}
     content |= {f"{HOST}/comparison.html": comparison.read_bytes(), f"{HOST}/run.html": run.read_bytes()}
     strange: list[str] = []

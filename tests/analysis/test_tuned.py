@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptlab.analysis.outcomes import read
+from gptlab.analysis.load import read
 from gptlab.analysis.report.comparison import page
 from gptlab.analysis.tables import markdown, tables
 from gptlab.errors import ConfigError

@@ -65,6 +65,8 @@ def test_a_plan_needs_no_runs(log: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert compare(["--plan", "--sigma", "0.02", "--difference", "0.02", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["seeds_for_difference"] == 10
     assert compare(["--plan", str(log)]) == 0
+    assert "lies within" not in capsys.readouterr().out
+    assert compare(["--plan", str(log), "--delta", "0.01"]) == 0
     assert "to show that it lies within ±0.01" in capsys.readouterr().out
 
 
@@ -126,7 +128,7 @@ def test_undeclared_differences_are_refused_and_the_override_stands_on_every_out
 
 def test_what_an_experiment_declares_cannot_be_changed_after_the_runs(tmp_path: Path) -> None:
     (tmp_path / "experiment.toml").write_text("")
-    with pytest.raises(UsageError, match="after the runs they stand"):
+    with pytest.raises(UsageError, match="after the runs it stands: leave --delta out"):
         compare([str(tmp_path), "--delta", "0.5"])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from pages import HOSTILE, IMAGE
+from pages import ARM, HOSTILE, IMAGE
 from serving import Served
 
 from gptlab.model.huggingface import to_huggingface
@@ -114,7 +114,8 @@ def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
         assert fits(browser)
         browser.click(".experiments a")
         browser.arrives("document.querySelector('.verdict')?.innerText === 'worse'")
-        assert HOSTILE[3] == browser.text("h1")
+        assert browser.text("h1") == "hostile"
+        assert HOSTILE[3] in browser.text("main")
         assert fits(browser)
     browser.go(page.url)
     browser.click("tbody tr:nth-child(1) a")
@@ -122,7 +123,7 @@ def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
     assert fits(browser)
     browser.value("document.querySelector('details').open = true")
     browser.value("document.querySelector('main').dataset.every = 0.1; renew()")
-    run = hostile_experiment / IMAGE / "seed_1"
+    run = hostile_experiment / ARM / "seed_1"
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "kind": "train", "loss": 1.0, "tokens": 448}\n')
     browser.until("document.querySelector('.state').innerText.includes('step 21 of 20')")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import wait
-from pages import HOSTILE, IMAGE, Page
+from pages import ARM, HOSTILE, IMAGE, Page
 from serving import Served
 
 from gptlab.data.tokenizers import get_tokenizer
@@ -54,15 +54,15 @@ def leaves(value: Any) -> Iterator[Any]:
 def test_hostile_names_stay_text_on_every_page(served: Serve, hostile_experiment: Path) -> None:
     served_page = served(hostile_experiment.parent)
     runs = Page(served_page.get().body.decode())
-    assert f"experiment/{IMAGE}/seed_1" in runs.text
+    assert f"{IMAGE}/{ARM}/seed_1" in runs.text
     every = [
         runs,
         *(Page(served_page.get(link).body.decode()) for link in (*links(runs, "run?"), *links(runs, "compare"))),
     ]
     assert len(every) == 8
-    of_run = next(page for page in every if f"{IMAGE}/seed_1" in page.text and page is not runs)
+    of_run = next(page for page in every if f"{ARM}/seed_1" in page.text and page is not runs)
     assert all(words.replace("\n", "") in of_run.text for words in HOSTILE)
-    assert HOSTILE[3] in every[-1].text  # the experiment's name, above its verdicts
+    assert HOSTILE[3] in every[-1].text  # in the environment
     for page in every:
         assert page.tags <= SAFE
         assert page.source.count("<script") == 1

@@ -224,7 +224,7 @@ def test_a_damaged_pack_is_refused_in_one_line(damage: str, packed: Path, tmp_pa
 
 @pytest.mark.parametrize("change", [{"seed": "1"}, {"n_layer": "four"}])
 def test_a_packed_run_is_checked_as_a_run_folder_is(change: dict[str, Any], packed: Path, tmp_path: Path) -> None:
-    from gptlab.analysis.outcomes import read
+    from gptlab.analysis.load import read
 
     path = tmp_path / "changed.json.gz"
     path.write_bytes(_changed(lambda value: _cell(value)["config"]["options"].update(change))(packed.read_bytes()))

@@ -12,7 +12,7 @@ FILE = "report.html"
 
 def lacks_report(folder: Path) -> bool:
     """Whether a finished run was ended before its report was written whole."""
-    return not (folder / "report.html").exists() or (folder / ".report.html.tmp").exists()
+    return not (folder / FILE).exists() or any(folder.glob(f".{FILE}.*.tmp"))
 
 
 def after_run(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """report.html of a comparison: the verdicts first, then what they rest on.
 
-Verdicts, differences and passports are `compare`'s and stand here as it gave them.
+Verdicts, differences and passports are those of `compare`, unchanged.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.analysis.outcomes import Outcomes
+from gptlab.analysis.load import Outcomes
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.history import COARSE, Band, Curve, History, binned, blocks_shown, over_seeds, read_history
 from gptlab.analysis.report.page import Panel, arm_class, render, sample, stylesheet, write
@@ -18,7 +18,7 @@ from gptlab.analysis.report.plots import Line, Row, curves, forest
 from gptlab.analysis.report.run import block_legend, changes, duration, flat
 from gptlab.analysis.report.svg import standalone
 from gptlab.analysis.statistics import paired_t
-from gptlab.analysis.tables import interval, number, tables
+from gptlab.analysis.tables import NO_DELTA, interval, number, tables
 
 Histories = Mapping[str, Sequence[History]]
 """{arm: its runs' histories, in the order of seeds}; empty for a log."""
@@ -61,6 +61,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
         "step": result["step"],
         "baseline": result["baseline"],
         "delta": result["delta"],
+        "no_delta": NO_DELTA,
         "looks": result["looks"],
         "noise_floor": result["noise_floor"],
         "undeclared": result["undeclared"],
@@ -134,7 +135,7 @@ def _losses(outcomes: Outcomes, result: Mapping[str, Any], arms: list[str]) -> I
         if drawn := _drawn(_line(band, arms, arm) for arm, band in bands.items()):
             what, delta = "Loss minus the baseline's, paired by seed", result["delta"]
             svg = curves(drawn, f"differences-{i}", what, unit="nats a token", zero=True, within=delta)
-            note = f"mean with its 95% interval at each step by itself; grey: ±{delta:g}"
+            note = "mean with its 95% interval at each step by itself" + (f"; grey: ±{delta:g}" if delta else "")
             yield Panel(f"Loss minus the baseline’s{which}", svg, legend[1:], note)
 
 

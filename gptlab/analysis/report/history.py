@@ -125,7 +125,7 @@ def binned(points: Points, bins: int = BINS) -> Curve:
 
 @dataclass(frozen=True)
 class Band:
-    """A curve with what lies around it; low and high are equal to mean where there is nothing to tell a spread by."""
+    """A curve with what lies around it; low and high are equal to mean where there is no spread to show."""
 
     steps: list[int]
     mean: list[float]

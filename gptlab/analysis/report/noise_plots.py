@@ -55,7 +55,7 @@ def over_blocks(
     axes.xaxis.set_major_locator(MaxNLocator(min(blocks, 12), integer=True))
     figure.text(4 / WIDTH, 1 - 14 / HEIGHT, unit, color=theme.MUTED, fontsize=TEXT)
     axes.set_xlabel("block", color=theme.MUTED)
-    return inline(figure, name, _told(what, series, "block"))
+    return inline(figure, name, _describe(what, series, "block"))
 
 
 def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, diagonal: bool = False) -> str:
@@ -73,7 +73,7 @@ def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, di
     axes.set_ylim(-0.03, 1.03)
     figure.text(4 / WIDTH, 1 - 14 / TALL, y, color=theme.MUTED, fontsize=TEXT)
     axes.set_xlabel(x, color=theme.MUTED)
-    return inline(figure, name, _told(what, series, x))
+    return inline(figure, name, _describe(what, series, x))
 
 
 def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> str:
@@ -97,15 +97,15 @@ def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> st
     )
     figure.text(4 / WIDTH, 1 - 14 / HEIGHT, "nats above the true loss alone", color=theme.MUTED, fontsize=TEXT)
     axes.set_xlabel("1/M: of so many batches the signal’s gradient is the mean", color=theme.MUTED)
-    told = f"{what}: {bias['value']:+.4f} nats at 1/M = 0, {sum(branch['fit']):+.4f} at 1/M = 1"
-    return inline(figure, name, told)
+    description = f"{what}: {bias['value']:+.4f} nats at 1/M = 0, {sum(branch['fit']):+.4f} at 1/M = 1"
+    return inline(figure, name, description)
 
 
 def _dashes(dashed: bool) -> str | tuple[int, tuple[int, int]]:
     return (0, (4, 2)) if dashed else "-"
 
 
-def _told(what: str, series: Sequence[Series], x: str) -> str:
+def _describe(what: str, series: Sequence[Series], x: str) -> str:
     """The plot in words: where every series begins and ends."""
     ends = [
         f"{one.label} from {one.y[0]:.3g} at {x} {one.x[0]:.3g} to {one.y[-1]:.3g} at {one.x[-1]:.3g}"

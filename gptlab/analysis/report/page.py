@@ -1,6 +1,6 @@
 """The page of a report: templates filled with escaped text, under a policy that lets it load and run nothing.
 
-What stands on it is in run.py and comparison.py.
+What it shows is in run.py and comparison.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import gptlab
 from gptlab.analysis.report import theme
+from gptlab.files import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -26,7 +27,7 @@ _UNSHOWN = {
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot with its words. legend: (the colour's class, what it stands for)."""
+    """A plot with its words. legend: (the colour's class, what it is)."""
 
     title: str
     svg: str
@@ -51,7 +52,7 @@ def stylesheet() -> str:
 def render(template: str, *, base: str = "base.html", folders: Sequence[Path] = (), **content: Any) -> str:
     """The page that `template` makes of `content`, whose text stays text whoever wrote it.
 
-    base: the template of what stands around it; folders: where templates lie that are not a report's own.
+    base: the template around it; folders: where templates lie that are not a report's own.
     """
     import jinja2
 
@@ -70,10 +71,8 @@ def render(template: str, *, base: str = "base.html", folders: Sequence[Path] = 
 
 
 def write(path: Path, page: str) -> None:
-    """Write the page whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(page.encode("utf-8", errors="replace"))
-    temporary.replace(path)
+    """Write the page whole or not at all; raises DataError and OSError as files.write_whole does."""
+    write_whole(path, page.encode("utf-8", errors="replace"))
 
 
 def sample(row: Mapping[str, Any], title: str) -> Sample:

@@ -21,12 +21,12 @@ WIDTH, HEIGHT = 440, 260
 """Of a plot, in the units of its view box, of which a phone shows about 350: text stays legible."""
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 38
-"""Room around the axes; fixed, so that plots in a column stand in line (and no layout has to be solved)."""
+"""Room around the axes; fixed, so that plots in a column line up (and no layout has to be solved)."""
 
-MARKED = 25
+MOST_MARKED_POINTS = 25
 """A curve of at most so many points shows where they are."""
 
-FEW = 5
+MOST_DARK_BANDS = 5
 """Bands of more lines than these are paler, since they lie over each other."""
 
 
@@ -74,12 +74,12 @@ def curves(
         axes.axhline(0, color=theme.MUTED, linewidth=1)
     if within:
         axes.axhspan(-within, within, color=theme.MUTED, alpha=0.15, linewidth=0)
-    shade = 0.18 if len(lines) <= FEW else 0.07
+    shade = 0.18 if len(lines) <= MOST_DARK_BANDS else 0.07
     for line in lines:
         band, width = line.band, 1.0 if line.faint else 1.8
         if band.low != band.mean:
             axes.fill_between(band.steps, band.low, band.high, color=line.colour, alpha=shade, linewidth=0)
-        marker = "o" if len(band.steps) <= MARKED else ""
+        marker = "o" if len(band.steps) <= MOST_MARKED_POINTS else ""
         axes.plot(
             band.steps, band.mean, color=line.colour, linewidth=width, alpha=0.45 if line.faint else 1,
             linestyle=(0, (4, 2)) if line.dashed else "-", marker=marker, markersize=3.2,
@@ -94,14 +94,15 @@ def curves(
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
     figure.text(4 / WIDTH, 1 - 14 / HEIGHT, unit, color=theme.MUTED, fontsize=TEXT)
     axes.set_xlabel("step", color=theme.MUTED)
-    return inline(figure, name, _told(what, lines, share=share))
+    return inline(figure, name, _describe(what, lines, share=share))
 
 
-def forest(rows: Sequence[Row], delta: float, name: str) -> str:
-    """Each arm's paired differences: a dot a seed, their mean with its interval, and the band of ±delta."""
+def forest(rows: Sequence[Row], delta: float | None, name: str) -> str:
+    """Each arm's paired differences: a dot a seed, their mean with its interval, and the band of ±delta if any."""
     height = 38 * len(rows) + 52
     figure, axes = blank(height, left=RIGHT, top=4)
-    axes.axvspan(-delta, delta, color=theme.MUTED, alpha=0.15, linewidth=0)
+    if delta is not None:
+        axes.axvspan(-delta, delta, color=theme.MUTED, alpha=0.15, linewidth=0)
     axes.axvline(0, color=theme.MUTED, linewidth=1)
     texts = {}
     for i, row in enumerate(rows):
@@ -121,7 +122,7 @@ def forest(rows: Sequence[Row], delta: float, name: str) -> str:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("loss minus the baseline's, nats a token", color=theme.MUTED)
     plain_scale(axes)
-    return inline(figure, name, _forest_told(rows, delta), texts)
+    return inline(figure, name, _describe_forest(rows, delta), texts)
 
 
 def shortened(label: str, most: int = 40) -> str:
@@ -165,7 +166,7 @@ def plain_scale(axes: Axes) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
 
 
-def _told(what: str, lines: Sequence[Line], *, share: bool) -> str:
+def _describe(what: str, lines: Sequence[Line], *, share: bool) -> str:
     """The plot in words: where every line begins and ends."""
     form: Any = "{:.0%}".format if share else "{:.4g}".format
     ends = [
@@ -177,10 +178,11 @@ def _told(what: str, lines: Sequence[Line], *, share: bool) -> str:
     return f"{what}: {'; '.join(ends)}"
 
 
-def _forest_told(rows: Sequence[Row], delta: float) -> str:
+def _describe_forest(rows: Sequence[Row], delta: float | None) -> str:
     parts = []
     for row in rows:
         difference = "no difference measured" if row.mean is None else f"difference {row.mean:+.4f}"
         interval = f", 95% interval {row.interval[0]:+.4f} to {row.interval[1]:+.4f}" if row.interval else ""
         parts.append(f"{row.label}, {row.verdict}: {difference}{interval}")
-    return f"Paired differences in nats, with a band of ±{delta:g}: {'; '.join(parts)}"
+    band = "" if delta is None else f", with a band of ±{delta:g}"
+    return f"Paired differences in nats{band}: {'; '.join(parts)}"

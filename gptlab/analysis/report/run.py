@@ -16,7 +16,7 @@ from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
 
 PLACES = {"out", "resume", "preset", "seed"}
-"""Options that are told elsewhere, or say only where the run lies."""
+"""Options that are shown elsewhere, or say only where the run lies."""
 
 
 def write_run(folder: str | Path) -> Path:
@@ -96,7 +96,7 @@ def panels(history: History, *, has_signal: bool) -> Iterator[Panel]:
         ]
         yield from _panel(f"{title} of every block’s reading", of_blocks, name, unit, block_legend(blocks))
     norm = [Line(Band.of(binned(updates["grad_norm"])), theme.arm(3))]
-    yield from _panel("Length of the gradient", norm, "gradient", "before clipping")
+    yield from _panel("Gradient norm", norm, "gradient", "before clipping")
     clipped = [Line(Band.of(binned(updates["clipped"], COARSE)), theme.arm(3))]
     yield from _panel("Clipped updates", clipped, "clipped", "share", share=True)
     speed = [Line(Band.of(binned(updates["tokens_per_second"])), theme.MUTED)]

@@ -33,7 +33,7 @@ _KEPT_STYLES = {"fill", "stroke", "stroke-width", "stroke-dasharray", "opacity",
 def inline(figure: Figure, name: str, description: str, texts: Mapping[str, str] | None = None) -> str:
     """The figure as an <svg> element without styles, scripts or ids that another figure could have too.
 
-    name: of the figure, unique on its page. description: what who cannot see it is told. texts: {placeholder: text}
+    name: of the figure, unique on its page. description: for a reader who cannot see it. texts: {placeholder: text}
     for names that others chose, which matplotlib's font may lack; they are put in here, as text.
     """
     import matplotlib as mpl

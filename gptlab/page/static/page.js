@@ -12,9 +12,9 @@ async function renew() {
   if (!every) return;
   try {
     if (!document.hidden && getSelection().isCollapsed) await replace(shown);
-    $("told").textContent = "";
+    $("notice").textContent = "";
   } catch (error) {
-    $("told").textContent = error instanceof TypeError
+    $("notice").textContent = error instanceof TypeError
       ? "No answer: has gptlab page ended? Its next start prints a new link." : error.message;
   }
   setTimeout(renew, 1000 * (Number(document.querySelector("main").dataset.every) || every));

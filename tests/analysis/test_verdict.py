@@ -28,6 +28,7 @@ BASELINE = {s + 1: 3.0 + SPREAD[s % 5] for s in range(20)}
 
 
 def verdict(losses: dict[int, Any], others: dict[str, Any] | None = None, **arguments: Any) -> dict[str, Any]:
+    arguments = {"delta": 0.01, **arguments}
     return compare({"baseline": BASELINE, "tried": losses, **(others or {})}, **arguments)["arms"]["tried"]
 
 
@@ -68,7 +69,7 @@ CASES: dict[str, tuple[Any, Any, Any, str, str, bool]] = {
     ),
     "no seed": ({}, {}, {}, "undecided", "0 seeds", True),
     "one seed": (arm(-0.5, seeds=1), {}, {}, "undecided", "a spread takes at least 2", True),
-    "two seeds": (arm(-0.015, seeds=2), {}, {}, "undecided", "p 0.061 against 0.05", True),
+    "two seeds": (arm(-0.015, seeds=2), {}, {}, "undecided", "p = 0.061, threshold 0.05", True),
     "two seeds by chance": ({1: 2.96, 2: 2.9802}, {}, {}, "undecided", "two seeds can agree by chance", True),
     "two seeds far away": ({1: 2.5, 2: 2.5201}, {}, {}, "better", "0.5 below", True),
     "a seed that diverged": (NO_FINITE, {}, {}, "undecided", "of its baseline on seed 3", False),
@@ -76,7 +77,29 @@ CASES: dict[str, tuple[Any, Any, Any, str, str, bool]] = {
         arm(-0.05), {}, {"planned": 8}, "undecided", "5 of the 8 declared seeds", True
     ),
     "before the first look": (arm(-0.05), {}, {"looks": [6, 12]}, "undecided", "first declared look is at 6", True),
-    "at a look": (arm(-0.05), {}, {"looks": [5, 10]}, "better", "against 0.031", True),
+    "without a delta": (arm(0.001, 3), {}, {"delta": None}, "undecided", "no delta was declared", True),
+    "without a delta, exactly 0": (BASELINE, {}, {"delta": None}, "no difference", "exactly 0 on all 20", True),
+    "without a delta, still worse": (arm(+0.05), {}, {"delta": None}, "worse", "above its baseline", True),
+    "one run five times": (dict.fromkeys(range(1, 6), 2.5), {}, {}, "undecided", "its losses are equal", False),
+    "one run twice": ({1: 2.5, 2: 2.5}, {}, {}, "undecided", "its losses are equal on all 2 seeds", False),
+    "declared seeds are missing": (
+        arm(-0.05, seeds=3), {}, {"seeds": range(1, 6)}, "undecided",
+        "3 of the 5 declared seeds are there, seeds 4, 5 of it missing", True,
+    ),
+    "declared seeds of the baseline are missing": (
+        arm(-0.05), {}, {"seeds": [1, 2, 3, 4, 5, 21]}, "undecided",
+        "seed 21 of it missing and seed 21 of its baseline missing", True,
+    ),
+    "declared seeds are there": (arm(-0.05), {}, {"seeds": [5, 4, 3, 2, 1]}, "better", "below its baseline", True),
+    "a seed is missing at a look": (
+        {k: v for k, v in arm(-0.05, seeds=8).items() if k != 3}, {}, {"seeds": range(1, 11), "looks": [5, 10]},
+        "undecided", "first declared look is at 5; seed 3 of it missing", True,
+    ),
+    "a seed is missing after a look": (
+        {k: v for k, v in arm(-0.05, seeds=8).items() if k != 6}, {}, {"seeds": range(1, 11), "looks": [5, 10]},
+        "better", "below its baseline", True,
+    ),
+    "at a look": (arm(-0.05), {}, {"looks": [5, 10]}, "better", "threshold 0.031", True),
 }  # fmt: skip
 
 
@@ -95,8 +118,9 @@ def test_every_verdict_with_its_reason(case: tuple[Any, Any, Any, str, str, bool
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_result_is_json_without_nan_and_the_same_again(case: tuple[Any, Any, Any, str, str, bool]) -> None:
     losses, others, arguments, *_ = case
-    first = json.dumps(compare({"baseline": BASELINE, "tried": losses, **others}, **arguments), allow_nan=False)
-    again = json.dumps(compare({"baseline": BASELINE, "tried": losses, **others}, **arguments), allow_nan=False)
+    of_arms = {"baseline": BASELINE, "tried": losses, **others}
+    first = json.dumps(compare(of_arms, **{"delta": 0.01, **arguments}), allow_nan=False)
+    again = json.dumps(compare(of_arms, **{"delta": 0.01, **arguments}), allow_nan=False)
     assert first == again
 
 
@@ -131,6 +155,14 @@ def test_holm_steps_down_over_arms_that_are_no_controls() -> None:
     losses["a"] = with_p(0.018)  # not below 0.05/3: Holm stops, though the next would pass by itself
     found = compare(losses, delta=0, controls=["d"])["arms"]
     assert [found[a]["verdict"] for a in "abc"] == ["undecided"] * 3
+
+
+def test_an_arm_that_lacks_seeds_counts_as_untested_in_its_family() -> None:
+    losses = {"baseline": BASELINE, "a": with_p(0.03), "b": {s: x for s, x in with_p(0.01).items() if s < 5}}
+    found = compare(losses, seeds=range(1, 6))["arms"]
+    assert [found[a]["verdict"] for a in "ab"] == ["undecided", "undecided"]  # 0.03 is not below 0.05/2
+    assert (found["b"]["p_holm"], found["b"]["seeds_missing"]) == (None, [5])
+    assert compare(losses, seeds=range(1, 5))["arms"]["b"]["seeds_missing"] == []
 
 
 def test_an_arm_without_seeds_keeps_its_place_in_the_family() -> None:
@@ -213,7 +245,7 @@ def test_huge_and_tiny_differences_give_finite_figures() -> None:
 
 def test_the_function_stays_the_export_after_its_module_is_imported_and_needs_no_torch() -> None:
     code = (
-        "import sys, gptlab.analysis, gptlab.analysis.outcomes; from gptlab.analysis import compare;"
+        "import sys, gptlab.analysis, gptlab.analysis.load; from gptlab.analysis import compare;"
         "compare({'baseline': {1: 1.0, 2: 2.0}, 'a': {1: 1.5, 2: 2.4}});"
         "print(callable(gptlab.analysis.compare), 'torch' in sys.modules)"
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from gptlab.analysis.beside import NEAR
-from gptlab.analysis.outcomes import read
+from gptlab.analysis.cost_matched import COST_TOLERANCE
+from gptlab.analysis.load import read
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown
 from gptlab.options import build
@@ -76,7 +76,7 @@ def test_longer_baselines_are_no_arms_but_what_an_arm_stands_beside(experiment: 
     assert sure["tempered"] == expected(PLAIN, shift=-0.19)
     assert sure["equal_flops"] == expected(LONG) | {
         "against": "long",
-        "ratio": pytest.approx(1, abs=NEAR["equal_flops"]),
+        "ratio": pytest.approx(1, abs=COST_TOLERANCE["equal_flops"]),
     }
     slow = {seed: loss - 0.1 for seed, loss in LONG.items()}
     assert sure["equal_time"] == expected(slow) | {"against": "slow", "ratio": pytest.approx(21 / 20)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gptlab.analysis.comparability import own_options
 from gptlab.analysis.corruption import Clean, Corruption, corruptions
 from gptlab.analysis.dose_response import (
     THEORIES,
@@ -23,9 +24,8 @@ from gptlab.analysis.dose_response import (
     multiplier,
     tokens_to_reach,
 )
-from gptlab.analysis.outcomes import read
+from gptlab.analysis.load import read
 from gptlab.analysis.run import Run, count_vocabulary
-from gptlab.analysis.sameness import own_options
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs.records import read_rows
 
@@ -193,7 +193,7 @@ def _row(m: Multiplier) -> dict[str, Any]:
 
 
 def _compounding(arms: Sequence[Arm], targets: Sequence[Target]) -> Iterator[dict[str, Any]]:
-    """For every error that stands at all judges together and at each alone, at one dose: does it multiply or add?"""
+    """For every error at all judges together and at each alone, at one dose: does it multiply or add?"""
     for everywhere in arms:
         error = everywhere.error
         if error is None or len(error.judges) < 2:

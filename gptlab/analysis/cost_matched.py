@@ -1,8 +1,8 @@
-"""What stands beside a verdict: the loss after one fitted temperature, and against a baseline that trained longer.
+"""Differences at equal cost, next to a verdict at an equal step: FLOPs, time, and after one fitted temperature.
 
-A verdict compares at an equal step. A signal costs arithmetic and time, for which the baseline could have made more
-updates: so an arm is set against runs of its baseline that really were longer, where there are any, and never against
-a curve drawn on. And what a signal did to calibration alone, one temperature mends: what is left was knowledge.
+A signal costs arithmetic and time, for which the baseline could have made more updates: so an arm is set against runs
+of its baseline that really were longer, where there are any, and never against an extrapolated curve. And what a signal
+did to calibration alone, one temperature mends: what is left is knowledge.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from gptlab.analysis.pairing import pair
+from gptlab.analysis.comparability import own_options
+from gptlab.analysis.design import pair
 from gptlab.analysis.run import Run
-from gptlab.analysis.sameness import own_options
 from gptlab.errors import ConfigError
 from gptlab.options import build
 from gptlab.runs.trials import LENGTH
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import run_flops
 
-NEAR = {"equal_flops": 0.05, "equal_time": 0.10}
+COST_TOLERANCE = {"equal_flops": 0.05, "equal_time": 0.10}
 """How far costs may differ that are called equal, as a share; clocks are less exact than counts."""
 
 Arms = Mapping[str, Sequence[Run]]
@@ -39,7 +39,7 @@ def longer_runs_of(arms: Arms, baselines: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def beside(
+def cost_matched(
     arm: str, baseline: str, longer: Sequence[str], runs: Arms, looks: Sequence[int] | None
 ) -> dict[str, dict[str, Any] | None]:
     """`tempered`, `equal_flops` and `equal_time` of an arm: arm minus baseline in nats, paired by seed.
@@ -58,7 +58,7 @@ def beside(
             other: theirs / own for other in (baseline, *longer) if own and (theirs := _mean_cost(runs[other], cost))
         }
         nearest = min(ratios, key=lambda other: abs(ratios[other] - 1), default=None)
-        if nearest is None or abs(ratios[nearest] - 1) > NEAR[name]:
+        if nearest is None or abs(ratios[nearest] - 1) > COST_TOLERANCE[name]:
             continue
         if paired := _paired(_last(runs[arm]), _last(runs[nearest]), looks):
             found[name] = {**paired, "against": nearest, "ratio": ratios[nearest]}

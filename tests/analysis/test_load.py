@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptlab.analysis.outcomes import Outcomes, read
+from gptlab.analysis.load import Outcomes, read
 from gptlab.analysis.run import count_parameters, read_run
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.options import build, flatten
@@ -116,7 +117,7 @@ def test_parameters_are_counted_as_the_model_has_them(options: dict[str, Any]) -
     ("event", "verdict", "note"),
     [
         ({"event": "DivergedError", "text": "not finite"}, "undecided", None),
-        (None, "undecided", "stands at step 20 and has not finished"),
+        (None, "undecided", "is at step 20 and has not finished"),
         ({"event": "Stopped"}, "undecided", "has not finished"),
     ],
     ids=["diverged", "running", "stopped"],
@@ -277,7 +278,7 @@ def test_a_last_line_cut_off_by_a_kill_is_left_out(experiment: Path) -> None:
     ("text", "message"),
     [
         ("name =", "not a TOML file"),
-        (EXPERIMENT.replace('"plain"', '"plane"'), "one of them as baseline; did you mean 'plain'"),
+        (EXPERIMENT.replace('"plain"', '"plane"'), "baseline: no arm 'plane'; did you mean 'plain'"),
         (EXPERIMENT + "[groups]\n", None),
         (EXPERIMENT.replace("seeds = [1, 2, 3]", ""), "either seeds or looks, found neither"),
         (EXPERIMENT.replace("delta", "looks = [2, 3]\ndelta"), "either seeds or looks, found both"),
@@ -311,8 +312,8 @@ def test_a_damaged_run_is_refused(experiment: Path, broken: Any, message: str) -
         read([run])
 
 
-ROWS = [(step, 3 - step / 100 + d, arm, seed) for arm, d in (("adam", 0.0), ("mine", -0.2)) for seed in (1, 2)
-        for step in (10, 20)]  # fmt: skip
+ROWS = [(step, 3 - step / 100 + d + seed / 1000, arm, seed)
+        for arm, d in (("adam", 0.0), ("mine", -0.2)) for seed in (1, 2) for step in (10, 20)]  # fmt: skip
 
 
 def log(path: Path, rows: list[tuple[Any, ...]]) -> Outcomes:
@@ -328,14 +329,14 @@ def log(path: Path, rows: list[tuple[Any, ...]]) -> Outcomes:
 def test_other_trainers_logs_are_read(tmp_path: Path, suffix: str) -> None:
     outcomes = log(tmp_path / f"log{suffix}", ROWS)
     assert (outcomes.step, list(outcomes.losses)) == (20, ["adam", "mine"])
-    assert outcomes.losses["mine"] == pytest.approx({1: 2.6, 2: 2.6})
+    assert outcomes.losses["mine"] == pytest.approx({1: 2.601, 2: 2.602})
     assert outcomes.verdicts()["arms"]["mine"]["difference"] == pytest.approx(-0.2)
 
 
 @pytest.mark.parametrize("lost", ["", "nan", "inf"])
 def test_a_log_with_a_loss_that_is_no_number_is_a_run_that_diverged(tmp_path: Path, lost: str) -> None:
     outcomes = log(tmp_path / "log.csv", [*ROWS[:-1], (20, lost, "mine", 2)])
-    assert outcomes.losses["mine"] == {1: pytest.approx(2.6), 2: None}
+    assert outcomes.losses["mine"] == {1: pytest.approx(2.601), 2: None}
     assert outcomes.notes == ("mine, seed 2 has no finite loss",)
 
 
@@ -351,6 +352,77 @@ def test_a_log_with_a_loss_that_is_no_number_is_a_run_that_diverged(tmp_path: Pa
 def test_a_log_that_does_not_fit_is_refused(tmp_path: Path, rows: list[tuple[Any, ...]], message: str) -> None:
     with pytest.raises(DataError, match=message):
         log(tmp_path / "log.csv", rows)
+
+
+def table(path: Path, *losses: tuple[str, int, float]) -> Path:
+    rows = [f"20,{loss},{arm},{seed}" for arm, seed, loss in losses]
+    path.write_text("\n".join(["step,loss,arm,seed", *rows]))
+    return path
+
+
+FIVE = [("base", seed, 3 + seed / 50) for seed in range(1, 6)]
+
+
+def test_an_arm_of_a_log_that_lacks_seeds_gets_no_verdict_and_they_are_named(tmp_path: Path) -> None:
+    three = [("three", seed, loss - 0.5 + seed / 1000) for _, seed, loss in FIVE[:3]]
+    whole = [("whole", seed, loss - 0.5 + seed / 1000) for _, seed, loss in FIVE]
+    path = table(tmp_path / "log.csv", *FIVE, *three, *whole)
+    arms = read([path]).verdicts()["arms"]
+    assert {arm: found["verdict"] for arm, found in arms.items()} == {"three": "undecided", "whole": "better"}
+    assert "3 of the 5 declared seeds are there, seeds 4, 5 of it missing" in arms["three"]["reason"]
+    assert (arms["three"]["n"], arms["three"]["seeds_missing"], arms["three"]["more_seeds"]) == (3, [4, 5], 2)
+    declared = read([path], seeds=[1, 2, 3])
+    assert {found["verdict"] for found in declared.verdicts()["arms"].values()} == {"better"}
+    assert declared.notes[:2] == ("base: seed 4 was not declared", "base: seed 5 was not declared")
+
+
+def test_a_baseline_that_lacks_seeds_is_no_baseline_for_a_verdict(tmp_path: Path) -> None:
+    more = [("more", seed, 2.5 + seed / 50) for seed in range(1, 8)]
+    found = read([table(tmp_path / "log.csv", *FIVE, *more)]).verdicts()["arms"]["more"]
+    assert (found["verdict"], found["seeds_missing"]) == ("undecided", [6, 7])
+    assert "seeds 6, 7 of its baseline missing" in found["reason"]
+
+
+def test_runs_by_themselves_that_lack_seeds_get_no_verdict(tmp_path: Path, write_run: Any) -> None:
+    runs = [write_run(tmp_path / f"p{s}", 3.0 + s / 10, seed=s) for s in (1, 2, 3)]
+    runs += [write_run(tmp_path / f"f{s}", 2.0 + s / 11, seed=s, options={"grad_clip": 2.0}) for s in (1, 3)]
+    (found,) = read(runs).verdicts()["arms"].values()
+    assert (found["verdict"], found["seeds_missing"]) == ("undecided", [2])
+    (found,) = read(runs, seeds=[1, 3]).verdicts()["arms"].values()
+    assert found["verdict"] == "better"
+    with pytest.raises(ConfigError, match="--seeds: expected seeds that the runs have"):
+        read(runs, seeds=[9])
+
+
+@pytest.mark.parametrize("arm", ["same", "base"])
+def test_equal_losses_on_all_seeds_are_one_run_and_refused(tmp_path: Path, arm: str) -> None:
+    copies = [("same", seed, 2.75) for seed in range(1, 6)]
+    rows = [(name, seed, 3.5 if name == arm == "base" else loss) for name, seed, loss in (*FIVE, *copies)]
+    with pytest.raises(ConfigError, match=f"^{arm}: expected another loss with each seed, found .* with all 5"):
+        read([table(tmp_path / "log.csv", *rows)]).verdicts()
+
+
+def test_seeds_of_a_log_may_agree_by_rounding(tmp_path: Path) -> None:
+    rounded = [("a", 1, 2.75), ("a", 2, 2.75), ("a", 3, 2.76), ("a", 4, 2.77), ("a", 5, 2.75)]
+    assert read([table(tmp_path / "log.csv", *FIVE, *rounded)]).verdicts()["arms"]["a"]["verdict"] == "better"
+
+
+def test_a_run_given_twice_is_refused(experiment: Path, tmp_path: Path, write_run: Any) -> None:
+    cell = experiment / "faster"
+    with pytest.raises(ConfigError, match=r"expected one run a seed, found .* of seed 1; leave one out"):
+        read([cell / "seed_1", cell / "seed_1", experiment / "plain" / "seed_1"])
+    shutil.copytree(cell / "seed_1", cell / "seed_7")  # a copy under another seed's name
+    with pytest.raises(ConfigError, match=r"faster: expected one run a seed, found .* of seed 1"):
+        read([experiment])
+    shutil.rmtree(cell / "seed_7")
+
+
+def test_a_copy_of_a_run_under_another_seed_is_refused(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "copy")
+    config = json.loads((finished_run / "config.json").read_text())
+    rewrite(tmp_path / "copy" / "config.json", options={**config["options"], "seed": 2})
+    with pytest.raises(ConfigError, match=r"expected runs of their own, found .*copy to be a copy of"):
+        read([finished_run, tmp_path / "copy"])
 
 
 def test_a_log_without_a_column_is_refused(tmp_path: Path) -> None:

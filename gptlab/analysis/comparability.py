@@ -1,7 +1,7 @@
 """Whether runs may be compared: they may differ in what their arms declare, and in nothing else.
 
 A difference in data, validation set, model, software or machine type that nobody declared is often mistaken for the
-effect of a method; here it is found and told, one line each.
+effect of a method; here each is found and named in a line.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gptlab.analysis.run import Run
+from gptlab.errors import shortened, shown
 from gptlab.training.config import FREE_ON_RESUME
 
 FREE = FREE_ON_RESUME | {"seed", "preset"}
@@ -22,8 +23,12 @@ TUNED = frozenset({"learning_rate", "min_lr", "signal.dose", "signal.weight", "a
 """What [tune] may set for each arm."""
 
 
+LONGEST_NAME = 1000
+"""Characters of an arm's name that is made from its options."""
+
+
 def own_options(run: Run) -> dict[str, Any]:
-    """The options that tell a run's arm from others."""
+    """The options that distinguish a run's arm from others."""
     return {key: value for key, value in run.options.items() if key not in FREE}
 
 
@@ -54,8 +59,8 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
     facts |= {("software", key): environment.get(key) for key in ("python", "torch", "compile")}
     facts |= {("machine", key): environment.get(key) for key in ("platform", "dtype")}
     now = _versions({"gptlab": run.config.get("gptlab"), **environment})
-    sittings = [_versions(before) for before in environment.get("earlier", [])]
-    facts["software", "earlier"] = [before for before in sittings if before != now]
+    sessions = [_versions(before) for before in environment.get("earlier", [])]
+    facts["software", "earlier"] = [before for before in sessions if before != now]
     facts["machine", "device"] = str(environment.get("device", "")).partition(":")[0]
     facts["machine", "processor"] = machine.get("processor")
     facts["machine", "gpus"] = sorted(set(machine.get("gpus", [])))
@@ -63,7 +68,7 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
 
 
 def _versions(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a sitting before the last: what made it."""
+    """What made a session before the last one."""
     machine = before.get("machine", {})
     facts = {key: before.get(key) for key in ("gptlab", "python", "torch", "compile", "platform", "dtype")}
     return {**facts, "processor": machine.get("processor"), "gpus": sorted(set(machine.get("gpus", [])))}
@@ -81,8 +86,7 @@ def _short(value: Any) -> str:
         return f"[{_short(value[0])}, ... {len(value)} of them]"
     if isinstance(value, list):
         return "[" + ", ".join(map(_short, value)) + "]"
-    text = repr(value)
-    return text[:13] + "…'" if isinstance(value, str) and len(value) == 64 else text
+    return repr(value)[:13] + "…'" if isinstance(value, str) and len(value) == 64 else shown(value, 120)
 
 
 def arm_of(options: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
@@ -93,4 +97,5 @@ def arm_of(options: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
     """
     changed = {key: value for key, value in options.items() if baseline.get(key) != value}
     name = changed.pop("signal.name", None)
-    return ", ".join([*([str(name)] if name else []), *(f"{key}={value}" for key, value in changed.items())])
+    words = [*([str(name)] if name else []), *(f"{key}={shortened(str(value), 60)}" for key, value in changed.items())]
+    return shortened(", ".join(words), LONGEST_NAME)

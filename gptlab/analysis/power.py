@@ -1,7 +1,7 @@
 """How many seeds a question needs: the power planner behind `gptlab compare --plan` and behind `more_seeds`.
 
 It plans a paired t test and an equivalence test for a known sigma, the standard deviation of the paired differences
-between seeds. It tells nothing of data that are there already; verdicts.py does.
+between seeds. It says nothing of data that are there already; verdict.py does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def plan(
     sigma: float,
     difference: float,
     *,
-    delta: float = 0.01,
+    delta: float | None = None,
     arms: int = 1,
     power: float = POWER,
     looks: Sequence[int] | None = None,
@@ -38,7 +38,7 @@ def plan(
     """What `gptlab compare --plan` prints: seeds for a question, and what common numbers of seeds can show.
 
     It plans for the strictest level that Holm may ask of one of `arms`, with looks for the last one's. sigma,
-    difference, delta in nats.
+    difference, delta in nats; without a delta nothing is planned for it.
     """
     last = looks[-1] if looks else 0
     strict, equivalence = level(ALPHA / arms, looks, last), level(EQUIVALENCE, looks, last)
@@ -51,7 +51,9 @@ def plan(
         "looks": list(looks) if looks else None,
         "level": strict,
         "seeds_for_difference": seeds_for_difference(difference, sigma, strict, power),
-        "seeds_for_no_difference": seeds_for_equivalence(delta, sigma, 0.0, equivalence, power),
+        "seeds_for_no_difference": None
+        if delta is None
+        else seeds_for_equivalence(delta, sigma, 0.0, equivalence, power),
         "seeds": [
             {"n": n, "smallest_difference": smallest_difference(sigma, n, strict, power)} for n in looks or COMMON
         ],

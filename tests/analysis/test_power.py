@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlab.analysis import plan
+from gptlab.analysis import power
 from gptlab.analysis.statistics import critical_t
 
 
@@ -14,39 +14,39 @@ from gptlab.analysis.statistics import critical_t
 def test_power_is_that_of_the_noncentral_t(effect: float, n: int, level: float) -> None:
     t, shift = critical_t(level, n - 1), effect * n**0.5
     expected = stats.nct.sf(t, n - 1, shift) + stats.nct.cdf(-t, n - 1, shift)
-    assert plan.power_of_difference(0.02 * effect, 0.02, n, level) == pytest.approx(expected, abs=5e-4)
+    assert power.power_of_difference(0.02 * effect, 0.02, n, level) == pytest.approx(expected, abs=5e-4)
 
 
 def test_the_power_of_equivalence_is_what_simulation_finds() -> None:
     x = 0.3 + np.random.default_rng(3).standard_normal((200_000, 12))
     half = critical_t(0.10, 11) * x.std(axis=1, ddof=1) / 12**0.5
     found = ((x.mean(1) - half >= -1) & (x.mean(1) + half <= 1)).mean()
-    assert plan.power_of_equivalence(0.3, 1.0, 12, delta=1.0) == pytest.approx(found, abs=0.004)
+    assert power.power_of_equivalence(0.3, 1.0, 12, delta=1.0) == pytest.approx(found, abs=0.004)
 
 
 def test_the_fewest_seeds_are_enough_and_one_fewer_is_not() -> None:
-    n = plan.seeds_for_difference(1.0, 1.0)
+    n = power.seeds_for_difference(1.0, 1.0)
     assert n == 10  # the textbook's 8 by normal theory, and two for not knowing sigma
-    assert plan.power_of_difference(1.0, 1.0, n) >= 0.8 > plan.power_of_difference(1.0, 1.0, n - 1)
-    n = plan.seeds_for_equivalence(1.0, 1.0)
+    assert power.power_of_difference(1.0, 1.0, n) >= 0.8 > power.power_of_difference(1.0, 1.0, n - 1)
+    n = power.seeds_for_equivalence(1.0, 1.0)
     assert n is not None
-    assert plan.power_of_equivalence(0, 1.0, n, 1.0) >= 0.8 > plan.power_of_equivalence(0, 1.0, n - 1, 1.0)
+    assert power.power_of_equivalence(0, 1.0, n, 1.0) >= 0.8 > power.power_of_equivalence(0, 1.0, n - 1, 1.0)
 
 
 def test_the_smallest_difference_is_found_with_the_power_asked_for() -> None:
-    smallest = plan.smallest_difference(0.02, 5, level=0.0125, power=0.9)
-    assert plan.power_of_difference(smallest, 0.02, 5, 0.0125) == pytest.approx(0.9, abs=1e-3)
+    smallest = power.smallest_difference(0.02, 5, level=0.0125, power=0.9)
+    assert power.power_of_difference(smallest, 0.02, 5, 0.0125) == pytest.approx(0.9, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("found", "expected"),
     [
-        (plan.seeds_for_difference(0.0, 1.0), None),
-        (plan.seeds_for_difference(1e-6, 1.0), None),
-        (plan.seeds_for_equivalence(1.0, 1.0, difference=1.5), None),
-        (plan.seeds_for_difference(0.1, 0.0), 2),
-        (plan.seeds_for_equivalence(0.1, 0.0), 2),
-        (plan.smallest_difference(0.0, 5), 0.0),
+        (power.seeds_for_difference(0.0, 1.0), None),
+        (power.seeds_for_difference(1e-6, 1.0), None),
+        (power.seeds_for_equivalence(1.0, 1.0, difference=1.5), None),
+        (power.seeds_for_difference(0.1, 0.0), 2),
+        (power.seeds_for_equivalence(0.1, 0.0), 2),
+        (power.smallest_difference(0.0, 5), 0.0),
     ],
 )
 def test_the_ends_of_planning(found: float | None, expected: float | None) -> None:
@@ -54,7 +54,7 @@ def test_the_ends_of_planning(found: float | None, expected: float | None) -> No
 
 
 def test_more_arms_and_looks_take_more_seeds() -> None:
-    alone = plan.plan(0.02, 0.02)
-    several = plan.plan(0.02, 0.02, arms=4, looks=[5, 10, 20])
+    alone = power.plan(0.02, 0.02)
+    several = power.plan(0.02, 0.02, arms=4, looks=[5, 10, 20])
     assert alone["seeds_for_difference"] < several["seeds_for_difference"]
     assert [row["n"] for row in several["seeds"]] == [5, 10, 20]

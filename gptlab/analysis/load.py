@@ -6,28 +6,41 @@ All at one step, with what was declared of them and their passports, ready for `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.beside import beside, longer_runs_of
+from gptlab.analysis.comparability import COMMON, TUNED, arm_of, own_options, undeclared
+from gptlab.analysis.cost_matched import cost_matched, longer_runs_of
 from gptlab.analysis.logs import SUFFIXES, read_log
 from gptlab.analysis.run import Run, mean_dose, passport, read_run
-from gptlab.analysis.sameness import COMMON, TUNED, arm_of, own_options, undeclared
-from gptlab.analysis.tuned import Tuning, read_tuning
-from gptlab.analysis.verdicts import compare
-from gptlab.errors import ConfigError, DataError, did_you_mean
-from gptlab.options import flatten_table
-from gptlab.parsing import parse_toml
+from gptlab.analysis.verdict import compare
+from gptlab.errors import ConfigError, DataError
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
-
-EXPERIMENT = "experiment.toml"
-"""The copy of the experiment file that lies beside an experiment's arms."""
-
+from gptlab.runs.choice import read_kept
+from gptlab.runs.experiment_file import FILE as EXPERIMENT
+from gptlab.runs.experiment_file import experiment_from, flat_options, read_experiment
 
 CODED = {"patch", "signal.name", "also"}
 """Keys of an arm that may bring code of its own, which its runs record."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """on: whether the experiment has [tune]; kept: the content of its tuning.json, empty where that is missing."""
+
+    on: bool = False
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_arm(self, arm: str) -> dict[str, Any]:
+        """For the arm's passport. trials: how many its options were chosen of, None where that is not known."""
+        found = self.kept.get("arms", {}).get(arm, {})
+        return {"tuned": self.on, "trials": self.kept.get("trials") if found else None, "follows": found.get("follows")}
+
+    def as_json(self) -> dict[str, Any] | None:
+        """For the comparison's result: None without [tune]."""
+        return {"trials": None, "seeds": None, "arms": {}, **self.kept} if self.on else None
 
 
 @dataclass(frozen=True)
@@ -53,10 +66,8 @@ class Outcomes:
     tuning: Tuning = field(default_factory=Tuning)
 
     def verdicts(self, **given: Any) -> dict[str, Any]:
-        """`compare`'s result with each arm's passport and changes; `given` arguments stand over the declared ones.
-
-        A given baseline stands over declared groups.
-        """
+        """`compare`'s result with each arm's passport and changes; `given` arguments override the declared ones."""
+        _refuse_equal_losses(self.losses)
         arguments = {**self.arguments, **{key: value for key, value in given.items() if value is not None}}
         result = compare(self.losses, **arguments)
         for arm, found in result["arms"].items():
@@ -64,29 +75,39 @@ class Outcomes:
             figures = ("noise_floor", "seed_correlation", "smallest_difference")
             longer = [name for name, of in self.longer.items() if of == found["baseline"]]
             if all(max(run.losses) == self.step for run in self.runs.get(arm, ())):
-                found |= beside(arm, found["baseline"], longer, self.runs, result["looks"])
+                found |= cost_matched(arm, found["baseline"], longer, self.runs, result["looks"])
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
         head = {"experiment": self.name, "step": self.step}
         tail = {"tuning": self.tuning.as_json(), "undeclared": list(self.undeclared), "notes": list(self.notes)}
         return {**head, **result, **tail}
 
 
-def read(sources: Sequence[str | Path], *, step: int | None = None, baseline: str | None = None) -> Outcomes:
+def read(
+    sources: Sequence[str | Path],
+    *,
+    step: int | None = None,
+    baseline: str | None = None,
+    seeds: Sequence[int] | None = None,
+    until: float = math.inf,
+) -> Outcomes:
     """The outcomes in one experiment folder, one log (.csv, .jsonl), or any number of run folders.
 
     step: of the losses; by default the last one at which every finished run was validated. baseline: an arm's name,
-    or of single runs the folder of one of its runs. Raises ConfigError, DataError or CheckpointError.
+    or of single runs the folder of one of its runs. seeds: that count, of runs and logs; by default all that any arm
+    has, so that an arm which lacks one is undecided. until: when reading ends, as for read_rows.
+
+    Raises ConfigError, DataError or CheckpointError.
     """
     first = Path(sources[0])
     if first.suffix in SUFFIXES:
-        return _of_log(_only(sources), step, baseline)
+        return _of_log(_only(sources), step, baseline, seeds)
     if is_experiment(first):
-        return _of_experiment(_only(sources), step)
+        return _of_experiment(_only(sources), step, until)
     if not first.exists():
         raise ConfigError(f"expected a run, an experiment's folder or a log at {first}, found nothing; check the path")
     if first.is_file():
         raise ConfigError(f"{first}: expected a log that ends in {' or '.join((*SUFFIXES, SUFFIX))}, or a folder")
-    return _of_runs([read_run(path) for path in sources], step, baseline)
+    return _of_runs([read_run(path, until) for path in sources], step, baseline, seeds)
 
 
 def is_experiment(path: Path) -> bool:
@@ -100,93 +121,99 @@ def _only(sources: Sequence[str | Path]) -> Path:
     return Path(sources[0])
 
 
-def _of_log(path: Path, step: int | None, baseline: str | None) -> Outcomes:
+def _of_log(path: Path, step: int | None, baseline: str | None, seeds: Sequence[int] | None) -> Outcomes:
     logged = read_log(path)
-    runs = {f"{arm}, seed {seed}": steps for arm, seeds in logged.items() for seed, steps in seeds.items()}
+    notes = [] if seeds is None else [
+        f"{arm}: seed {seed} was not declared" for arm, found in logged.items() for seed in found if seed not in seeds
+    ]  # fmt: skip
+    if seeds is not None:
+        logged = {arm: {seed: found[seed] for seed in found if seed in seeds} for arm, found in logged.items()}
+    runs = {f"{arm}, seed {seed}": steps for arm, found in logged.items() for seed, steps in found.items()}
     whole = {name: steps for name, steps in runs.items() if all(map(math.isfinite, steps.values()))}
     step = _common_step(whole, step)
     losses = {
-        arm: {seed: steps[step] if f"{arm}, seed {seed}" in whole else None for seed, steps in seeds.items()}
-        for arm, seeds in logged.items()
+        arm: {seed: steps[step] if f"{arm}, seed {seed}" in whole else None for seed, steps in found.items()}
+        for arm, found in logged.items()
     }
-    notes = tuple(f"{name} has no finite loss" for name in runs if name not in whole)
+    notes += [f"{name} has no finite loss" for name in runs if name not in whole]
     curves = {
-        arm: {seed: seeds[seed] for seed in sorted(seeds) if f"{arm}, seed {seed}" in whole}
-        for arm, seeds in logged.items()
+        arm: {seed: found[seed] for seed in sorted(found) if f"{arm}, seed {seed}" in whole}
+        for arm, found in logged.items()
     }
-    return Outcomes(path.stem, step, losses, {"baseline": baseline}, notes=notes, curves=curves)
+    arguments = {"baseline": baseline, "seeds": _all_seeds(losses.values()) if seeds is None else seeds}
+    return Outcomes(path.stem, step, losses, arguments, notes=tuple(notes), curves=curves)
 
 
-def _of_runs(runs: list[Run], step: int | None, baseline: str | None) -> Outcomes:
+def _refuse_equal_losses(losses: Mapping[str, Mapping[int, float | None]]) -> None:
+    """Raise ConfigError for an arm of four seeds or more whose losses are all equal: that is one run counted as many.
+
+    Of fewer seeds a log's rounding may be the cause; they get no verdict (verdict.decide).
+    """
+    for arm, found in losses.items():
+        if len(found) > 3 and len(set(found.values())) == 1 and None not in found.values():
+            raise ConfigError(
+                f"{arm}: expected another loss with each seed, found {next(iter(found.values())):g} with all "
+                f"{len(found)}; was one run given more than once, or does its seed change nothing?"
+            )
+
+
+def _all_seeds(losses: Iterable[Mapping[int, Any]]) -> list[int]:
+    return sorted({seed for found in losses for seed in found})
+
+
+def _of_runs(runs: list[Run], step: int | None, baseline: str | None, seeds: Sequence[int] | None) -> Outcomes:
     """Runs by themselves: equal options but for the seed make an arm; options of data and model must be equal."""
+    notes = [f"{run.path}: seed {run.seed} was not declared" for run in runs if seeds and run.seed not in seeds]
+    runs = [run for run in runs if not seeds or run.seed in seeds]
     plain = [run for run in runs if not run.has_signal]
     named = [run for run in runs if baseline and run.path == Path(baseline)]
     if baseline and not named:
         raise ConfigError(f"--baseline: expected the folder of one of the runs, found {baseline!r}")
+    if not runs:
+        raise ConfigError(f"--seeds: expected seeds that the runs have, found none of them; {'; '.join(notes)}")
     reference = (named or plain or runs)[0]
     arms: dict[str, list[Run]] = {"baseline": []}
     for run in runs:
         name = arm_of(own_options(run), own_options(reference)) or "baseline"
         arms.setdefault(name, []).append(run)
-    for name, members in arms.items():
-        seeds = [run.seed for run in members]
-        if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
-            raise ConfigError(f"{name}: expected one run a seed, found two of seed {min(twice)}; leave one out")
     differ = frozenset(key for run in runs for key in own_options(run)) - COMMON | {"code"}
     declared = {arm: own_options(members[0]) for arm, members in arms.items()}
-    return _outcomes("runs", arms, declared, step, {"baseline": "baseline"}, dict.fromkeys(arms, differ))
+    arguments = {"baseline": "baseline", "seeds": seeds}
+    return _outcomes("runs", arms, declared, step, arguments, dict.fromkeys(arms, differ), notes=notes)
 
 
-def _of_experiment(folder: Path, step: int | None) -> Outcomes:
+def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
     """An experiment's cells <arm>/seed_<n>/, or those of a packed one, with what its file declared."""
-    packed, path = None, folder
-    if is_pack(folder):
-        packed = read_pack(folder)
-        table = parse_toml(packed.text)
-    else:
-        path = folder / EXPERIMENT
-        try:
-            table = parse_toml(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
-    if not isinstance(table.get("arms"), dict) or table.get("baseline") not in table["arms"]:
-        hint = did_you_mean(str(table.get("baseline")), table.get("arms", ()))
-        raise ConfigError(f"{path}: expected arms, and the name of one of them as baseline{hint}")
-    looks, seeds = table.get("looks"), table.get("seeds")
-    if (looks is None) == (seeds is None):
-        raise ConfigError(f"{path}: expected either seeds or looks, found {'both' if looks else 'neither'}")
+    packed = read_pack(folder) if is_pack(folder) else None
     if packed:
-        found = {arm: [read_run(cell.run) for cell in packed.cells if cell.arm == arm] for arm in table["arms"]}
+        experiment = experiment_from(packed.text, folder)
+        found = {arm: [read_run(c.run, until) for c in packed.cells if c.arm == arm] for arm in experiment.arms}
     else:
-        found = {arm: [read_run(cell) for cell in _cells(folder / arm)] for arm in table["arms"]}
-    arms = {arm: [run for run in runs if seeds is None or run.seed in seeds] for arm, runs in found.items()}
+        experiment = read_experiment(folder / EXPERIMENT, copy=True)
+        found = {arm: [read_run(cell, until) for cell in _cells(folder / arm)] for arm in experiment.arms}
+    arms = {arm: [run for run in runs if run.seed in experiment.seeds] for arm, runs in found.items()}
     extra = [run for arm, runs in found.items() for run in runs if run not in arms[arm]]
-    changed = {arm: _flat(own) for arm, own in table["arms"].items()}
-    common = _flat(table.get("options", {}))
+    own = {arm: flat_options(table) for arm, table in experiment.table["arms"].items()}
     allowed = {
-        arm: frozenset(own) | (TUNED if "tune" in table else set()) | ({"code"} if CODED & own.keys() else set())
-        for arm, own in changed.items()
-    }
+        arm: frozenset(options) | (TUNED if experiment.tune else set())
+        | ({"code"} if CODED & options.keys() else set())
+        for arm, options in own.items()
+    }  # fmt: skip
     arguments = {
-        "baseline": table["baseline"],
-        "delta": table.get("delta", 0.01),
-        "looks": looks,
-        "planned": None if seeds is None else len(seeds),
-        "groups": table.get("groups"),
+        "baseline": experiment.baseline,
+        "delta": experiment.delta,
+        "looks": experiment.looks,
+        "seeds": experiment.seeds,
+        "planned": None if experiment.looks else len(experiment.seeds),
+        "groups": experiment.table.get("groups"),
     }
-    declared = {arm: {**common, **changed[arm]} for arm in arms}
-    name = str(table.get("name", folder.name))
+    common = flat_options(experiment.table.get("options", {}))
+    declared = {arm: {**common, **own[arm]} for arm in arms}
     notes = [f"{run.path}: seed {run.seed} was not declared" for run in extra]
-    tuning = Tuning("tune" in table, packed.tuning or {}) if packed else read_tuning(folder, table)
+    kept = packed.tuning if packed else read_kept(folder) if experiment.tune else None
+    tuning = Tuning(experiment.tune is not None, kept or {})
+    name = experiment.table.get("name", folder.name)
     return _outcomes(name, arms, declared, step, arguments, allowed, tuning=tuning, notes=notes)
-
-
-def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of options under dotted keys; of several [[signal]] tables the first is `signal`, the rest `also`."""
-    table = dict(table)
-    if isinstance(table.get("signal"), list):
-        table["signal"], *table["also"] = table["signal"]
-    return flatten_table(table)
 
 
 def _cells(arm: Path) -> list[Path]:
@@ -205,6 +232,8 @@ def _outcomes(
     notes: Sequence[str] = (),
 ) -> Outcomes:
     """declared: {arm: options that were set}; allowed: {arm: keys in which its runs may differ from its baseline's}."""
+    for of_arm, members in arms.items():
+        _refuse_copies(of_arm, members)
     tuning = tuning or Tuning()
     runs = [run for members in arms.values() for run in members]
     ended = {arm: [run for run in members if run.finished or run.diverged] for arm, members in arms.items()}
@@ -217,6 +246,8 @@ def _outcomes(
         baselines |= dict.fromkeys(members, members[0])
     longer = longer_runs_of(whole, baselines)
     judged = {arm: members for arm, members in ended.items() if arm not in longer}
+    if arguments["seeds"] is None:
+        arguments["seeds"] = _all_seeds({run.seed: run for run in arms[arm]} for arm in judged)
     step = _common_step({str(run.path): run.losses for of in judged.values() for run in of if run.finished}, step)
     losses = {
         arm: {run.seed: run.losses[step] if run.finished else None for run in members}
@@ -245,12 +276,25 @@ def _outcomes(
         passports={arm: {**passport(members, step), **tuning.of_arm(arm)} for arm, members in ended.items() if members},
         changes={arm: _changes(ended[arm], ended.get(baselines[arm], [])) for arm in arms if arm != baselines[arm]},
         undeclared=tuple(differences),
-        notes=(*notes, *(f"{run.path} stands at step {run.last_step} and has not finished" for run in left)),
+        notes=(*notes, *(f"{run.path} is at step {run.last_step} and has not finished" for run in left)),
         curves={arm: {run.seed: run.losses for run in members} for arm, members in whole.items()},
         runs=whole,
         longer=longer,
         tuning=tuning,
     )
+
+
+def _refuse_copies(arm: str, members: Sequence[Run]) -> None:
+    """Raise ConfigError where two runs of an arm have one seed, or are one run under two names."""
+    seeds, seen = [run.seed for run in members], {}
+    if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
+        where = " and ".join(str(run.path) for run in members if run.seed == min(twice))
+        raise ConfigError(f"{arm}: expected one run a seed, found {where} of seed {min(twice)}; leave one out")
+    for run in members:
+        mark = (run.seconds, tuple(run.losses.items()), run.doses)
+        if run.seconds and mark in seen:  # no two runs take equally long to the last digit
+            raise ConfigError(f"{arm}: expected runs of their own, found {run.path} to be a copy of {seen[mark]}")
+        seen[mark] = run.path
 
 
 def _without(arms: Mapping[str, str], groups: Mapping[str, list[str]] | None) -> dict[str, list[str]] | None:

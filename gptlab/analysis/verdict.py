@@ -1,0 +1,306 @@
+"""Verdicts: what an experiment's losses say of each arm against its baseline, in words, with the reason.
+
+Pure functions of numbers. docs/verdicts.md explains the rules to a researcher; load.py says where numbers come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gptlab.analysis import power
+from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order, pair
+from gptlab.analysis.sequential import ALPHA, EQUIVALENCE
+from gptlab.analysis.statistics import by_size, equivalent, holm, spread, wilcoxon_p
+
+LEAST_DOSE = 0.01
+TWO_SEED_FACTOR = 3.0
+"""With two seeds, better or worse must be this many times the seeds' own spread: two can agree by chance."""
+
+SEEDS_FOR_A_SPREAD = 5
+"""Seeds to ask for where there are too few to estimate their spread."""
+
+
+def compare(
+    losses_by_arm_and_seed: Losses,
+    *,
+    baseline: str | None = None,
+    delta: float | None = None,
+    looks: Sequence[int] | None = None,
+    seeds: Collection[Seed] | None = None,
+    planned: int | None = None,
+    placebos: Mapping[str, str] | None = None,
+    controls: Collection[str] = (),
+    signals: Collection[str] | None = None,
+    doses: Mapping[str, float | None] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:
+    """The verdict on every arm, in the shape of `gptlab compare --json`. Losses and differences are in nats.
+
+    Args:
+        losses_by_arm_and_seed: {arm: {seed: loss}}; equal seeds pair. None or NaN is a run without a finite loss.
+        baseline: the arm the others are compared with; by default the one named "baseline", else the first.
+        delta: the largest difference that does not matter; without one only a difference of exactly 0 is none.
+        looks: numbers of seeds at which the declared looks fall, such as [5, 10, 20].
+        seeds: the declared ones: an arm that lacks one gets no verdict. Without them arms pair by those that both have.
+        planned: the declared number of seeds where there are no looks; fewer are no verdict yet.
+        placebos: {arm: its placebo arm}. A placebo is a control.
+        controls: further arms that are controls: judged by themselves, outside Holm's family.
+        signals: arms that differ by a signal, so that 'better' takes a placebo; by default those of `doses` and
+            `placebos`.
+        doses: {arm: mean dose, None where it was not measured}.
+        groups: {group: [its baseline, its other arms...]} for arms that pair only within a group.
+
+    Raises ConfigError for names or numbers that do not fit. Never gives NaN; None where a figure needs more seeds.
+
+    >>> losses = {"baseline": {1: 3.00, 2: 3.10, 3: 3.05}, "wider": {1: 2.80, 2: 2.91, 3: 2.85}}
+    >>> compare(losses)["arms"]["wider"]["verdict"]
+    'better'
+    """
+    losses = losses_by_arm_and_seed
+    design = declare(
+        losses,
+        baseline=baseline,
+        delta=delta,
+        looks=looks,
+        seeds=seeds,
+        planned=planned,
+        placebos=placebos,
+        controls=controls,
+        signals=signals,
+        doses=doses,
+        groups=groups,
+    )
+    pairings = {arm: _pair(losses, design, arm, design.baselines[arm]) for arm in design.baselines}
+    tests = step_down(design, {arm: pairing for arm, pairing in pairings.items() if arm not in design.controls})
+    for arm in sorted(design.controls):
+        tests |= step_down(design, {arm: pairings[arm]})
+    first = baseline or next(iter(design.baselines.values()))
+    return {
+        "baseline": first,
+        "noise_floor": _floor(losses, first),
+        "delta": design.delta,
+        "looks": list(design.looks) if design.looks else None,
+        "planned": planned,
+        "arms": {arm: _arm(losses, design, arm, pairings[arm], tests[arm]) for arm in pairings},
+    }
+
+
+def _pair(losses: Losses, design: Design, arm: str, other: str) -> Pairing:
+    return pair(losses, arm, other, design.looks, design.seeds)
+
+
+def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> dict[str, Any]:
+    test, differences = pairing.test, pairing.differences
+    decision = decide(losses, design, arm, pairing, in_family)
+    equivalence = test.interval(1 - design.level(EQUIVALENCE, pairing.look)) if test else (None, None)
+    return {
+        "verdict": decision.verdict,
+        "reason": decision.reason,
+        "difference": _mean(differences),
+        "interval": list(test.interval()) if test else [None, None],
+        "n": pairing.n,
+        "p_holm": in_family.p_holm,
+        "more_seeds": decision.more_seeds,
+        "dose": design.doses.get(arm),
+        "p": in_family.p,
+        "level": in_family.level,
+        "wilcoxon_p": wilcoxon_p(differences) if test else None,
+        "equivalence_interval": list(equivalence),
+        "baseline": design.baselines[arm],
+        "group": design.groups.get(arm),
+        "control": arm in design.controls,
+        "placebo": _placebo(losses, design, arm),
+        "loss": _mean(pairing.own),
+        "baseline_loss": _mean(pairing.other),
+        "seeds": list(pairing.seeds),
+        "seeds_found": pairing.found,
+        "seeds_missing": sorted({*pairing.missing[0], *pairing.missing[1]}, key=order),
+        "differences": differences,
+        "noise_floor": _floor(losses, design.baselines[arm]),
+        "sigma": test.deviation if test else None,
+        "seed_correlation": pairing.correlation,
+        "smallest_difference": power.smallest_difference(test.deviation, test.n, in_family.strictest) if test else None,
+    }
+
+
+def _placebo(losses: Losses, design: Design, arm: str) -> dict[str, Any] | None:
+    """The arm minus its placebo, or None where it has none."""
+    if arm not in design.placebos:
+        return None
+    pairing = _pair(losses, design, arm, design.placebos[arm])
+    test = pairing.test
+    return {
+        "arm": design.placebos[arm],
+        "n": pairing.n,
+        "difference": _mean(pairing.differences),
+        "interval": list(test.interval()) if test else [None, None],
+        "p": test.p if test else None,
+        "level": design.level(ALPHA, pairing.look),
+    }
+
+
+def _floor(losses: Losses, arm: str) -> float | None:
+    """How far seeds alone move an arm's loss: its standard deviation over seeds, nats."""
+    return spread([float(x) for x in losses[arm].values() if x is not None and finite(x)])
+
+
+def _mean(x: Sequence[float]) -> float | None:
+    return sum(x) / len(x) if x else None
+
+
+class Decision(NamedTuple):
+    """more_seeds: how many more would probably decide, 0 where it is decided, None where seeds alone will not do."""
+
+    verdict: str
+    reason: str
+    more_seeds: int | None = 0
+
+
+class FamilyTest(NamedTuple):
+    """An arm's p among the m arms of its family.
+
+    level: what p had to reach in its turn; strictest: the level of the first turn, with which seeds are planned.
+    """
+
+    p: float | None
+    p_holm: float | None
+    level: float
+    rejected: bool
+    strictest: float
+
+
+def step_down(design: Design, family: Mapping[str, Pairing]) -> dict[str, FamilyTest]:
+    """Holm's step-down with the levels of the look that each arm has reached (Maurer and Bretz 2013).
+
+    An arm that cannot be tested yet counts with p = 1 and keeps its place in the family.
+    """
+    arms, m = list(family), len(family)
+    tested = {arm: test.p for arm in arms if family[arm].whole and (test := family[arm].test)}
+    p = [tested.get(arm, 1.0) for arm in arms]
+    adjusted = holm(p)
+    found: dict[str, FamilyTest] = {}
+    going = True
+    for rank, i in enumerate(by_size(p)):
+        arm, look = arms[i], family[arms[i]].look
+        level = design.level(ALPHA / (m - rank), look)
+        going = going and arm in tested and p[i] <= level
+        shown = adjusted[i] if arm in tested else None
+        found[arm] = FamilyTest(tested.get(arm), shown, level, going, design.level(ALPHA / m, look))
+    return found
+
+
+def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> Decision:
+    """Inactive, no difference, better or worse, undecided: the first that holds. See docs/verdicts.md."""
+    dose, test, n = design.doses.get(arm), pairing.test, pairing.n
+    if dose is not None and dose < LEAST_DOSE:
+        return Decision("inactive", f"its mean dose is {dose:.2g}, under 1% of the true loss's gradient")
+    if early := _too_early(design, pairing):
+        return early
+    if n and not any(pairing.differences):
+        return Decision("no difference", f"the difference is exactly 0 on {'all ' * (n > 1)}{_seeds(n)}")
+    if same := next((whose for whose, x in (("its", pairing.own), ("its baseline's", pairing.other)) if _equal(x)), ""):
+        return _undecided(f"{same} losses are equal on all {_seeds(n)}: one run more than once, it seems", None)
+    if test is None:
+        return _undecided(
+            f"{_seeds(n)}: a spread takes at least 2, a verdict about {SEEDS_FOR_A_SPREAD}", SEEDS_FOR_A_SPREAD - n
+        )
+    level = design.level(EQUIVALENCE, pairing.look)
+    low, high = test.interval(1 - level)
+    interval = f"{100 * (1 - level):.3g}% interval [{low:.3g}, {high:.3g}]"
+    if design.delta is not None and equivalent(test, design.delta, level):
+        return Decision("no difference", f"the {interval} lies within ±{design.delta:g}")
+    compared = f"p = {test.p:.2g}, threshold {in_family.level:.2g}"
+    if not in_family.rejected:
+        near = "no delta was declared" if design.delta is None else f"the {interval} is not within ±{design.delta:g}"
+        return _undecided(f"{compared}, and {near}", _more(design, pairing, in_family))
+    floor = max(spread(pairing.own) or 0.0, spread(pairing.other) or 0.0)
+    if n == 2 and abs(test.mean) <= TWO_SEED_FACTOR * floor:
+        chance = f"{abs(test.mean):.3g} is not above {TWO_SEED_FACTOR:g} times their own spread {floor:.3g}"
+        return _undecided(f"two seeds can agree by chance: {chance}", _until(design, n, SEEDS_FOR_A_SPREAD))
+    if test.mean > 0:
+        return Decision("worse", f"{test.mean:.3g} above its baseline ({compared})")
+    better = Decision("better", f"{-test.mean:.3g} below its baseline ({compared})")
+    return _against_placebo(losses, design, arm, n, better) if arm in design.signals else better
+
+
+def _equal(losses: Sequence[float]) -> bool:
+    return len(losses) > 1 and len(set(losses)) == 1
+
+
+def _too_early(design: Design, pairing: Pairing) -> Decision | None:
+    """Undecided, where a seed was lost or the declared seeds are not there yet."""
+    if pairing.diverged:
+        listed = _listed(pairing.diverged)
+        return _undecided(f"no finite loss of it or of its baseline on {listed}: leaving seeds out is bias", None)
+    if design.looks and pairing.look is None:
+        wait = design.looks[0] - pairing.found
+        missing = f"; {_missing(pairing)}" * (not pairing.whole)
+        reason = f"{_seeds(pairing.found)}, and the first declared look is at {design.looks[0]}{missing}"
+        return _undecided(reason, max(wait, 1))
+    if design.looks:
+        return None
+    if not pairing.whole:
+        finished = f"{pairing.found} of the {len(design.seeds or ())} declared seeds are there, {_missing(pairing)}"
+        more = len({*pairing.missing[0], *pairing.missing[1]})
+        return _undecided(f"{finished}; a verdict on the others would be a choice of seeds", more)
+    if design.planned and pairing.n < design.planned:
+        finished = f"{pairing.n} of the {design.planned} declared seeds are there"
+        return _undecided(f"{finished}; a verdict now would be an undeclared look", design.planned - pairing.n)
+    return None
+
+
+def _missing(pairing: Pairing) -> str:
+    """Which declared seeds the arm and its baseline lack."""
+    lacking = zip(pairing.missing, ("it", "its baseline"), strict=True)
+    return " and ".join(f"{_listed(seeds)} of {whose} missing" for seeds, whose in lacking if seeds)
+
+
+def _listed(seeds: Sequence[Seed], most: int = 8) -> str:
+    shown = ", ".join(map(str, seeds[:most])) + f" and {len(seeds) - most} more" * (len(seeds) > most)
+    return f"seed{'s' * (len(seeds) > 1)} {shown}"
+
+
+def _against_placebo(losses: Losses, design: Design, arm: str, n: int, better: Decision) -> Decision:
+    """The last condition of 'better', for a signal that lies below its baseline."""
+    placebo = design.placebos.get(arm)
+    if placebo is None:
+        return _undecided(f"no placebo arm: {better.reason}, but so might a signal be that knows nothing", None)
+    pairing = _pair(losses, design, arm, placebo)
+    test = pairing.test
+    if test is None or pairing.n < n:
+        missing = f"{_seeds(pairing.n)} of {n} pair with it"
+        return _undecided(f"not better than its placebo {placebo} yet: {missing}", n - pairing.n)
+    level = design.level(ALPHA, pairing.look)
+    compared = f"difference {test.mean:.3g}, p = {test.p:.2g}, threshold {level:.2g}"
+    if test.mean < 0 and test.p < level:
+        return Decision("better", f"{better.reason}, and below its placebo {placebo} ({compared})")
+    needed = power.seeds_for_difference(test.mean, test.deviation, level) if test.mean < 0 else None
+    return _undecided(f"not better than its placebo {placebo} ({compared})", _until(design, n, needed))
+
+
+def _more(design: Design, pairing: Pairing, in_family: FamilyTest) -> int | None:
+    """Seeds still needed if difference and spread stay as they are: for better or worse, or for no difference."""
+    test, level = pairing.test, design.level(EQUIVALENCE, pairing.look)
+    assert test is not None
+    ways = (
+        power.seeds_for_difference(test.mean, test.deviation, in_family.strictest),
+        power.seeds_for_equivalence(design.delta or 0.0, test.deviation, test.mean, level),
+    )
+    return _until(design, test.n, min((way for way in ways if way), default=None))
+
+
+def _until(design: Design, n: int, needed: int | None) -> int | None:
+    """From n seeds to `needed`, or to the declared look that has them; None where no number will do."""
+    if needed is None:
+        return None
+    needed = max(needed, n + 1)
+    return next((look for look in design.looks or () if look >= needed), needed) - n
+
+
+def _undecided(reason: str, more_seeds: int | None) -> Decision:
+    return Decision("undecided", reason, more_seeds)
+
+
+def _seeds(n: int) -> str:
+    return f"{n} seed{'s' * (n != 1)}"
