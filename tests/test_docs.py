@@ -10,7 +10,9 @@ import pytest
 from scripts import load_script
 
 from gptlab.cli.main import COMMANDS
+from gptlab.runs.experiment_file import KEYS
 from gptlab.runs.folder import RunFolder
+from gptlab.runs.tune import KEYS as TUNE_KEYS
 from gptlab.training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -58,12 +60,35 @@ def test_the_readme_names_every_preset_and_the_two_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+    "document", ["README.md", "CHANGELOG.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
 )
 def test_links_lead_somewhere(document: str) -> None:
     path = ROOT / document
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{document}: {target}"
+
+
+def test_the_reference_is_what_options_and_parsers_say() -> None:
+    reference = load_script("tools/reference.py")
+    for page in (reference.DOCS / name for name in reference.PAGES):
+        text = page.read_text(encoding="utf-8")
+        assert reference.renewed(text) == text, f"{page}: run `python tools/reference.py`"
+
+
+def test_every_key_of_an_experiment_file_is_explained() -> None:
+    page = (ROOT / "docs" / "experiment-files.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `\[?([a-z_]+)", page, flags=re.MULTILINE)
+    assert set(rows) == set(KEYS)
+    assert set(re.findall(r"^([a-z_]+) = ", page.partition("## `[tune]`")[2], flags=re.MULTILINE)) == set(TUNE_KEYS)
+
+
+def test_documented_json_is_what_compare_prints() -> None:
+    findings = load_script("tools/findings.py")
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (?:`(\w+)`|an arm) .*?\| (`\{.*)\|$", page, flags=re.MULTILINE))
+    result = findings._result("1_noise")
+    assert set(re.findall(r'"(\w+)"', rows["compare"])) == result.keys()
+    assert set(re.findall(r'"(\w+)"', rows[""])) <= result["arms"]["confidence"].keys()
 
 
 def test_the_pictures_of_the_noise_page_are_of_the_committed_results(tmp_path: Path) -> None:

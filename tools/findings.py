@@ -1,6 +1,6 @@
 """The tables and pictures of the findings, from the packed experiments next to them.
 
-    python tools/findings.py    renews them all: in docs/findings/*.md and the README
+    python tools/findings.py    renews them all: in the README and every page of docs/
 
 What stands between <!-- compare: NAME --> and <!-- end of NAME --> is what `gptlab compare docs/findings/NAME.json.gz`
 prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, with <!-- dose_response: NAME -->
@@ -47,7 +47,7 @@ FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 def pages() -> Iterator[Path]:
     """The documents that hold tables."""
     yield ROOT / "README.md"
-    yield from sorted(FINDINGS.glob("*.md"))
+    yield from sorted((ROOT / "docs").rglob("*.md"))
 
 
 def renewed(text: str) -> str:
