@@ -60,6 +60,7 @@ def until(true: Callable[[], bool]) -> bool:
     return true()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["train_gpt2.py", "train_gpt2_ben.py"])
 def test_a_detached_session_trains_to_the_end_and_logs_it(launcher: str, screen: Screen, tmp_path: Path) -> None:
     (tmp_path / "log").mkdir()  # as setup.sh leaves it

@@ -304,6 +304,7 @@ def test_another_shell_is_told_what_to_do(checkout: Path, requires_program: Call
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="installs everything from the package index: set CI=true")
 def test_a_bare_clone_installs_with_an_empty_home_and_again_after_a_raw_freeze(tmp_path: Path) -> None:
     tracked = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]

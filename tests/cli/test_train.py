@@ -468,6 +468,7 @@ def test_a_full_disk_is_one_line(tiny: Words, tmp_path: Path, capsys: Capture) -
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_tells_an_error_once(tiny: Words, tmp_path: Path) -> None:
     words = tiny(tmp_path / "run", signal_name="confidence", resume="must")[1:]
     done = subprocess.run(

@@ -389,6 +389,7 @@ def test_kills_change_nothing(large_jsonl: Path, tmp_path: Path, seed: int, work
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_kills_change_nothing_in_a_stream(tmp_path: Path) -> None:
     texts = made_up_texts(1200, 1000)
     files = [tmp_path / "a.parquet", tmp_path / "b.parquet"]

@@ -56,6 +56,7 @@ def test_every_byte_of_a_manifest_counts(killed: Callable[[], Path]) -> None:
             assert [p.file for p in checkpoint.verify(folder)] == [str(file)], (at, other)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=5)
 @pytest.mark.parametrize("name", [checkpoint.MOMENTS, checkpoint.MANIFEST])
 def test_training_falls_back_and_says_so(
@@ -73,6 +74,7 @@ def test_training_falls_back_and_says_so(
     assert outcome(run) == outcome(uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=5)
 def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(trainer: Trainer, killed: Callable[[], Path]) -> None:
     run = killed()

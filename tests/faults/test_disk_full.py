@@ -13,6 +13,8 @@ from harness import ROOT, Ended, Trainer, options, outcome, rows
 
 from gptlab.runs import checkpoint
 
+pytestmark = pytest.mark.slow
+
 IN_A_SMALL_DISK = """
 mount -t tmpfs -o size=$SIZE none "$DISK" && cp -a "$RUN" "$DISK/run" || exit 99
 "$@"

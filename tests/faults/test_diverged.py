@@ -20,6 +20,8 @@ import torch
 from gptlab.cli.main import guarded
 from gptlab.cli.train import main
 
+pytestmark = pytest.mark.slow
+
 calls = 0
 
 def spoil(module, arguments, output):

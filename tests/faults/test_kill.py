@@ -18,6 +18,8 @@ from gptlab.data.batches import TrainingWindows
 from gptlab.data.corpus import open_corpus
 from gptlab.runs.folder import newest
 
+pytestmark = pytest.mark.slow
+
 STEPS = 24  # over three epochs; with the rows of validation and samples 28 rows
 
 

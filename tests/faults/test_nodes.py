@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from harness import Running, Trainer, alive, outcome, row_count, told, wait_until
 
+pytestmark = pytest.mark.slow
+
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """The second is what lets an agent come back: docs/scale.md says why."""
 PATIENCE = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=4"

@@ -12,6 +12,8 @@ from harness import Trainer, kill, row_count, rows
 from gptlab.errors import CheckpointError
 from gptlab.runs.folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.fault(number=16)
 def test_a_second_writer_is_refused_until_the_first_is_gone(trainer: Trainer, tmp_path: Path) -> None:

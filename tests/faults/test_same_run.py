@@ -24,6 +24,7 @@ def of_kind(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows(run) if row["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_the_same_loss_from_one_process_and_from_two(trainer: Trainer, tmp_path: Path) -> None:
     runs = {processes: tmp_path / str(processes) for processes in (1, 2)}
     for processes, run in runs.items():
@@ -51,6 +52,7 @@ def test_the_same_sequences_in_the_same_order_for_any_ranks(size: int, corpus: P
         assert torch.equal(alone, windows.rows(step * 16, 16)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=14)
 def test_other_intervals_leave_the_trajectory_alone(
     trainer: Trainer, uninterrupted: Path, tmp_path: Path, choose: random.Random
@@ -68,6 +70,7 @@ def test_other_intervals_leave_the_trajectory_alone(
     assert all(mine[row["step"]] == row for row in shared)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=14)
 def test_measuring_the_dose_leaves_the_trajectory_alone(trainer: Trainer, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from harness import Trainer, rank_of, rows, wait_until
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 8
 """Seconds; ranks that start on a busy machine may be some apart."""
 

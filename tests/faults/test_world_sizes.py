@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from harness import ROOT, options, outcome, rows
 
+pytestmark = pytest.mark.slow
+
 SITTINGS = (1, 2, 4, 1)
 QUIET = {"steps": 16, "schedule": "constant", "eval_every": 0, "checkpoint_every": 100, "sample_every": 0,
          "batch_size": 2, "rank_timeout": 120}  # fmt: skip

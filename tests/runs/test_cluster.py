@@ -62,6 +62,7 @@ def pickles(out: Path) -> int:
     return len(list((out / FOLDER).glob("*_submitted.pkl")))
 
 
+@pytest.mark.slow
 def test_jobs_outlive_a_killed_runner_are_watched_by_the_next_and_stopped_with_it(
     file: Path, expected: bytes, start: Start, tmp_path: Path
 ) -> None:
@@ -92,6 +93,7 @@ def test_jobs_outlive_a_killed_runner_are_watched_by_the_next_and_stopped_with_i
     assert not list(out.glob(f"*/*/{LICENCE}*"))
 
 
+@pytest.mark.slow
 def test_slurm_jobs_are_neither_lost_nor_doubled(
     file: Path, expected: bytes, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

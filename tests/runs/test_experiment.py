@@ -101,6 +101,7 @@ def test_an_experiment_that_has_ended_runs_nothing_again(
     assert (whole / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_and_identical(whole: Path, start: Start, tmp_path: Path) -> None:
     choose, out = random.Random(4), tmp_path / "out"
     for number, first in ((signal.SIGTERM, 5), (signal.SIGKILL, 60)):  # of 116 rows
@@ -120,6 +121,7 @@ def test_killed_and_stopped_and_identical(whole: Path, start: Start, tmp_path: P
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_work_and_never_a_cell(whole: Path, start: Start, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first, second = start(out, "--jobs", "1"), start(out, "--jobs", "1")
@@ -143,6 +145,7 @@ def test_a_claim_is_one_runners_until_it_lets_go(file: Path, tmp_path: Path) -> 
     assert (cell.folder / CLAIM).is_file()
 
 
+@pytest.mark.slow
 def test_a_failing_arm_is_shown_with_its_reason_and_stops_nobody(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +164,7 @@ def test_a_failing_arm_is_shown_with_its_reason_and_stops_nobody(
     assert [cell["state"] for cell in results(out)["cells"]] == ["finished", "finished"]
 
 
+@pytest.mark.slow
 def test_a_patched_arm_runs_its_own_code_and_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

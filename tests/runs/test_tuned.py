@@ -40,6 +40,7 @@ def content(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_cells_run_with_what_their_arms_trials_chose(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trials = {(cell["arm"], cell["seed"]): cell["loss"] for cell in content(whole / ".tune" / "results.json")["cells"]}
     assert list(trials) == [(f"{arm}.lr{factor}", 101) for arm in ("plain", "sure") for factor in ("0.1", "1")]
@@ -58,6 +59,7 @@ def test_cells_run_with_what_their_arms_trials_chose(whole: Path, capsys: pytest
     assert status["tuning"] == content(whole / "tuning.json")
 
 
+@pytest.mark.slow
 def test_nothing_runs_again_where_it_was_run_or_where_its_packed_copy_lies(
     whole: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +75,7 @@ def test_nothing_runs_again_where_it_was_run_or_where_its_packed_copy_lies(
     assert (packed / "tuning.json").read_bytes() == (whole / "tuning.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_among_trials_and_among_cells_and_identical(whole: Path, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     a_cell = STEPS + 2  # rows: updates, validation, its end
