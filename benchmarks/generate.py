@@ -23,11 +23,12 @@ from marked import rewrite
 
 from gptlab.benchmark.measure import Timing, interleave
 from gptlab.cli.arguments import Parser
+from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.device import DTYPES, Machine, decide, keep_freed_memory
 from gptlab.interpret.decoder import Weights
 from gptlab.interpret.generate import Sampling, generate_batch
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.model.huggingface import GPT2_VOCABULARY, to_huggingface
+from gptlab.model.huggingface import to_huggingface
 
 RESULT = Path(__file__).parent / "results" / "generate.json"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
     machine = Machine.probe()
     placement = decide(machine, device="cpu")
     placement.apply()
-    model = GPT(GPTConfig(n_layer=options.n_layer, vocab_size=GPT2_VOCABULARY))
+    model = GPT(GPTConfig(n_layer=options.n_layer, vocab_size=GPT2Tokenizer.vocab_size))
     steps: dict[str, Callable[[], Any]] = {}
     written: dict[str, int] = {}
     for dtype in options.dtypes.split(","):

@@ -48,32 +48,33 @@ class Guard:
     behind: tuple[str, ...] = ()
 
 
-PICKLES = "tests/model/test_foreign.py::test_code_in_a_pickle_is_refused_and_never_run"
+PICKLES = "tests/model/test_formats.py::test_code_in_a_pickle_is_refused_and_never_run"
 SIZES = "tests/security/test_sizes.py::test_a_claim_ends_in_an_error_of_ours_and_takes_no_memory"
 NAMES = "tests/security/test_escapes.py::test_names_that_become_folders_are_no_paths"
 PATCH = "tests/security/test_escapes.py::test_a_patch_reaches_nothing_but_its_copy"
 CODE = "tests/security/test_payloads.py::test_a_run_that_names_code_runs_none_when_it_is_read"
-CONFIG = "tests/security/test_payloads.py::test_of_a_hugging_face_config_only_the_arithmetic_is_read"
 DEEP = "tests/security/test_fuzz.py::test_what_is_nested_too_deeply_is_a_value_error"
 SHARDS = "tests/data/test_shards.py::test_a_damaged_file_is_named"
 SECRETS = "tests/security/test_secrets.py::test_a_run_and_its_report_keep_none"
 
 GUARDS = (
-    Guard("pickled checkpoints are tensors alone", "model/nanogpt.py",
+    Guard("pickled checkpoints are tensors alone", "model/weights.py",
           "weights_only=True, mmap=zipped", "weights_only=False, mmap=zipped", (PICKLES,)),
-    Guard("a Hugging Face pickle is looked at before transformers reads it", "model/huggingface.py",
-          "load_pickled(file)  # refuses", "pass  # refuses", (PICKLES,)),
-    Guard("an archive that would grow is not read", "model/nanogpt.py",
+    Guard("an archive that would grow is not read", "model/weights.py",
           "zipped = refuse_bombs(path)", "zipped = False",
-          ("tests/model/test_foreign.py::test_an_archive_that_would_grow_is_refused_unread",)),
+          ("tests/model/test_formats.py::test_an_archive_that_would_grow_is_refused_unread",)),
     Guard("no pickle in .npy", "data/shards.py", "allow_pickle=False", "allow_pickle=True",
           ("tests/security/test_syntax.py::test_nothing_runs_what_it_reads",)),
     Guard("a .npy is no archive", "data/shards.py", "if start != NPY_MAGIC:", "if False:", (SHARDS,)),
     Guard("code named by a Hugging Face config", "model/huggingface.py",
-          'if not isinstance(content, dict) or content.get("model_type") != "gpt2":', "if False:",
+          'if (kind := content.get("model_type")) != "gpt2":', "if False:",
           ("tests/security/test_payloads.py::test_code_beside_a_hugging_face_config_is_not_run",)),
-    Guard("of a Hugging Face config nothing but arithmetic", "model/huggingface.py",
-          "for key in (*SIZES, *ARITHMETIC) if key in content", "for key in content", (CONFIG,)),
+    Guard("an index names weights of its own folder", "model/huggingface.py",
+          "not _FILE.fullmatch(name) or", "",
+          ("tests/model/test_huggingface.py::test_an_index_names_weight_files_of_its_own_folder",)),
+    Guard("a model's tokenizer is read up to a size", "data/huggingface_tokenizer.py",
+          "read_bytes(folder / name, limit=LIMIT)", "(folder / name).read_bytes()",
+          ("tests/data/test_huggingface_tokenizer.py::test_a_file_that_is_too_large_or_no_file_is_refused",)),
     Guard("a signal file needs --allow_code", "cli/train.py",
           "if code and not allow_code:", "if False:", (CODE,)),
     Guard("an experiment's signal file needs --allow_code", "cli/experiment.py",
@@ -111,11 +112,11 @@ GUARDS = (
     Guard("the page follows no link", "analysis/listing.py", "follow_symlinks=False", "follow_symlinks=True",
           ("tests/page/test_guard.py::test_a_link_to_elsewhere_is_not_followed",)),
     Guard("stated sizes fit the file", "model/weights.py", "if least > room:", "if False:",
-          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line"),
+          (SIZES, "tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line"),
           behind=("weights from elsewhere have a GPT-2's shapes",)),
     Guard("weights from elsewhere have a GPT-2's shapes", "model/weights.py",
           "if found is not None and not _is_weight(found, shape):", "if False:",
-          ("tests/model/test_foreign.py::test_a_checkpoint_that_is_no_gpt2_is_one_line",)),
+          ("tests/model/test_formats.py::test_a_checkpoint_that_is_no_gpt2_is_one_line",)),
     Guard("a checkpoint's options fit its weights", "model/weights.py",
           "if held != config.parameters:", "if False:", (SIZES,), behind=("a checkpoint's weights have its shapes",)),
     Guard("a checkpoint's weights have its shapes", "model/weights.py",
@@ -125,10 +126,10 @@ GUARDS = (
           "if of not in weights or not _is_weight(found, expected):", "if False:",
           ("tests/security/test_sizes.py::test_moments_are_those_of_the_weights",)),
     Guard("so many blocks and no more", "model/config.py", "if self.n_layer > MOST_BLOCKS:", "if False:",
-          (SIZES, "tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line"),
+          (SIZES, "tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line"),
           behind=("stated sizes fit the file",)),
-    Guard("an llm.c model is as long as it says", "model/llmc.py", "if room != expected:", "if False:",
-          ("tests/model/test_foreign.py::test_a_damaged_llmc_file_is_one_line",)),
+    Guard("an llm.c model is as long as it says", "model/formats.py", "if room != expected:", "if False:",
+          ("tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line",)),
     Guard("a shard is as long as it says", "data/shards.py", "if found != expected:", "if False:", (SIZES, SHARDS)),
     Guard("tokens are below the vocabulary", "data/shards.py",
           "if len(tokens) == 0 or tokens.max() < vocab_size:", "if True:",

@@ -6,15 +6,16 @@ import argparse
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptlab.cli.arguments import Parser
-from gptlab.errors import ConfigError, UsageError, did_you_mean
+from gptlab.cli.model import TOKENIZER
+from gptlab.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from gptlab.data.tokenizers import Tokenizer
+    from gptlab.cli.model import Vocabulary
     from gptlab.device import Placement
     from gptlab.distributed import World
     from gptlab.evals.rows import Task
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 TASKS = ("val", "hellaswag", "lambada")
 HARNESS = "lm_eval:"
-Figures = list[dict[str, float]]
+Figures = Sequence[Mapping[str, float | None]]
 """Every block's, the last block's last; the last block's alone without --blocks."""
 
 
@@ -32,7 +33,7 @@ class Opened(NamedTuple):
 
     model: GPT
     config: TrainingConfig | None
-    tokenizer: Tokenizer
+    vocabulary: Vocabulary
     placement: Placement
     world: World
     identity: dict[str, Any]
@@ -84,7 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--limit", metavar="N", type=int, help="the first N rows of a test, for a quick look [all]")
     add("--data", metavar="CORPUS", help="whose validation tokens val reads [the run's]")
     add("--eval_tokens", metavar="N", type=int, help="how many, the first of the pinned set [the run's]")
-    add("--tokenizer", choices=["bytes", "gpt2"], help="[the run's; a folder's by its vocabulary]")
+    add("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
     add("--batch_size", metavar="N", type=int, default=16, help="rows read at once by a process [16]")
     add("--out", metavar="FOLDER", help="where finished rows are kept [RUN/eval]")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
@@ -108,20 +109,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(options: argparse.Namespace, world: World, display: Any) -> Opened:
-    from gptlab.data.tokenizers import get_tokenizer
+    from gptlab.cli.model import open_any
     from gptlab.device import Machine, decide
     from gptlab.model.fast_cpu import install
-    from gptlab.runs.initial import any_model, weights_digest
+    from gptlab.runs.initial import weights_digest
     from gptlab.training.compilation import compile_blocks
 
-    model, config = any_model(options.run)
-    name = options.tokenizer or (config.tokenizer if config else "bytes" if model.config.vocab_size <= 256 else "gpt2")
-    tokenizer = get_tokenizer(name)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"{options.run} knows {model.config.vocab_size} tokens, {name} has {tokenizer.vocab_size}; its tokens are "
-            "another tokenizer's, so that no text can be scored"
-        )
+    model, config, vocabulary = open_any(options.run, options.tokenizer)
+    if options.tasks != ["val"]:
+        vocabulary.tokenizer  # noqa: B018 - tests of text are refused at once where there is none
     placement = decide(
         Machine.probe(), device=options.device, dtype=options.dtype, threads=options.threads, compile=options.compile,
         n_embd=model.config.n_embd, local_rank=world.local_rank, local_size=world.local_size,
@@ -134,8 +130,9 @@ def _open(options: argparse.Namespace, world: World, display: Any) -> Opened:
     if options.compile != "off":
         display.note(f"  compile {compile_blocks(model, placement)}")
     model.requires_grad_(False)
+    name = vocabulary.known.name if vocabulary.known else None
     identity = {"weights_sha256": digest, "dtype": placement.dtype_name, "tokenizer": name}
-    return Opened(model, config, tokenizer, placement, world, identity)
+    return Opened(model, config, vocabulary, placement, world, identity)
 
 
 def _score(
@@ -155,12 +152,12 @@ def _score(
     )
     if name in TASKS:
         read: Callable[..., Task] = {"hellaswag": hellaswag, "lambada": lambada}[name]
-        task = read(getattr(options, name), opened.tokenizer, options.limit)
+        task = read(getattr(options, name), opened.vocabulary.tokenizer, options.limit)
         yield name, _rows(task, scorer, opened, options, display)
         return
     display.note(f"{name}: going through its requests")
     found = run_harness(
-        name.removeprefix(HARNESS), scorer, opened.tokenizer, _writer(opened),
+        name.removeprefix(HARNESS), scorer, opened.vocabulary.tokenizer, _writer(opened),
         limit=options.limit, include_path=options.include_path,
     )  # fmt: skip
     for task, blocks in found.items():
@@ -185,8 +182,7 @@ def _rows(task: Task, scorer: Any, opened: Opened, options: argparse.Namespace, 
 
 
 def _validation(opened: Opened, options: argparse.Namespace, display: Any) -> dict[str, Any]:
-    """Loss on the pinned tokens in nats, perplexity, and bits a byte of their text."""
-    from gptlab.cli.corpus import open_or_prepare
+    """Loss on the pinned tokens in nats, perplexity, and bits a byte of their text where that is known."""
     from gptlab.data.batches import ValidationWindows
     from gptlab.training.config import TrainingConfig
     from gptlab.training.evaluate import validate
@@ -196,17 +192,17 @@ def _validation(opened: Opened, options: argparse.Namespace, display: Any) -> di
     if data is None:
         raise UsageError(f"{options.run} is no run: say with --data whose validation tokens to read, or leave val out")
     tokens = options.eval_tokens or (config or TrainingConfig()).eval_tokens
-    corpus, _ = open_or_prepare(data, opened.tokenizer.name, opened.world, display.note)
-    shape = opened.model.config
-    windows = ValidationWindows(corpus, shape.block_size, min(shape.vocab_size, corpus.vocab_size), tokens)
+    corpus, _ = opened.vocabulary.corpus(data, opened.world, display.note)
+    shape, known = opened.model.config, opened.vocabulary.known
+    windows = ValidationWindows(corpus, shape.block_size, opened.vocabulary.size, tokens)
     display.note(f"val: {len(windows):,} windows of {shape.block_size} tokens")
     found = validate(opened.model, windows, opened.world, opened.placement, every_block=options.blocks)
     assert found is not None, "nothing interrupts it"
-    bytes_per_token = opened.tokenizer.count_bytes(windows.stream) / len(windows.stream)
+    bytes_per_token = known.count_bytes(windows.stream) / len(windows.stream) if known else 0
     blocks = [
         {
             "loss": loss,
-            "bits_per_byte": loss / math.log(2) / bytes_per_token,
+            "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
             "perplexity": math.exp(min(loss, 700.0)),
         }
         for loss in (found.by_block or (found.loss,))
@@ -224,8 +220,6 @@ def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
     from gptlab.interpret.generate import Sampling, generate
     from gptlab.randomness import torch_generator
 
-    vocabulary = min(opened.tokenizer.vocab_size, opened.model.config.vocab_size)
-
     @functools.cache
     def weights() -> Weights:  # copied once, and only for a task in which the model writes
         return Weights(opened.model)
@@ -233,7 +227,7 @@ def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
     def write(prompt: list[int], count: int, temperature: float) -> Iterator[int]:
         generator = torch_generator("eval", 1)
         sampling = Sampling(temperature=temperature)
-        steps = generate(weights(), prompt, count, sampling, vocab_size=vocabulary, generator=generator)
+        steps = generate(weights(), prompt, count, sampling, vocab_size=opened.vocabulary.size, generator=generator)
         return (step.token for step in steps)
 
     return write

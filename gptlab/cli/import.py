@@ -9,9 +9,14 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptlab.cli.arguments import Parser
+from gptlab.cli.model import TOKENIZER
 from gptlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from gptlab.data.tokenizers import Tokenizer
 
 
 def main(argv: list[str]) -> int:
@@ -19,40 +24,55 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="gptlab import",
         description="Read a GPT-2 of another program and write it as a Hugging Face folder, for sample, eval, export "
-        "and --init_from. SOURCE is a Hugging Face GPT-2 folder, nanoGPT's ckpt.pt or out_dir, a build-nanogpt "
-        "checkpoint, or a model file of llm.c (version 3 or 5); which one, its content tells. Pickled files are read "
-        "as tensors and plain values: code in them is refused, never run.",
+        "and --init_from, with the tokenizer that it brings. SOURCE is a Hugging Face GPT-2 folder, nanoGPT's ckpt.pt "
+        "or out_dir, a build-nanogpt checkpoint or its log folder, or a model file of llm.c (version 3 or 5); which "
+        "one, its content tells. Pickled files are read as tensors and plain values: code in them is refused, never "
+        "run.",
     )
     parser.add_argument("source", metavar="SOURCE", help="the file or folder to read")
     parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the folder to write, new or empty")
+    parser.add_argument("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
     parser.add_argument(
-        "--json", action="store_true", help='print {"folder", "format", "parameters", ..., "tokenizer"}'
+        "--json", action="store_true", help='print {"folder", "format", "parameters", ..., "padding", "tokenizer"}'
     )
     options = parser.parse(argv)
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"expected a new or empty folder to import to, found {out} in use; give another one")
 
-    from gptlab.model.foreign import open_foreign
-    from gptlab.model.huggingface import GPT2_VOCABULARY, write_folder
+    from gptlab.cli.model import belongings, vocabulary_of
+    from gptlab.data.tokenizers import get_tokenizer
+    from gptlab.model.formats import open_foreign
+    from gptlab.model.huggingface import write_folder
+    from gptlab.runs.initial import tokenizer_of
 
-    model, kind = open_foreign(options.source)
-    shape = model.config
-    gpt2 = shape.vocab_size >= GPT2_VOCABULARY
-    write_folder(model, out, tokenizer=gpt2)
-    told = {
-        "folder": str(out), "format": kind, "parameters": shape.parameters, "n_layer": shape.n_layer,
-        "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.block_size,
-        "vocab_size": min(shape.vocab_size, GPT2_VOCABULARY), "tokenizer": "gpt2" if gpt2 else None,
+    found = open_foreign(options.source)
+    shape, folder = found.model.config, found.file if found.file.is_dir() else None
+
+    def own() -> Tokenizer | None:
+        return tokenizer_of(folder, None) if folder else get_tokenizer("gpt2") if found.gpt2 else None
+
+    vocabulary = vocabulary_of(options.source, found.model, own, options.tokenizer)
+    files, special = belongings(folder, vocabulary, shape.block_size)
+    write_folder(found.model, out, files, special)
+    result = {
+        "folder": str(out), "format": found.format, "file": str(found.file), "parameters": shape.parameters,
+        "n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.block_size,
+        "vocab_size": shape.tokens, "padding": shape.vocab_size - shape.tokens,
+        "tokenizer": vocabulary.known.name if vocabulary.known else None,
     }  # fmt: skip
     if options.json:
-        print(json.dumps(told))
+        print(json.dumps(result))
         return 0
-    print(f"{options.source}: {kind}, {shape.parameters:,} parameters, {shape.n_layer} blocks, {shape.n_embd} wide")
-    if kind == "nanoGPT":
-        print("nanoGPT computes GELU exactly, GPT-2 its tanh form: logits differ by about 0.001")
+    size = f"{shape.parameters:,} parameters, {shape.n_layer} blocks, {shape.n_embd} wide"
+    print(f"{found.file}: {found.format}, {size}, {shape.tokens:,} tokens")
+    if result["padding"]:
+        print(f"{result['padding']} rows that pad {found.format}'s vocabulary to {shape.vocab_size:,} were cut")
     print(f"imported to {out}")
-    if not gpt2:
-        print(f"no tokenizer was written: {shape.vocab_size} tokens are not GPT-2's; what they stand for, you know")
-    print(f"try next: gptlab sample --checkpoint {shlex.quote(str(out))}")
+    if vocabulary.known:
+        print(f"tokenizer: {vocabulary.known.name}")
+        print(f"try next: gptlab sample --checkpoint {shlex.quote(str(out))}")
+    else:
+        print(f"no tokenizer: {vocabulary.missing}")
+        print(f"try next: gptlab eval {shlex.quote(str(out))} --data SHARDS")
     return 0

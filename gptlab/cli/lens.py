@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
+from gptlab.cli.model import TOKENIZER
 from gptlab.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     from gptlab.cli import lens_view
     from gptlab.cli.model import open_model
 
-    opened = open_model(options.checkpoint, options.device, options.dtype)
+    opened = open_model(options.checkpoint, options.device, options.dtype, tokenizer=options.tokenizer)
     found: dict[str, Any] = {"checkpoint": options.checkpoint}
     if options.fit:
         found |= _fit(opened, options)
@@ -68,6 +69,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--tokens", metavar="N", type=int, default=8192, help="validation tokens that are measured on [8192]")
     add("--svg", metavar="FILE", help="also draw --early_exit")
     add("--data", metavar="NAME|FOLDER", help="corpus for --fit and --early_exit [the run's own, else shakespeare]")
+    add("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
     add("--seed", metavar="N", type=int, default=1, help="decides the windows that the fit reads [1]")
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
@@ -136,7 +138,7 @@ def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
             continue
         points = []
         at, cast = CONFIDENCES, opened.placement.autocast
-        for point in curve(opened.model, batches, at, reader=reader, vocab_size=_vocabulary(opened), autocast=cast):
+        for point in curve(opened.model, batches, at, reader=reader, vocab_size=opened.vocabulary.size, autocast=cast):
             points.append(asdict(point))
             _tell(f"{name} reader, confidence {point.confidence:g}: loss {point.loss:.4f}, blocks {point.blocks:.0%}")
         found[name] = points
@@ -145,10 +147,6 @@ def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _vocabulary(opened: Opened) -> int:
-    return min(opened.tokenizer.vocab_size, opened.model.config.vocab_size)
 
 
 def _tuned(opened: Opened, source: str) -> TunedReader | None:
@@ -163,11 +161,10 @@ def _tuned(opened: Opened, source: str) -> TunedReader | None:
 
 
 def _corpus(opened: Opened, options: argparse.Namespace) -> Corpus:
-    from gptlab.cli.corpus import open_or_prepare
     from gptlab.distributed import World
 
     data = options.data or (opened.config.data if opened.config else "shakespeare")
-    return open_or_prepare(data, opened.tokenizer.name, World(), _tell)[0]
+    return opened.vocabulary.corpus(data, World(), _tell)[0]
 
 
 def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tensor, Tensor]]:

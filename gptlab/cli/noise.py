@@ -18,6 +18,7 @@ from gptlab.options import build
 
 if TYPE_CHECKING:
     from gptlab.analysis.noise.measure import Progress, Subject
+    from gptlab.cli.model import Vocabulary
     from gptlab.device import Placement
     from gptlab.runs.branching import Progress as Branching
     from gptlab.signals.config import SignalConfig
@@ -91,7 +92,7 @@ def _measure(
         for signal in own:
             check_signals({"signal.name": signal.name}, allow_code=parsed.allow_code, kind=UsageError)
     with _Bars() as progress:
-        subject = _subject(state, config, options, lambda text: print(text, file=sys.stderr))
+        subject = _subject(parsed.checkpoint, state, config, options, lambda text: print(text, file=sys.stderr))
         signals = signal_configs(names, own, changes)
         branches = _branches(parsed.checkpoint, config, subject, options, signals, progress)
         result = measure(subject, options, signals, branches, progress)
@@ -126,28 +127,33 @@ def _branches(
 
 
 def _subject(
-    state: TrainingState, config: TrainingConfig | None, options: NoiseConfig, note: Callable[[str], None]
+    source: str,
+    state: TrainingState,
+    config: TrainingConfig | None,
+    options: NoiseConfig,
+    note: Callable[[str], None],
 ) -> Subject:
     """The model where it is computed, with its run's data or the data asked for."""
     from gptlab.analysis.noise.measure import Subject
-    from gptlab.cli.corpus import open_or_prepare
+    from gptlab.cli.model import vocabulary_of
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.device import Machine, decide
     from gptlab.distributed import World
+    from gptlab.runs.initial import tokenizer_of
 
     shape = state.model.config
     if config is None and options.data is None:
         raise UsageError("--data: expected a corpus, as a Hugging Face folder tells of none; try --data shakespeare")
+    vocabulary = vocabulary_of(source, state.model, lambda: tokenizer_of(source, config), options.tokenizer)
     if config is None:
-        config = _made_up(state, options)
-    data, tokenizer = options.data or config.data, options.tokenizer or config.tokenizer
+        config = _made_up(state, vocabulary)
     block_size = options.block_size or config.block_size
     if block_size > shape.block_size:
         raise UsageError(f"--block_size: the model reads at most {shape.block_size} tokens, found {block_size}")
-    corpus, alive = open_or_prepare(data, tokenizer, World(), note)
+    corpus, alive = vocabulary.corpus(options.data or config.data, World(), note)
     seed = config.seed if options.seed is None else options.seed
-    windows = TrainingWindows(corpus, block_size, shape.vocab_size, seed, alive)
-    validation = ValidationWindows(corpus, block_size, shape.vocab_size, options.eval_tokens)
+    windows = TrainingWindows(corpus, block_size, vocabulary.size, seed, alive)
+    validation = ValidationWindows(corpus, block_size, vocabulary.size, options.eval_tokens)
     placement = decide(
         Machine.probe(), device=options.device, dtype=options.dtype, threads=options.threads, n_embd=shape.n_embd
     )
@@ -162,14 +168,16 @@ def _move(state: TrainingState, placement: Placement) -> None:
         moments.update({key: value.to(placement.device) for key, value in moments.items()})
 
 
-def _made_up(state: TrainingState, options: NoiseConfig) -> TrainingConfig:
-    """A config for a model without one: its shape, an update of one sequence."""
+def _made_up(state: TrainingState, vocabulary: Vocabulary) -> TrainingConfig:
+    """A config for a model without one: its shape, an update of one sequence; `tokenizer` says nothing if not ours."""
+    from gptlab.data.tokenizers import TOKENIZERS
     from gptlab.training.config import TrainingConfig
 
     shape = state.model.config
-    tokenizer = options.tokenizer or ("bytes" if shape.vocab_size <= 256 else "gpt2")
+    name: Any = vocabulary.known.name if vocabulary.known else None
     return TrainingConfig(
-        tokenizer=tokenizer, block_size=shape.block_size, total_batch_tokens=shape.block_size, n_layer=shape.n_layer,
+        tokenizer=name if name in TOKENIZERS else "bytes",
+        block_size=shape.block_size, total_batch_tokens=shape.block_size, n_layer=shape.n_layer,
         n_head=shape.n_head, n_embd=shape.n_embd, share_blocks=shape.share_blocks,
     )  # fmt: skip
 

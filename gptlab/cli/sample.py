@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
+from gptlab.cli.model import TOKENIZER
 from gptlab.cli.sample_view import blocks, legend, text
 from gptlab.errors import CheckpointError, UsageError
 
@@ -29,10 +30,9 @@ def main(argv: list[str]) -> int:
     from gptlab.cli.model import open_model
     from gptlab.interpret.decoder import Weights
 
-    opened = open_model(options.checkpoint, options.device, options.dtype)
+    opened = open_model(options.checkpoint, options.device, options.dtype, tokenizer=options.tokenizer)
+    prompt = opened.tokenizer.prompt(options.prompt)
     weights = Weights(opened.model, opened.placement.autocast)
-    tokenizer = opened.tokenizer
-    prompt = tokenizer.encode(options.prompt).tolist() or [tokenizer.document_start]
     early, clock = options.exit_confidence is not None, _Clock()
     if early:
         _warm_up(opened, weights, prompt, options)
@@ -84,6 +84,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="gptlab sample", description="Write on from a prompt.")
     add = parser.add_argument
     add("--checkpoint", metavar="RUN|FOLDER", required=True, help="a run, a checkpoint or a Hugging Face GPT-2 folder")
+    add("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
     add("--prompt", metavar="TEXT", default="\n", help="what to write on from [a line break]")
     add("--max_new_tokens", metavar="N", type=int, default=200, help="tokens to write, at most [200]")
     add("--temperature", metavar="T", type=float, default=0.8, help="0 = always the likeliest token [0.8]")
@@ -128,7 +129,7 @@ def _texts(
     numbers = range(options.samples)
     generators = [torch_generator("sample", options.seed, n) for n in numbers]
     how = _drawing(opened, options) | {
-        "end": None if options.ignore_end else opened.tokenizer.document_start,
+        "end": None if options.ignore_end else opened.tokenizer.end_of_text,
         "show_blocks": options.show_blocks,
         "reader": _reader(opened, options),
     }
@@ -156,7 +157,7 @@ def _drawing(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
 
     return {
         "sampling": Sampling(options.temperature, options.top_k, options.top_p),
-        "vocab_size": min(opened.tokenizer.vocab_size, opened.model.config.vocab_size),
+        "vocab_size": opened.vocabulary.size,
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,11 +25,11 @@ def text(prompt: Sequence[int], steps: Iterator[Step], tokenizer: Tokenizer, blo
     terminal = sys.stdout.isatty()
     given = printable(tokenizer.decode(prompt))
     yield f"\033[2m{given}{PLAIN}" if terminal else given
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    added = tokenizer.stream(prompt)
     for step in steps:
-        piece = printable(decoder.decode(tokenizer.token_bytes(step.token)))
+        piece = printable(added(step.token))
         yield colour(step.block, blocks) + piece + PLAIN if terminal and blocks and piece else piece
-    yield printable(decoder.decode(b"", final=True))
+    yield printable(added(None))
 
 
 def blocks(steps: Iterator[Step], tokenizer: Tokenizer) -> Iterator[str]:

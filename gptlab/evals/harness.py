@@ -118,12 +118,12 @@ def _written(asked: list[tuple[str, dict[str, Any]]], scorer: Scorer, tokenizer:
     for n in range(len(asked))[world.rank :: world.size]:
         context, how = asked[n]
         count = int(how.get("max_gen_toks", DEFAULT_NEW_TOKENS))
-        prompt = tokenizer.encode(context).tolist()[-max(1, block_size - count) :] or [tokenizer.document_start]
+        prompt = tokenizer.prompt(context)[-max(1, block_size - count) :]
         temperature = float(how.get("temperature", 0.0)) if how.get("do_sample") else 0.0
         text: list[int] = []
         for token in write(prompt, count, temperature):
             text.append(token)
-            if token == tokenizer.document_start or _stopped(tokenizer.decode(text), how) is not None:
+            if token == tokenizer.end_of_text or _stopped(tokenizer.decode(text), how) is not None:
                 break
         tokens[n, 0] = len(text)
         tokens[n, 1 : 1 + len(text)] = torch.tensor(text, dtype=torch.int64)
@@ -131,7 +131,7 @@ def _written(asked: list[tuple[str, dict[str, Any]]], scorer: Scorer, tokenizer:
     texts = []
     for (_, how), (length, *row) in zip(asked, tokens.tolist(), strict=True):
         kept = row[:length]
-        if kept and kept[-1] == tokenizer.document_start:
+        if kept and kept[-1] == tokenizer.end_of_text:
             kept.pop()
         whole = tokenizer.decode(kept)
         texts.append(whole[: _stopped(whole, how)])

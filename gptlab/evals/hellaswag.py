@@ -37,7 +37,7 @@ def _row(raw: dict[str, Any], tokenizer: Tokenizer, where: str) -> Row:
     label = str(raw.get("label"))  # a number in the authors' files, text in the dataset, empty in its test split
     if label not in map(str, range(ENDINGS)):
         raise DataError(f"{where}: expected a label of 0 to {ENDINGS - 1}, found {raw.get('label')!r}")
-    given = tuple(tokenizer.encode(context).tolist()) or (tokenizer.document_start,)
+    given = tuple(tokenizer.prompt(context))
     asked = tuple(Request(given, tuple(tokenizer.encode(" " + ending).tolist())) for ending in endings)
     return Row(asked, int(label))
 

@@ -33,8 +33,8 @@ def _row(raw: dict[str, Any], tokenizer: Tokenizer, where: str) -> Row:
     before, space, word = text.rpartition(" ") if isinstance(text, str) else ("", "", "")
     if not before or not word:
         raise DataError(f"{where}: expected a text of several words that ends with one, found {text!r:.60}")
-    context, last = tokenizer.encode(before), tokenizer.encode(space + word)
-    return Row((Request(tuple(context.tolist()), tuple(last.tolist())),))
+    context, last = tokenizer.prompt(before), tokenizer.encode(space + word)
+    return Row((Request(tuple(context), tuple(last.tolist())),))
 
 
 def _outcome(row: Row, scores: Scores) -> Tensor:

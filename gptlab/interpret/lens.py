@@ -87,7 +87,7 @@ def readings(
     An empty text is the start of a document. Raises DataError for text that the tokenizer cannot hold, ConfigError for
     more than block_size tokens.
     """
-    tokens = tokenizer.encode(text).tolist() or [tokenizer.document_start]
+    tokens = tokenizer.prompt(text)
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     found = {}
     for name, reader in readers.items():

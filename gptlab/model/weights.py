@@ -1,24 +1,85 @@
 """Weights from elsewhere, checked before a model is built: names, shapes and room, against what a GPT-2 has.
 
-Other programs' formats become one thing first, tensors under nanoGPT's names, and are told apart in foreign.py.
+formats.py and huggingface.py read other programs' files into one thing first: tensors under nanoGPT's names. Where the
+file is a pickle, which may call any function when it is read, tensors and plain values are built and nothing else.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptlab.errors import CheckpointError, ConfigError
+from gptlab.errors import CheckpointError, ConfigError, shown
+from gptlab.files import open_regular
 from gptlab.model.gpt import GPT, GPTConfig
 
 SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 HEAD = "lm_head.weight"
-GPT2_VOCABULARY = 50257
 TABLE = "transformer.wte.weight"
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+"""Matrices that transformers stores (in, out)."""
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing leave in a name, in any order."""
+_MASK = re.compile(r"\.attn\.(masked_)?bias$")
+"""The causal mask, which some versions keep among the weights."""
+
+
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+"""How a file of torch.save begins, since torch 1.6 and before."""
+_SCRIPTS = ("__main__", "train_gpt2", "model")
+"""Modules in which build-nanogpt's GPTConfig may have been defined."""
+
+
+class PickledConfig:
+    """Stands in for build-nanogpt's GPTConfig: it has no method, so that a file can set its fields and no more."""
+
+
+def load_pickled(path: Path) -> Mapping[Any, Any]:
+    """The dict that torch.save wrote, made of tensors and plain values alone; raises CheckpointError."""
+    stands_in: Any = [(PickledConfig, f"{script}.GPTConfig") for script in _SCRIPTS]
+    zipped = refuse_bombs(path)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(stands_in):
+            warnings.simplefilter("ignore")  # about files of old versions: what is wrong with one is said below
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # pickle, zip and torch have no common kind
+        unsafe = re.search(r"unsupported global(?:: GLOBAL)? (\S+)", str(error), re.IGNORECASE)
+        reason = f"it needs {unsafe[1]}, and nothing but tensors and plain values is read" if unsafe else ""
+        if not reason and str(error).startswith("Weights only"):  # torch then advises to run what is in it
+            reason = "it holds more than tensors and plain values, or is damaged"
+        reason = reason or next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a checkpoint of torch.save: {reason[:200]}") from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: expected a dict in the checkpoint, found {type(content).__name__}")
+    return content
+
+
+def refuse_bombs(path: Path) -> bool:
+    """Whether the file is a zip archive, as torch.save writes; raises CheckpointError for one that would grow.
+
+    torch.save compresses nothing, so that its members are together no longer than the file.
+    """
+    with open_regular(path, error=CheckpointError) as file:
+        if file.read(4) != ZIP:
+            return False
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise CheckpointError(f"{path} is cut off or damaged: {error}") from None
+    if any(m.compress_type != zipfile.ZIP_STORED or m.flag_bits & 1 for m in members) or (
+        sum(m.file_size for m in members) > path.stat().st_size
+    ):
+        raise CheckpointError(f"{path}: expected what torch.save wrote, found a compressed archive; it is not read")
+    return True
 
 
 def block_shapes(C: int) -> dict[str, tuple[int, ...]]:
@@ -43,16 +104,18 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def checked_config(sizes: Mapping[str, Any], room: int, source: object) -> GPTConfig:
+def checked_config(sizes: Mapping[str, Any], room: int, source: object, **known: Any) -> GPTConfig:
     """The config that a file states, if it is one and its weights can stand in `room` bytes at 2 bytes or more each.
+
+    known: what else its reader knows of the model, by GPTConfig's names.
 
     Raises CheckpointError; a size is never believed before the file is long enough for it.
     """
     for name in SIZES:
         if not isinstance(sizes.get(name), int) or isinstance(sizes[name], bool):
-            raise CheckpointError(f"{source}: expected a whole number for {name}, found {sizes.get(name)!r}")
+            raise CheckpointError(f"{source}: expected a whole number for {name}, found {shown(sizes.get(name))}")
     try:
-        config = GPTConfig(**{name: sizes[name] for name in SIZES})
+        config = GPTConfig(**{name: sizes[name] for name in SIZES}, **known)
     except ConfigError as error:
         raise CheckpointError(f"{source}: {error}") from None
     C = config.n_embd  # biases are optional in nanoGPT: they are not counted
@@ -91,16 +154,38 @@ def check_moments(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], 
             raise CheckpointError(f"{source}: expected {name} {expected}, found {found.dtype} {tuple(found.shape)}")
 
 
+def named(weights: Mapping[Any, Any], source: object) -> dict[str, Any]:
+    """`weights` under nanoGPT's names: without what wrappers left in them, without masks, `transformer.` before all.
+
+    Raises CheckpointError where two come to the same name.
+    """
+    found: dict[str, Any] = {}
+    bare = not any("transformer" in str(name).split(".") for name in weights)
+    for name, weight in weights.items():
+        own = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
+        own = f"transformer.{own}" if bare and own != HEAD else own
+        if _MASK.search(own):
+            continue
+        if own in found:
+            raise CheckpointError(f"{source}: expected {own} once, found it twice, the second time as {shown(name)}")
+        found[own] = weight
+    return found
+
+
 @torch.no_grad()
-def with_weights(config: GPTConfig, weights: Mapping[str, Any], source: object, *, biases: bool = True) -> GPT:
+def with_weights(
+    config: GPTConfig, weights: Mapping[str, Any], source: object, *, biases: bool = True, conv1d: bool = False
+) -> GPT:
     """A GPT with these weights in float32; without `biases` a missing bias is 0, as in nanoGPT's bias=False.
 
-    Raises CheckpointError naming the first weight that is missing, unknown, of another shape or no number.
+    conv1d: whether matrices are (in, out), as in transformers. Raises CheckpointError naming the first weight that is
+    missing, unknown, of another shape or no number, and a head that is not the token table.
     """
-    expected = shapes(config)
+    turned = CONV1D if conv1d else ()
+    expected = {name: shape[::-1] if name.endswith(turned) else shape for name, shape in shapes(config).items()}
     for name in weights:
         if name not in expected and name != HEAD:
-            raise CheckpointError(f"{source}: expected the weights of a GPT-2, found {name!r} among them")
+            raise CheckpointError(f"{source}: expected the weights of a GPT-2, found {shown(name)} among them")
     for name, shape in expected.items():
         if name not in weights and (biases or not name.endswith("bias")):
             raise CheckpointError(f"{source}: expected {name} {shape}, found no such weight")
@@ -110,11 +195,18 @@ def with_weights(config: GPTConfig, weights: Mapping[str, Any], source: object, 
             raise CheckpointError(f"{source}: expected {name} as floating-point numbers {shape}, found {kind}")
     head = weights.get(HEAD)
     if head is not None and not (_is_weight(head, expected[TABLE]) and torch.equal(head, weights[TABLE])):
-        raise CheckpointError(f"{source}: expected {HEAD} to be tied to {TABLE}, found another matrix")
+        kind = f"another matrix {tuple(head.shape)}" if isinstance(head, Tensor) else type(head).__name__
+        raise CheckpointError(
+            f"{source}: expected {HEAD} to be tied to {TABLE}, found {kind}; a model with a head of its own has other "
+            "logits than any that gptlab computes: tie the two and train on, or leave it"
+        )
     model = GPT(config)
     for name, parameter in model.named_parameters():
         found = weights.get(name)
-        parameter.zero_() if found is None else parameter.copy_(found)
+        if found is None:
+            parameter.zero_()
+        else:
+            parameter.copy_(found.t() if name.endswith(turned) else found)
     return model
 
 

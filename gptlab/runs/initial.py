@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from gptlab.data.huggingface_tokenizer import read_tokenizer
+from gptlab.data.tokenizers import TOKENIZERS, Tokenizer, get_tokenizer
 from gptlab.errors import CheckpointError, ConfigError
-from gptlab.model.foreign import NANOGPT_FILE, is_huggingface
+from gptlab.model.formats import pickled_in
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.model.weights import GPT2_VOCABULARY, check_moments, check_stored
+from gptlab.model.huggingface import from_huggingface, is_huggingface, read_config
+from gptlab.model.weights import check_moments, check_stored
 from gptlab.options import recorded
 from gptlab.randomness import torch_generator
 from gptlab.runs import checkpoint
@@ -57,8 +60,9 @@ def any_state(source: str | Path) -> tuple[TrainingState, TrainingConfig | None]
 def _stored(source: str | Path) -> checkpoint.Checkpoint:
     """The checkpoint that `source` names; raises CheckpointError, with the way in for another program's model."""
     path = Path(source)
-    if path.is_file() or (path / NANOGPT_FILE).is_file():
-        what = "file" if path.is_file() else NANOGPT_FILE + " in the folder"
+    pickled = None if path.is_file() else pickled_in(path)
+    if pickled or path.is_file():
+        what = f"{pickled.name} in the folder" if pickled else "file"
         raise CheckpointError(
             f"expected the folder of a run, a checkpoint or a Hugging Face GPT-2, found the {what} {path}; a model of "
             f"another program is read with `gptlab import {shlex.quote(str(path))} --out FOLDER`"
@@ -92,10 +96,18 @@ def any_model(source: str | Path) -> tuple[GPT, TrainingConfig | None]:
     Raises CheckpointError where there is none.
     """
     if is_huggingface(Path(source)):
-        from gptlab.model.huggingface import from_huggingface
-
         return from_huggingface(source), None
     return model_of(source)
+
+
+def tokenizer_of(source: str | Path, config: TrainingConfig | None) -> Tokenizer | None:
+    """The tokenizer of the model in `source`: its run's, or the one its folder brings; None where it brings none.
+
+    config: what `any_model` gave with the model. Raises DataError where the folder's cannot be read.
+    """
+    if config:
+        return get_tokenizer(config.tokenizer)
+    return read_tokenizer(Path(source), read_config(Path(source)))
 
 
 def weights_digest(model: GPT) -> str:
@@ -107,13 +119,22 @@ def weights_digest(model: GPT) -> str:
     return h.hexdigest()
 
 
-def initial_model(source: str, shape: GPTConfig, seed: int) -> GPT:
-    """A model of `shape` with the weights of `source`; raises CheckpointError where the sizes differ.
+def initial_model(source: str, shape: GPTConfig, seed: int, tokenizer: str) -> GPT:
+    """A model of `shape` with the weights of `source`; raises CheckpointError where sizes or tokens differ.
 
-    A GPT-2 vocabulary that is padded in one and not in the other is no difference: missing rows keep their drawn
-    weights.
+    tokenizer: of the data. A vocabulary that is padded to other rows in one and the other is no difference: missing
+    rows keep their drawn weights. A model with exact GELU is trained on with the tanh form, as every run computes it.
     """
-    given = dict(any_model(source)[0].named_parameters())
+    source_model, config = any_model(source)
+    own = tokenizer_of(source, config)
+    if own and own.name != tokenizer:
+        way = f"add --tokenizer {own.name}" if own.name in TOKENIZERS else f"start from a model of {tokenizer} tokens"
+        raise CheckpointError(
+            f"--init_from {source}: its tokens are those of {own.name}, the data's of {tokenizer}; {way}"
+        )
+    same = source_model.config.tokens == shape.tokens
+    known = own.vocab_size if own else shape.tokens if same else shape.vocab_size
+    given = dict(source_model.named_parameters())
     model = GPT(shape, seed)
     parameters = dict(model.named_parameters())
     for name in (*parameters, *given):
@@ -125,7 +146,7 @@ def initial_model(source: str, shape: GPTConfig, seed: int) -> GPT:
     with torch.no_grad():
         for name, p in parameters.items():
             w, rows = given[name], len(p)
-            if name == "transformer.wte.weight" and min(len(p), len(w)) >= GPT2_VOCABULARY:
+            if name == "transformer.wte.weight" and min(len(p), len(w)) >= known:
                 rows = min(len(p), len(w))
             if w[:rows].shape != p[:rows].shape:
                 raise CheckpointError(

@@ -46,7 +46,8 @@ class Session:
         )
         drawn = checkpoint_path or not config.init_from  # a run that goes on needs its first source no more
         try:
-            model = GPT(shape, config.seed) if drawn else initial_model(str(config.init_from), shape, config.seed)
+            source = None if drawn else str(config.init_from)
+            model = initial_model(source, shape, config.seed, config.tokenizer) if source else GPT(shape, config.seed)
         except GptlabError as error:
             self._write_error(0, error)
             raise

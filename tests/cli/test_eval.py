@@ -115,7 +115,7 @@ def test_a_wrong_word_exits_2(words: list[str], line: str, capsys: Capture) -> N
 def test_what_cannot_be_scored_exits_3(run: Path, tmp_path: Path, capsys: Capture) -> None:
     words = (
         ([str(tmp_path)], "expected a run or a checkpoint"),
-        ([str(run), "--tokenizer", "gpt2"], "knows 256 tokens, gpt2 has 50257"),
+        ([str(run), "--tokenizer", "gpt2"], "has a tokenizer of its own, bytes; leave the option out"),
         ([str(run), "--tasks", "lambada", "--lambada", str(tmp_path / "no")], "cannot read"),
     )
     for given, line in words:

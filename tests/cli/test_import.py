@@ -18,12 +18,16 @@ def test_llmcs_file_comes_back_as_the_same_model(finished_run: Path, tmp_path: P
     model, _ = any_model(finished_run)
     file, folder = tmp_path / "out" / "model.bin", tmp_path / "model"
     assert main(["export", str(finished_run), str(file), "--format", "llm.c", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"file": str(file), "parameters": model.config.parameters}
-    assert main(["import", str(file), "--out", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "file": str(file),
+        "parameters": model.config.parameters,
+        "padding": 0,
+    }
+    assert main(["import", str(file), "--out", str(folder), "--tokenizer", "bytes", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["format"], told["n_layer"], told["vocab_size"], told["tokenizer"]) == ("llm.c", 2, 256, None)
+    assert (told["format"], told["n_layer"], told["vocab_size"], told["tokenizer"]) == ("llm.c", 2, 256, "bytes")
     given = dict(any_model(folder)[0].named_parameters())
-    started = dict(initial_model(str(folder), model.config, seed=5).named_parameters())
+    started = dict(initial_model(str(folder), model.config, 5, "bytes").named_parameters())
     for name, p in model.named_parameters():
         assert torch.equal(p, given[name]), name
         assert torch.equal(p, started[name]), name

@@ -15,8 +15,9 @@ import torch
 
 from gptlab.cli.main import main
 from gptlab.cli.sample_view import PLAIN, colour
+from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.interpret.early_exit import CONFIDENCES
-from gptlab.model.huggingface import to_huggingface
+from gptlab.model.huggingface import write_folder
 from gptlab.runs.initial import model_of
 from gptlab.signals.tuned_reader import FILE
 
@@ -131,7 +132,7 @@ def test_a_terminal_shows_a_table_without_control_sequences(finished_run: Path, 
 
 
 def test_it_reads_hugging_face_folders(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
-    to_huggingface(model_of(finished_run)[0]).save_pretrained(tmp_path / "model")
+    write_folder(model_of(finished_run)[0], tmp_path / "model", files_of("bytes", 16), {})
     found = lens(capsys, tmp_path / "model", "--prompt", "line")
     expected = lens(capsys, finished_run, "--prompt", "line")
     for theirs, ours in zip(*(x["readers"]["raw"]["positions"] for x in (found, expected)), strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.device import Placement
 from gptlab.distributed import World
@@ -108,7 +109,7 @@ def test_figures_are_those_of_the_harnesss_own_model(
 ) -> None:
     from lm_eval.tasks import TaskManager
 
-    write_folder(gpt2_model, tmp_path / "model", tokenizer=True)
+    write_folder(gpt2_model, tmp_path / "model", files_of("gpt2", 32), {})
     theirs = lm_eval.simple_evaluate(
         model="hf", model_args=f"pretrained={tmp_path / 'model'},dtype=float32", batch_size=1, device="cpu",
         tasks=["tiny_choice", "tiny_rolling"], task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,

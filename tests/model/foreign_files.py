@@ -51,7 +51,8 @@ def write_nanogpt_file(path: Path, weights: Mapping[str, Tensor], sizes: Mapping
     named[f"{prefix}lm_head.weight"] = weights["transformer.wte.weight"]
     content = {
         "model": named, "optimizer": optimizer.state_dict(), "model_args": {**sizes, "dropout": 0.0}, "iter_num": 5,
-        "best_val_loss": torch.tensor(3.5), "config": {"out_dir": "out", "learning_rate": 6e-4},
+        "best_val_loss": torch.tensor(3.5),
+        "config": {"out_dir": "out", "dataset": "openwebtext", "learning_rate": 6e-4},
     }  # fmt: skip
     torch.save(content, path)
 

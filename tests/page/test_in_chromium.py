@@ -12,7 +12,8 @@ from browser import Browser
 from pages import ARM, HOSTILE, IMAGE
 from serving import Served
 
-from gptlab.model.huggingface import to_huggingface
+from gptlab.data.huggingface_tokenizer import files_of
+from gptlab.model.huggingface import write_folder
 from gptlab.runs.initial import model_of
 
 Serve = Callable[..., Served]
@@ -46,7 +47,7 @@ def fits(browser: Browser) -> bool:
 def test_a_text_is_typed_a_cell_hovered_and_the_confidence_dragged(
     served: Serve, run: Path, tmp_path: Path, browser: Browser
 ) -> None:
-    to_huggingface(sharpened(run)).save_pretrained(tmp_path / IMAGE)
+    write_folder(sharpened(run), tmp_path / IMAGE, files_of("bytes", 16), {})
     page = served(run, tmp_path / IMAGE)
     browser.window(1200)
     browser.go(f"{page.url}lens")

@@ -13,9 +13,10 @@ from browser import wait
 from pages import ARM, HOSTILE, IMAGE, Page
 from serving import Served
 
+from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.interpret.lens import as_json, look, summary
-from gptlab.model.huggingface import to_huggingface
+from gptlab.model.huggingface import write_folder
 from gptlab.page.line import Cache
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import model_of
@@ -167,7 +168,7 @@ def test_a_hugging_face_folder_is_read_and_a_reader_of_other_weights_is_left_out
 ) -> None:
     model, _ = model_of(run)
     folder = tmp_path / "hf"
-    to_huggingface(model).save_pretrained(folder)
+    write_folder(model, folder, files_of("bytes", 16), {})
     save(TunedReader.untuned(model_of(run)[0]), model, beside(run))
     own, theirs = questions(served(run, folder), "line 9")
     assert own["readers"]["raw"] == theirs["readers"]["raw"]

@@ -19,7 +19,7 @@ from readers import SIZES, SMALL, readers, sign  # pyright: ignore[reportMissing
 from safetensors.torch import save
 
 from gptlab.data.shards import open_shard
-from gptlab.model.foreign import open_foreign
+from gptlab.model.formats import open_foreign
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
 from gptlab.runs import checkpoint

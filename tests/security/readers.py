@@ -37,10 +37,9 @@ from gptlab.data.text_files import read_documents
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
 from gptlab.evals.hellaswag import hellaswag
 from gptlab.evals.lambada import lambada
-from gptlab.model.foreign import open_foreign
+from gptlab.model.formats import open_foreign, write_llmc
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
-from gptlab.model.llmc import write_llmc
 from gptlab.options import build, flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.cells import Cell, Rows

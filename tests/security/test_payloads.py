@@ -1,6 +1,6 @@
 """Code in files from elsewhere: reading them runs none of it. Every payload here is real, and is shown to be.
 
-What is pickled is in tests/model/test_foreign.py and tests/data/test_corpus.py.
+What is pickled is in tests/model/test_formats.py and tests/data/test_corpus.py.
 """
 
 from __future__ import annotations
@@ -61,11 +61,9 @@ def test_code_beside_a_hugging_face_config_is_not_run(
     [
         ("attn_implementation", "somebody/kernel"),
         ("_attn_implementation", "somebody/kernel"),
-        ("quantization_config", {"quant_method": "awq", "bits": 4}),
         ("torch_dtype", "os.system"),
         ("dtype", {"": "evil"}),
         ("auto_map", {"AutoConfig": "somebody/repository--evil.Evil"}),
-        ("pruned_heads", {"0": [0]}),
         ("output_hidden_states", "yes"),
     ],
 )

@@ -9,6 +9,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from foreign_files import write_build_nanogpt_file, write_llmc_file, write_nanog
 from torch import Tensor
 
 from gptlab.errors import CheckpointError
-from gptlab.model.foreign import open_foreign
+from gptlab.model.formats import open_foreign, read_llmc, write_llmc
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
-from gptlab.model.llmc import read_llmc, write_llmc
 from gptlab.model.weights import shapes
 
 SIZES = {"block_size": 8, "vocab_size": 65, "n_layer": 3, "n_head": 2, "n_embd": 12}
@@ -51,20 +51,30 @@ def test_shapes_are_those_of_the_model() -> None:
     assert list(shapes(MODEL.config).items()) == [(name, tuple(p.shape)) for name, p in MODEL.named_parameters()]
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def exact() -> GPT:
+    """The same weights in a model with exact GELU, which nanoGPT computes."""
+    model = GPT(replace(MODEL.config, exact_gelu=True))
+    model.load_state_dict(MODEL.state_dict())
+    return model
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module._orig_mod."]
+)
 def test_nanogpts_checkpoint_is_read(prefix: str, tmp_path: Path) -> None:
     mask = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(3)}  # as without flash attention
     write_nanogpt_file(tmp_path / "ckpt.pt", {**WEIGHTS, **mask}, {**SIZES, "bias": True}, prefix)
     for source in (tmp_path, tmp_path / "ckpt.pt"):
-        model, kind = open_foreign(source)
-        assert kind == "nanoGPT"
-        assert torch.equal(logits(model), logits(MODEL))
+        found = open_foreign(source)
+        assert (found.format, found.file) == ("nanoGPT", tmp_path / "ckpt.pt")
+        assert torch.equal(logits(found.model), logits(exact()))
+        assert not torch.equal(logits(found.model), logits(MODEL))
 
 
 def test_nanogpts_model_without_biases_has_none(tmp_path: Path) -> None:
     weights = {name: weight for name, weight in WEIGHTS.items() if not name.endswith("bias")}
     write_nanogpt_file(tmp_path / "ckpt.pt", weights, {**SIZES, "bias": False})
-    model, _ = open_foreign(tmp_path)
+    model = open_foreign(tmp_path).model
     assert all(not p.any() for name, p in model.named_parameters() if name.endswith("bias"))
     assert torch.equal(model.wte.weight, MODEL.wte.weight)
     write_nanogpt_file(tmp_path / "ckpt.pt", weights, {**SIZES, "bias": True})
@@ -75,9 +85,71 @@ def test_nanogpts_model_without_biases_has_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize("legacy", [False, True])
 def test_build_nanogpts_checkpoint_is_read_without_its_script(legacy: bool, tmp_path: Path) -> None:
     write_build_nanogpt_file(tmp_path / "model_19072.pt", WEIGHTS, SIZES, legacy)
-    model, kind = open_foreign(tmp_path / "model_19072.pt")
-    assert kind == "build-nanogpt"
-    assert torch.equal(logits(model), logits(MODEL))
+    found = open_foreign(tmp_path / "model_19072.pt")
+    assert found.format == "build-nanogpt"
+    assert torch.equal(logits(found.model), logits(MODEL))
+
+
+def test_build_nanogpts_log_folder_is_read_by_its_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("0 val 10.9\n")
+    for step, scale in ((5000, 1.0), (19072, 0.5), (10000, 2.0)):
+        weights = {name: weight * scale for name, weight in WEIGHTS.items()}
+        write_build_nanogpt_file(tmp_path / f"model_{step:05d}.pt", weights, SIZES, legacy=False)
+    found = open_foreign(tmp_path)
+    assert (found.format, found.file) == ("build-nanogpt", tmp_path / "model_19072.pt")
+    assert torch.equal(found.model.wte.weight, MODEL.wte.weight * 0.5)
+
+
+def test_wrappers_within_a_name_are_taken_out_and_two_of_a_name_refused(tmp_path: Path) -> None:
+    inner = {name.replace(".h.1.", ".h.1._orig_mod."): weight for name, weight in WEIGHTS.items()}
+    write_build_nanogpt_file(tmp_path / "x.pt", inner, SIZES, legacy=False)
+    assert torch.equal(logits(open_foreign(tmp_path / "x.pt").model), logits(MODEL))
+    write_build_nanogpt_file(tmp_path / "x.pt", {**WEIGHTS, **inner}, SIZES, legacy=False)
+    with pytest.raises(CheckpointError, match=r"expected transformer.h.1.ln_1.weight once, found it twice"):
+        open_foreign(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("rows", [100, 257, 50257, 50260, 50304, 52000])
+@pytest.mark.parametrize("kind", ["nanoGPT", "characters", "build-nanogpt", "llm.c", "llm.c, padded"])
+def test_only_rows_known_to_pad_a_vocabulary_are_no_tokens(kind: str, rows: int, tmp_path: Path) -> None:
+    """nanoGPT and build-nanogpt pad GPT-2's tokens to 50,304; llm.c says itself how many are tokens."""
+    sizes = {"block_size": 4, "vocab_size": rows, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    weights = {name: p.detach() for name, p in GPT(GPTConfig(**sizes), seed=3).named_parameters()}
+    path = tmp_path / "out" / "ckpt.pt"
+    path.parent.mkdir()
+    if kind.startswith("llm.c"):
+        write_llmc_file(path, weights, sizes, 3, -(-rows // 128) * 128 if "padded" in kind else rows)
+    elif kind == "build-nanogpt":
+        write_build_nanogpt_file(path, weights, sizes, legacy=False)
+    else:
+        write_nanogpt_file(path, weights, sizes)
+        if kind == "characters":  # nanoGPT's data/openwebtext/meta.pkl; what is in it is never read
+            meta = tmp_path / "data" / "openwebtext" / "meta.pkl"
+            meta.parent.mkdir(parents=True)
+            meta.write_bytes(pickle.dumps(Payload(tmp_path / "made")))
+    found = open_foreign(path)
+    pads = 47 if rows == 50304 and kind in ("nanoGPT", "build-nanogpt") else 0
+    assert found.model.config.tokens == rows - pads
+    assert found.gpt2 == (found.model.config.tokens == 50257 and kind != "characters")
+    assert torch.equal(found.model.wte.weight, weights["transformer.wte.weight"])
+    write_llmc(tanh := GPT(replace(found.model.config, exact_gelu=False)), tmp_path / "back.bin")
+    back = read_llmc(tmp_path / "back.bin")
+    assert back.config.tokens == back.config.vocab_size == rows - pads
+    assert torch.equal(back.wte.weight, tanh.wte.weight[: rows - pads])
+    assert not (tmp_path / "made").exists()
+
+
+def test_llmc_is_given_no_model_that_it_computes_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"llm\.c computes GELU in its tanh form"):
+        write_llmc(exact(), tmp_path / "m.bin")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["m.bin", "ckpt.pt", "model_5.pt"])
+def test_a_pipe_or_device_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(CheckpointError, match="expected a regular file, found a pipe"):
+        open_foreign(tmp_path / name)
 
 
 @pytest.mark.parametrize(("version", "rows"), [(3, 128), (3, 65), (5, 128)])
@@ -85,10 +157,10 @@ def test_llmcs_model_is_read(version: int, rows: int, tmp_path: Path) -> None:
     rounded = {n: (w.view(torch.int32) >> 16 << 16).view(torch.float32) for n, w in WEIGHTS.items()}
     kept = WEIGHTS if version == 3 else rounded
     write_llmc_file(tmp_path / "m.bin", WEIGHTS, SIZES, version, rows)
-    model, kind = open_foreign(tmp_path / "m.bin")
-    assert kind == "llm.c"
-    assert model.config == MODEL.config
-    for name, parameter in model.named_parameters():
+    found = open_foreign(tmp_path / "m.bin")
+    assert found.format == "llm.c"
+    assert found.model.config == MODEL.config
+    for name, parameter in found.model.named_parameters():
         assert torch.equal(parameter, kept[name]), name
 
 
@@ -120,9 +192,9 @@ def test_an_old_hugging_face_folder_with_a_pickle_is_read(bare: bool, tmp_path: 
         {name.removeprefix("transformer."): w for name, w in weights.items()} if bare else weights
     )  # as on the hub
     torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not bare)
-    model, kind = open_foreign(tmp_path)
-    assert kind == "Hugging Face"
-    torch.testing.assert_close(logits(model), logits(MODEL), atol=0, rtol=0)
+    found = open_foreign(tmp_path)
+    assert found.format == "Hugging Face"
+    torch.testing.assert_close(logits(found.model), logits(MODEL), atol=0, rtol=0)
 
 
 class Payload:
