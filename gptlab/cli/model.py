@@ -43,7 +43,7 @@ class Vocabulary:
     def corpus(self, data: str, world: World, note: Callable[[str], None]) -> tuple[Corpus, Callable[[], bool]]:
         """The corpus, and whether somebody still prepares it; raises DataError or ConfigError for other tokens."""
         from gptlab.cli.corpus import open_or_prepare
-        from gptlab.data.corpus import MANIFEST, TOKENIZER_FILE, holds_corpus, open_corpus
+        from gptlab.data.corpus import TOKENIZER_FILE, holds_corpus, holds_manifest, open_corpus
         from gptlab.data.tokenizers import TOKENIZERS
 
         if self.known and self.known.name in TOKENIZERS:
@@ -52,7 +52,7 @@ class Vocabulary:
         if not folder.is_dir() or not holds_corpus(folder):
             raise DataError(f"--data {data}: expected a folder of shards of the model's own tokens, found none there")
         corpus = open_corpus(folder)
-        if self.known and any((folder / name).exists() for name in (MANIFEST, TOKENIZER_FILE)):
+        if self.known and (holds_manifest(folder) or (folder / TOKENIZER_FILE).exists()):
             raise ConfigError(f"{folder} holds {corpus.tokenizer} tokens, the model's are those of {self.known.name}")
         note(f"{folder}: its tokens are taken as the model's own")
         return corpus, lambda: False

@@ -277,7 +277,7 @@ def test_without_the_package_ours_are_read_and_others_are_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert read(changed(), tmp_path) is get_tokenizer("gpt2")
-    with pytest.raises(DataError, match="needs the package tokenizers, which is missing; pip install"):
+    with pytest.raises(DataError, match="needs the package tokenizers, which is not installed; "):
         read(changed(dropout=0.1), tmp_path)
 
 
