@@ -34,7 +34,7 @@ KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false
 
 def options_tables() -> str:
     """Every option of a run, a table a group."""
-    found = groupby(options_of(TrainingConfig), key=lambda option: option.group)
+    found = groupby(options_of(TrainingConfig), key=lambda option: option.group or "Signal")
     return "\n\n".join(f"### {group}\n\n{_options(list(options))}" for group, options in found)
 
 
