@@ -3,7 +3,7 @@
 python benchmarks/experiment_kills.py [--rounds 20] [--seed 1]
 
 An experiment of three arms and two seeds, one arm diverging, is run again and again until it has ended; its runner is
-killed at moments drawn from the seed, start-up included. tests/runs/test_experiment.py holds a quick variant.
+killed at moments drawn from the seed, start-up included. tests/runs/test_experiment_runner.py holds a quick variant.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 import sys
 
+if not sys.flags.safe_path:
+    del sys.path[0]  # the current folder: gptlab is found already, and no other package is looked for there
+
 from gptlab.cli.main import main
 
 sys.exit(main())

@@ -7,14 +7,10 @@ DDP's hooks, made for one backward call a step, do not allow. The sum is the sam
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -24,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from gptlab import errors
+from gptlab.processes import end_with
 from gptlab.rendezvous import absent, meet
 
 if TYPE_CHECKING:
@@ -32,7 +29,6 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 BUCKET_BYTES = 25 * 2**20
-PR_SET_PDEATHSIG = 1
 LETTING_GO = 0.1  # s; without it about one of 100 pairs of processes that end right after a collective aborts
 
 
@@ -271,22 +267,10 @@ def launcher_hangs_up() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Make this process end when the torchrun that started it is gone, so that no orphan writes on.
-
-    On Linux the kernel sends SIGKILL at once; elsewhere, and for a torchrun that died before this call, a thread
-    looks every second whether the parent is still the same.
-    """
+    """Make this process end when the torchrun that started it is gone, so that no orphan writes on."""
     parent = os.getppid()
     orphan = parent == 1 and not _is_torchrun(1)  # in a container torchrun itself may be process 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.getppid() == parent and not orphan:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="launcher-watch").start()
+    end_with(0 if orphan else parent)
 
 
 def _is_torchrun(process: int) -> bool:

@@ -20,8 +20,9 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gptlab.errors import DataError, GptlabError
 from gptlab.parsing import parse_json, parse_toml
@@ -47,7 +48,7 @@ _NOT_FOLDERS = ("/dev", "/proc", "/sys")
 
 def open_regular(
     path: str | Path, *, inside: str | Path | None = None, error: type[GptlabError] = DataError
-) -> BinaryIO:
+) -> BufferedReader:
     """Open a regular file for reading; never waits for the other end of a pipe.
 
     inside: the folder that the file has to lie in, with no link on the way from it to the file. Without it links are
@@ -148,7 +149,7 @@ def read_toml(
 
 
 @contextlib.contextmanager
-def writing(path: str | Path, *, error: type[GptlabError] = DataError) -> Iterator[BinaryIO]:
+def writing(path: str | Path, *, error: type[GptlabError] = DataError) -> Iterator[BufferedWriter]:
     """A binary file that becomes `path` when the block ends, whole and on disk; nothing changes if the block raises.
 
     The folder must exist. A link at `path` is replaced, not followed. What a kill left of an earlier writing goes.
@@ -186,7 +187,7 @@ def write_json(path: str | Path, value: object, *, error: type[GptlabError] = Da
     write_whole(path, json.dumps(value, indent=1, allow_nan=False, **how) + "\n", error=error)
 
 
-def open_append(path: str | Path, *, error: type[GptlabError] = DataError) -> BinaryIO:
+def open_append(path: str | Path, *, error: type[GptlabError] = DataError) -> BufferedWriter:
     """Open a regular file to append to, made where it is missing; raises `error` for a link, pipe or device."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
@@ -202,13 +203,13 @@ def open_append(path: str | Path, *, error: type[GptlabError] = DataError) -> Bi
     return os.fdopen(descriptor, "ab")
 
 
-def open_new(path: str | Path) -> BinaryIO:
+def open_new(path: str | Path) -> BufferedWriter:
     """A new empty file to write as it comes, in place of the file or link that stood there."""
     Path(path).unlink(missing_ok=True)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
 
 
-def take_lock(path: str | Path, *, wait: bool = False, error: type[GptlabError] = DataError) -> BinaryIO | None:
+def take_lock(path: str | Path, *, wait: bool = False, error: type[GptlabError] = DataError) -> BufferedWriter | None:
     """The file at a path, made where it is missing, locked for as long as it is open; None while another holds it.
 
     The kernel lets go of it however its holder ends. It is on the file, not on its path: a folder may be moved away,
@@ -286,7 +287,7 @@ def _refuse_unwritable(path: Path, error: type[GptlabError]) -> None:
         raise error(f"{path}: expected the name of a file to write, found {kind_of(mode)}; give another")
 
 
-def _new_file_beside(path: Path) -> tuple[Path, BinaryIO]:
+def _new_file_beside(path: Path) -> tuple[Path, BufferedWriter]:
     """A new file in the folder of `path`, with the lock that tells other writers that it is no debris."""
     while True:
         building = path.with_name(f".{path.name[:_NAMED]}.{secrets.token_hex(8)}.tmp")

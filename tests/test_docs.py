@@ -10,9 +10,9 @@ import pytest
 from scripts import load_script
 
 from gptlab.cli.main import COMMANDS
-from gptlab.runs.experiment_file import KEYS
+from gptlab.runs.experiment_spec import KEYS
+from gptlab.runs.experiment_spec import KEYS as TUNE_KEYS
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.tune import KEYS as TUNE_KEYS
 from gptlab.training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from gptlab.analysis.design import pair
 from gptlab.analysis.run import Run
 from gptlab.errors import ConfigError
 from gptlab.options import build
-from gptlab.runs.trials import LENGTH
+from gptlab.runs.tuning import LENGTH
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import run_flops
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from gptlab.analysis.run import Run, read_run
 from gptlab.errors import GptlabError, UsageError, did_you_mean
-from gptlab.runs.lock import held
+from gptlab.files import is_locked
+from gptlab.runs.folder import LOCK
 
 FIGURES = ("run", "state", "step", "steps", "loss", "bits_per_byte", "dose", "clipped_share", "finished_at")
 NO_DIFFERENCE = frozenset({"out", "resume"})
@@ -71,7 +72,7 @@ def listed(root: Path, path: Path, until: float = math.inf) -> Listed:
 
 def _state(run: Run) -> str:
     """finished, running, stopped, diverged, failed (with another error of ours) or unfinished (killed)."""
-    if held(run.path):
+    if is_locked(run.path / LOCK):
         return "running"
     event = run.ended.get("event")
     named = {"finished": "finished", "Stopped": "stopped", "DivergedError": "diverged", None: "unfinished"}

@@ -18,9 +18,9 @@ from gptlab.analysis.run import Run, mean_dose, passport, read_run
 from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
-from gptlab.runs.choice import read_kept
-from gptlab.runs.experiment_file import FILE as EXPERIMENT
-from gptlab.runs.experiment_file import experiment_from, flat_options, read_experiment
+from gptlab.runs.experiment_spec import FILE as EXPERIMENT
+from gptlab.runs.experiment_spec import experiment_from, flat_options, read_experiment
+from gptlab.runs.tuning_result import read_kept
 
 CODED = {"patch", "signal.name", "also"}
 """Keys of an arm that may bring code of its own, which its runs record."""

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from gptlab.device import Placement
+from gptlab.processes import python_command
 
 STEPS = 4
 """Steps that a run makes before it waits for the others."""
@@ -35,7 +36,7 @@ class Ladder:
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             where = f"127.0.0.1:{self._store.port}"
         asked = [size, placement.dtype_name, str(threads), str(batch), where]
-        commands = [[sys.executable, "-m", "gptlab.benchmark.ladder", *asked, f"{k}/{runs}"] for k in range(runs)]
+        commands = [python_command("gptlab.benchmark.ladder:main", *asked, f"{k}/{runs}") for k in range(runs)]
         self._runs = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for command in commands
         ]
@@ -69,7 +70,7 @@ def _heard(run: subprocess.Popen[str]) -> float:
     return json.loads(line)
 
 
-def _serve(size: str, dtype: str, threads: str, batch: str, store: str, place: str) -> None:
+def main(words: list[str]) -> None:
     """One run, or process `place` ("rank/number") of one: some steps for every line on standard input."""
     from gptlab.benchmark.contenders import Work, ours, placed
     from gptlab.benchmark.sizes import SIZES
@@ -77,6 +78,7 @@ def _serve(size: str, dtype: str, threads: str, batch: str, store: str, place: s
     from gptlab.distributed import World
     from gptlab.model.gpt import GPTConfig
 
+    size, dtype, threads, batch, store, place = words
     sizes: dict[str, Any] = dict(SIZES[size])
     own = sizes.pop("batch")
     count = int(threads)
@@ -93,7 +95,3 @@ def _serve(size: str, dtype: str, threads: str, batch: str, store: str, place: s
             done = step()
         print(json.dumps(done.grad_norm), flush=True)
     world.disconnect()
-
-
-if __name__ == "__main__":
-    _serve(*sys.argv[1:])

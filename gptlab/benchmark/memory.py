@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptlab.errors import ConfigError
+from gptlab.processes import python_command
 
 if TYPE_CHECKING:
     from gptlab.benchmark.run import Bench
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def peak_bytes(bench: Bench, contender: str) -> int:
     """The peak of one contender; raises ConfigError where its process fails."""
-    command = [sys.executable, "-m", "gptlab.benchmark.memory", contender, json.dumps(asdict(bench))]
+    command = python_command("gptlab.benchmark.memory:main", contender, json.dumps(asdict(bench)))
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         killed = "; it was killed, for want of memory perhaps: lower --batch" * (done.returncode < 0)
@@ -38,8 +38,11 @@ def _most() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _main(contender: str, bench: str) -> None:
+def main(words: list[str]) -> None:
+    """Print the peak of a contender: its name, and the Bench as JSON."""
     from gptlab.benchmark.run import Bench
+
+    contender, bench = words
 
     what = Bench(**json.loads(bench))
     what.placement.apply()
@@ -48,7 +51,3 @@ def _main(contender: str, bench: str) -> None:
     for _ in range(3):
         step()
     print(json.dumps(_most() - before))
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

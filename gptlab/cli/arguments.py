@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gptlab.errors import ConfigError, UsageError, did_you_mean
+from gptlab.files import MB, read_toml
 from gptlab.options import Option, options_of, table_options, typed
-from gptlab.parsing import parse_toml
+from gptlab.signals.user import next_to
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,14 +85,12 @@ def given_options(parsed: argparse.Namespace, config: type) -> dict[str, Any]:
 
 
 def file_options(path: str | Path, config: type) -> dict[str, Any]:
-    """The options of a TOML file, in their own types; raises ConfigError naming the nearest key."""
+    """The options of a TOML file, in their own types, signals' files next to it; ConfigError names the nearest key."""
     try:
-        table = parse_toml(Path(path).read_text(encoding="utf-8"))
+        table = read_toml(path, limit=MB, error=ConfigError)
     except FileNotFoundError:
         raise ConfigError(f"--config: no file {path}") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
     try:
-        return table_options(table, config)
+        return next_to(Path(path).parent, table_options(table, config))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from gptlab.data.synthetic import SYNTHETIC
 from gptlab.distributed import World
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.files import is_locked, open_append
+from gptlab.processes import python_command
 
 SMALL = ("shakespeare", *SYNTHETIC)
 LARGE = ("fineweb-edu",)
@@ -77,9 +77,9 @@ def _start_preparing(
     folder.mkdir(parents=True, exist_ok=True)
     if world.local_rank == 0:
         note(f"preparing {data} in {folder}; training starts with the first shard (progress in {folder}/prepare.txt)")
-        command = [sys.executable, "-P", "-m", "gptlab", "data", "prepare", data, "--tokenizer", tokenizer]
+        words = ["data", "prepare", data, "--tokenizer", tokenizer, "--out", str(folder)]
         with open_append(folder / "prepare.txt") as log:
-            process = subprocess.Popen([*command, "--out", str(folder)], stdout=log, stderr=log)
+            process = subprocess.Popen(python_command("gptlab.cli.main:main", *words), stdout=log, stderr=log)
         return lambda: process.poll() is None
     started = time.monotonic()
 

@@ -19,11 +19,10 @@ from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from gptlab.runs.executor import Executor
-    from gptlab.runs.experiment import Progress, Runner
-    from gptlab.runs.experiment_file import Experiment
-    from gptlab.runs.packing import Packing, Queue
+    from gptlab.runs.experiment_runner import Progress, Runner, TunedRunner
+    from gptlab.runs.experiment_spec import Experiment
+    from gptlab.runs.scheduling import Packing, Queue
     from gptlab.runs.smoke import Trial
-    from gptlab.runs.tuned import TunedRunner
 
 ACTIONS = ("run", "status", "smoke", "pack", "unpack")
 EXECUTORS = ("slurm", "local")
@@ -92,7 +91,7 @@ def _count(text: str) -> int:
 
 def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
     """The experiment and its folder."""
-    from gptlab.runs.experiment_file import FILE, find_experiment, read_experiment
+    from gptlab.runs.experiment_spec import FILE, find_experiment, read_experiment
 
     path = find_experiment(options.file)
     looks = options.action in ("status", "pack")
@@ -112,8 +111,7 @@ def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
 def _run(options: argparse.Namespace) -> int:
     from gptlab.cli.experiment_view import Watch, stderr
     from gptlab.cli.stopping import StopRequest
-    from gptlab.runs.experiment import Runner
-    from gptlab.runs.tuned import TunedRunner
+    from gptlab.runs.experiment_runner import Runner, TunedRunner
 
     experiment, folder = _read(options)
     packing, executor = _where(options, experiment, folder)
@@ -142,7 +140,7 @@ def _run(options: argparse.Namespace) -> int:
 def _where(options: argparse.Namespace, experiment: Experiment, folder: Path) -> tuple[Packing | Queue, Executor]:
     """How many cells run at a time, and what runs them."""
     from gptlab.runs.executor import Children
-    from gptlab.runs.packing import Packing, Queue
+    from gptlab.runs.scheduling import Packing, Queue
 
     if not options.executor:
         return Packing.of_this_machine(options.jobs), Children()
@@ -202,7 +200,7 @@ def _as_json(one: Progress) -> dict[str, Any]:
 def _close(runner: Runner | TunedRunner) -> int:
     """Say what became of the cells; the exit code. A trial may diverge: finding that out is what it is for."""
     from gptlab.cli.experiment_view import choices, stderr
-    from gptlab.runs.choice import read_kept
+    from gptlab.runs.tuning_result import read_kept
 
     if runner.experiment.tune and (kept := read_kept(runner.folder)):
         stderr().print(choices(kept), soft_wrap=True, end="")
@@ -224,8 +222,8 @@ def _close(runner: Runner | TunedRunner) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from gptlab.runs.choice import read_kept
-    from gptlab.runs.experiment import standing
+    from gptlab.runs.experiment_runner import standing
+    from gptlab.runs.tuning_result import read_kept
 
     experiment, folder = _read(options)
     snapshot, kept = standing(experiment, folder), read_kept(folder) if experiment.tune else None
@@ -274,9 +272,9 @@ def _unpack(options: argparse.Namespace) -> int:
 def _smoke(options: argparse.Namespace) -> int:
     from gptlab.cli.experiment_view import megabytes, minutes, smoke_table, stderr
     from gptlab.cli.stopping import StopRequest
-    from gptlab.runs.packing import Packing
+    from gptlab.runs.scheduling import Packing
     from gptlab.runs.smoke import equal_steps, smoke
-    from gptlab.runs.trials import cells_an_arm
+    from gptlab.runs.tuning import cells_an_arm
 
     experiment, _ = _read(options)
     packing = Packing.of_this_machine(options.jobs)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from gptlab.cli.console import printable
 from gptlab.runs.cells import State
-from gptlab.runs.experiment import Progress, Snapshot
+from gptlab.runs.experiment_runner import Progress, Snapshot
 from gptlab.runs.smoke import Trial
 
 STYLE: dict[State, str] = {

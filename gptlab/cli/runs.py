@@ -59,7 +59,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _delete(root: Path, options: argparse.Namespace) -> int:
-    from gptlab.runs.trash import TRASH, deletable, move_to_trash
+    from gptlab.runs.folder import TRASH, deletable, move_to_trash
 
     runs = list(dict.fromkeys(deletable(root, name) for name in options.delete))  # all are checked before one goes
     if not options.yes:

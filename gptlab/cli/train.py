@@ -9,7 +9,7 @@ import contextlib
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,25 @@ def resolve(values: Mapping[str, Any], gpus: int) -> TrainingConfig:
     return build(TrainingConfig, {**PRESETS[preset], **values, "preset": preset})
 
 
+def check(words: Sequence[str]) -> int:
+    """Print what is wrong with files of options, as {file: why no run could begin}; users' signals with --allow_code.
+
+    An experiment asks this of the code that its cells will run.
+    """
+    found = {}
+    allow_code = "--allow_code" in words
+    for file in words:
+        try:
+            if not file.startswith("--"):
+                signals = resolve(file_options(file, TrainingConfig), 0).signals
+                for signal in signals if allow_code else ():
+                    _ = signal.signal  # a file that does not run says so here
+        except GptlabError as error:
+            found[file] = str(error).removeprefix(f"{file}: ")
+    print(json.dumps(found))
+    return 0
+
+
 def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite: bool) -> int:
     from gptlab.device import Machine, decide
     from gptlab.distributed import World, end_with_launcher
@@ -144,8 +163,8 @@ def _train(
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.device import environment, matmul_peak
-    from gptlab.runs.begin import Beginning, as_json, begin
     from gptlab.runs.folder import RunFolder
+    from gptlab.runs.resume import Beginning, as_json, begin
     from gptlab.runs.session import Session
     from gptlab.runs.trackers import check_installed, tracking
 

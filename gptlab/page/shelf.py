@@ -15,8 +15,9 @@ from pathlib import Path
 
 from gptlab.analysis.listing import Listed, find_runs, listed
 from gptlab.analysis.load import EXPERIMENT
+from gptlab.files import is_locked
 from gptlab.page.line import Cache
-from gptlab.runs.lock import held
+from gptlab.runs.folder import LOCK
 
 SHARE = 0.2
 """Of one core's time: what looking at runs, or drawing one of them anew and anew, may take."""
@@ -71,7 +72,10 @@ def key_of(name: str) -> str:
 
 def mark_of(run: Path) -> Hashable:
     """Another one whenever the run's files have changed, or it began or ended."""
-    return (*(stamp(run / name) for name in ("config.json", "environment.json", "metrics.jsonl")), held(run))
+    return (
+        *(stamp(run / name) for name in ("config.json", "environment.json", "metrics.jsonl")),
+        is_locked(run / LOCK),
+    )
 
 
 def stamp(path: Path) -> tuple[int, int] | None:

@@ -21,10 +21,8 @@ from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError, ConfigError, shown
 from gptlab.files import MB, read_bytes, refuse_links, write_whole
 from gptlab.parsing import parse_json, parse_toml
-from gptlab.runs.cells import ENDED, Cell, Rows, cells_of
-from gptlab.runs.choice import FILE as CHOICE
-from gptlab.runs.choice import accepted, read_kept
-from gptlab.runs.experiment_file import FILE, Experiment
+from gptlab.runs.cells import ENDED, RESULTS, Cell, Results, Rows, cells_of, is_sha256
+from gptlab.runs.experiment_spec import FILE, Experiment
 from gptlab.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -36,9 +34,9 @@ from gptlab.runs.records import (
     read_environment,
     read_rows,
 )
-from gptlab.runs.results import FILE as RESULTS
-from gptlab.runs.results import Results, is_sha256
-from gptlab.runs.trials import trial_experiment, trials_folder
+from gptlab.runs.tuning import trial_experiment, trials_folder
+from gptlab.runs.tuning_result import FILE as CHOICE
+from gptlab.runs.tuning_result import accepted, read_kept
 
 SUFFIX = ".json.gz"
 VERSION = 1

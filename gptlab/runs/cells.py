@@ -1,4 +1,4 @@
-"""A cell of an experiment: one arm at one seed, an ordinary run folder. Whose it is, and how far it has come.
+"""A cell of an experiment: one arm at one seed, an ordinary run folder. Whose it is, how far it came, what came out.
 
 Only JSON is read here, again and again while others write it; torch is not needed.
 """
@@ -6,20 +6,27 @@ Only JSON is read here, again and again while others write it; torch is not need
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, BinaryIO, Literal
 
-from gptlab.errors import CheckpointError
-from gptlab.runs.experiment_file import Arm, Experiment
-from gptlab.runs.lock import held, take
+from gptlab.errors import CheckpointError, ConfigError
+from gptlab.files import is_locked, open_regular, read_json, refuse_links, take_lock, write_json
+from gptlab.runs.experiment_spec import Arm, Experiment
 from gptlab.runs.records import new_rows
 
 OUTPUT = "output.txt"
-"""What a cell's process said, in the cell's folder."""
+"""What a cell's process printed, in the cell's folder."""
 
 CLAIM = ".claim"
+LEASE = ".job"
+
+RESULTS = "results.json"
+"""What an experiment's cells came to, without a clock, so that a killed and an unkilled one are equal."""
+
+WEIGHTS = "model.safetensors"
 
 State = Literal["waiting", "running", "stopped", "finished", "diverged", "failed"]
 ENDED: tuple[State, ...] = ("finished", "diverged")
@@ -46,14 +53,12 @@ def cells_of(experiment: Experiment, folder: Path, seeds: int | None = None) -> 
 
     seeds: only so many of the first.
     """
+    sizes = {
+        arm.name: tuple(arm.count(key, experiment.preset) for key in ("steps", "n_embd"))
+        for arm in experiment.arms.values()
+    }
     return [
-        Cell(
-            arm,
-            seed,
-            folder / arm.name / f"seed_{seed}",
-            int(arm.get("steps", experiment.preset)),
-            int(arm.get("n_embd", experiment.preset)),
-        )
+        Cell(arm, seed, folder / arm.name / f"seed_{seed}", *sizes[arm.name])
         for seed in experiment.seeds[:seeds]
         for arm in experiment.arms.values()
     ]
@@ -62,18 +67,18 @@ def cells_of(experiment: Experiment, folder: Path, seeds: int | None = None) -> 
 class Claim:
     """The right to run a cell, held by a lock on CELL/.claim for as long as it is open here or in a child."""
 
-    def __init__(self, file: IO[str]) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     @classmethod
-    def take(cls, cell: Cell) -> Claim | None:
-        """The claim, or None where another process has it."""
-        return cls.in_folder(cell.folder)
+    def take(cls, folder: Path) -> Claim | None:
+        """The claim on the cell that lives in a folder, or None where another process has it.
 
-    @classmethod
-    def in_folder(cls, folder: Path) -> Claim | None:
-        """The claim on the cell that lives in a folder, or None where another process has it."""
-        file = take(folder / CLAIM)
+        Raises ConfigError where the cell's or the arm's folder, or one of the files that are written there, is a link.
+        """
+        for name in (CLAIM, LEASE, OUTPUT):
+            refuse_links(folder / name, folder.parents[1], error=ConfigError)
+        file = take_lock(folder / CLAIM, error=ConfigError)
         return cls(file) if file else None
 
     @property
@@ -87,7 +92,27 @@ class Claim:
 
 def claimed(cell: Cell) -> bool:
     """Whether any process has the cell's claim."""
-    return held(cell.folder, CLAIM)
+    return is_locked(cell.folder / CLAIM)
+
+
+def lease(folder: Path, token: str, **about: str) -> None:
+    """Write the lease of the job with this token, in place of any other; about: what finds the job again."""
+    write_json(folder / LEASE, {"token": token, **about})
+
+
+def leased(folder: Path) -> Mapping[str, Any]:
+    """The lease that a cell's folder holds; empty where there is none."""
+    try:
+        found = read_json(folder / LEASE, inside=folder, error=CheckpointError)
+    except (FileNotFoundError, CheckpointError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def revoke(folder: Path, token: str | None = None) -> None:
+    """Take a job's lease away, only that of this token if one is given."""
+    if token is None or leased(folder).get("token") == token:
+        (folder / LEASE).unlink(missing_ok=True)
 
 
 @dataclass
@@ -111,9 +136,8 @@ class Rows:
     def look(self) -> Rows:
         """Read what was added; all of it where a resume has cut the file back, be it that it has grown again since."""
         path = self.cell.folder / "metrics.jsonl"
-        size = path.stat().st_size if path.exists() else 0
         try:
-            if size < self._offset:
+            if (path.stat().st_size if path.exists() else 0) < self._offset:
                 raise CheckpointError
             self._read(path)
         except CheckpointError:
@@ -139,6 +163,11 @@ class Rows:
         """The name of the event that closes the rows, if one does."""
         return self.last.get("event") if self.last.get("kind") == "event" else None
 
+    @property
+    def dose(self) -> float | None:
+        """The mean of |weight·g_signal| / |g_CE| where it was measured."""
+        return sum(self.doses) / len(self.doses) if self.doses else None
+
     def state(self, running: bool) -> State:
         """What the rows say of a cell that somebody runs, or nobody."""
         if self.event == "finished" and self.step >= self.cell.steps and not self.damage:
@@ -149,7 +178,7 @@ class Rows:
             return "diverged"
         if self.damage:
             return "failed"
-        if self.event in (None, "Stopped", "finished") and said(self.cell) is None:
+        if self.event in (None, "Stopped", "finished") and last_error(self.cell) is None:
             return "stopped" if self.step else "waiting"
         return "failed"
 
@@ -157,23 +186,118 @@ class Rows:
     def reason(self) -> str | None:
         """Why the cell ended early: the text of its last event, else the last line of ours that it printed."""
         if self.event in (None, "Stopped", "finished"):
-            return said(self.cell) or self.damage
+            return last_error(self.cell) or self.damage
         return self.last.get("text")
 
 
 def saved_step(cell: Cell) -> int:
     """The step of the cell's newest checkpoint; 0 while there is none."""
     manifests = cell.folder.glob("checkpoints/step_*/MANIFEST.json")
-    return max((int(path.parent.name.removeprefix("step_")) for path in manifests), default=0)
+    steps = [path.parent.name.removeprefix("step_") for path in manifests]
+    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
-def said(cell: Cell) -> str | None:
+def last_error(cell: Cell) -> str | None:
     """The error that ended the cell's last process, as it printed it, on one line; None where it printed none."""
     try:
-        with (cell.folder / OUTPUT).open("rb") as file:
+        with open_regular(cell.folder / OUTPUT, inside=cell.folder, error=CheckpointError) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 20_000))
-            text = "\n" + file.read().decode(errors="replace")
-    except FileNotFoundError:
+            text = "\n" + file.read(20_000).decode(errors="replace")
+    except (FileNotFoundError, CheckpointError):
         return None
     _, found, error = text.rpartition("\ngptlab: ")
     return " ".join(error.split()) if found and not error.startswith("stopped ") else None
+
+
+class Results:
+    """Writes results.json of an experiment's cells, those of other runners too."""
+
+    def __init__(self, experiment: Experiment, folder: Path, cells: Sequence[Cell]) -> None:
+        self.experiment, self.folder = experiment, folder
+        self.cells = sorted(cells, key=lambda cell: (cell.arm.name, cell.seed))
+        self._ended: dict[str, dict[str, Any]] = {}
+        self._before: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def write(self) -> dict[str, Any]:
+        """Read the cells and write the file, whole or not at all; give its content.
+
+        One runner at a time does both, so that an older look never takes the place of a newer one.
+        """
+        lock = take_lock(self.folder / ".results.lock", wait=True, error=ConfigError)
+        assert lock
+        with lock:
+            content = self.content()
+            write_json(self.folder / RESULTS, content, sort_keys=True)
+        return content
+
+    def content(self) -> dict[str, Any]:
+        """What the file holds of the cells as they stand now."""
+        self._before = self._written()
+        return {
+            "experiment": self.experiment.name,
+            "baseline": self.experiment.baseline,
+            "cells": [found for cell in self.cells if (found := self._outcome(cell))],
+        }
+
+    def _written(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """The entries that the file has now; none of a file that cannot be read, which is about to be replaced."""
+        try:
+            cells = read_json(self.folder / RESULTS, inside=self.folder, error=ConfigError)["cells"]
+            return {(cell["arm"], cell["seed"]): dict(cell) for cell in cells}
+        except (FileNotFoundError, ConfigError, KeyError, TypeError, ValueError):
+            return {}
+
+    def _outcome(self, cell: Cell) -> dict[str, Any] | None:
+        """What became of a cell; None of one that has not ended."""
+        if cell.name not in self._ended:
+            rows = Rows(cell).look()
+            state = rows.state(running=claimed(cell))
+            if state not in (*ENDED, "failed"):
+                return None
+            found = outcome(rows, state)
+            before = self._before.get((cell.arm.name, cell.seed), {})
+            known = before.get("weights_sha256") if before.get("loss") == found["loss"] else None
+            if found["weights_sha256"] is None and is_sha256(known):  # an unpacked cell has no weights
+                found["weights_sha256"] = known
+            if state == "failed":  # it may be tried again
+                return found
+            self._ended[cell.name] = found
+        return self._ended[cell.name]
+
+
+def outcome(rows: Rows, state: str) -> dict[str, Any]:
+    """A cell's entry: losses in nats a token of the final block, null where there is none.
+
+    dose: the mean of |weight·g_signal| / |g_CE| where it was measured; clipped_share: of all updates;
+    validation_sha256: of the validation tokens; weights_sha256: of the last checkpoint's weights.
+    """
+    cell, done = rows.cell, rows.last if state == "finished" else {}
+    return {
+        "arm": cell.arm.name,
+        "seed": cell.seed,
+        "state": state,
+        "step": rows.step,
+        "loss": done.get("loss"),
+        "bits_per_byte": done.get("bits_per_byte"),
+        "tokens": done.get("tokens"),
+        "dose": rows.dose,
+        "clipped_share": done.get("clipped_share"),
+        "validation_sha256": done.get("validation_sha256"),
+        "weights_sha256": _weights(cell, rows.step) if done else None,
+        "reason": None if done else (rows.reason or "").replace(str(cell.folder), cell.name),
+    }
+
+
+def _weights(cell: Cell, step: int) -> str | None:
+    """SHA-256 of the weights as the checkpoint's manifest has it."""
+    manifest = cell.folder / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json"
+    try:
+        found = read_json(manifest, inside=cell.folder, error=CheckpointError)["files"][WEIGHTS]["sha256"]
+    except (FileNotFoundError, CheckpointError, KeyError, TypeError):  # none, or damaged: `gptlab verify` names it
+        return None
+    return found if is_sha256(found) else None
+
+
+def is_sha256(value: object) -> bool:
+    """Whether it is a SHA-256 as hex digits."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlab.errors import CheckpointError
+from gptlab.files import open_regular, read_bytes, read_json, write_whole
 from gptlab.parsing import is_count, is_number, parse_json
-from gptlab.runs.rows_on_disk import apart, rows_together, tensors_in
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
 FORMAT = 1
@@ -107,11 +107,11 @@ def seal(building: Path, state: Mapping[str, Any]) -> Path:
     """Complete a folder that holds the tensors, and give it its name; see `save`."""
     checkpoints, step = building.parent, state["scalars"]["step"]
     target = checkpoints / f"step_{step:08d}"
-    (building / STATE).write_text(_canonical(state), encoding="utf-8")
+    write_whole(building / STATE, _canonical(state))
     names = sorted(path.name for path in building.iterdir())
     manifest = {"format": FORMAT, "step": step, "files": {n: _fingerprint(building / n) for n in names}}
     manifest["sha256"] = hashlib.sha256(_canonical(manifest).encode()).hexdigest()
-    (building / MANIFEST).write_text(_canonical(manifest), encoding="utf-8")
+    write_whole(building / MANIFEST, _canonical(manifest))
     for name in (*names, MANIFEST):
         _flush(building / name)
     _flush(building)
@@ -143,7 +143,7 @@ def verify(folder: Path) -> list[Problem]:
     """What is wrong with a checkpoint folder; empty if every file is as it was written."""
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, inside=folder, error=CheckpointError)
         manifest = parse_json(content)
         as_written = content == _canonical(manifest).encode()  # a space turned into a line break parses alike
         stated = manifest.pop("sha256")
@@ -156,19 +156,27 @@ def verify(folder: Path) -> list[Problem]:
             return [Problem(str(path), f"it lists {sorted(unknown)[0]!r}, which belongs to no checkpoint")]
     except FileNotFoundError:
         return [Problem(str(path), "missing")]
+    except CheckpointError as error:
+        return [Problem(str(path), str(error))]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         return [Problem(str(path), f"cannot be read ({type(error).__name__})")]
-    problems = []
-    for name in names:
-        file, stated = folder / name, expected.get(name, {})
-        if not file.is_file():
-            problems.append(Problem(str(file), "missing"))
-        elif file.stat().st_size != stated.get("bytes"):
-            problems.append(Problem(str(file), f"expected {stated.get('bytes')} bytes, found {file.stat().st_size}"))
-        elif _sha256(file) != stated.get("sha256"):
-            problems.append(Problem(str(file), "its content does not match its checksum"))
+    found = ((folder / name, _difference(folder / name, expected.get(name, {}))) for name in names)
+    problems = [Problem(str(file), problem) for file, problem in found if problem]
     extra = [path for path in shards(folder) if path.name not in names]
     return problems + [Problem(str(path), "it is not of this checkpoint") for path in extra]
+
+
+def _difference(file: Path, stated: Mapping[str, Any]) -> str | None:
+    """How a file differs from what the manifest states of it, in words."""
+    try:
+        found = _fingerprint(file)
+    except FileNotFoundError:
+        return "missing"
+    except CheckpointError as error:
+        return str(error)
+    if found["bytes"] != stated.get("bytes"):
+        return f"expected {stated.get('bytes')} bytes, found {found['bytes']}"
+    return None if found["sha256"] == stated.get("sha256") else "its content does not match its checksum"
 
 
 def verified(folder: Path) -> Verified:
@@ -198,10 +206,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError.
     """
-    try:
-        state = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError:
-        state = None
+    state = read_json(path, inside=path.parent, error=CheckpointError)
     if not isinstance(state, dict) or not _well_formed(state):
         raise CheckpointError(f"{path}: expected scalars, cursor, rng and records as a run saves them; it is not read")
     return state
@@ -242,13 +247,9 @@ def _canonical(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False, indent=1) + "\n"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _fingerprint(path: Path) -> dict[str, Any]:
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
+    with open_regular(path, inside=path.parent, error=CheckpointError) as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _flush(path: Path) -> None:
@@ -280,3 +281,78 @@ def remove_debris(checkpoints: Path) -> None:
     for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
         if path.name.startswith((".saving_", ".removing_")):
             _remove(path)
+
+
+WHERE, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file; raises CheckpointError where it cannot be read."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """A file's tensors, and what else its header says."""
+    open_regular(path, inside=path.parent, error=CheckpointError).close()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = file.keys()  # an open file is no dict and cannot be iterated over itself
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (safetensors.SafetensorError, ValueError, RuntimeError) as error:  # the last two: a dtype torch lacks
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def rows_together(files: Sequence[Path]) -> dict[str, Tensor]:
+    """The whole tensors whose rows stand in these files.
+
+    Raises CheckpointError where rows are missing, stand in two files, or are said to be cut otherwise than by rows.
+    """
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for path in files:
+        tensors, header = _read(path)
+        offsets = _offsets(header)
+        for name, piece in tensors.items():
+            first = _first_row(offsets.get(name), piece)
+            if first is None:
+                raise CheckpointError(f"{path}: expected the place of each tensor's rows, found none of {name}")
+            found.setdefault(name, []).append((first, piece))
+    return {name: _together(name, pieces, files[0].parent) for name, pieces in found.items()}
+
+
+def _offsets(header: Mapping[str, str]) -> Mapping[str, object]:
+    """What a header says of each tensor's place; nothing where it says nothing that can be read."""
+    try:
+        parsed = parse_json(header.get(WHERE, ""))
+    except ValueError:
+        parsed = None
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _first_row(said: object, piece: Tensor) -> int | None:
+    """The row of the whole tensor at which a piece begins; None where the header says nothing that can be so."""
+    offsets = said.get(OFFSETS) if isinstance(said, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != piece.dim() or not all(map(is_count, offsets)):
+        return None
+    return None if any(offsets[1:]) else sum(offsets[:1])
+
+
+def _together(name: str, pieces: list[tuple[int, Tensor]], folder: Path) -> Tensor:
+    pieces.sort(key=lambda piece: piece[0])
+    if len(pieces) == 1 and not pieces[0][0]:
+        return pieces[0][1]
+    expected = 0
+    shapes = {(piece.dtype, piece.shape[1:]) for _, piece in pieces}
+    for first, piece in pieces:
+        if first != expected or not piece.dim() or len(shapes) > 1:
+            raise CheckpointError(
+                f"{folder}: expected row {expected} of {name} next, found row {first}, or another cut"
+            )
+        expected += len(piece)
+    return torch.cat([piece for _, piece in pieces])
+
+
+def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(weights, moments) of tensors that stand together: a moment's name is its kind, a dot and its weight's name."""
+    moments = {name for name in tensors if name.partition(".")[2] in tensors}
+    weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
+    return weights, {name: tensors[name] for name in tensors if name in moments}

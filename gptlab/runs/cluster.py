@@ -1,28 +1,39 @@
 """Cells as jobs of a cluster, submitted through submitit: to Slurm, or as submitit's own processes on this machine.
 
-All machines share the experiment's folder, and its locks. Whether a job trains its cell is told by the cell's claim,
+All machines share the experiment's folder, and its locks. Whether a job trains its cell is shown by the cell's claim,
 which the job itself holds; how far it came, by the cell's rows. The cluster is asked only of jobs that hold no claim.
 submitit pickles its calls into a folder of the experiment: whoever can write there can run code as you.
+
+A job has a lease, a file in the cell's folder that the runner writes and revokes. A job that finds it gone, or
+another's, ends, and saves first if it has begun. So a cell is never trained by two jobs, however many were submitted
+by runners that were killed, and a job is stopped in the same way whether it waits or runs, and wherever that is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
+import shlex
 import signal
+import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptlab.errors import ConfigError, did_you_mean, needs_package
+from gptlab.errors import ConfigError, GptlabError, Stopped, did_you_mean, needs_package
+from gptlab.files import open_regular, write_whole
 from gptlab.options import option, options_of, typed
-from gptlab.runs.cells import OUTPUT, Cell, Claim, claimed, saved_step
-from gptlab.runs.job import blocked, license_job, licensed, train_cell, withdraw
+from gptlab.processes import end_with
+from gptlab.runs.cells import OUTPUT, Cell, Claim, claimed, lease, leased, revoke, saved_step
+from gptlab.runs.executor import Child
+from gptlab.runs.patches import PatchedPackage
 
 if TYPE_CHECKING:
     import submitit
@@ -44,6 +55,12 @@ LOST = 600.0
 REFUSED = 60.0
 """Seconds that nothing is submitted after a refusal, be it of too many jobs."""
 
+PATIENCE = 60.0
+"""Seconds that a job waits for the cell's claim: the runner has it while it submits."""
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks of a job at its lease."""
+
 
 @dataclass(frozen=True)
 class JobOptions:
@@ -54,7 +71,7 @@ class JobOptions:
     qos: str | None = option(None, "quality of service")
     constraint: str | None = option(None, "features that a node must have")
     timeout_min: int = option(
-        240, "time of a job; a cell that needs more saves and goes on in the next", unit="minutes"
+        240, "time of a job; a cell that needs more saves and continues in the next", unit="minutes"
     )
     signal_delay_s: int = option(120, "time to save before that ends", unit="seconds")
     cpus_per_task: int = option(0, "cores of a job", shown="the cluster's choice")
@@ -127,7 +144,7 @@ class Job:
 
     def stop(self) -> None:
         self._stopped = True
-        withdraw(self.cell.folder, self._token)
+        revoke(self.cell.folder, self._token)
         if self._is_slurm and not claimed(self.cell):
             self._submitted.cancel(check=False)
 
@@ -141,11 +158,14 @@ class Job:
             time.sleep(0.05)
 
     def close(self) -> str | None:
-        withdraw(self.cell.folder, self._token)
+        revoke(self.cell.folder, self._token)
         if self._stopped:
             return None
         log = self._submitted.paths.stdout
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+        lines = []
+        with contextlib.suppress(FileNotFoundError, GptlabError), open_regular(log) as file:
+            file.seek(max(0, log.stat().st_size - 20_000))
+            lines = file.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
         return (
             f"{TRIES} jobs in a row saved no further checkpoint; the last, {self._submitted.job_id}, is "
@@ -169,8 +189,10 @@ class Jobs:
         import submitit
 
         self.system: System = system
+        os.environ["PYTHONSAFEPATH"] = "1"  # submitit starts Python where the experiment's files may lie
+        python = f"{shlex.quote(sys.executable)} -P"
         try:
-            self._executor = submitit.AutoExecutor(folder / FOLDER, cluster=system)
+            self._executor = submitit.AutoExecutor(folder / FOLDER, cluster=system, slurm_python=python)
         except RuntimeError:
             raise ConfigError(
                 "--executor slurm: expected Slurm's srun and sbatch on PATH, found none; run this on a login node"
@@ -186,39 +208,49 @@ class Jobs:
     def find(self, cell: Cell) -> Job | None:
         import submitit
 
-        licence = licensed(cell.folder)
-        if licence.get("system") != self.system or "id" not in licence:
+        found = leased(cell.folder)
+        if found.get("system") != self.system or not all(isinstance(found.get(key), str) for key in ("id", "token")):
             return None
         kind = submitit.SlurmJob if self.system == "slurm" else submitit.LocalJob
-        job = Job(cell, kind(self._executor.folder, licence["id"]), licence["token"])
+        job = Job(cell, kind(self._executor.folder, found["id"]), found["token"])
         if not claimed(cell) and job.over():
             return None
         self._saved.setdefault(cell.name, saved_step(cell))
         return job
 
-    def start(self, cell: Cell, claim: Claim, code: Path, words: Sequence[str]) -> Job | None:
+    def start(self, cell: Cell, claim: Claim, code: PatchedPackage | None, words: Sequence[str]) -> Job | None:
         if time.monotonic() < self._refused_until:
             return None
         token = uuid.uuid4().hex
-        license_job(cell.folder, token)
+        lease(cell.folder, token)
         (cell.folder / OUTPUT).unlink(missing_ok=True)  # what an earlier try said is no reason any more
         local = "yes" if self.system == "local" else "no"
         try:
             with blocked(signal.SIGINT):  # a Ctrl-C here is for the runner, not for submitit's local processes
                 submitted = self._executor.submit(
-                    train_cell, str(code.absolute()), str(cell.folder.absolute()), token, local, *words
+                    train_cell, *self._archived(code), str(cell.folder.absolute()), token, local, *words
                 )
         except (RuntimeError, OSError) as error:
             return self._refused(cell, error)
-        license_job(cell.folder, token, system=self.system, id=submitted.job_id)
+        lease(cell.folder, token, system=self.system, id=str(submitted.job_id))
         self._accepted += 1
         self._saved.setdefault(cell.name, saved_step(cell))
         claim.release()
         return Job(cell, submitted, token)
 
+    def _archived(self, code: PatchedPackage | None) -> tuple[str, str]:
+        """The file in which a job finds the code to run, and its SHA-256; nothing of it for the package in use."""
+        if code is None:
+            return "", ""
+        archive = code.archive
+        sha256 = hashlib.sha256(archive).hexdigest()
+        path = Path(self._executor.folder).absolute() / f"code_{sha256[:16]}.json"
+        write_whole(path, archive)
+        return str(path), sha256
+
     def _refused(self, cell: Cell, error: Exception) -> None:
         """Wait a while where other jobs were accepted: there may be too many. Else raise ConfigError."""
-        withdraw(cell.folder)
+        revoke(cell.folder)
         if not self._accepted:
             said = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"--executor {self.system}: the job was not accepted: {said}") from None
@@ -230,3 +262,77 @@ class Jobs:
         self._saved[cell.name] = saved
         self._futile[cell.name] = 0 if further else self._futile.get(cell.name, 0) + 1
         return self._futile[cell.name] < TRIES
+
+
+def train_cell(archive: str, sha256: str, folder: str, token: str, with_launcher: str, *words: str) -> int:
+    """Run `gptlab WORDS` on a node, with the code that an archive of this hash holds, or the package in use.
+
+    Gives the exit code, Stopped's where the job is not needed. with_launcher: "yes" ends this process when the one that
+    started it ends. SIGTERM, and the signal by which a cluster announces that time is up, ask the training to save and
+    to end, once. A plain function of strings: submitit pickles the call.
+    """
+    if with_launcher == "yes":
+        end_with(os.getppid())
+    asked = _Asked(Path(folder), token)
+    claim = _claim(Path(folder), asked)
+    if claim is None:
+        print("this job is not needed any more, or another process has the cell")
+        return Stopped.exit_code
+    code = PatchedPackage.from_archive(Path(archive), sha256) if archive else None
+    with blocked(_announcement()):  # some clusters signal the whole tree: it means this process
+        child = Child(Path(folder), claim, code, words)
+    stopping = False
+    while not child.over():
+        time.sleep(0.1)
+        if not stopping and asked():
+            child.stop()
+            stopping = True
+    child.close()
+    return child.code
+
+
+class _Asked:
+    """Called, it says whether the job is to end: a signal came, or its lease is gone."""
+
+    def __init__(self, folder: Path, token: str) -> None:
+        self._folder, self._token = folder, token
+        self._asked, self._looked = False, 0.0
+        for number in (signal.SIGTERM, _announcement()):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if not self._asked and now - self._looked >= LOOK_EVERY:
+            self._looked = now
+            self._asked = leased(self._folder).get("token") != self._token
+        return self._asked
+
+
+def _claim(folder: Path, asked: _Asked) -> Claim | None:
+    """The cell's claim, or None where the job is to end or another process keeps it."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and not asked():
+        if claim := Claim.take(folder):
+            return claim
+        time.sleep(0.1)
+    return None
+
+
+def _announcement() -> signal.Signals:
+    """The signal by which submitit has a cluster announce the end of a job's time: USR2, unless the user chose."""
+    from submitit import JobEnvironment
+
+    return signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+
+
+@contextlib.contextmanager
+def blocked(number: signal.Signals) -> Iterator[None]:
+    """Block a signal for a while; processes started meanwhile never hear it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

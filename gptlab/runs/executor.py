@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from gptlab.errors import Stopped
-from gptlab.runs import child
-from gptlab.runs.cells import OUTPUT, Cell, Claim
-from gptlab.runs.job import withdraw
+from gptlab.files import open_new
+from gptlab.processes import how_it_ended, python_command
+from gptlab.runs.cells import OUTPUT, Cell, Claim, revoke
+from gptlab.runs.patches import PatchedPackage
 
 
 class Worker(Protocol):
@@ -41,23 +43,35 @@ class Executor(Protocol):
         """The cell's worker that another runner has left behind or shares, if there is one."""
         ...
 
-    def start(self, cell: Cell, claim: Claim, code: Path, words: Sequence[str]) -> Worker | None:
-        """Have `gptlab WORDS` run with the package in folder `code`; None where there is no room after all.
+    def start(self, cell: Cell, claim: Claim, code: PatchedPackage | None, words: Sequence[str]) -> Worker | None:
+        """Have `gptlab WORDS` run with that code, or the package in use; None where there is no room after all.
 
         From then on the claim is the worker's.
         """
         ...
 
     def again(self, cell: Cell) -> bool:
-        """Whether a cell that could go on, and whose worker has ended nevertheless, is to be started again."""
+        """Whether a cell that could continue, and whose worker has ended nevertheless, is to be started again."""
         ...
 
 
 class Child:
-    """A process of this machine, which ends with its runner."""
+    """A process of this machine that runs `gptlab WORDS` for the cell in a folder, and ends with this process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], claim: Claim) -> None:
-        self._process, self._claim = process, claim
+    def __init__(self, folder: Path, claim: Claim, code: PatchedPackage | None, words: Sequence[str]) -> None:
+        """In a session of its own: a Ctrl-C reaches the runner alone, which asks its children to stop, once."""
+        self._claim = claim
+        self._code = code.unpack() if code else None
+        command = python_command("gptlab.cli.main:main", *words, code=self._code, ends_with_us=True)
+        with open_new(folder / OUTPUT) as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=[claim.descriptor],
+            )
 
     def over(self) -> bool:
         return self._process.poll() is not None
@@ -72,8 +86,14 @@ class Child:
 
     def close(self) -> str | None:
         self._claim.release()
-        code = self._process.returncode
-        return None if code in (0, Stopped.exit_code) else child.how_it_ended(code)
+        if self._code:
+            shutil.rmtree(self._code, ignore_errors=True)
+        return None if self.code in (0, Stopped.exit_code) else how_it_ended(self.code)
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that is over."""
+        return self._process.returncode
 
 
 class Children:
@@ -82,9 +102,9 @@ class Children:
     def find(self, cell: Cell) -> Child | None:
         return None
 
-    def start(self, cell: Cell, claim: Claim, code: Path, words: Sequence[str]) -> Child:
-        withdraw(cell.folder)  # a job that still waits for this cell somewhere is not needed any more
-        return Child(child.start(code, words, cell.folder / OUTPUT, keep_open=[claim.descriptor]), claim)
+    def start(self, cell: Cell, claim: Claim, code: PatchedPackage | None, words: Sequence[str]) -> Child:
+        revoke(cell.folder)  # a job that still waits for this cell somewhere is not needed any more
+        return Child(cell.folder, claim, code, words)
 
     def again(self, cell: Cell) -> bool:
         return False

@@ -13,15 +13,17 @@ import platform
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from gptlab.errors import CheckpointError, ConfigError
+from gptlab.errors import CheckpointError, ConfigError, UsageError
+from gptlab.files import KB, open_append, read_text, refuse_links, take_lock, write_json
 from gptlab.options import flatten, recorded
 from gptlab.runs import checkpoint
-from gptlab.runs.lock import LOCK, take
 from gptlab.runs.records import last_row, read_record, read_rows
+from gptlab.signals.user import without_folders
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 
+LOCK = ".lock"
 LOCK_PATIENCE = 30.0
 WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "checkpoints", LOCK)
 """What a run's writer makes in its folder."""
@@ -32,9 +34,9 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._lock: IO[str] | None = None
-        self._metrics: IO[str] | None = None
-        self._log: IO[str] | None = None
+        self._lock: BinaryIO | None = None
+        self._metrics: BinaryIO | None = None
+        self._log: BinaryIO | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -57,7 +59,7 @@ class RunFolder:
         """
         self._refuse_links()
         found = ""
-        if self.exists():
+        if os.path.lexists(self.path / "config.json"):
             try:
                 self.recorded("config.json", "options")
             except CheckpointError:
@@ -76,29 +78,28 @@ class RunFolder:
         holder = ""
         self._refuse_links()
         deadline = time.monotonic() + patience
-        while (file := take(self.path / LOCK)) is None:
+        while (file := take_lock(self.path / LOCK, error=CheckpointError)) is None:
             if time.monotonic() > deadline:
-                with contextlib.suppress(FileNotFoundError):
-                    holder = (self.path / LOCK).read_text(encoding="utf-8").strip()
+                with contextlib.suppress(FileNotFoundError, CheckpointError):
+                    holder = read_text(self.path / LOCK, limit=KB, inside=self.path, error=CheckpointError).strip()
                 raise CheckpointError(
                     f"{self.path} is being written by {holder or 'another process'}; wait for it, stop it, or give "
                     "another --out"
                 )
             time.sleep(0.2)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
         file.flush()
         self._lock = file
 
     def _refuse_links(self) -> None:
         """Raise CheckpointError where a file of the run is a link: who writes the run would write what it leads to."""
         for name in WRITTEN:
-            for path in (self.path / name, self.path / f".{name}.tmp"):
-                if path.is_symlink():
-                    raise CheckpointError(
-                        f"{path} is a link to elsewhere; a run is written in its own folder only: remove the link, or "
-                        "give another --out"
-                    )
+            if (path := self.path / name).is_symlink():
+                raise CheckpointError(
+                    f"{path} is a link to elsewhere; a run is written in its own folder only: remove the link, or "
+                    "give another --out"
+                )
 
     def close(self) -> None:
         """Write no more, and let go of the lock."""
@@ -122,9 +123,7 @@ class RunFolder:
     def record(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file of the folder, whole or not at all."""
         self.path.mkdir(parents=True, exist_ok=True)
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(self.path / name)
+        write_json(self.path / name, value)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that was cut off by a kill is left out.
@@ -150,12 +149,12 @@ class RunFolder:
             return
         row = {"step": step, "kind": kind, **values}
         try:
-            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self._metrics.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             self._metrics.flush()
             if kind == "train":
-                self._log.write(f"{step} train {values['loss']:.6f}\n")
+                self._log.write(f"{step} train {values['loss']:.6f}\n".encode())
             elif kind == "val":
-                self._log.write(f"{step} val {values['loss']:.4f}\n")
+                self._log.write(f"{step} val {values['loss']:.4f}\n".encode())
             self._log.flush()
         except OSError as error:
             self._metrics = None
@@ -191,6 +190,7 @@ class RunFolder:
         notes: list[str] = []
         for folder in checkpoint.complete(self.checkpoints):
             try:
+                refuse_links(folder, self.path, error=CheckpointError)
                 return checkpoint.verified(folder), notes
             except CheckpointError as error:
                 notes.append(f"{error}; falling back to the checkpoint before it")
@@ -199,19 +199,19 @@ class RunFolder:
         return None, notes
 
 
-def _open_at(path: Path, length: int) -> IO[str]:
-    path.touch()
-    if path.stat().st_size < length:
+def _open_at(path: Path, length: int) -> BinaryIO:
+    file = open_append(path, error=CheckpointError)
+    if os.fstat(file.fileno()).st_size < length:
+        file.close()
         raise CheckpointError(f"{path} is shorter than its checkpoint says: expected at least {length} bytes")
-    os.truncate(path, length)
-    file = path.open("a", encoding="utf-8")
+    file.truncate(length)
     file.seek(0, os.SEEK_END)
     return file
 
 
 def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     """What makes `now` another run than `before`, a line an option; more steps and FREE_ON_RESUME are no difference."""
-    old, new = flatten(before), flatten(now)
+    old, new = without_folders(flatten(before)), without_folders(flatten(now))
     free = FREE_ON_RESUME - (FIXED_IF_DETERMINISTIC if before.deterministic else frozenset())
     lines = []
     for key in old:
@@ -226,7 +226,51 @@ def newest(run: str | Path) -> Path:
     path = Path(run)
     if (path / checkpoint.MANIFEST).exists() or (path / checkpoint.WEIGHTS).exists():
         return path
-    found = checkpoint.complete(path / "checkpoints")
+    found = [folder for folder in checkpoint.complete(path / "checkpoints") if not folder.is_symlink()]
     if not found:
         raise CheckpointError(f"expected a run or a checkpoint, found none at {path}; train one or check the path")
     return found[0]
+
+
+TRASH = ".trash"
+
+
+def deletable(root: Path, name: str) -> Path:
+    """The run in `root` that `name` means: a path below it, or as seen from here.
+
+    Raises UsageError where it lies anywhere else, is a link, is `root` itself, or is no run.
+    """
+    inside = root.resolve()
+    path = root / name if (root / name).exists() else Path(name)
+    if not os.path.lexists(path):
+        raise UsageError(f"expected a run in {root}, found none named {name}; see `gptlab runs {root}`")
+    real = path.resolve()
+    if path.is_symlink() or real == inside or inside not in real.parents:
+        raise UsageError(f"expected a run inside {root}, found {name}; nothing elsewhere is deleted")
+    if TRASH in real.relative_to(inside).parts:
+        raise UsageError(f"{name} is in the trash already")
+    if not RunFolder(real).exists():
+        raise UsageError(f"expected a run at {name}, found no config.json there; see `gptlab runs {root}`")
+    return real
+
+
+def move_to_trash(root: Path, run: Path) -> Path:
+    """Move a run into `root`/.trash and give its place; raises CheckpointError where a process is writing it.
+
+    The run's lock is held meanwhile, so that nobody can begin to write it.
+    """
+    folder = RunFolder(run)
+    folder.lock(patience=0.0)
+    try:
+        trash = root.resolve() / TRASH
+        trash.mkdir(exist_ok=True)
+        if trash.resolve() != trash:
+            raise CheckpointError(f"{trash} is a link to elsewhere; remove the link to delete runs")
+        name = "-".join(run.relative_to(root.resolve()).parts)
+        target, number = trash / name, 2
+        while target.exists():
+            target, number = trash / f"{name}-{number}", number + 1
+        run.rename(target)
+    finally:
+        folder.close()
+    return target

@@ -1,98 +1,142 @@
-"""An arm's own code: a copy of the package with a patch applied, which knows its patch and records it with every run.
+"""An arm's own code: the package with a patch applied, which knows its patch and records it with every run.
 
-The package that is in use, its folder and the user's checkout are never changed.
+It is made from the package in use and the patch, once for a runner, and kept in memory. Each cell gets a copy of its
+own in a fresh private folder, removed when the cell has ended: nothing that lies in an experiment's folder, which may
+have come from anywhere, is run in its place. The package in use and the user's checkout are never changed.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import shutil
+import re
+import stat
 import subprocess
 import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import gptlab
-from gptlab.errors import ConfigError
+from gptlab.errors import ConfigError, shown
+from gptlab.files import MB, kind_of, open_new, read_bytes, read_text
+from gptlab.processes import environment, package
 
 MARK = "PATCH.sha256"
 """A file in the copy's package that holds the SHA-256 of its patch."""
 
-
-def package() -> Path:
-    """The folder of the package that is running."""
-    return Path(gptlab.__file__).resolve().parent
+LARGEST_PATCH, LARGEST_ARCHIVE = MB, 64 * MB
 
 
 def applied() -> str | None:
     """SHA-256 of the patch that the running package carries; None for the package as it is."""
     mark = package() / MARK
-    return mark.read_text(encoding="utf-8").strip() if mark.is_file() else None
+    return read_text(mark, inside=mark.parent).strip() if mark.exists() else None
 
 
-def patched(patch: Path, copies: Path) -> Path:
-    """A folder in `copies` that holds the package under `patch`, made unless it is there: what goes on sys.path.
+@dataclass(frozen=True)
+class PatchedPackage:
+    """files: {gptlab/...: text} of the package under a patch, its mark too; patch: as it was applied."""
 
-    Its name tells package and patch, so that a changed package or patch makes a new copy. Raises ConfigError where the
-    patch cannot be read, does not apply or changes nothing.
+    files: Mapping[str, str]
+    patch: bytes = b""
+
+    @property
+    def archive(self) -> bytes:
+        """All of it as one file, for machines that share no memory with this one."""
+        return json.dumps(self.files, sort_keys=True).encode()
+
+    @classmethod
+    def from_archive(cls, path: Path, sha256: str) -> PatchedPackage:
+        """What another machine has archived; raises ConfigError where the file is not as it was written."""
+        archive = read_bytes(path, limit=LARGEST_ARCHIVE, inside=path.parent, error=ConfigError)
+        if hashlib.sha256(archive).hexdigest() != sha256:
+            raise ConfigError(f"{path}: expected the code that was submitted, found another content; submit it again")
+        return cls(json.loads(archive))
+
+    def unpack(self) -> Path:
+        """A fresh folder that holds the package and that nobody else can write: what goes on sys.path."""
+        folder = Path(tempfile.mkdtemp(prefix="gptlab_code_"))
+        _write(folder, self.files)
+        return folder
+
+
+def patched(patch: Path) -> PatchedPackage:
+    """The package under a patch.
+
+    A patch changes or adds Python files of gptlab/ and nothing else: a researcher reads these, and a run of the arm
+    can contain nothing that is not among them. Raises ConfigError where it cannot be read, does not apply, changes
+    something else or nothing.
     """
     try:
-        content = patch.read_bytes()
-    except OSError as error:
+        content = read_bytes(patch, limit=LARGEST_PATCH, error=ConfigError)
+    except FileNotFoundError as error:
         raise ConfigError(f"patch {patch}: {error.strerror}; expected a file such as `git diff` writes") from None
-    target = copies / f"{patch.stem}-{_name(content)}"
-    if target.is_dir():
-        return target
-    copies.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building_", dir=copies))
-    try:
-        shutil.copytree(package(), building / "gptlab", ignore=shutil.ignore_patterns("__pycache__", MARK))
-        before = _hash(building / "gptlab")
-        _apply(patch.resolve(), building)
-        if links := [path for path in building.rglob("*") if path.is_symlink()]:  # what is written next would follow
-            raise ConfigError(f"patch {patch}: it makes a link of {links[0].relative_to(building)}; leave that out")
-        if _hash(building / "gptlab") == before:
-            raise ConfigError(f"patch {patch}: it changes nothing in gptlab/; leave it out")
-        shutil.copyfile(patch, building / patch.name)
-        (building / "gptlab" / MARK).write_text(hashlib.sha256(content).hexdigest() + "\n", encoding="utf-8")
-        try:
-            building.rename(target)
-        except OSError:  # another runner was faster with the same copy
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return target
+    before = {f"gptlab/{name}": _text(package() / name) for name in _files(package()) if name != MARK}
+    with tempfile.TemporaryDirectory(prefix="gptlab_patch_") as scratch:
+        folder = Path(scratch, "package")
+        _write(folder, before)
+        _apply(patch, content, folder)
+        after = {path: _changed(patch, folder, path, before) for path in _files(folder)}
+    if lost := sorted(before.keys() - after.keys()):
+        raise ConfigError(f"patch {patch}: it removes {shown(lost[0])}; empty the file instead")
+    if after == before:
+        raise ConfigError(f"patch {patch}: it changes nothing; leave it out")
+    return PatchedPackage({**after, f"gptlab/{MARK}": hashlib.sha256(content).hexdigest() + "\n"}, content)
 
 
-def _apply(patch: Path, folder: Path) -> None:
-    """`git apply` in a repository of its own: inside another one git would leave out what lies elsewhere."""
+def _changed(patch: Path, folder: Path, name: str, before: Mapping[str, str]) -> str:
+    """A file as the patch leaves it; raises ConfigError where that is no plain Python file of the package."""
+    path = folder / name
+    mode = path.lstat().st_mode
+    text = _text(path) if stat.S_ISREG(mode) else ""
+    if text == before.get(name) and not mode & 0o111:
+        return text
+    if not stat.S_ISREG(mode):
+        found = kind_of(mode)
+    elif mode & 0o111:
+        found = "a program"
+    elif not re.fullmatch(r"gptlab/(\w+/)*\w+\.py", name):
+        found = "another file"
+    elif not text.isprintable() and not all(c.isprintable() or c in "\n\t\f" for c in text):
+        found = "no text"
+    else:
+        return text
+    raise ConfigError(f"patch {patch}: expected changes of Python files in gptlab/, found {found}: {shown(name)}")
+
+
+def _apply(patch: Path, content: bytes, folder: Path) -> None:
+    """`git apply` outside of any repository: inside one git would leave out what lies elsewhere."""
+    where = environment(without="GIT_", GIT_CEILING_DIRECTORIES=os.path.realpath(folder.parent))
+    command = ["git", "apply", "--whitespace=nowarn", "-"]
     try:
-        subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True, capture_output=True)
-        done = subprocess.run(["git", "apply", str(patch)], cwd=folder, check=False, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, input=content, check=False, capture_output=True, env=where)
     except FileNotFoundError:
         raise ConfigError(f"patch {patch}: applying it needs the program git, which is not installed") from None
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no reason given"]
+        reasons = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise ConfigError(
-            f"patch {patch} does not apply to gptlab {gptlab.__version__}: {said[0].removeprefix('error: ')}; "
+            f"patch {patch} does not apply to gptlab {gptlab.__version__}: {reasons[0].removeprefix('error: ')}; "
             "make it with `git diff -- gptlab` against the code in use"
         )
-    shutil.rmtree(folder / ".git")
 
 
-def _name(patch: bytes) -> str:
-    return hashlib.sha256(_hash(package()).encode() + patch).hexdigest()[:12]
+def _files(folder: Path) -> Iterator[str]:
+    """The names of all that lies in a folder and below, but for folders and what Python keeps there of itself."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        for name in sorted([*names, *links]):
+            yield Path(root, name).relative_to(folder).as_posix()
 
 
-def _hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's files but for caches and the mark."""
-    h = hashlib.sha256()
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f != "__pycache__")
-        for name in sorted(files):
-            if name != MARK:
-                path = Path(root, name)
-                h.update(f"{path.relative_to(folder).as_posix()}\0".encode())
-                h.update(hashlib.sha256(path.read_bytes()).digest())
-    return h.hexdigest()
+def _text(path: Path) -> str:
+    return path.read_bytes().decode(errors="surrogateescape")
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        with open_new(folder / name) as file:
+            file.write(text.encode(errors="surrogateescape"))

@@ -18,7 +18,7 @@ from gptlab.distributed import World
 from gptlab.model.gpt import GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.runs import checkpoint
-from gptlab.runs.rows_on_disk import apart
+from gptlab.runs.checkpoint import apart
 from gptlab.training.state import TrainingState
 
 

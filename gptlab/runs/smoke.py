@@ -10,19 +10,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gptlab.errors import Stopped
 from gptlab.options import build
-from gptlab.runs import child
-from gptlab.runs.arm_options import as_toml, check_options, options_file
-from gptlab.runs.cells import OUTPUT, Cell, Rows, cells_of
-from gptlab.runs.experiment_file import Arm, Experiment
-from gptlab.runs.packing import Packing
-from gptlab.runs.patches import package, patched
+from gptlab.processes import how_it_ended
+from gptlab.runs.cells import Cell, Claim, Rows
+from gptlab.runs.executor import Child
+from gptlab.runs.experiment_runner import Runner
+from gptlab.runs.experiment_spec import Arm, Experiment
 from gptlab.runs.records import read_rows
+from gptlab.runs.scheduling import Packing, Queue
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import run_flops
 from gptlab.training.presets import PRESETS
@@ -65,16 +64,25 @@ def smoke(
 ) -> Iterator[Trial]:
     """Try every arm within about `budget` seconds in all, and yield what was found, in the order of arms.
 
-    Raises ConfigError for a patch that does not fit, Stopped where `stop` says so; leaves no process and no file.
+    Raises ConfigError where arms cannot run, Stopped where `stop` says so; leaves no process and no file.
     """
+    often = {"dose_every": 5, "sample_every": 0, "eval_every": 0, "log_every": 0}
+    arms = {
+        arm.name: replace(
+            arm, options={**arm.options, **often, "checkpoint_every": arm.count("steps", experiment.preset)}
+        )
+        for arm in experiment.arms.values()
+    }
     with tempfile.TemporaryDirectory(prefix="gptlab_smoke_") as scratch:
-        cells = cells_of(experiment, Path(scratch), seeds=1)
-        groups = list(_side_by_side(cells, packing))
+        runner = Runner(replace(experiment, arms=arms), Path(scratch), packing, seeds=1, allow_code=allow_code)
+        runner.prepare()
+        groups = list(_side_by_side(runner.cells, packing))
         for group in groups:
-            yield from _try(experiment, group, packing, budget / len(groups), allow_code, stop)
+            for cell, code, start_up in _try(runner, group, budget / len(groups), stop):
+                yield _trial(experiment, replace(cell, arm=experiment.arms[cell.arm.name]), code, start_up)
 
 
-def _side_by_side(cells: list[Cell], packing: Packing) -> Iterator[list[Cell]]:
+def _side_by_side(cells: list[Cell], packing: Packing | Queue) -> Iterator[list[Cell]]:
     """The cells in groups that run at a time."""
     group: list[Cell] = []
     for cell in cells:
@@ -86,20 +94,19 @@ def _side_by_side(cells: list[Cell], packing: Packing) -> Iterator[list[Cell]]:
 
 
 def _try(
-    experiment: Experiment,
-    cells: list[Cell],
-    packing: Packing,
-    seconds: float,
-    allow_code: bool,
-    stop: Callable[[], bool],
-) -> Iterator[Trial]:
+    runner: Runner, cells: list[Cell], seconds: float, stop: Callable[[], bool]
+) -> Iterator[tuple[Cell, int, float]]:
+    """Train cells for a while: each with its exit code, and the seconds until its first step."""
     started, first = time.monotonic(), dict.fromkeys((cell.name for cell in cells), 0.0)
     rows = {cell.name: Rows(cell) for cell in cells}
-    processes, asked = [], set()
+    processes: list[Child] = []
+    asked: set[str] = set()
     try:
-        for gpu, cell in enumerate(cells):
-            processes.append(_start(experiment, cell, packing, gpu, allow_code))
-        while any(process.poll() is None for process in processes):
+        for slot, cell in enumerate(cells):
+            claim = Claim.take(cell.folder)
+            assert claim, "the folder is nobody else's"
+            processes.append(Child(cell.folder, claim, runner.code(cell), runner.words(cell, slot)))
+        while not all(process.over() for process in processes):
             time.sleep(0.2)
             if stop():
                 raise Stopped("stopped; nothing was kept")
@@ -108,39 +115,21 @@ def _try(
                 if rows[cell.name].look().step and not first[cell.name]:
                     first[cell.name] = time.monotonic() - started
                 if enough and rows[cell.name].step >= FEWEST and cell.name not in asked:
-                    process.terminate()  # once: a second request is an order
+                    process.stop()  # once: a second request is an order
                     asked.add(cell.name)
     finally:
         for process in processes:
-            process.kill() if process.poll() is None else None
-            process.wait()
+            process.kill()
+            process.close()
     for cell, process in zip(cells, processes, strict=True):
-        yield _trial(experiment, cell, process.returncode, first[cell.name])
-
-
-def _start(experiment: Experiment, cell: Cell, packing: Packing, gpu: int, allow_code: bool) -> Any:
-    arm, folder = cell.arm, cell.folder.parents[1]
-    code = patched(arm.patch, folder / ".code") if arm.patch else package().parent
-    cell.folder.mkdir(parents=True)
-    every = max(1, int(arm.get("steps", experiment.preset)))
-    often = {"dose_every": 5, "checkpoint_every": every, "sample_every": 0, "eval_every": 0, "log_every": 0}
-    file = options_file(folder, arm)
-    file.write_text(as_toml({"preset": experiment.preset, **arm.options, **often}), encoding="utf-8")
-    if arm.patch:
-        check_options(arm, code, file)
-    words = ["train", "--config", str(file), "--seed", str(cell.seed), "--out", str(cell.folder)]
-    words += ["--allow_code"] * allow_code
-    for key, value in packing.options(cell.n_embd, gpu).items():
-        words += [f"--{key}", value] if key not in arm.options else []
-    return child.start(code, words, cell.folder / OUTPUT)
+        yield cell, process.code, first[cell.name]
 
 
 def _trial(experiment: Experiment, cell: Cell, code: int, start_up: float) -> Trial:
     arm, rows = cell.arm, Rows(cell).look()
-    name = str(arm.options.get("signal.name", "none"))
-    dose = statistics.fmean(rows.doses) if rows.doses else None
+    name, dose = next(arm.signals), rows.dose
     if code not in (0, Stopped.exit_code):
-        reason = (rows.reason or child.how_it_ended(code)).replace(str(cell.folder), cell.name)
+        reason = (rows.reason or how_it_ended(code)).replace(str(cell.folder), cell.name)
         return Trial(arm.name, rows.step, _activity(arm, name, dose, rows.step), dose, reason)
     speed = statistics.median(_speeds(cell))
     seconds, validation = _seconds(arm, experiment.preset, speed)
@@ -158,7 +147,7 @@ def _activity(arm: Arm, name: str, dose: float | None, step: int) -> str:
         return "no signal"
     if arm.options.get("signal.weight") == 0:
         return "weight 0"
-    if (start := int(arm.options.get("signal.start", 0))) >= step:
+    if (start := arm.options.get("signal.start", 0)) >= step:
         return f"starts at step {start}"
     return "inactive so far" if dose is None or dose < INACTIVE else "active"
 
@@ -171,10 +160,10 @@ def _speeds(cell: Cell) -> list[float]:
 
 def _seconds(arm: Arm, preset: str, tokens_per_second: float) -> tuple[float, float]:
     """Seconds of all updates, and of all validations, a validation token taking a third of a training token's time."""
-    steps, every = int(arm.get("steps", preset)), int(arm.get("eval_every", preset))
+    steps, every = arm.count("steps", preset), arm.count("eval_every", preset)
     times = math.ceil(steps / every) if every else 0
-    tokens = steps * int(arm.get("total_batch_tokens", preset))
-    return tokens / tokens_per_second, times * int(arm.get("eval_tokens", preset)) / (3 * tokens_per_second)
+    tokens = steps * arm.count("total_batch_tokens", preset)
+    return tokens / tokens_per_second, times * arm.count("eval_tokens", preset) / (3 * tokens_per_second)
 
 
 def _bytes(cell: Cell, step: int) -> int:
@@ -204,5 +193,5 @@ def equal_steps(experiment: Experiment, trials: Sequence[Trial]) -> dict[str, in
         baseline = baselines.get(arm, experiment.baseline)
         theirs = flops.get(baseline)
         if own and theirs and abs(own / theirs - 1) > WORTH_A_RUN:
-            found[arm] = round(int(experiment.arms[baseline].get("steps", experiment.preset)) * own / theirs)
+            found[arm] = round(experiment.arms[baseline].count("steps", experiment.preset) * own / theirs)
     return found

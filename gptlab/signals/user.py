@@ -8,13 +8,15 @@ attributes: `needs = "previous" | "next" | "final"` (then it takes `other=`), `h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gptlab.errors import ConfigError, did_you_mean
+from gptlab.files import MB, read_bytes
 from gptlab.signals.registry import Signal
 
 if TYPE_CHECKING:
@@ -25,9 +27,9 @@ def user_signal(name: str) -> Signal:
     """The signal named FILE.py:FUNCTION as its file stands now.
 
     Raises ConfigError where there is none, where its file does not run, or where it says what it cannot need. What
-    the function itself does wrong is told when it is called.
+    the function itself does wrong is said when it is called.
     """
-    content = _file(name).read_bytes()
+    content = _content(name)
     function = _function(name, content)
     needs = getattr(function, "needs", None)
     if needs not in (None, "previous", "next", "final"):
@@ -48,26 +50,53 @@ def user_signal(name: str) -> Signal:
 
 def file_hash(name: str) -> str:
     """SHA-256 of the file of FILE.py:FUNCTION, for the record."""
-    return hashlib.sha256(_file(name).read_bytes()).hexdigest()
+    return hashlib.sha256(_content(name)).hexdigest()
 
 
-def _file(name: str) -> Path:
+def next_to(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under dotted keys with the files of users' signals taken as lying in `folder`, as a TOML file's do.
+
+    >>> next_to(Path("ideas"), {"signal.name": "margin.py:margin", "steps": 3})
+    {'signal.name': 'ideas/margin.py:margin', 'steps': 3}
+    """
+    return _renamed(options, lambda name: os.path.normpath(folder / name))
+
+
+def without_folders(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under dotted keys with users' signals named without their folder: a project may be moved."""
+    return _renamed(options, os.path.basename)
+
+
+def _renamed(options: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    found = dict(options)
+    for key in ("name", "signal.name"):
+        if isinstance(name := found.get(key), str) and ".py:" in name:
+            found[key] = rename(name)
+    if found.get("also"):
+        found["also"] = tuple(_renamed(one, rename) for one in found["also"])
+    return found
+
+
+def _content(name: str) -> bytes:
     path = Path(name.rpartition(":")[0])
-    if not path.is_file():
-        raise ConfigError(f"signal {name}: expected a Python file at {path}, found none")
-    return path
+    try:
+        return read_bytes(path, limit=MB, error=ConfigError)
+    except FileNotFoundError:
+        raise ConfigError(f"signal {name}: expected a Python file at {path}, found none") from None
+    except ConfigError as error:
+        raise ConfigError(f"signal {name}: {error}") from None
 
 
 @lru_cache(maxsize=16)
 def _function(name: str, content: bytes) -> Any:
-    """The function of a file of that content: a file that has changed is run anew, an equal one only once."""
-    path, function = _file(name), name.rpartition(":")[2]
+    """The function of a file of that content: a file that has changed is run again, an equal one only once."""
+    path, function = Path(name.rpartition(":")[0]), name.rpartition(":")[2]
     module = ModuleType(f"gptlab_user_{path.stem}")
     module.__file__ = str(path)
     try:
         exec(compile(content, str(path), "exec"), vars(module))
-    except Exception as error:
-        raise ConfigError(f"signal {name}: {path} does not run: {_told(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"signal {name}: {path} does not run: {_one_line(error)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         known = [k for k, v in vars(module).items() if callable(v)]
@@ -76,7 +105,7 @@ def _function(name: str, content: bytes) -> Any:
 
 
 def _checked(function: Callable[..., Any], name: str) -> Callable[..., Tensor]:
-    """The function, with an error or another shape than a value a token told as the user's to mend."""
+    """The function, with an error or another shape than a value a token as an error that is the user's to mend."""
     from torch import Tensor
 
     @wraps(function)
@@ -84,7 +113,7 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Tensor]:
         try:
             values = function(logits, targets, **options)
         except Exception as error:
-            raise ConfigError(f"signal {name} failed: {_told(error)}") from error
+            raise ConfigError(f"signal {name} failed: {_one_line(error)}") from error
         if not isinstance(values, Tensor) or values.shape != targets.shape:
             found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
             raise ConfigError(
@@ -95,6 +124,6 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Tensor]:
     return signal
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """An error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())

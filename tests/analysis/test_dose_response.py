@@ -26,7 +26,7 @@ from gptlab.analysis.dose_response import (
 from gptlab.analysis.statistics import critical_t
 from gptlab.cli.main import main
 from gptlab.options import build, flatten, table_options
-from gptlab.runs.arm_options import as_toml
+from gptlab.runs.experiment_spec import as_toml
 from gptlab.training.config import TrainingConfig
 
 Capture = pytest.CaptureFixture[str]

@@ -14,8 +14,8 @@ from rich.console import Console
 from gptlab.cli.experiment_view import Watch
 from gptlab.cli.main import main
 from gptlab.runs.cells import Claim, State, cells_of
-from gptlab.runs.experiment import Progress, Snapshot, standing
-from gptlab.runs.experiment_file import read_experiment
+from gptlab.runs.experiment_runner import Progress, Snapshot, standing
+from gptlab.runs.experiment_spec import read_experiment
 from gptlab.runs.smoke import smoke
 
 Capture = pytest.CaptureFixture[str]
@@ -191,7 +191,7 @@ def test_smoke_tells_of_every_arm_and_leaves_nothing(file: Path, capsys: Capture
 
 def test_smoke_stops_when_asked(file: Path) -> None:
     from gptlab.errors import Stopped
-    from gptlab.runs.packing import Packing
+    from gptlab.runs.scheduling import Packing
 
     asked: Callable[[], bool] = lambda: True  # noqa: E731
     with pytest.raises(Stopped, match="nothing was kept"):

@@ -16,7 +16,7 @@ from tiny_experiment import write  # pyright: ignore[reportMissingImports]
 from gptlab.cli.main import main
 from gptlab.errors import CheckpointError, ConfigError, GptlabError
 from gptlab.runs.archive import pack, read_pack
-from gptlab.runs.experiment_file import read_experiment
+from gptlab.runs.experiment_spec import read_experiment
 
 Capture = pytest.CaptureFixture[str]
 ARMS = {"plain": {}, "sure": {"signal.name": "confidence"}}

@@ -18,10 +18,9 @@ from tiny_experiment import HEAD, RunnerProcess, rows, write  # pyright: ignore[
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError
 from gptlab.options import options_of
-from gptlab.runs.cells import Cell, Claim, Rows, cells_of, claimed
+from gptlab.runs.cells import LEASE, Cell, Claim, Rows, cells_of, claimed, lease, leased, revoke
 from gptlab.runs.cluster import FOLDER, TRIES, JobOptions, Jobs
-from gptlab.runs.experiment_file import read_experiment
-from gptlab.runs.job import LICENCE, license_job, licensed, withdraw
+from gptlab.runs.experiment_spec import read_experiment
 
 Start = Callable[..., RunnerProcess]
 LONG = {"steps": 400, "checkpoint_every": 40, "eval_every": 200}
@@ -90,7 +89,7 @@ def test_jobs_outlive_a_killed_runner_are_watched_by_the_next_and_stopped_with_i
     assert code == 0, err
     assert pickles(out) == 2 + len(stopped)
     assert (out / "results.json").read_bytes() == expected
-    assert not list(out.glob(f"*/*/{LICENCE}*"))
+    assert not list(out.glob(f"*/*/{LEASE}*"))
 
 
 @pytest.mark.slow
@@ -101,13 +100,13 @@ def test_slurm_jobs_are_neither_lost_nor_doubled(
     monkeypatch.setenv("PATH", slurm.path)
     words = ("--executor", "slurm", "--slurm", "partition=gpu", "--slurm", "timeout_min=7")
     first = start(out, *words)
-    wait_until(lambda: all("id" in licensed(cell.folder) for cell in cells(file, out)), "two jobs in the queue")
+    wait_until(lambda: all("id" in leased(cell.folder) for cell in cells(file, out)), "two jobs in the queue")
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     script = (slurm.folder / "1.sh").read_text()
     assert "#SBATCH --partition=gpu\n" in script
     assert "#SBATCH --time=7\n" in script
-    lost = next(cell.folder for cell in cells(file, out) if str(licensed(cell.folder)["id"]) == "1")
+    lost = next(cell.folder for cell in cells(file, out) if str(leased(cell.folder)["id"]) == "1")
     second = start(out, *words)
     slurm.release()
     wait_until(lambda: any(lost.glob("checkpoints/step_*/MANIFEST.json")), "a checkpoint of job 1")
@@ -126,7 +125,7 @@ def test_stopping_takes_waiting_jobs_out_of_the_queue(
     slurm, out = FakeSlurm(tmp_path / "slurm", held=True), tmp_path / "out"
     monkeypatch.setenv("PATH", slurm.path)
     runner = start(out, "--executor", "slurm", "--jobs", "1")
-    wait_until(lambda: "id" in licensed(cells(file, out)[0].folder), "a job in the queue")
+    wait_until(lambda: "id" in leased(cells(file, out)[0].folder), "a job in the queue")
     runner.send(signal.SIGTERM)
     code, said, err = runner.end()
     assert code == 75, err
@@ -136,15 +135,15 @@ def test_stopping_takes_waiting_jobs_out_of_the_queue(
     slurm.wait_for_end()
 
 
-def test_a_job_without_its_licence_trains_nothing(file: Path, tmp_path: Path) -> None:
+def test_a_job_without_its_lease_trains_nothing(file: Path, tmp_path: Path) -> None:
     """Run as on a node: a newer job, or a stopped runner, has made it needless before it began."""
     cell = cells(file, tmp_path)[0]
     cell.folder.mkdir(parents=True)
-    license_job(cell.folder, "newer")
-    withdraw(cell.folder, "older")
-    assert licensed(cell.folder)["token"] == "newer"
-    call = f"train_cell({str(ROOT)!r}, {str(cell.folder)!r}, 'older', 'no', 'train', '--help')"
-    script = f"from gptlab.runs.job import train_cell; print({call})"
+    lease(cell.folder, "newer")
+    revoke(cell.folder, "older")
+    assert leased(cell.folder)["token"] == "newer"
+    call = f"train_cell('', '', {str(cell.folder)!r}, 'older', 'no', 'train', '--help')"
+    script = f"from gptlab.runs.cluster import train_cell; print({call})"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, cwd=ROOT)
     assert "not needed any more" in done.stdout
     assert done.stdout.endswith("75\n")
@@ -197,7 +196,7 @@ def test_a_submission_that_slurm_refuses_is_one_line(
     words = ["--executor", "slurm", "--slurm", "partition=no"]
     assert main(["experiment", "run", str(file), "--out", str(out), *words]) == 3
     assert "the job was not accepted: sbatch: error: invalid partition specified: no" in capsys.readouterr().err
-    claim = Claim.take(cells(file, out)[0])
+    claim = Claim.take(cells(file, out)[0].folder)
     assert claim, "nobody has the cell"
     claim.release()
 

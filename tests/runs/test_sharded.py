@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from gptlab.errors import CheckpointError
 from gptlab.runs import checkpoint
-from gptlab.runs.rows_on_disk import OFFSETS, WHERE, apart, rows_together
+from gptlab.runs.checkpoint import OFFSETS, WHERE, apart, rows_together
 
 SCRIPT = Path(__file__).with_name("sharded_checkpoint.py")
 

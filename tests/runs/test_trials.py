@@ -10,10 +10,9 @@ import pytest
 
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import cells_of
-from gptlab.runs.choice import Choice, choices, choose, chosen, keep, read_kept
-from gptlab.runs.experiment_file import Experiment, read_experiment
-from gptlab.runs.trials import Trial, all_trials, cells_an_arm, leaders, trial_experiment
-from gptlab.runs.tune import finer
+from gptlab.runs.experiment_spec import Experiment, finer, read_experiment
+from gptlab.runs.tuning import Trial, all_trials, cells_an_arm, leaders, trial_experiment
+from gptlab.runs.tuning_result import Choice, choices, choose, chosen, keep, read_kept
 
 HEAD = """
 name = "tried"

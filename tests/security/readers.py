@@ -43,11 +43,11 @@ from gptlab.model.huggingface import from_huggingface, to_huggingface
 from gptlab.options import build, flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.cells import Cell, Rows
-from gptlab.runs.choice import read_kept
-from gptlab.runs.experiment_file import Arm, read_experiment
+from gptlab.runs.checkpoint import OFFSETS, WHERE
+from gptlab.runs.experiment_spec import Arm, read_experiment
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import model_in
-from gptlab.runs.rows_on_disk import OFFSETS, WHERE
+from gptlab.runs.tuning_result import read_kept
 from gptlab.signals import tuned_reader
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS

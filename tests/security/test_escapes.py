@@ -15,10 +15,9 @@ from gptlab.cli.main import main
 from gptlab.data.corpus import read_manifest
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.runs import checkpoint
-from gptlab.runs.experiment_file import read_experiment
-from gptlab.runs.folder import WRITTEN
+from gptlab.runs.experiment_spec import read_experiment
+from gptlab.runs.folder import WRITTEN, move_to_trash
 from gptlab.runs.patches import patched
-from gptlab.runs.trash import move_to_trash
 
 Capture = pytest.CaptureFixture[str]
 NAMES = (
@@ -118,7 +117,7 @@ def test_a_patch_reaches_nothing_but_its_copy(text: Callable[[Path], str], tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copies", "idea.diff", "out"]
 
 
-@pytest.mark.parametrize("name", [*WRITTEN, ".config.json.tmp", ".environment.json.tmp"])
+@pytest.mark.parametrize("name", WRITTEN)
 def test_a_run_is_not_written_through_a_link(
     name: str, tiny: Callable[..., list[str]], tmp_path: Path, capsys: Capture
 ) -> None:

@@ -17,11 +17,11 @@ from tiny_experiment import ARMS, HEAD, RunnerProcess, write  # pyright: ignore[
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import CLAIM, Claim, Rows, cells_of
-from gptlab.runs.experiment import Runner, standing
-from gptlab.runs.experiment_file import read_experiment
+from gptlab.runs.experiment_runner import Runner, standing
+from gptlab.runs.experiment_spec import read_experiment
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.packing import Packing
 from gptlab.runs.patches import package
+from gptlab.runs.scheduling import Packing
 
 Start = Callable[..., RunnerProcess]
 
@@ -134,12 +134,12 @@ def test_two_runners_share_the_work_and_never_a_cell(whole: Path, start: Start, 
 
 def test_a_claim_is_one_runners_until_it_lets_go(file: Path, tmp_path: Path) -> None:
     cell = cells_of(read_experiment(file), tmp_path)[0]
-    claim = Claim.take(cell)
+    claim = Claim.take(cell.folder)
     assert claim
-    assert Claim.take(cell) is None
+    assert Claim.take(cell.folder) is None
     assert standing(read_experiment(file), tmp_path).cells[0].state == "running"
     claim.release()
-    again = Claim.take(cell)
+    again = Claim.take(cell.folder)
     assert again
     again.release()
     assert (cell.folder / CLAIM).is_file()
@@ -196,7 +196,7 @@ def test_a_patched_arms_options_are_judged_by_its_code(folder: Path, tmp_path: P
     (tmp_path / "idea.diff").write_text("--- /dev/null\n+++ b/gptlab/idea.py\n@@ -0,0 +1 @@\n+x = 1\n")
     file = write(tmp_path, {"plain": {}, "idea": {"patch": "idea.diff", "lerning_rate": 1.0}})
     runner = Runner(read_experiment(file), tmp_path / "out", Packing(1))
-    with pytest.raises(ConfigError, match=r"\[arms.idea\] under .*idea.diff: .*did you mean 'learning_rate'"):
+    with pytest.raises(ConfigError, match=r"1 of 2 arms .*\n  idea: .*did you mean 'learning_rate'.* under idea.diff"):
         runner.prepare()
 
 

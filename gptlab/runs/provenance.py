@@ -1,13 +1,14 @@
-"""What a run is made of, how that has changed since it began, and going on despite it (`--despite`).
+"""What a run is made of, how that has changed since it began, and resuming despite it (`--despite`).
 
-A run that goes on with other options, data or code is no longer the run that it says it is. It is refused with the
-difference, a line each; with `--despite` it goes on, and the difference stands in config.json from then on, so that
-`gptlab compare` tells it too.
+A run that is resumed with other options, data or code is no longer the run that it says it is. It is refused with the
+difference, a line each; with `--despite` it continues, and the difference stands in config.json from then on, so that
+`gptlab compare` shows it too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from gptlab.training.config import TrainingConfig
 FIXED = ("tokenizer", "block_size", "n_layer", "n_embd", "share_blocks", "optimizer")
 """Options that decide which tensors there are: with another of these a checkpoint does not fit."""
 PASSING = ("launch", "reasons", "earlier")
-"""What environment.json says of a sitting alone."""
+"""What environment.json says of a session alone."""
 
 
 def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
@@ -40,7 +41,8 @@ def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[s
     """What makes of the folder's run another than the one asked for, one line each."""
     lines = differences(folder.config(), config)
     before = folder.recorded("config.json", "data")
-    if before.get("code", {}) != _code(config):
+    files = {os.path.basename(str(name)): file for name, file in (before.get("code") or {}).items()}
+    if files != {os.path.basename(name): file for name, file in _code(config).items()}:
         lines.append("code: a signal's file has changed since the run began")
     if before.get("patch") != applied():
         lines.append("patch: the run was made by this code under another patch, or under none")
@@ -48,14 +50,14 @@ def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[s
 
 
 def refuse(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> None:
-    """Raise CheckpointError with the difference if the folder's run is another; despite: only where it cannot go on."""
+    """Raise CheckpointError with the difference if the folder's run is another; despite: only what cannot fit."""
     lines = changes(folder, config, corpus)
     if not lines:
         return
     listed = "\n  ".join(lines)
     if not despite:
         raise CheckpointError(
-            f"{folder.path} holds another run; use --resume never for a new folder, give --out, or go on with it "
+            f"{folder.path} holds another run; use --resume never for a new folder, give --out, or continue it "
             f"--despite:\n  {listed}"
         )
     old, new = flatten(folder.config()), flatten(config)
@@ -67,28 +69,28 @@ def refuse(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: b
 
 
 def recorded(folder: RunFolder, changed: list[str], step: int) -> list[dict[str, Any]]:
-    """All that the run has gone on despite of: what config.json says, and what has changed now, at `step`."""
+    """All that the run was resumed despite of: what config.json says, and what has changed now, at `step`."""
     before = folder.recorded("config.json").get("despite", []) if folder.begun() else []
     return [*before, {"step": step, "differences": changed}] if changed else before
 
 
-def sittings_before(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What environment.json says of earlier sittings, as far as it is objects."""
+def sessions_before(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What environment.json says of earlier sessions, as far as it is objects."""
     earlier = environment.get("earlier")
     return [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
 
 
 def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """{"earlier": what environment.json said of each sitting before, up to its last step}, where those differ from now.
+    """{"earlier": what environment.json said of each session before, up to its last step}, where those differ from now.
 
-    A run that goes on after an update, or on another machine, was made by both.
+    A run that is resumed after an update, or on another machine, was made by both.
     """
     if not step:
         return {}
     before: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):  # nothing hangs on it
         before = folder.recorded("environment.json")
-    earlier = sittings_before(before)
+    earlier = sessions_before(before)
     before.pop("earlier", None)
     before["gptlab"] = folder.recorded("config.json").get("gptlab")
     if any(before.get(key) != value for key, value in {**environment, "gptlab": gptlab.__version__}.items()

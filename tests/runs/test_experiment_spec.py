@@ -13,9 +13,8 @@ import pytest
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError
 from gptlab.options import build
-from gptlab.runs.arm_options import as_toml
 from gptlab.runs.cells import cells_of
-from gptlab.runs.experiment_file import Arm, Experiment, find_experiment, read_experiment
+from gptlab.runs.experiment_spec import Arm, Experiment, as_toml, find_experiment, read_experiment
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import flops_per_token
 

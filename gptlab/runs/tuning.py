@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError
-from gptlab.runs.arm_options import as_toml
-from gptlab.runs.experiment_file import TRIALS, Arm, Experiment
+from gptlab.runs.experiment_spec import TRIALS, Arm, Experiment, as_toml
 
 CONTROL = frozenset({"signal.control", "signal.flip", "signal.flip_to"})
 """What a control arm may differ in from its signal's arm and still take over its choice."""
@@ -54,7 +53,7 @@ def trials_of(experiment: Experiment, arm: Arm) -> tuple[Trial, ...]:
     """
     tune = experiment.tune
     assert tune
-    if int(arm.get("eval_every", experiment.preset)) == 0:
+    if arm.count("eval_every", experiment.preset) == 0:
         raise ConfigError(f"[tune] arm {arm.name!r}: expected a validation loss to choose by, found eval_every = 0")
     if len(tune.dose) == 1 and tune.dose[0] == 1:
         pairs = [(rate, None) for rate in tune.learning_rate]
@@ -95,7 +94,7 @@ def _scaled(experiment: Experiment, arm: Arm, signal: Mapping[str, Any], factor:
     dose, weight = (_number(arm, f"signal.{key}", signal.get(key)) for key in ("dose", "weight"))
     if dose is not None:
         return {**signal, "dose": dose * factor}
-    usual = 1 / int(arm.get("n_layer", experiment.preset))
+    usual = 1 / arm.count("n_layer", experiment.preset)
     return {**signal, "weight": (usual if weight is None else weight) * factor}
 
 
@@ -154,7 +153,7 @@ def _leader(experiment: Experiment, arm: Arm) -> Arm:
     for name in experiment.baselines:
         other = experiment.arms[name]
         alike = (other.patch, _without(LENGTH, other)) == (arm.patch, _without(LENGTH, arm))
-        if alike and int(arm.get("steps", experiment.preset)) > int(other.get("steps", experiment.preset)):
+        if alike and arm.count("steps", experiment.preset) > other.count("steps", experiment.preset):
             return other
     return arm
 

@@ -11,8 +11,8 @@ from typing import Any
 from gptlab.data.corpus import Corpus
 from gptlab.errors import CheckpointError
 from gptlab.runs import checkpoint
-from gptlab.runs.despite import changes, made_elsewhere, made_of_what, recorded, refuse
 from gptlab.runs.folder import RunFolder
+from gptlab.runs.provenance import changes, made_elsewhere, made_of_what, recorded, refuse
 from gptlab.training.config import TrainingConfig
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError
-from gptlab.files import read_text
-from gptlab.parsing import is_count, is_number, parse_json
-from gptlab.runs.experiment_file import Experiment
-from gptlab.runs.results import write_whole
-from gptlab.runs.trials import Trial, all_trials, leaders
+from gptlab.files import read_json, write_json
+from gptlab.parsing import is_count, is_number
+from gptlab.runs.experiment_spec import Experiment
+from gptlab.runs.tuning import Trial, all_trials, leaders
 
 FILE = "tuning.json"
 """The choice, in the experiment's folder, without a clock."""
@@ -112,14 +111,14 @@ def keep(experiment: Experiment, folder: Path, made: Mapping[str, Choice]) -> No
                 f"{path}: {arm} has begun with {kept['options']}, and its trials now choose "
                 f"{content['arms'][arm]['options']}; give another --out, or remove {folder / arm}"
             )
-    write_whole(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    write_json(path, content, ensure_ascii=False)
 
 
 def read_kept(folder: Path) -> dict[str, Any] | None:
     """The content of an experiment's tuning.json, None where there is none; raises ConfigError for a damaged one."""
     path = folder / FILE
     try:
-        return accepted(parse_json(read_text(path, inside=folder, error=ConfigError)))
+        return accepted(read_json(path, inside=folder, error=ConfigError))
     except FileNotFoundError:
         return None
     except ValueError:

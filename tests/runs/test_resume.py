@@ -14,8 +14,8 @@ import pytest
 from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.errors import CheckpointError
 from gptlab.runs import folder as run_folder
-from gptlab.runs.begin import begin
 from gptlab.runs.folder import RunFolder
+from gptlab.runs.resume import begin
 from gptlab.training.config import TrainingConfig
 
 

@@ -1,26 +1,29 @@
 """Running an experiment's cells: whatever is missing, side by side, each in a process or a cluster's job of its own.
 
-It yields snapshots and shows nothing. Killed at any moment it leaves cells that go on exactly where they were; two
-runners on one experiment share the work and never a cell.
+All arms are checked before the first cell trains. The runner yields snapshots and shows nothing. Killed at any moment
+it leaves cells that continue exactly where they were; two runners on one experiment share the work and never a cell.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gptlab.errors import ConfigError, Stopped
-from gptlab.parsing import parse_toml
-from gptlab.runs.arm_options import as_toml, check_options, options_file
-from gptlab.runs.cells import ENDED, OUTPUT, Cell, Claim, Rows, State, cells_of, claimed
+from gptlab.files import MB, open_append, read_toml, refuse_links, write_whole
+from gptlab.processes import how_it_ended, python_command
+from gptlab.runs.cells import CLAIM, ENDED, OUTPUT, Cell, Claim, Results, Rows, State, cells_of, claimed
 from gptlab.runs.executor import Children, Executor, Worker
-from gptlab.runs.experiment_file import FILE, Experiment
-from gptlab.runs.packing import Packing, Queue
-from gptlab.runs.patches import package, patched
-from gptlab.runs.results import Results, write_whole
-from gptlab.runs.trials import trial_experiment, trials_folder
+from gptlab.runs.experiment_spec import FILE, Arm, Experiment, options_file, options_text
+from gptlab.runs.patches import PatchedPackage, patched
+from gptlab.runs.scheduling import Packing, Queue
+from gptlab.runs.tuning import trial_experiment, trials_folder
+from gptlab.runs.tuning_result import Choice, choices, chosen, keep
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at the cells."""
@@ -85,26 +88,53 @@ class Runner:
         self._rows = {cell.name: Rows(cell) for cell in self.cells}
         self._started: dict[str, _Started] = {}
         self._tried: set[str] = set()
-        self._code: dict[str, Path] = {}
+        self._code: dict[Path, PatchedPackage] = {}
 
     def prepare(self) -> None:
-        """Write what the cells need: the copy of the file, options of every arm, patched code.
+        """Write what the cells need: the copy of the file, options of every arm; and check that all arms can run.
 
-        Raises ConfigError where the folder holds another experiment, or a patch does not fit.
+        Raises ConfigError where the folder holds another experiment, or leads elsewhere, and with the reasons where
+        arms cannot run: a patch that does not fit, options that its code does not know, a signal's file that fails.
         """
-        self._code = {
-            arm.name: patched(arm.patch, self.folder / ".code") if arm.patch else package().parent
-            for arm in self.experiment.arms.values()
-        }
         self.check_same()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for arm in self.experiment.arms.values():
-            file = options_file(self.folder, arm)
-            file.parent.mkdir(exist_ok=True)
-            write_whole(file, as_toml({"preset": self.experiment.preset, **arm.options}))
-            if arm.patch:
-                check_options(arm, self._code[arm.name], file)
+        for cell in self.cells:
+            refuse_links(cell.folder / CLAIM, self.folder, error=ConfigError)
+        failed = {arm.name: reason for arm in self.experiment.arms.values() if (reason := self._unreadable(arm))}
+        failed |= self._refused([arm for arm in self.experiment.arms.values() if arm.name not in failed])
+        if failed:
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+            raise ConfigError(
+                f"{len(failed)} of {len(self.experiment.arms)} arms cannot run; nothing is trained:{listed}"
+            )
         self.declare()
+
+    def _unreadable(self, arm: Arm) -> str | None:
+        """Write an arm's options, and its patch for the record; why its patch does not fit, if it does not."""
+        file = options_file(self.folder, arm)
+        refuse_links(file, self.folder, error=ConfigError)
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, options_text(self.experiment, arm, self.folder))
+        try:
+            if arm.patch:
+                if arm.patch not in self._code:
+                    self._code[arm.patch] = patched(arm.patch)
+                write_whole(file.with_name("patch.diff"), self._code[arm.patch].patch)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def _refused(self, arms: Sequence[Arm]) -> dict[str, str]:
+        """{arm: why its options or its signal's file would stop its cells}, asked of the code that its cells run."""
+        found: dict[str, str] = {}
+        for patch in dict.fromkeys(arm.patch for arm in arms):
+            asked = [arm for arm in arms if arm.patch == patch and (patch or any(".py:" in s for s in arm.signals))]
+            if asked:
+                files = {str(options_file(self.folder, arm)): arm.name for arm in asked}
+                answers = _checked([*files, *["--allow_code"] * self.allow_code], self._code[patch] if patch else None)
+                under = f" under {patch.name}" if patch else ""
+                found |= {files[file]: f"{reason}{under}" for file, reason in answers.items()}
+        return found
 
     def declare(self) -> None:
         """Write the copy of the file, which status and compare read."""
@@ -118,9 +148,9 @@ class Runner:
         if not copy.is_file() or not begun:
             return
         try:
-            before, now = parse_toml(copy.read_text(encoding="utf-8")), self.experiment.table
+            before, now = read_toml(copy, limit=MB, inside=self.folder, error=ConfigError), self.experiment.table
             arms = dict(before.get("arms", {}))
-        except (ValueError, TypeError) as error:
+        except (ConfigError, ValueError, TypeError) as error:
             raise ConfigError(f"{copy} is damaged: {error}; put the experiment's file in its place") from None
         changed = [key for key in {**before, **now} if key != "arms" and before.get(key) != now.get(key)]
         changed += [f"arms.{arm}" for arm, own in arms.items() if arm in begun and now["arms"].get(arm) != own]
@@ -168,7 +198,7 @@ class Runner:
                 break
             if worker := self.executor.find(cell):
                 self._watch(cell, worker)
-            elif claim := Claim.take(cell):
+            elif claim := Claim.take(cell.folder):
                 if self._rows[cell.name].look().state(False) in ENDED:  # by another runner since the last look
                     claim.release()
                 elif not self._start(cell, claim):
@@ -179,19 +209,23 @@ class Runner:
         """Whether a worker was started, which then has the claim."""
         worker = None
         try:
-            if worker := self.executor.start(cell, claim, self._code[cell.arm.name], self._words(cell)):
+            if worker := self.executor.start(cell, claim, self.code(cell), self.words(cell, self._free_slot())):
                 self._watch(cell, worker)
         finally:
             if worker is None:
                 claim.release()
         return worker is not None
 
-    def _words(self, cell: Cell) -> list[str]:
+    def code(self, cell: Cell) -> PatchedPackage | None:
+        """The code that a cell runs; None for the package in use."""
+        return self._code[cell.arm.patch] if cell.arm.patch else None
+
+    def words(self, cell: Cell, slot: int) -> list[str]:
         """What `gptlab` is started with for a cell."""
         arm = cell.arm
         words = ["train", "--config", str(options_file(self.folder, arm)), "--seed", str(cell.seed)]
         words += ["--out", str(cell.folder), "--resume", "auto"] + ["--allow_code"] * self.allow_code
-        for key, value in self.packing.options(cell.n_embd, self._free_slot()).items():
+        for key, value in self.packing.options(cell.n_embd, slot).items():
             words += [f"--{key}", value] if key not in arm.options else []
         return words
 
@@ -214,8 +248,8 @@ class Runner:
                 if self.executor.again(rows.cell):
                     self._tried.discard(name)
                 elif end:
-                    with (rows.cell.folder / OUTPUT).open("a", encoding="utf-8") as file:
-                        file.write(f"\ngptlab: {end}\n")
+                    with open_append(rows.cell.folder / OUTPUT) as file:
+                        file.write(f"\ngptlab: {end}\n".encode())
             del self._started[name]
             self.results.write()
 
@@ -258,13 +292,28 @@ class Runner:
         return state
 
 
+def _checked(words: Sequence[str], code: PatchedPackage | None) -> dict[str, str]:
+    """{options file: why it cannot be trained with} as a process with that code finds it; see cli/train.py: check."""
+    folder = code.unpack() if code else None
+    try:
+        command = python_command("gptlab.cli.train:check", *words, code=folder, ends_with_us=True)
+        done = subprocess.run(command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    try:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    except (IndexError, ValueError, TypeError):
+        lines = done.stderr.strip().splitlines() or [how_it_ended(done.returncode)]
+        return {file: f"its code does not run: {lines[-1]}" for file in words if not file.startswith("--")}
+
+
 def progress(rows: Rows, state: State, steps_per_second: float = 0.0) -> Progress:
     """What a cell's rows say of it in a state, and how long it takes at that speed."""
     loss = rows.val_loss if state == "finished" else rows.loss
-    dose = sum(rows.doses) / len(rows.doses) if rows.doses else None
     reason = rows.reason if state in ("failed", "diverged") else None
     left = (rows.cell.steps - rows.step) / steps_per_second if steps_per_second else None
-    return Progress(rows.cell, state, rows.step, loss, dose, reason, left)
+    return Progress(rows.cell, state, rows.step, loss, rows.dose, reason, left)
 
 
 def standing(experiment: Experiment, folder: Path) -> Snapshot:
@@ -277,10 +326,73 @@ def standing(experiment: Experiment, folder: Path) -> Snapshot:
     for cell in [*trials, *cells_of(experiment, folder)]:
         rows = Rows(cell).look()
         state = rows.state(running=claimed(cell))
-        batch = int(cell.arm.get("total_batch_tokens", experiment.preset))
+        batch = cell.arm.count("total_batch_tokens", experiment.preset)
         own = rows.tokens_per_second or 0.0 if state == "running" else 0.0
         cells.append(progress(rows, state, own / batch))
         if state not in (*ENDED, "failed"):
             left += (cell.steps - rows.step) * batch
         speed += own
     return Snapshot(tuple(cells), 0.0 if not left else left / speed if speed else None)
+
+
+@dataclass
+class TunedRunner:
+    """Like `Runner`, with the trials' cells first. seeds: of the verdict; trials always run on all of theirs.
+
+    choices: {arm: what its trials chose}, once all of them have ended.
+    """
+
+    experiment: Experiment
+    folder: Path
+    packing: Packing | Queue
+    seeds: int | None = None
+    allow_code: bool = False
+    executor: Executor = field(default_factory=Children)
+
+    def __post_init__(self) -> None:
+        self.trials = self._runner(trial_experiment(self.experiment), trials_folder(self.folder), None)
+        self.verdict = self._runner(self.experiment, self.folder, self.seeds)
+        self.choices: dict[str, Choice] = {}
+
+    def _runner(self, experiment: Experiment, folder: Path, seeds: int | None) -> Runner:
+        return Runner(experiment, folder, self.packing, seeds, self.allow_code, self.executor)
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [*self.trials.cells, *self.verdict.cells]
+
+    @property
+    def ran(self) -> list[str]:
+        return [*self.trials.ran, *self.verdict.ran]
+
+    def prepare(self) -> None:
+        """Write what trials and cells need, and check all arms; raises ConfigError as `Runner.prepare` does."""
+        self.verdict.prepare()
+        self.trials.prepare()
+
+    def run(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Snapshot]:
+        """Run the trials, choose, and run the cells of every arm that has a choice.
+
+        An arm with a trial that failed waits for the next run, which tries that trial again.
+        """
+        for _ in self.trials.run(stop):
+            yield self.snapshot()
+        self.choices = choices(self.experiment, self.trials.results.write()["cells"])
+        keep(self.experiment, self.folder, self.choices)
+        self.verdict = self._runner(chosen(self.experiment, self.choices), self.folder, self.seeds)
+        self.verdict.prepare()
+        for _ in self.verdict.run(stop):
+            yield self.snapshot()
+
+    def snapshot(self) -> Snapshot:
+        """All cells as they stand now; the cells' time is told from the trials' as long as these run."""
+        trials, verdict = self.trials.snapshot(), self.verdict.snapshot()
+        seconds = verdict.seconds_left
+        if not self.choices:
+            left, then = _steps_left(trials), _steps_left(verdict)
+            seconds = trials.seconds_left * (left + then) / left if trials.seconds_left and left else None
+        return Snapshot((*trials.cells, *verdict.cells), seconds)
+
+
+def _steps_left(snapshot: Snapshot) -> int:
+    return sum(one.cell.steps - one.step for one in snapshot.cells if one.state not in ENDED)

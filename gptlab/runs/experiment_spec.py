@@ -1,0 +1,473 @@
+"""An experiment as its TOML file declares it: arms, seeds or looks, delta; read with clear refusals, run elsewhere.
+
+name = "1_noise"                      where it goes: log/<name>
+preset = "shakespeare-tiny"
+baseline = "baseline"                 an arm's name
+seeds = [1, 2, 3, 4, 5]               or: looks = [5, 10, 20], which are seeds 1..20
+delta = 0.01                          nats: the largest difference that does not matter
+[options]                             for every arm
+steps = 700
+[arms.baseline]
+[arms.confidence]                     what makes an arm differ
+signal.name = "confidence"            a user's own: "idea.py:margin", of a file next to this one
+[arms.idea]
+patch = "idea.diff"                   a change of gptlab's code, next to this file
+[groups]                              arms that pair only within a group, its baseline first
+small = ["baseline", "confidence"]
+[tune]                                options chosen for every arm by as many trials
+seeds = [101, 102]                    kept apart from the verdict's: what chose an option must not also judge it
+learning_rate = [0.5, 1, 2]           factors of the arm's learning rate; the default
+dose = [0.5, 1, 2]                    factors of its signal.dose, or weight; [1], which tunes none, is the default
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from gptlab.errors import ConfigError, did_you_mean, shown
+from gptlab.files import MB, read_text
+from gptlab.options import build, flatten, flatten_table, options_of, table_options, typed
+from gptlab.parsing import is_count, is_number, parse_toml
+from gptlab.processes import package
+from gptlab.signals.user import next_to
+from gptlab.training.config import TrainingConfig
+from gptlab.training.presets import PRESETS
+
+FILE = "experiment.toml"
+"""The copy of the experiment file in the experiment's folder; gptlab/analysis/load.py reads it too."""
+
+TRIALS = ".tune"
+"""The folder of an experiment's trials, in the experiment's own."""
+
+KEYS = ("name", "preset", "baseline", "seeds", "looks", "delta", "options", "arms", "groups", "tune")
+TUNE_KEYS = ("seeds", "learning_rate", "dose")
+NOT_AN_ARMS = {
+    "preset": "give it once, above [options]",
+    "seed": "give seeds = [..] above [options]",
+    "out": "give it as --out to `gptlab experiment run`",
+    "resume": "cells always continue where they were",
+}
+"""Options that an experiment sets itself, and what to do instead."""
+
+LARGEST_DELTA = 1e6
+"""Nats; a TOML integer may be larger than any float."""
+
+NAMELESS = "experiment"
+"""The name of a copy that has none."""
+
+MOST_ARMS, MOST_SEEDS, MOST_CELLS = 1000, 10_000, 50_000
+"""More than anyone can train, and few enough for a list of them all."""
+
+COUNTS = ("steps", "n_embd", "n_layer", "total_batch_tokens", "eval_every", "eval_tokens", "signal.start")
+"""Options that are reckoned with here, of patched arms too."""
+
+CLOSEST_FACTORS, LARGEST_FACTOR, MOST_FACTORS = 1.01, 1e6, 50
+"""Of [tune]. Factors with a smaller ratio to the next one would be the same trial."""
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True)
+class Arm:
+    """options: what its cells' runs are given over the preset, under dotted keys; patch: a change of gptlab's code.
+
+    The options of a patched arm are as the file has them: what they may be, only the patched code knows. Those that
+    are known here have a known type nevertheless.
+    trial_of: the arm for which it tries options, where it is a trial.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    patch: Path | None = None
+    trial_of: str | None = None
+
+    def get(self, key: str, preset: str) -> Any:
+        """The value of an option in the arm's runs."""
+        return {**flatten(TrainingConfig()), **PRESETS[preset], **self.options}[key]
+
+    def count(self, key: str, preset: str) -> int:
+        """The value of an option that counts something."""
+        return int(self.get(key, preset))
+
+    @property
+    def signals(self) -> Iterator[str]:
+        """The names of its signals that the file sets."""
+        yield str(self.options.get("signal.name", "none"))
+        yield from (str(one.get("name", "none")) for one in self.options.get("also", ()))
+
+
+@dataclass(frozen=True)
+class Tune:
+    """[tune]. Factors rise. An arm with a dose gets every pair of a learning rate and a dose.
+
+    A dose is not tuned unless it is asked for: it is mostly what an arm is about, and three of them cost three times
+    as much.
+    """
+
+    seeds: tuple[int, ...]
+    learning_rate: tuple[float, ...] = (0.5, 1, 2)
+    dose: tuple[float, ...] = (1,)
+
+    @property
+    def trials(self) -> int:
+        """Trials of every arm, each on all seeds."""
+        return len(self.learning_rate) * len(self.dose)
+
+    @property
+    def only_learning_rate(self) -> tuple[float, ...]:
+        """As many learning rates as there are trials: those of an arm without a dose."""
+        return finer(self.learning_rate, self.trials)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """seeds: all that were declared, of looks those of the last one; delta: None where the file declares none;
+    table: the file's content; tune: [tune] of it."""
+
+    name: str
+    preset: str
+    baseline: str
+    seeds: tuple[int, ...]
+    looks: tuple[int, ...] | None
+    delta: float | None
+    arms: Mapping[str, Arm]
+    table: Mapping[str, Any] = field(repr=False)
+    text: str = field(repr=False)
+    tune: Tune | None = None
+
+    @property
+    def folder(self) -> Path:
+        return Path("log", self.name)
+
+    @property
+    def baselines(self) -> list[str]:
+        """The baseline of all, or the first arm of every group."""
+        return [group[0] for group in self.table.get("groups", {}).values()] or [self.baseline]
+
+    @property
+    def codes(self) -> list[str]:
+        """The users' own signals, FILE.py:FUNCTION, that arms use."""
+        return sorted({name for arm in self.arms.values() for name in arm.signals if ".py:" in name})
+
+
+def ready_experiments() -> dict[str, Path]:
+    """The files that come with gptlab, by name: next to the package in a checkout, within it when installed."""
+    return {
+        path.stem: path
+        for folder in (package().parent, package())
+        if (folder / "experiments" / "first_look.toml").is_file()
+        for path in sorted((folder / "experiments").glob("*.toml"))
+    }
+
+
+def find_experiment(file: str | Path) -> Path:
+    """A path that exists, or else the ready experiment that it names: first_look, experiments/first_look.toml."""
+    path = Path(file)
+    if path.exists() or path.suffix not in ("", ".toml") or path.parent not in (Path(), Path("experiments")):
+        return path
+    return ready_experiments().get(path.stem, path)
+
+
+def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
+    """The experiment that a file declares; raises ConfigError that names the file and the nearest key.
+
+    copy: it is the copy in an experiment's folder, next to which patches and signal files need not lie.
+    """
+    path = Path(path)
+    try:
+        text = read_text(path, limit=MB, inside=path.parent if copy else None, error=ConfigError)
+    except FileNotFoundError:
+        ready = ready_experiments()
+        raise ConfigError(
+            f"expected an experiment file at {path}, found none{did_you_mean(path.stem, ready)}; ready ones, "
+            f"by name: {', '.join(ready)}"
+        ) from None
+    return experiment_from(text, path, None if copy else path.parent)
+
+
+def experiment_from(text: str, path: Path, folder: Path | None = None) -> Experiment:
+    """The experiment that a text declares, which `path` holds; folder: where its patches lie, None for a copy."""
+    try:
+        return _experiment(parse_toml(text), text, folder)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Experiment:
+    for key in table:
+        if key not in KEYS:
+            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, KEYS)}; there are {', '.join(KEYS)}")
+    name, preset = _text(table, "name", None if folder else NAMELESS), _text(table, "preset", "shakespeare-tiny")
+    if not _is_name(name):
+        raise ConfigError(f"name: expected a name for a folder, of letters, digits and . _ + = -, found {shown(name)}")
+    if preset not in PRESETS:
+        raise ConfigError(
+            f"preset: unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; presets are {', '.join(PRESETS)}"
+        )
+    seeds, looks = _seeds(table)
+    tune = read_tune(_table(table, "tune"), seeds) if "tune" in table else None
+    own = _table(table, "arms")
+    cells = len(own) * (len(seeds) + (tune.trials * len(tune.seeds) if tune else 0))
+    if len(own) > MOST_ARMS or cells > MOST_CELLS:
+        raise ConfigError(
+            f"expected at most {MOST_ARMS:,} arms and {MOST_CELLS:,} cells, which are arms times seeds and trials, "
+            f"found {len(own):,} and {cells:,}"
+        )
+    common = _options(_table(table, "options"), "options")
+    arms = {arm: _arm(arm, options, preset, common, folder) for arm, options in own.items()}
+    if len(arms) < 2:
+        raise ConfigError(f"expected a baseline and at least one other arm as [arms.NAME], found {len(arms)}")
+    baseline = _text(table, "baseline")
+    if baseline not in arms:
+        raise ConfigError(f"baseline: no arm {baseline!r}{did_you_mean(baseline, arms)}; there are {', '.join(arms)}")
+    _check_twins(arms)
+    _check_groups(_table(table, "groups"), arms, baseline)
+    delta = table.get("delta")
+    if delta is not None and not (is_number(delta) and 0 <= delta <= LARGEST_DELTA):
+        raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
+    nats = None if delta is None else float(delta)
+    return Experiment(name, preset, baseline, seeds, looks, nats, arms, table, text, tune)
+
+
+def _is_name(name: str) -> bool:
+    """Whether it can be a folder's."""
+    return bool(_NAME.fullmatch(name)) and len(name) <= _LONGEST_NAME
+
+
+def _text(table: Mapping[str, Any], key: str, default: str | None = None) -> str:
+    value = table.get(key, default)
+    if not isinstance(value, str):
+        raise ConfigError(f"{key}: expected text, found {'nothing' if value is None else shown(value)}")
+    return value
+
+
+def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = table.get(key, {})
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}: expected a table [{key}], found {shown(value)}")
+    return value
+
+
+def _options(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A table's options, typed; raises ConfigError for one that is unknown or not an arm's to set."""
+    for key, instead in NOT_AN_ARMS.items():
+        if key in table:
+            raise ConfigError(f"[{where}] {key} is the experiment's to set: {instead}")
+    try:
+        return table_options(table, TrainingConfig)
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from None
+
+
+def _arm(name: str, own: Any, preset: str, common: Mapping[str, Any], folder: Path | None) -> Arm:
+    """folder: where patches and signal files lie, None where nobody asks."""
+    where = f"arms.{name}"
+    if not _is_name(name) or not isinstance(own, Mapping):
+        raise ConfigError(
+            f"arms: expected [arms.NAME] of letters, digits and . _ + = -, found {shown(name)} = {shown(own)}"
+        )
+    patch = _text(own, "patch", "")
+    own = {key: value for key, value in own.items() if key != "patch"}
+    options = {**common, **(_untyped(own, where) if patch else _options(own, where))}
+    if folder:
+        options = next_to(folder, options)
+    if patch:
+        if folder and not (folder / patch).is_file():
+            raise ConfigError(f"[{where}] patch: expected a file at {folder / patch}, found none")
+        return Arm(name, options, (folder or Path()) / patch)
+    try:
+        build(TrainingConfig, {**PRESETS[preset], **options})
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from None
+    return Arm(name, options)
+
+
+def flat_options(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A table under dotted keys as it stands; of several [[signal]] tables the first is `signal`, the rest `also`."""
+    table, also = dict(table), []
+    if isinstance(table.get("signal"), list):
+        table["signal"], *also = table["signal"] or [{}]
+    return {**flatten_table(table), **({"also": tuple(also)} if also else {})}
+
+
+def _untyped(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options of a patched arm; raises ConfigError for what no option can be, and for a count that is none."""
+    found = flat_options(table)
+    also = found.get("also", ())
+    if not all(isinstance(one, Mapping) for one in also):
+        raise ConfigError(f"[{where}] signal: expected tables [[signal]], found {shown(also)}")
+    single = [(key, value) for key, value in found.items() if key != "also"]
+    for key, value in [*single, *(pair for one in also for pair in one.items())]:
+        values = value if isinstance(value, list) else [value]
+        if not all(is_number(one) or isinstance(one, str | bool) for one in values):
+            raise ConfigError(f"[{where}] {key}: expected text, a number or a list of such, found {shown(value)}")
+    counts = {option.key: option for option in options_of(TrainingConfig) if option.key in COUNTS}
+    try:
+        return found | {key: typed(counts[key], found[key]) for key in counts if key in found}
+    except ConfigError as error:
+        raise ConfigError(f"[{where}] {error}") from None
+
+
+def _check_twins(arms: Mapping[str, Arm]) -> None:
+    seen: list[Arm] = []
+    for arm in arms.values():
+        for other in seen:
+            if (other.options, other.patch) == (arm.options, arm.patch):
+                raise ConfigError(
+                    f"arms: {other.name!r} and {arm.name!r} are the same; let them differ in something, for a twin in "
+                    "init_jitter = 1e-6"
+                )
+        seen.append(arm)
+
+
+def _check_groups(groups: Mapping[str, Any], arms: Mapping[str, Arm], baseline: str) -> None:
+    for name, group in groups.items():
+        if not isinstance(group, list) or len(group) < 2 or not all(isinstance(arm, str) for arm in group):
+            raise ConfigError(f"[groups] {name}: expected a list of at least two arms, found {shown(group)}")
+    members = [arm for group in groups.values() for arm in group]
+    for arm in members:
+        if arm not in arms:
+            raise ConfigError(f"[groups] no arm {arm!r}{did_you_mean(str(arm), arms)}; there are {', '.join(arms)}")
+    for arm in arms if groups else ():
+        if members.count(arm) != 1:
+            raise ConfigError(f"[groups] expected every arm in one group, found {arm!r} in {members.count(arm)}")
+    for name, group in groups.items():
+        if baseline in group and group[0] != baseline:
+            raise ConfigError(f"[groups] {name}: expected the baseline {baseline!r} first, found {group[0]!r}")
+
+
+def _counts(table: Mapping[str, Any], key: str, example: str) -> list[int]:
+    """A list of whole numbers, as seeds and looks are."""
+    numbers = table.get(key)
+    if not isinstance(numbers, list) or not numbers or not all(is_count(n) for n in numbers):
+        raise ConfigError(f"{key}: expected a list of whole numbers such as {example}, found {shown(numbers)}")
+    if max(len(numbers), numbers[-1] if key == "looks" else 0) > MOST_SEEDS:
+        found = f"{numbers[-1]:,}" if key == "looks" else f"{len(numbers):,}"
+        raise ConfigError(f"{key}: expected at most {MOST_SEEDS:,} seeds, found {found}")
+    if key != "looks" and len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{key}: expected each seed once, found {shown(numbers)}")
+    return numbers
+
+
+def _seeds(table: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """All seeds, and the looks where they were given."""
+    given = [key for key in ("seeds", "looks") if key in table]
+    if len(given) != 1:
+        raise ConfigError(f"expected either seeds or looks, found {'both' if given else 'neither'}")
+    numbers = _counts(table, given[0], "[1, 2, 3]")
+    if given[0] == "seeds":
+        return tuple(numbers), None
+    if any(high <= low for low, high in pairwise(numbers)):
+        raise ConfigError(f"looks: expected rising numbers of seeds, found {shown(numbers)}")
+    if numbers[0] < 2:
+        raise ConfigError(f"looks: expected the first at 2 seeds or more, found {shown(numbers)}")
+    return tuple(range(1, numbers[-1] + 1)), tuple(numbers)
+
+
+def read_tune(table: Mapping[str, Any], verdict: Collection[int]) -> Tune:
+    """The table [tune]; raises ConfigError for what cannot be tried, and for seeds that the verdict uses too."""
+    try:
+        return _tune(table, verdict)
+    except ConfigError as error:
+        raise ConfigError(f"[tune] {error}") from None
+
+
+def _tune(table: Mapping[str, Any], verdict: Collection[int]) -> Tune:
+    for key in table:
+        if key not in TUNE_KEYS:
+            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, TUNE_KEYS)}; there are {', '.join(TUNE_KEYS)}")
+    seeds = _counts(table, "seeds", "[101, 102]")
+    if shared := sorted(set(seeds) & set(verdict)):
+        raise ConfigError(
+            f"seeds: {shown(shared)[1:-1]} of the verdict's seeds; what chose an option must not judge "
+            f"it: take others, such as [{max(verdict) + 100}, {max(verdict) + 101}]"
+        )
+    tune = Tune(tuple(seeds), _factors(table, "learning_rate", Tune.learning_rate), _factors(table, "dose", Tune.dose))
+    if len(tune.learning_rate) < 2:
+        raise ConfigError(
+            "learning_rate: expected at least 2 factors, found 1; an arm without a signal has nothing else to "
+            "spend its trials on"
+        )
+    if any(high / low < CLOSEST_FACTORS for low, high in pairwise(tune.only_learning_rate)):
+        raise ConfigError(
+            f"learning_rate: {tune.trials} trials do not fit between {tune.learning_rate[0]:g} and "
+            f"{tune.learning_rate[-1]:g}; give a wider range, or fewer doses"
+        )
+    return tune
+
+
+def _factors(table: Mapping[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    given = table.get(key, list(default))
+    right = isinstance(given, list) and all(is_number(x) and 1 / LARGEST_FACTOR <= x <= LARGEST_FACTOR for x in given)
+    if not right or not 0 < len(given) <= MOST_FACTORS:
+        raise ConfigError(
+            f"{key}: expected a list of factors above 0, such as [0.5, 1, 2], at most {MOST_FACTORS} of them and up to "
+            f"{LARGEST_FACTOR:g}, found {shown(given)}"
+        )
+    factors = tuple(sorted(given))
+    if any(high / low < CLOSEST_FACTORS for low, high in pairwise(factors)):
+        raise ConfigError(f"{key}: expected factors that differ by 1% or more, found {given}")
+    return factors
+
+
+def finer(factors: Sequence[float], count: int) -> tuple[float, ...]:
+    """`count` factors from the first to the last of `factors`, all of which are among them.
+
+    The widest gap, as a ratio, is divided first, into equal ratios. New ones have four digits, to be read and typed.
+
+    >>> finer((0.5, 1, 2), 9)
+    (0.5, 0.5946, 0.7071, 0.8409, 1, 1.189, 1.414, 1.682, 2)
+    """
+    gaps = [math.log(high / low) for low, high in pairwise(factors)]
+    parts = [1] * len(gaps)
+    for _ in range(count - len(factors)):
+        widest = max(range(len(gaps)), key=lambda i: round(gaps[i] / parts[i], 9))
+        parts[widest] += 1
+    found: list[float] = []
+    for (low, high), many in zip(pairwise(factors), parts, strict=True):
+        found += [low, *(float(f"{low * (high / low) ** (k / many):.4g}") for k in range(1, many))]
+    return (*found, factors[-1])
+
+
+def options_file(folder: Path, arm: Arm) -> Path:
+    """The options of an arm's cells as `gptlab train --config` takes them."""
+    return folder / arm.name / "options.toml"
+
+
+def options_text(experiment: Experiment, arm: Arm, folder: Path, **more: Any) -> str:
+    """What that file holds. A signal's file is named as seen from there, since a config's are next to it."""
+    options = {"preset": experiment.preset, **arm.options, **more}
+    return as_toml(next_to(Path(os.path.relpath(".", options_file(folder, arm).parent)), options))
+
+
+def as_toml(options: Mapping[str, Any], table: str = "") -> str:
+    """Options under dotted keys as TOML; `also` becomes further [[signal]] tables.
+
+    table: the name, dot included, of the table that they are put under; the caller has opened it.
+    """
+    options, also = dict(options), options.get("also", ())
+    options.pop("also", None)
+    if not also:
+        return "".join(f"{key} = {_value(value)}\n" for key, value in options.items())
+    signal = {key.removeprefix("signal."): value for key, value in options.items() if key.startswith("signal.")}
+    plain = {key: value for key, value in options.items() if not key.startswith("signal.")}
+    tables = [f"[[{table}signal]]\n{as_toml(one)}" for one in (signal, *also)]
+    return as_toml(plain) + "".join(tables)
+
+
+def _value(value: Any) -> str:
+    """A TOML value; JSON's strings, numbers and lists are TOML's too."""
+    if value is None:
+        return '"none"'
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False, allow_nan=False)
