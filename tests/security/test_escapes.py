@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,15 @@ from gptlab.cli.main import main
 from gptlab.data.corpus import read_manifest
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.runs import checkpoint
+from gptlab.runs.cells import Claim, lease
+from gptlab.runs.executor import Child
+from gptlab.runs.experiment_runner import Runner
 from gptlab.runs.experiment_spec import read_experiment
 from gptlab.runs.folder import WRITTEN, move_to_trash
 from gptlab.runs.patches import patched
+from gptlab.runs.scheduling import Packing
 
+CHECKPOINT = ("MANIFEST.json", "state.json", "model.safetensors", "optimizer.safetensors")
 Capture = pytest.CaptureFixture[str]
 NAMES = (
     "../x",
@@ -111,10 +117,9 @@ def test_a_patch_reaches_nothing_but_its_copy(text: Callable[[Path], str], tmp_p
     patch = tmp_path / "idea.diff"
     patch.write_text(text(out))
     with pytest.raises(ConfigError, match=r"idea\.diff"):
-        patched(patch, tmp_path / "copies")
+        patched(patch)
     assert {path.name: path.read_text() for path in out.iterdir()} == {"victim": "mine\n", "secret": "mine\n"}
-    assert not list((tmp_path / "copies").iterdir()), "nothing is left"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copies", "idea.diff", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["idea.diff", "out"]
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -190,3 +195,67 @@ def test_a_trash_that_is_a_link_takes_nothing(tmp_path: Path) -> None:
         move_to_trash(tmp_path / "log", run)
     assert list(away.iterdir()) == []
     assert run.is_dir()
+
+
+ARMS = {"plain": {}, "sure": {"signal.name": "confidence"}}
+PLACES = [
+    "plain", "plain/seed_1", "plain/seed_1/.claim", "plain/seed_1/.job", "plain/seed_1/output.txt",
+    "plain/options.toml", "experiment.toml", "results.json", ".results.lock",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_an_experiment_writes_through_no_link(name: str, tmp_path: Path) -> None:
+    """A folder from elsewhere in which one of these is a link: it is refused, or the link alone is replaced."""
+    out, victim, text = tmp_path / "out", tmp_path / "victim", EXPERIMENT
+    is_folder = name in ("plain", "plain/seed_1")
+    if is_folder:
+        (victim / "seed_1").mkdir(parents=True)
+    else:
+        victim.write_text(text := write(tmp_path, ARMS).read_text())
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).symlink_to(victim)
+    file = write(tmp_path, ARMS)
+    runner = Runner(read_experiment(file), out, Packing(1))
+    refused = ""
+    try:
+        runner.prepare()
+        claim = Claim.take(runner.cells[0].folder)
+        assert claim
+        lease(runner.cells[0].folder, "token")
+        child = Child(runner.cells[0].folder, claim, None, ["--version"])
+        while not child.over():
+            time.sleep(0.05)
+        child.close()
+        runner.results.write()
+    except ConfigError as error:
+        refused = str(error)
+    assert "a link" in refused if refused else not (out / name).is_symlink()
+    if is_folder:
+        assert [path.name for path in victim.rglob("*")] == ["seed_1"]
+    else:
+        assert victim.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl", "log.txt", *CHECKPOINT])
+@pytest.mark.parametrize("command", ["verify", "digest", "compare", "runs", "train"])
+def test_what_a_runs_link_leads_to_is_not_shown(
+    command: str, name: str, run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("root:x:0:0:hunter2\n")
+    path = run / name
+    if name in CHECKPOINT:
+        path = run / "checkpoints" / "step_00000006" / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+    words = {"compare": ["compare", str(run), str(run), "--json"], "runs": ["runs", str(run.parent), "--json"],
+             "train": ["train", "--preset", "shakespeare-tiny", "--out", str(run)]}  # fmt: skip
+    code = main(words.get(command, [command, str(run)]))
+    captured = capsys.readouterr()
+    assert "hunter2" not in captured.out + captured.err
+    assert "Traceback" not in captured.err
+    if command == "verify" and name != "log.txt":
+        assert code == 3
+        assert "is a link to elsewhere" in captured.out
+    assert secret.read_text() == "root:x:0:0:hunter2\n"
