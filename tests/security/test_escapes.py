@@ -179,7 +179,7 @@ def test_a_pack_takes_no_link_along(tmp_path: Path, capsys: Capture) -> None:
 
 def _finished(cell: Path) -> None:
     cell.mkdir(parents=True)
-    options = {"data": "nowhere", "tokenizer": "bytes", "seed": int(cell.name.removeprefix("seed_"))}
+    options = {"data": "nowhere", "tokenizer": "bytes", "seed": int(cell.name.partition("_")[2] or 1)}
     (cell / "config.json").write_text(json.dumps({"options": options, "data": {"train": []}}))
     (cell / "environment.json").write_text("{}")
     row = {"step": 24, "kind": "event", "event": "finished", "loss": 1.0}
