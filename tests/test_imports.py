@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 FLOORS = {
     **dict.fromkeys(("errors", "files", "lazy", "parsing", "randomness", "options"), 0),
-    **dict.fromkeys(("device", "distributed", "rendezvous"), 0),
+    **dict.fromkeys(("device", "distributed", "processes", "rendezvous"), 0),
     "data": 1, "model": 2, "signals": 3, "training": 4, "runs": 5,
     "analysis": 6, "interpret": 6, "evals": 6, "benchmark": 6, "page": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
