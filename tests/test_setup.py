@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from gptlab.errors import needs_package
+
 ROOT = Path(__file__).parent.parent
 UNREACHABLE = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
 OF_ACTIVATION = {"PATH", "PS1", "VIRTUAL_ENV", "VIRTUAL_ENV_PROMPT", "_OLD_VIRTUAL_PATH", "_OLD_VIRTUAL_PS1"}
@@ -338,3 +340,28 @@ def test_a_bare_clone_installs_with_an_empty_home_and_again_after_a_raw_freeze(t
     assert done.stdout == "None\n"
     assert "gptlab" in (clone / "requirements.txt").read_text()
     assert done.stderr.count("installing requirements.txt") == 1
+
+
+@pytest.mark.parametrize("package", ["datasets", "pyarrow", "transformers", "lm-eval", "submitit", "tensorboard"])
+def test_a_missing_package_is_asked_for_in_a_version_that_gptlab_supports(package: str) -> None:
+    """Each extra's, however gptlab was installed; a name that begins like another's is not taken for it."""
+    said = needs_package("x", package)
+    assert said.startswith(f"x needs the package {package}, which is not installed; pip install '{package}")
+    assert re.fullmatch(r"(\[\w+\])?>=[\d.]+'", said.rpartition(package)[2])
+    assert needs_package("x", package[:-1]).endswith(f"; pip install {package[:-1]}")
+
+
+@pytest.mark.parametrize(("found", "tool"), [(None, "uv pip"), (object(), "pip")])
+def test_an_environment_without_pip_gets_another_command(
+    found: object, tool: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: None)
+    assert needs_package("--log wandb", "wandb").endswith(f"; {tool} install wandb")
+
+
+def test_nothing_says_to_install_gptlab_by_its_bare_name() -> None:
+    """There is no such package on an index: hints name what is missing, documents how this copy is installed."""
+    files = [*ROOT.glob("gptlab/**/*.py"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*.md")]
+    assert len(files) > 100
+    assert [str(path) for path in files if re.search(r"pip install\s+(-\S+\s+)*['\"]?gptlab\b", path.read_text())] == []
