@@ -39,6 +39,8 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISLNK, "a link"),
 )
+LOCK = ".lock"
+"""The file in a folder of ours whose lock its one writer holds."""
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NAMED = 50
 """Characters of a file's name in the name of its temporary file, which has at most 255 bytes."""

@@ -13,8 +13,7 @@ from typing import Any
 
 from gptlab.analysis.run import Run, read_run
 from gptlab.errors import GptlabError, UsageError, did_you_mean
-from gptlab.files import is_locked
-from gptlab.runs.folder import LOCK
+from gptlab.files import LOCK, is_locked
 
 FIGURES = ("run", "state", "step", "steps", "loss", "bits_per_byte", "dose", "clipped_share", "finished_at")
 NO_DIFFERENCE = frozenset({"out", "resume"})

@@ -19,11 +19,11 @@ from gptlab.data.corpus import (
     open_corpus,
     wait_for_shard,
 )
-from gptlab.data.prepare import LOCK, corpus_folder, prepare
+from gptlab.data.prepare import corpus_folder, prepare
 from gptlab.data.synthetic import SYNTHETIC
 from gptlab.distributed import World
 from gptlab.errors import ConfigError, DataError, did_you_mean
-from gptlab.files import is_locked, open_append
+from gptlab.files import LOCK, is_locked, open_append
 from gptlab.processes import python_command
 
 SMALL = ("shakespeare", *SYNTHETIC)

@@ -38,9 +38,8 @@ from gptlab.data.source import EntropyFloor, Position, Source
 from gptlab.data.synthetic import canonical
 from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
 from gptlab.errors import ConfigError, DataError
-from gptlab.files import take_lock
+from gptlab.files import LOCK, take_lock
 
-LOCK = ".lock"
 MODIFIED = "modified_ns"  # in a manifest: when each file was last changed, in their order
 CHUNK_CHARACTERS = 1 << 19  # what a thread gets at a time: about a tenth of a second of work for GPT-2's tokenizer
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from gptlab.analysis.listing import Listed, find_runs, listed
 from gptlab.analysis.load import EXPERIMENT
-from gptlab.files import is_locked
+from gptlab.files import LOCK, is_locked
 from gptlab.page.line import Cache
-from gptlab.runs.folder import LOCK
 
 SHARE = 0.2
 """Of one core's time: what looking at runs, or drawing one of them anew and anew, may take."""

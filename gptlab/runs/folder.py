@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptlab.errors import CheckpointError, ConfigError, UsageError
-from gptlab.files import KB, open_append, read_text, refuse_links, take_lock, write_json
+from gptlab.files import KB, LOCK, open_append, read_text, refuse_links, take_lock, write_json
 from gptlab.options import flatten, recorded
 from gptlab.runs import checkpoint
 from gptlab.runs.records import last_row, read_record, read_rows
 from gptlab.signals.user import without_folders
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 
-LOCK = ".lock"
 LOCK_PATIENCE = 30.0
 WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "checkpoints", LOCK)
 """What a run's writer makes in its folder."""
