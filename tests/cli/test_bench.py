@@ -15,6 +15,7 @@ from gptlab.benchmark.weak_scaling import TEAMS, rows
 from gptlab.cli.main import main
 
 
+@pytest.mark.slow
 def test_the_json_has_a_row_a_contender(capfd: pytest.CaptureFixture[str]) -> None:
     words = [
         "--size",
@@ -55,6 +56,7 @@ def test_peers_run_in_both_dtypes_where_asked_or_narrow(size: str, both: bool) -
     assert set(bench.theirs()) == {"transformers fp32"}
 
 
+@pytest.mark.slow
 def test_a_profile_names_the_products(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--size", "tiny", "--batch", "1", "--modes", "", "--threads", "1", "--profile"]) == 0
     assert "aten::mm" in capfd.readouterr().out

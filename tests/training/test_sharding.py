@@ -19,7 +19,7 @@ from gptlab.training import TrainingConfig
 from gptlab.training.sharding import cut_like, held, length, whole
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_cut_blocks_make_what_one_process_makes(ranks: int, tmp_path: Path) -> None:
     """Real processes over gloo on the loopback, every signal and control, in float64: far below the 1e-6 promised."""
     out = tmp_path / "out.pt"
