@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gptlab.cli.model import Vocabulary
     from gptlab.device import Placement
     from gptlab.distributed import World
-    from gptlab.evals.rows import Task
+    from gptlab.evals.tasks import Task
     from gptlab.model.gpt import GPT
     from gptlab.training.config import TrainingConfig
 
@@ -140,9 +140,8 @@ def _score(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(task, what is told of it) of one name of --tasks."""
     from gptlab.evals.harness import run_harness
-    from gptlab.evals.hellaswag import hellaswag
-    from gptlab.evals.lambada import lambada
     from gptlab.evals.scoring import Scorer
+    from gptlab.evals.tasks import hellaswag, lambada
 
     if name == "val":
         yield name, _validation(opened, options, display)
@@ -170,7 +169,7 @@ def _told(about: Mapping[str, Any], blocks: Figures, options: argparse.Namespace
 
 
 def _rows(task: Task, scorer: Any, opened: Opened, options: argparse.Namespace, display: Any) -> dict[str, Any]:
-    from gptlab.evals.rows import Record, run_task
+    from gptlab.evals.tasks import Record, run_task
 
     identity = {**opened.identity, "rows": task.sha256, "limit": options.limit, "blocks": scorer.blocks}
     world, path = opened.world, Path(options.out or Path(options.run) / "eval") / f"{task.name}.json"

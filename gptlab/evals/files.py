@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptlab.errors import DataError, needs_package
+from gptlab.errors import DataError, needs_package, shown
+from gptlab.files import MB, read_bytes, size
 from gptlab.parsing import parse_json
 
 PARQUET = b"PAR1"
+LARGEST = 256 * MB
+"""Bytes of a file of rows, and of what a parquet file unpacks to; HellaSwag's largest has 47 MB."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +40,42 @@ def read_rows(file: str | None, dataset: str, split: str, option: str) -> Rows:
 
 def _from_file(path: Path) -> list[dict[str, Any]]:
     try:
-        with path.open("rb") as file:
-            parquet = file.read(4) == PARQUET
-    except OSError as error:
+        content = read_bytes(path, limit=LARGEST)
+    except FileNotFoundError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
-    return _from_parquet(path) if parquet else _from_lines(path)
+    return _from_parquet(content, path) if content.startswith(PARQUET) else _from_lines(content, path)
 
 
-def _from_lines(path: Path) -> list[dict[str, Any]]:
+def _from_lines(content: bytes, path: Path) -> list[dict[str, Any]]:
     rows = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected a JSON object, found {line[:40]!r}")
-            rows.append(row)
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected a JSON object, found {shown(line)}")
+        rows.append(row)
     return rows
 
 
-def _from_parquet(path: Path) -> list[dict[str, Any]]:
+def _from_parquet(content: bytes, path: Path) -> list[dict[str, Any]]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, BufferReader, parquet
     except ImportError:
         raise DataError(needs_package(str(path), "pyarrow")) from None
+    rows, held = [], 0
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        for batch in parquet.ParquetFile(BufferReader(content)).iter_batches(64):
+            held += batch.nbytes + batch.num_rows  # a few bytes may stand for any number of equal rows
+            if held > LARGEST:
+                raise DataError(f"{path}: expected rows of at most {size(LARGEST)}, found more; is it the test's file?")
+            rows += batch.to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} is no parquet file that can be read: {str(error).splitlines()[0]}") from None
+    return rows
 
 
 def _from_hub(dataset: str, split: str, option: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,8 @@ from gptlab.data.tokenizers import get_tokenizer
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DataError
-from gptlab.evals.hellaswag import hellaswag
-from gptlab.evals.lambada import lambada
-from gptlab.evals.rows import PORTION, Record, Task, portions, run_task
 from gptlab.evals.scoring import Scorer
+from gptlab.evals.tasks import PORTION, Record, Task, hellaswag, lambada, portions, run_task
 from gptlab.model.gpt import GPT
 
 Naive = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
@@ -170,3 +169,32 @@ def test_a_test_that_was_stopped_goes_on_with_the_portion_it_was_at(model: GPT, 
     for damaged in ("", "{", "[]", '{"identity": {"model": "a"}, "done": {"0": [[1, 2, 3]]}}'):
         path.write_text(damaged)
         assert Record(path, {"model": "a"}).done == {}
+
+
+def test_a_file_that_claims_more_rows_than_it_has_bytes_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gptlab.evals.files.LARGEST", 2**20)
+    many = pyarrow.table({"text": pyarrow.array(["the same words" * 40]).take(pyarrow.array([0] * 20_000))})
+    parquet.write_table(many, tmp_path / "many.parquet")
+    assert (tmp_path / "many.parquet").stat().st_size < 5_000
+    (tmp_path / "long.jsonl").write_text('{"text": "' + "a b " * 2**18 + '"}\n')
+    for name, message in (("many.parquet", "expected rows of at most 1 MB"), ("long.jsonl", "expected at most 1 MB")):
+        with pytest.raises(DataError, match=message):
+            lambada(str(tmp_path / name), BYTES)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_what_is_no_file_is_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
+    with pytest.raises(DataError, match=f"expected a regular file, found a {kind}"):
+        hellaswag(str(path), BYTES)
+
+
+def test_finished_rows_are_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("keep")
+    (tmp_path / "own.json").symlink_to(tmp_path / "theirs")
+    Record(tmp_path / "own.json", {"a": 1}).write()
+    assert (tmp_path / "theirs").read_text() == "keep"
+    assert not (tmp_path / "own.json").is_symlink()

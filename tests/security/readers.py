@@ -35,8 +35,7 @@ from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import check_tokens, open_shard, write_shard
 from gptlab.data.text_files import read_documents
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
-from gptlab.evals.hellaswag import hellaswag
-from gptlab.evals.lambada import lambada
+from gptlab.evals.tasks import hellaswag, lambada
 from gptlab.model.formats import open_foreign, write_llmc
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
