@@ -251,7 +251,7 @@ def _added(files: Files, folder: Path, settings: Mapping[str, Any], vocabulary: 
     """The number of every token that is to be found in text before anything else, wherever the folder lists it."""
     added: dict[Any, Any] = {**_object(files, ADDED, folder)}
     for number, token in _mapping(settings.get("added_tokens_decoder")).items():
-        added[_content(token)] = int(number) if number.isdecimal() else None
+        added[_content(token)] = int(number) if number.isdecimal() and len(number) < 19 else None
     named = [settings.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")]
     contents = [_content(token) for token in [*named, *_list(settings.get("additional_special_tokens"))]]
     return {**added, **{content: vocabulary[content] for content in contents if content and content in vocabulary}}

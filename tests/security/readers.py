@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,6 +33,7 @@ from gptlab.analysis.run import read_run
 from gptlab.cli.arguments import file_options
 from gptlab.data.corpora import get_source
 from gptlab.data.corpus import open_corpus
+from gptlab.data.huggingface_tokenizer import files_of, read_tokenizer
 from gptlab.data.shards import check_tokens, open_shard, write_shard
 from gptlab.data.text_files import read_documents
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
@@ -311,6 +313,56 @@ def _huggingface_config(scratch: Path) -> bytes:
     return (scratch / "config.json").read_bytes()
 
 
+def _parts(folder: Path) -> None:
+    """A model in two parts."""
+    (folder / "hf").mkdir(parents=True, exist_ok=True)
+    theirs = to_huggingface(SMALL)
+    theirs.config.save_pretrained(folder / "hf")
+    weights = {name: w for name, w in theirs.state_dict().items() if name != "lm_head.weight"}
+    names = sorted(weights)
+    for number, part in enumerate((names[:9], names[9:])):
+        (folder / "hf" / f"part-{number}.safetensors").write_bytes(save({name: weights[name] for name in part}))
+
+
+def _from_parts(folder: Path) -> None:
+    from_huggingface(folder / "hf")
+
+
+def _own_files(scratch: Path) -> dict[str, bytes]:
+    """The files of a tokenizer and of a model in parts."""
+    names = sorted(name for name in to_huggingface(SMALL).state_dict() if name != "lm_head.weight")
+    index = {name: f"part-{number >= 9:d}.safetensors" for number, name in enumerate(names)}
+    level = files_of("bytes", 8)
+    vocabulary = json.loads(level["tokenizer.json"])["model"]["vocab"] | {"ab": 256, "<|end|>": 257}
+    settings = {"eos_token": "<|end|>", "added_tokens_decoder": {"257": {"content": "<|end|>"}}}
+    whole = json.loads(level["tokenizer.json"])
+    whole["model"] |= {"vocab": vocabulary, "merges": [["a", "b"]]}
+    found = {"vocab.json": vocabulary, "tokenizer.json": whole, "tokenizer_config.json": settings}
+    found["model.safetensors.index.json"] = {"weight_map": index}
+    written = {name: json.dumps(value).encode() for name, value in found.items()}
+    return {**written, "merges.txt": b"#version: 0.2\na b\n"}
+
+
+def _tokenizer(folder: Path, without: str) -> None:
+    """A folder with a tokenizer but for one file: GPT-2's two, or the whole in one."""
+    (folder / "hf").mkdir(parents=True, exist_ok=True)
+    for name, content in _own_files(folder).items():
+        if name != without and "index" not in name and not (name == "tokenizer.json" and without != name):
+            (folder / "hf" / name).write_bytes(content)
+
+
+def _text(folder: Path) -> None:
+    """What is read is used: text there and back, and as it comes."""
+    if own := read_tokenizer(folder / "hf", {"eos_token_id": 3, "vocab_size": 258}):
+        tokens = own.encode("ab c<|end|>\n").tolist()
+        own.decode(tokens)
+        own.prompt("")
+        stream = own.stream(tokens[:1])
+        _ = [*map(stream, tokens), stream(None)]
+        own.count_bytes(np.array(tokens, dtype=np.int64))
+        own.beyond(100)
+
+
 def _evals(folder: Path) -> None:
     file, tokenizer = str(folder / "rows.jsonl"), get_tokenizer("bytes")
     hellaswag(file, tokenizer)
@@ -361,6 +413,11 @@ def readers(scratch: Path) -> Iterator[Reader]:
     yield Reader(
         "hf/config.json", (theirs,), other_json, lambda f: from_huggingface(f / "hf"), lambda f: _huggingface(f / "hf")
     )
+    for file in ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        mutate = other_bytes if file == "merges.txt" else other_json
+        read = _from_parts if "index" in file else _text
+        beside = _parts if "index" in file else partial(_tokenizer, without=file)
+        yield Reader(f"hf/{file}", (_own_files(scratch)[file],), mutate, read, beside)
     yield Reader("log.csv", (LOG,), other_bytes, lambda f: read_log(f / "log.csv"))
     yield Reader("log.jsonl", (LOG_LINES,), other_lines, lambda f: read_log(f / "log.jsonl"))
     yield Reader("rows.jsonl", (QUESTION * 2,), other_lines, _evals)

@@ -20,12 +20,14 @@ from gptlab.errors import GptlabError
 from gptlab.parsing import parse_json, parse_toml
 
 EXAMPLES = 150
-SLOW = {"hf/config.json": 10, "metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60}
+SLOW = {"metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60}
 """Examples of readers that take milliseconds each."""
 NAMES = (
     "train_000000.bin", "train.bin", "train.npy", "corpus.json", "options.toml", "experiment.toml", "metrics.jsonl",
     "config.json", "tuning.json", "state.json", "model.safetensors", SHARD, "MANIFEST.json", "model.bin", "ckpt.pt",
-    "hf/config.json", "log.csv", "log.jsonl", "rows.jsonl", "text.jsonl", "tuned_reader.safetensors", "tokens", "name",
+    "hf/config.json", "hf/model.safetensors.index.json", "hf/tokenizer.json", "hf/tokenizer_config.json",
+    "hf/vocab.json", "hf/merges.txt", "log.csv", "log.jsonl", "rows.jsonl", "text.jsonl", "tuned_reader.safetensors",
+    "tokens", "name",
 )  # fmt: skip
 
 
