@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
     if result["padding"]:
         print(f"{result['padding']} rows that pad the vocabulary to {shape.vocab_size:,} were cut")
     if huggingface:
-        print(f"tokenizer: {known}" if known else f"no tokenizer: {vocabulary.missing}")
+        print(f"tokenizer: {known}" if known else vocabulary.missing)
         print(f'load it with: transformers.GPT2LMHeadModel.from_pretrained("{out}")')
     return 0
 

@@ -73,6 +73,6 @@ def main(argv: list[str]) -> int:
         print(f"tokenizer: {vocabulary.known.name}")
         print(f"try next: gptlab sample --checkpoint {shlex.quote(str(out))}")
     else:
-        print(f"no tokenizer: {vocabulary.missing}")
+        print(vocabulary.missing)
         print(f"try next: gptlab eval {shlex.quote(str(out))} --data SHARDS")
     return 0

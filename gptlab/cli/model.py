@@ -82,9 +82,9 @@ def vocabulary_of(source: str, model: GPT, own: Callable[[], Tokenizer | None], 
     from gptlab.data.tokenizers import get_tokenizer
 
     missing = DataError(
-        f"{source} brings no tokenizer (tokenizer.json, or vocab.json and merges.txt), so that its tokens stand for no "
-        "text; put the model's own into the folder, or add --tokenizer gpt2 or bytes if it is that; token shards are "
-        "scored without one (`gptlab eval FOLDER --data SHARDS`)"
+        f"{source} brings no tokenizer (tokenizer.json, or vocab.json and merges.txt) to read and write text with: put "
+        "the model's own into the folder, or add --tokenizer gpt2 or bytes if it is that; token shards need none "
+        "(`gptlab eval FOLDER --data SHARDS`)"
     )
     try:
         known = own()

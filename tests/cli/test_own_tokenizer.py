@@ -20,7 +20,7 @@ from gptlab.data.shards import write_shard
 
 Capture = pytest.CaptureFixture[str]
 TEXT = "the lord of the manor spoke, and they're all gone; what of the play? naïve 🙂 no more of it. " * 30
-NONE = "brings no tokenizer (tokenizer.json, or vocab.json and merges.txt), so that its tokens stand for no text"
+NONE = "brings no tokenizer (tokenizer.json, or vocab.json and merges.txt) to read and write text with: put"
 
 
 def byte_level(size: int) -> Tokenizer:
