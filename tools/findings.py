@@ -7,7 +7,9 @@ prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, 
 what `gptlab dose_response` finds there. Each pack gets a NAME.svg. With <!-- branches: NAME --> it is the branch
 tests in NAME.json, which `gptlab noise --json` printed. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
-arms/confidence/difference, as Python formats it; NAME may be that of a file in benchmarks/results too.
+arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
+benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
+comment must not begin a line within a paragraph, which Markdown would end there.
 
 The pictures of docs/findings/noise.md that belong to no experiment are drawn from what `gptlab noise --json` printed.
 """
@@ -15,8 +17,10 @@ The pictures of docs/findings/noise.md that belong to no experiment are drawn fr
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +34,11 @@ from gptlab.analysis.load import read
 from gptlab.analysis.noise.labels import THRESHOLDS
 from gptlab.analysis.report.comparison import write_forest
 from gptlab.analysis.report.response import PANEL, STYLE, draw
+from gptlab.analysis.run import Run
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
 from gptlab.runs.archive import SUFFIX
+from gptlab.runs.records import read_rows
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
@@ -74,18 +80,40 @@ def _result(name: str) -> dict[str, Any]:
     """What the command that belongs to the results of a name gives as JSON."""
     for folder in (FINDINGS, ROOT / "benchmarks" / "results"):
         if (file := folder / f"{name}.json").is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
+            result = json.loads(file.read_text(encoding="utf-8"))
+            return {**result, "against_best_peer": _against_best_peer(result)} if name.startswith("speed_") else result
     packed = FINDINGS / f"{name}{SUFFIX}"
     if name.startswith(RESPONSE):
         return dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES))))
-    return read([packed]).verdicts()
+    outcomes = read([packed])
+    return {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
+
+
+def _blocks(runs: Sequence[Run]) -> dict[str, list[list[float]]]:
+    """For each block, from the first, its figures at the last validation, one a seed."""
+    last = [[row for row in read_rows(run.source) if row["kind"] == "val"][-1] for run in runs]
+    figures = ("block_loss", "block_confidence")
+    return {name: [list(block) for block in zip(*(row[name] for row in last), strict=True)] for name in figures}
+
+
+def _against_best_peer(result: Mapping[str, Any]) -> float:
+    """The baseline's speed over that of the fastest peer in any dtype."""
+    speeds = {row["name"]: row["tokens_per_second"] for row in result["rows"]}
+    peers = [speed for name, speed in speeds.items() if name.endswith((" fp32", " bf16"))]
+    return speeds["baseline"] / max(peers, default=math.nan)
 
 
 def _figure(name: str, place: str, form: str) -> str:
-    value: Any = _result(name)
-    for key in place.split("/"):
-        value = value[int(key)] if isinstance(value, (list, tuple)) else value[key]
-    return format(value, form)
+    value = _at(_result(name), place.split("/"))
+    return format(statistics.fmean(value) if isinstance(value, list) else value, form)
+
+
+def _at(value: Any, keys: Sequence[str]) -> Any:
+    if not keys:
+        return value
+    if keys[0] == "*":
+        return sum(_at(one, keys[1:]) for one in (value.values() if isinstance(value, dict) else value))
+    return _at(value[int(keys[0])] if isinstance(value, (list, tuple)) else value[keys[0]], keys[1:])
 
 
 def _branches(measured: dict[str, Any]) -> str:
@@ -103,7 +131,7 @@ def _branches(measured: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-GREY = "#8c959f"
+GREY, RED = "#8c959f", "#cf222e"
 BLOCKS = ("#9ecbff", "#54a0ff", "#1f6feb", "#0b3d91")
 """Of four blocks, first to last."""
 
@@ -163,10 +191,42 @@ def averages(axes: Axes, which: int) -> None:
     axes.set_ylabel("nats more than without")
 
 
+SHOWN_ARMS: tuple[tuple[str, str, str, str, tuple[tuple[float, float], tuple[float, float]]], ...] = (
+    ("baseline", "baseline", GREY, "-", ((3.05, 0.31), (2.05, 2.8))),
+    ("confidence", "confidence", RED, "-", ((2.15, 0.92), (3.4, 4.7))),
+    ("confidence-placebo", "its placebo", GREY, ":", ((3.05, 0.05), (2.15, 4.35))),
+)
+"""Arm, its label, colour and line, and where the label stands in either panel."""
+
+
+def sure_and_wrong(axes: Axes, which: int) -> None:
+    """What `confidence` makes of each block: how sure it is, and how wrong (N4); a dot a seed, lines through means."""
+    name = ("block_confidence", "block_loss")[which]
+    for arm, label, colour, dashes, at in SHOWN_ARMS:
+        blocks = _result("1_noise")["blocks"][arm][name]
+        numbers, means = range(1, len(blocks) + 1), [statistics.fmean(values) for values in blocks]
+        axes.plot(numbers, means, dashes, color=colour, linewidth=1.5)
+        for number, values in zip(numbers, blocks, strict=True):
+            axes.plot([number] * len(values), values, ".", color=colour, markersize=3)
+        axes.annotate(label, at[which], color=colour if colour != GREY else "#57606a", fontsize=9)
+    axes.set_xticks(range(1, 5), [f"block {number}" for number in range(1, 5)])
+    if which:
+        axes.axhline(math.log(256), color="black", linewidth=0.8, linestyle="--")
+        axes.annotate("uniform guess", (3.35, math.log(256) + 0.08), fontsize=9)
+        axes.set_ylim(2.5, 6.5)
+        axes.set_ylabel("cross-entropy with the truth, nats")
+        axes.set_title("... and how wrong it is", fontsize=10)
+    else:
+        axes.set_ylim(0, 1)
+        axes.set_ylabel("mean probability of its best guess")
+        axes.set_title("How sure each block is of the next byte ...", fontsize=10)
+
+
 PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     "noise_labels": (labels, 1),
     "noise_alignment": (alignment, 1),
     "noise_averages": (averages, 4),
+    "1_noise_blocks": (sure_and_wrong, 2),
 }
 """name of the SVG -> what draws one panel, and how many."""
 
