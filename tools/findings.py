@@ -1,6 +1,7 @@
 """The tables and pictures of the findings, from the packed experiments next to them.
 
-    python tools/findings.py    renews them all: in the README and every page of docs/
+    python tools/findings.py              renews them all: in the README and every page of docs/
+    python tools/findings.py --unigram    measures what a model has that only counts bytes, where the corpus is at hand
 
 What stands between <!-- compare: NAME --> and <!-- end of NAME --> is what `gptlab compare docs/findings/NAME.json.gz`
 prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, with <!-- dose_response: NAME -->
@@ -20,12 +21,14 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -37,6 +40,7 @@ from gptlab.analysis.report.response import PANEL, STYLE, draw
 from gptlab.analysis.run import Run
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
+from gptlab.data.shakespeare import Shakespeare
 from gptlab.runs.archive import SUFFIX
 from gptlab.runs.records import read_rows
 
@@ -130,6 +134,9 @@ def _branches(measured: dict[str, Any]) -> str:
             lines.append(f"| {name} | {branch['verdict']} | {parts} | {branch['dose']:.2f} |")
     return "\n".join(lines) + "\n"
 
+
+EVALUATED = 131_072
+"""Validation bytes that a run of shakespeare-tiny reads."""
 
 GREY, RED = "#8c959f", "#cf222e"
 BLOCKS = ("#9ecbff", "#54a0ff", "#1f6feb", "#0b3d91")
@@ -244,7 +251,21 @@ def draw_pictures(folder: Path = FINDINGS) -> None:
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, format="svg")
 
 
+def measure_unigram() -> None:
+    """Write the cross-entropy of Shakespeare's first validation bytes under the training bytes' frequencies."""
+    train, validation = (
+        np.concatenate([np.frombuffer(b"\0" + text.encode(), np.uint8) for text, _ in Shakespeare().documents(stream)])
+        for stream in ("train", "val")
+    )
+    counts, read = np.bincount(train, minlength=256), validation[1 : 1 + EVALUATED]
+    nats = -np.log(np.maximum(counts[read], 0.5) / counts.sum()).mean()
+    result = {"nats": float(nats), "training_bytes": len(train), "validation_bytes": len(read)}
+    (FINDINGS / "shakespeare_unigram.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
+    if "--unigram" in sys.argv:
+        measure_unigram()
     for page in pages():
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
