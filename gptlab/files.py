@@ -130,7 +130,7 @@ def read_json(
     """The value of a JSON file; raises as read_text does, and `error` for what is no JSON."""
     text = read_text(path, limit=limit, inside=inside, error=error)
     try:
-        return parse_json(text)
+        return parse_json(text, unique=True)
     except ValueError as failure:
         raise error(f"{path} is damaged: expected JSON, found {failure}") from None
 

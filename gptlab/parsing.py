@@ -17,17 +17,27 @@ MOST_BLOCKS = 10_000
 """The largest n_layer. No file's length bounds it: a shared block is stored once, and lists of n_layer are made."""
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     """The value of a JSON text; ValueError for anything else, and for more than DEEPEST levels.
+
+    unique: refuse objects in which a key occurs twice, of which parsers take one or the other.
 
     >>> parse_json('{"step": [1, 2]}')
     {'step': [1, 2]}
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return _checked(value)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:40]!r} twice")
+    return found
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -54,14 +64,13 @@ def is_number(value: object) -> bool:
 
 
 def _checked(value: Any) -> Any:
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEEPEST):
         level = [
             inner
             for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
-            if isinstance(inner, dict | list)
+            for inner in (one.values() if type(one) is dict else one)
+            if type(inner) is dict or type(inner) is list
         ]
         if not level:
             return value

@@ -14,7 +14,7 @@ import pytest
 
 from gptlab.cli.model import open_model
 from gptlab.page.app import READ, create_app
-from gptlab.page.guard import Door
+from gptlab.page.guard import AccessPolicy
 from gptlab.page.server import listen, serve
 
 TOKEN = "the-token-of-the-test"
@@ -67,9 +67,9 @@ def served() -> Iterator[Callable[..., Served]]:
     def start(root: Path, model: Path | None = None) -> Served:
         listening = listen("127.0.0.1", 0)
         port = listening.getsockname()[1]
-        door = Door("127.0.0.1", port, TOKEN, frozenset({READ}))
+        policy = AccessPolicy("127.0.0.1", port, TOKEN, frozenset({READ}))
         opened = partial(open_model, device="cpu", dtype="fp32", threads=1)
-        app, _ = create_app(root, str(model) if model else None, opened, door)
+        app, _ = create_app(root, str(model) if model else None, opened, policy)
         thread = threading.Thread(target=serve, args=(app, listening, ended.is_set))
         thread.start()
         threads.append((thread, listening))

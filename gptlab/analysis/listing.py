@@ -49,24 +49,27 @@ def find_runs(folder: Path) -> Iterator[Path]:
 def listed(root: Path, path: Path, until: float = math.inf) -> Listed:
     """How a run stands. until: the moment at which reading it ends, as for read_rows."""
     name = path.relative_to(root).as_posix() if path != root else path.name
-    figures: dict[str, Any] = dict.fromkeys(FIGURES) | {"run": name}
     try:
         run = read_run(path, until)
-        ended = dict(run.ended)
-        last = max(run.losses, default=None)
-        figures |= {
-            "state": _state(run),
-            "step": run.last_step,
-            "steps": run.options["steps"],
-            "loss": run.losses[last] if last is not None else None,
-            "bits_per_byte": ended.get("bits_per_byte", run.bits_per_byte),
-            "dose": run.dose if run.has_signal else None,
-            "clipped_share": ended.get("clipped_share"),
-            "finished_at": _time(path / "metrics.jsonl"),
-        }
-        return Listed(path, figures, dict(run.options))
+        return Listed(path, figures_of(run, name), dict(run.options))
     except GptlabError as error:
-        return Listed(path, figures | {"state": "damaged"}, {}, str(error))
+        return Listed(path, dict.fromkeys(FIGURES) | {"run": name, "state": "damaged"}, {}, str(error))
+
+
+def figures_of(run: Run, name: str) -> dict[str, Any]:
+    """The FIGURES of a run that was read."""
+    last = max(run.losses, default=None)
+    return {
+        "run": name,
+        "state": _state(run),
+        "step": run.last_step,
+        "steps": run.options["steps"],
+        "loss": run.losses[last] if last is not None else None,
+        "bits_per_byte": run.ended.get("bits_per_byte", run.bits_per_byte),
+        "dose": run.dose if run.has_signal else None,
+        "clipped_share": run.ended.get("clipped_share"),
+        "finished_at": _time(run.path / "metrics.jsonl"),
+    }
 
 
 def _state(run: Run) -> str:

@@ -6,7 +6,7 @@ Only JSON is read, so that comparing runs needs neither torch nor the machine th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from gptlab.data.prepare import known_tokens
 from gptlab.data.tokenizers import TOKENIZERS
 from gptlab.options import flatten
-from gptlab.runs.records import Clock, Source, path_of, read_config, read_environment, read_rows
+from gptlab.runs.records import Clock, Row, Source, path_of, read_config, read_environment, read_rows
 from gptlab.training.config import TrainingConfig
 
 
@@ -68,10 +68,10 @@ class Run:
         return self.options.get("signal.name", "none") != "none"
 
 
-def read_run(source: Source, until: float = math.inf) -> Run:
+def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None] = lambda row: None) -> Run:
     """The run in a folder or a pack, finished or not; raises CheckpointError where there is none or it cannot be read.
 
-    until: the moment at which reading ends, as for read_rows.
+    until: the moment at which reading ends, as for read_rows; each: gets every row that is read.
     """
     config = read_config(source)
     losses: dict[int, float] = {}
@@ -80,6 +80,7 @@ def read_run(source: Source, until: float = math.inf) -> Run:
     last: Mapping[str, Any] = {}
     step, clock = 0, Clock()
     for row in read_rows(source, blocks=blocks_of(config), until=until):
+        each(row)
         step = row["step"]
         if row["kind"] == "val":
             losses[step], last = row["loss"], row

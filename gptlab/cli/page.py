@@ -19,23 +19,23 @@ from gptlab.errors import UsageError
 
 if TYPE_CHECKING:
     from gptlab.cli.model import Opened
-    from gptlab.page.guard import Door
+    from gptlab.page.guard import AccessPolicy
 
 
 def main(argv: list[str]) -> int:
     """Print the link and serve it until Ctrl-C, which is 0; raises UsageError, and ConfigError for a port in use."""
     options = _parse(argv)
     from gptlab.page.app import READ, create_app
-    from gptlab.page.guard import Door
+    from gptlab.page.guard import AccessPolicy
     from gptlab.page.server import listen, serve
 
     with listen(options.host, options.port) as listening:
-        door = Door(options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ}))
-        app, lines = create_app(Path(options.folder), options.model, partial(_open, options=options), door)
+        policy = AccessPolicy(options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ}))
+        app, queues = create_app(Path(options.folder), options.model, partial(_open, options=options), policy)
         with StopRequest() as asked_to_stop:
-            _tell(door, options)
+            _announce(policy, options)
             serve(app, listening, asked_to_stop)
-            if lines.busy:  # Python would wait for a model to be opened that nobody will look into
+            if queues.busy:  # Python would wait for a model to be opened that nobody will look into
                 os._exit(0)
     return 0
 
@@ -72,17 +72,17 @@ def _open(source: str, options: argparse.Namespace) -> Opened:
     return open_model(source, options.device, options.dtype, options.threads)
 
 
-def _tell(door: Door, options: argparse.Namespace) -> None:
+def _announce(policy: AccessPolicy, options: argparse.Namespace) -> None:
     """The link on standard output, and on standard error what it gives away."""
-    name = door.host if door.local else gethostname()
+    name = policy.host if policy.local else gethostname()
     shown = f"[{name}]" if ":" in name else name
-    url = f"http://{shown}:{door.port}/{door.token}/"
+    url = f"http://{shown}:{policy.port}/{policy.token}/"
     print(json.dumps({"url": url}) if options.json else url, flush=True)
     said = [f"the runs in {options.folder}, until Ctrl-C"]
-    if not door.local:
+    if not policy.local:
         said.append(
-            f"warning: {door.host} is open to other machines: whoever has or overhears the link can read these runs "
-            f"and their samples, and ask the lens; safer is ssh -L {door.port}:127.0.0.1:{door.port}"
+            f"warning: {policy.host} is open to other machines: whoever has or overhears the link can read these runs "
+            f"and their samples, and ask the lens; safer is ssh -L {policy.port}:127.0.0.1:{policy.port}"
         )
     for line in said:
         print(printable(line), file=sys.stderr, flush=True)

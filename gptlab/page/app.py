@@ -1,4 +1,4 @@
-"""The page's addresses and what stands behind each. Who may ask is guard.py's, what is shown views.py's."""
+"""The page's addresses and what answers each. guard.py decides who may ask, views.py what is shown."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from gptlab.errors import GptlabError
-from gptlab.page.guard import Door, Guard
-from gptlab.page.line import Busy, Line
-from gptlab.page.models import Models, Opened
-from gptlab.page.shelf import Shelf, key_of
+from gptlab.page.guard import AccessPolicy, Guard
+from gptlab.page.lens import Models, Opened
+from gptlab.page.run_index import RunIndex, key_of
 from gptlab.page.views import Missing, View, Views, prepare, static
+from gptlab.page.worker_queue import Busy, Late, WorkerQueue
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -24,41 +24,51 @@ if TYPE_CHECKING:
 READ = "/read"
 """The one address that takes POST: a prompt is no part of an address, which browsers remember."""
 
+DRAWERS = 16
+"""Pages that are drawn at a time, so that none waits for a slow one."""
+
 VIEWS_WAITING, PROMPTS_WAITING = 256, 8
-"""Requests that may wait for a page to be drawn, and for a model; of more, each is told to come again."""
+"""Requests that may wait for a page to be drawn, and for a model; of more, each is asked to come again."""
+
+VIEW_SECONDS, PROMPT_SECONDS = 60.0, 120.0
+"""How long a request waits for a page, and for a model, which may have to be opened."""
 
 
-class Lines(NamedTuple):
-    """Those who wait for a page to be drawn, and those who wait for a model."""
+class Queues(NamedTuple):
+    """Those who wait for a page to be drawn, and those who wait for a model; run_index: reads runs for the list."""
 
-    drawing: Line
-    computing: Line
+    drawing: WorkerQueue
+    computing: WorkerQueue
+    run_index: RunIndex
 
     @property
     def busy(self) -> bool:
-        return self.drawing.busy or self.computing.busy
+        return self.drawing.busy or self.computing.busy or self.run_index.pending != (0, 0)
 
 
-def create_app(root: Path, model: str | None, open_model: Callable[[str], Opened], door: Door) -> tuple[ASGIApp, Lines]:
+def create_app(
+    root: Path, model: str | None, open_model: Callable[[str], Opened], policy: AccessPolicy
+) -> tuple[ASGIApp, Queues]:
     """The page over the runs below `root`, behind its guard. model: another one that the lens offers."""
     extra = {key_of(f"model {model}"): Path(model)} if model else {}
-    views = Views(Shelf(root), {key: str(path) for key, path in extra.items()})
-    lines = Lines(Line("page", VIEWS_WAITING, prepare), Line("model", PROMPTS_WAITING))
-    return Guard(_routes(views, Models(open_model), extra, lines), door), lines
+    views = Views(index := RunIndex(root), {key: str(path) for key, path in extra.items()})
+    drawing = WorkerQueue("page", DRAWERS, VIEWS_WAITING, VIEW_SECONDS, prepare)
+    queues = Queues(drawing, WorkerQueue("model", 1, PROMPTS_WAITING, PROMPT_SECONDS), index)
+    return Guard(_routes(views, Models(open_model), extra, queues), policy), queues
 
 
-def _routes(views: Views, models: Models, extra: dict[str, Path], lines: Lines) -> ASGIApp:
+def _routes(views: Views, models: Models, extra: dict[str, Path], queues: Queues) -> ASGIApp:
     from starlette.applications import Starlette
     from starlette.responses import PlainTextResponse, Response
     from starlette.routing import Route
 
-    drawing, computing = lines
+    drawing, computing, index = queues
 
     async def shown(request: Request, view: Callable[[], View]) -> Response:
         page = await drawing.call(view)
         etag = f'"{page.mark}"'
-        known = request.headers.get("if-none-match") == etag
-        return Response(b"" if known else page.html, 304 if known else 200, {"etag": etag}, "text/html")
+        known = request.headers.get("if-none-match") == etag and page.status == 200
+        return Response(b"" if known else page.html, 304 if known else page.status, {"etag": etag}, "text/html")
 
     async def runs(request: Request) -> Response:
         return await shown(request, views.runs)
@@ -92,6 +102,9 @@ def _routes(views: Views, models: Models, extra: dict[str, Path], lines: Lines) 
     def busy(request: Request, error: Exception) -> Response:
         return PlainTextResponse("too many ask at once; try again in a moment\n", 429, {"retry-after": "1"})
 
+    def late(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("this takes too long just now; try again in a minute\n", 503, {"retry-after": "60"})
+
     def missing(request: Request, error: Exception) -> Response:
         return PlainTextResponse("no such run, experiment or model here; go back to the list of runs\n", 404)
 
@@ -99,17 +112,18 @@ def _routes(views: Views, models: Models, extra: dict[str, Path], lines: Lines) 
         return PlainTextResponse(f"the folder cannot be read just now: {error}\n", 503)
 
     @asynccontextmanager
-    async def open_lines(app: Starlette) -> AsyncIterator[None]:
+    async def open_queues(app: Starlette) -> AsyncIterator[None]:
         yield
         drawing.close()
         computing.close()
+        index.close()
 
     pages = {"/": runs, "/run": run, "/compare": compare, "/lens": lens}
     routes = [Route(path, endpoint) for path, endpoint in pages.items()]
     routes += [Route(path, fixed(*file)) for path, file in static().items()]
     routes += [Route(READ, read, methods=["POST"])]
-    handlers = {Busy: busy, Missing: missing, OSError: unreadable}
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=open_lines)
+    handlers = {Busy: busy, Late: late, Missing: missing, OSError: unreadable}
+    return Starlette(routes=routes, exception_handlers=handlers, lifespan=open_queues)
 
 
 def _asked(body: bytes) -> tuple[str, str] | None:
@@ -128,7 +142,7 @@ def _source(views: Views, key: str) -> Path:
     """Where a run's model lies; raises Missing."""
     if key not in views.sources():
         raise Missing
-    return views.shelf.look().runs[key].path
+    return views.index.look().runs[key]
 
 
 def _json(content: object, status: int = 200) -> Response:

@@ -1,6 +1,6 @@
 """Who is answered: the rules that every request meets before anything else of the page sees it.
 
-The token stands in the path. A browser sends a cookie to every port of a host, other people's servers among them, and
+The token is part of the path. A browser sends a cookie to every port of a host, other people's servers among them, and
 along with requests that other pages make; a path it sends only to who made it up, so that without the link no request
 can be made, and none forged. What a link gives away by being seen, `no-referrer` and a new token at each start limit.
 """
@@ -41,7 +41,7 @@ DECIDING = ("host", "origin", "content-length", "content-type")
 
 
 @dataclass(frozen=True)
-class Door:
+class AccessPolicy:
     """Where the page listens, and the token that opens it. posts: the paths that take POST; all others take GET."""
 
     host: str
@@ -95,72 +95,72 @@ class Asked:
         return "/" + self.path.removeprefix("/").partition("/")[2]
 
 
-def unambiguous(door: Door, asked: Asked) -> None:
-    """A header that decides stands once, so that nobody reads the other one."""
+def unambiguous(policy: AccessPolicy, asked: Asked) -> None:
+    """A header that decides occurs once, so that nobody reads another one."""
     names = [name for name, _ in asked.headers]
     if any(names.count(name) > 1 for name in DECIDING):
         raise Refused(400, f"expected each of {', '.join(DECIDING)} once")
 
 
-def own_host(door: Door, asked: Asked) -> None:
+def own_host(policy: AccessPolicy, asked: Asked) -> None:
     """Host names this page: against names of others that were made to lead here (DNS rebinding)."""
-    if not _is_ours(asked.header("host"), door):
-        raise Refused(403, f"expected this page's own address as Host, with port {door.port}; open the printed link")
+    if not _is_ours(asked.header("host"), policy):
+        raise Refused(403, f"expected this page's own address as Host, with port {policy.port}; open the printed link")
 
 
-def own_origin(door: Door, asked: Asked) -> None:
+def own_origin(policy: AccessPolicy, asked: Asked) -> None:
     """Origin, where a browser sends it, is this page's: against other pages in the same browser."""
     host = asked.header("host")
     if asked.header("origin", f"http://{host}") != f"http://{host}":
         raise Refused(403, "a page of another origin may not ask")
 
 
-def right_token(door: Door, asked: Asked) -> None:
-    if not secrets.compare_digest(asked.token.encode("utf-8", "replace"), door.token.encode()):
+def right_token(policy: AccessPolicy, asked: Asked) -> None:
+    if not secrets.compare_digest(asked.token.encode("utf-8", "replace"), policy.token.encode()):
         raise Refused(403, "expected the token of the link that gptlab page printed")
 
 
-def right_method(door: Door, asked: Asked) -> None:
-    if asked.method != (wanted := door.method(asked.rest)):
+def right_method(policy: AccessPolicy, asked: Asked) -> None:
+    if asked.method != (wanted := policy.method(asked.rest)):
         raise Refused(405, f"expected {wanted}")
 
 
-def short_query(door: Door, asked: Asked) -> None:
+def short_query(policy: AccessPolicy, asked: Asked) -> None:
     if len(asked.query) > LONGEST_QUERY:
         raise Refused(414, f"expected a query of at most {LONGEST_QUERY} bytes")
 
 
-def of_json(door: Door, asked: Asked) -> None:
+def of_json(policy: AccessPolicy, asked: Asked) -> None:
     """A posted body says that it is JSON, which a form of another page cannot."""
     kind = asked.header("content-type").partition(";")[0].strip().lower()
     if asked.method == "POST" and kind != "application/json":
         raise Refused(415, "expected a body of application/json")
 
 
-def small_body(door: Door, asked: Asked) -> None:
+def small_body(policy: AccessPolicy, asked: Asked) -> None:
     """The length that is announced; `_body` counts what comes."""
     length, most = asked.header("content-length", "0"), LARGEST_BODY if asked.method == "POST" else 0
     if not length.isdecimal() or len(length) > 9 or int(length) > most:
         raise Refused(413, f"expected a body of at most {most} bytes")
 
 
-RULES: tuple[Callable[[Door, Asked], None], ...] = (
+RULES: tuple[Callable[[AccessPolicy, Asked], None], ...] = (
     unambiguous, own_host, own_origin, right_token, right_method, short_query, of_json, small_body,
 )  # fmt: skip
-"""In their order, so that without the token nothing else is told. Each raises Refused."""
+"""In their order, so that without the token nothing else is revealed. Each raises Refused."""
 
 
-def _is_ours(host: str, door: Door) -> bool:
+def _is_ours(host: str, policy: AccessPolicy) -> bool:
     """On loopback its three names. Elsewhere also any address as such, which no name server made up."""
     name, colon, port = host.rpartition(":")
     if not colon or "]" in port:
         name, port = host, "80"
-    if port != str(door.port):
+    if port != str(policy.port):
         return False
     name = name.removeprefix("[").removesuffix("]").lower()
-    if door.local:
-        return name in {"localhost", "127.0.0.1", "::1", door.host}
-    return name == door.host.lower() or _address(name) is not None
+    if policy.local:
+        return name in {"localhost", "127.0.0.1", "::1", policy.host}
+    return name == policy.host.lower() or _address(name) is not None
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -176,8 +176,8 @@ class Guard:
     What is behind it gets a body whole, and never a long one.
     """
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self.app, self.door = app, door
+    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
+        self.app, self.policy = app, policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -205,7 +205,7 @@ class Guard:
         headers = tuple((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
         asked = Asked(scope["method"], scope["path"], scope["query_string"], headers)
         for rule in RULES:
-            rule(self.door, asked)
+            rule(self.policy, asked)
         body = await _body(receive)
 
         async def receive_body() -> Message:

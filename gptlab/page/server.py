@@ -1,4 +1,4 @@
-"""A socket of one's own and the server on it, until Ctrl-C."""
+"""A socket of one's own and the server on it, until Ctrl-C. A client that is slow loses its connection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 MOST_CONNECTIONS = 400
-"""Open at once; more are told 503, so that they do not use up the process's files."""
+"""Open at once; more are answered 503 and closed, so that they do not use up the process's files."""
+
+HEAD_SECONDS, ANSWER_SECONDS = 10.0, 180.0
+"""How long a connection may take to send a request's head, and from there to have taken the answer."""
 
 PATIENCE = 2
 """Seconds that answers under way are waited for when the page ends."""
@@ -42,7 +45,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: ASGIApp, listening: socket.socket, asked_to_stop: Callable[[], bool]) -> None:
-    """Answer requests until SIGINT or SIGTERM, which whoever listened to it before is then told.
+    """Answer requests until SIGINT or SIGTERM, which is then passed to whoever listened to it before.
 
     asked_to_stop: whether that was before the server listened to it.
     """
@@ -50,7 +53,7 @@ def serve(app: ASGIApp, listening: socket.socket, asked_to_stop: Callable[[], bo
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            """What is still to be answered is told that the page has ended; uvicorn would print it as a fault."""
+            """What is not answered yet gets that the page has ended; uvicorn would print it as a fault."""
             asyncio.get_running_loop().call_later(PATIENCE, self.let_go)
             await super().shutdown(sockets)
 
@@ -64,7 +67,7 @@ def serve(app: ASGIApp, listening: socket.socket, asked_to_stop: Callable[[], bo
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=_impatient_protocol(),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -72,10 +75,58 @@ def serve(app: ASGIApp, listening: socket.socket, asked_to_stop: Callable[[], bo
         access_log=False,
         proxy_headers=False,  # no header makes a stranger a neighbour
         server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=2 * PATIENCE,
         callback_notify=look,
         timeout_notify=0,
     )
     server = Server(config)
     server.run(sockets=[listening])
+
+
+def _impatient_protocol() -> type[asyncio.Protocol]:
+    """uvicorn's HTTP/1.1, which itself waits without end for a request that was begun or an answer that is not read."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class ImpatientProtocol(H11Protocol):
+        timer: asyncio.TimerHandle | None = None
+        timed: object = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > MOST_CONNECTIONS:
+                self.refuse(b"503 Service Unavailable")
+            else:
+                self.watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self.timer:
+                self.timer.cancel()
+            super().connection_lost(exc)
+
+        def watch(self) -> None:
+            """Begin to wait: for a request's head, or, once for each request, for the end of its answer."""
+            answering = self.cycle if self.cycle and not self.cycle.response_complete else None
+            if self.timer and answering is self.timed:
+                return
+            if self.timer:
+                self.timer.cancel()
+            self.timed = answering
+            if answering:
+                self.timer = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+            else:
+                self.timer = self.loop.call_later(HEAD_SECONDS, self.refuse, b"408 Request Timeout")
+
+        def refuse(self, status: bytes) -> None:
+            if not self.transport.is_closing():
+                self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+                self.transport.close()
+
+    return ImpatientProtocol

@@ -1,4 +1,4 @@
-"""The pages as HTML: the list of runs, a run, a comparison and the lens's form, each drawn anew when it has changed.
+"""The pages as HTML: the list of runs, a run, a comparison and the lens's form, each redrawn when it has changed.
 
 A run and a comparison are shown as their reports show them, by the same templates. Reads only.
 """
@@ -6,36 +6,43 @@ A run and a comparison are shown as their reports show them, by the same templat
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.analysis.listing import Listed, differing, ordered
+from gptlab.analysis.listing import Listed, differing, figures_of, ordered
 from gptlab.analysis.load import read
 from gptlab.analysis.report import comparison, run, theme
-from gptlab.analysis.report.history import Band, read_history
+from gptlab.analysis.report.history import Band, Recorder, read_history
 from gptlab.analysis.report.page import render, stylesheet
 from gptlab.analysis.report.plots import Line, curves
 from gptlab.analysis.run import read_run
 from gptlab.errors import ConfigError, GptlabError
-from gptlab.page.line import Cache
-from gptlab.page.shelf import SHARE, Shelf, Shelved, mark_of
+from gptlab.files import LOCK, is_locked
+from gptlab.page.run_index import SHARE, Indexed, RunIndex, mark_of
+from gptlab.page.worker_queue import Cache
+from gptlab.runs.records import SlowReadError
 
 HERE = Path(__file__).parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
 
-SOON, LATER = 2, 10
-"""Seconds after which a page asks whether there is something new: while a run of it is running, and else."""
+SECONDS_RUNNING, SECONDS_IDLE = 2, 10
+"""After which a page asks whether there is something new: while a run of it is running, and else."""
 
-MOST = 64
+MOST_PAGES = 64
 """Pages that are kept."""
+
+DRAWING_SECONDS = 3.0
+"""CPU seconds that a page's runs may take to read; what is drawn of them is bounded by itself, and takes about one."""
 
 
 class View(NamedTuple):
-    """A page, and the mark of what it shows."""
+    """A page, the mark of what it shows, and its status: 503 for one that takes too long to draw."""
 
     html: bytes
     mark: str
+    status: int
 
 
 class Missing(Exception):
@@ -45,88 +52,97 @@ class Missing(Exception):
 class Views:
     """The pages about what lies below a folder; models: {key: name} of others that the lens offers first."""
 
-    def __init__(self, shelf: Shelf, models: Mapping[str, str]) -> None:
-        self.shelf, self.models = shelf, models
-        self._drawn = Cache(MOST, SHARE)
+    def __init__(self, index: RunIndex, models: Mapping[str, str]) -> None:
+        self.index, self.models = index, models
+        self._drawn = Cache(MOST_PAGES, SHARE)
 
     def runs(self) -> View:
         """The list of runs and experiments."""
-        found = self.shelf.look()
-        return self._view(("runs",), tuple(found.marks.items()), lambda: self._runs(found))
+        found = self.index.look()
+        mark = (tuple((key, mark_of(path)) for key, path in found.runs.items()), self.index.pending)
+        return self._view(("runs",), mark, "Runs", lambda until: self._runs(found))
 
     def run(self, key: str) -> View:
         """A run; raises Missing."""
-        one = _at(self.shelf.look().runs, key)
-        return self._view(("run", key), mark_of(one.path), lambda: self._run(key, one))
+        found = self.index.look()
+        path = _at(found.runs, key)
+        name = found.names[key]
+        return self._view(("run", key), mark_of(path), name, lambda until: self._run(key, path, name, until))
 
     def experiment(self, key: str) -> View:
         """An experiment's comparison; raises Missing."""
-        found = self.shelf.look()
+        found = self.index.look()
         folder = _at(found.experiments, key)
-        inside = [key for key, one in found.runs.items() if one.path.is_relative_to(folder)]
-        mark = _settled(found, inside)
-        return self._view(("experiment", key), mark, lambda: self._comparison([folder], found.names[key]))
+        mark = tuple(_settled(path) for path in found.runs.values() if path.is_relative_to(folder))
+        return self._view(("experiment", key), mark, found.names[key], lambda until: self._comparison([folder], until))
 
     def compare(self, keys: Sequence[str]) -> View:
         """The comparison of some runs; raises Missing."""
-        found = self.shelf.look()
-        paths = [_at(found.runs, key).path for key in keys]
-        return self._view(("compare", *keys), _settled(found, keys), lambda: self._comparison(paths, "runs"))
+        found = self.index.look()
+        paths = [_at(found.runs, key) for key in keys]
+        mark = tuple(map(_settled, paths))
+        return self._view(("compare", *keys), mark, "runs", lambda until: self._comparison(paths, until))
 
     def lens(self, chosen: str = "") -> View:
         """The form that asks for a model and a text."""
         models = self.sources()
         shown = [(key, name, key == chosen) for key, name in models.items()]
-        return self._view(("lens", chosen), tuple(models.items()), lambda: _page("ask.html", "Lens", 0, models=shown))
+        mark = tuple(models.items())
+        return self._view(("lens", chosen), mark, "Lens", lambda until: _page("ask.html", "Lens", 0, models=shown))
 
     def sources(self) -> dict[str, str]:
         """{key: name} of the models that the lens can read."""
-        runs = self.shelf.look().runs.items()
-        return {**self.models, **{key: one.figures["run"] for key, one in runs if _has_weights(one.path)}}
+        found = self.index.look()
+        return {**self.models, **{key: found.names[key] for key, path in found.runs.items() if _has_weights(path)}}
 
-    def _view(self, key: Hashable, mark: Hashable, draw: Callable[[], str]) -> View:
-        html, drawn = self._drawn.get(key, mark, lambda: draw().encode("utf-8", errors="replace"))
-        digest = hashlib.sha256(repr(drawn).encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
-        return View(html.replace(b'data-mark=""', f'data-mark="{digest}"'.encode(), 1), digest)
+    def _view(self, key: Hashable, mark: Hashable, name: str, draw: Callable[[float], str]) -> View:
+        """draw: makes the page, given the moment at which reading for it ends; name: of what cannot be shown."""
 
-    def _runs(self, found: Shelved) -> str:
-        of = {id(one): key for key, one in found.runs.items()}
-        rows = ordered(list(found.runs.values()), "run")
-        experiments = sorted(found.names.items(), key=lambda item: item[1])
-        shown = [(of[id(one)], one) for one in rows]
+        def drawn() -> tuple[bytes, int]:
+            try:
+                page, status = draw(time.thread_time() + DRAWING_SECONDS), 200
+            except GptlabError as error:
+                page = _page("problem.html", name, problem=str(error))
+                status = 503 if isinstance(error, SlowReadError) else 200
+            return page.encode("utf-8", errors="replace"), status
+
+        (html, status), made_at = self._drawn.get(key, mark, drawn)
+        digest = hashlib.sha256(repr(made_at).encode("utf-8", errors="surrogateescape")).hexdigest()[:16]
+        return View(html.replace(b'data-mark=""', f'data-mark="{digest}"'.encode(), 1), digest, status)
+
+    def _runs(self, found: Indexed) -> str:
+        rows = self.index.rows(found.runs)
+        key_of_row = {id(one): key for key, one in rows.items()}
+        shown = ordered(list(rows.values()), "run")
+        experiments = sorted(((key, found.names[key]) for key in found.experiments), key=lambda item: item[1])
         return _page(
-            "runs.html", "Runs", _every(rows), folder=self.shelf.root, experiments=experiments, keys=differing(rows),
-            rows=shown,
+            "runs.html", "Runs", _every(shown), folder=self.index.root, experiments=experiments, keys=differing(shown),
+            rows=[(key_of_row[id(one)], one) for one in shown],
         )  # fmt: skip
 
-    def _run(self, key: str, one: Listed) -> str:
-        try:
-            content = run.content(read_run(one.path), read_history(one.path))
-        except GptlabError as error:
-            return _problem(one.figures["run"], error)
-        figures = one.figures
+    def _run(self, key: str, path: Path, name: str, until: float) -> str:
+        recorder = Recorder()
+        found = read_run(path, until, recorder.add)
+        content = run.content(found, recorder.history())
+        figures = figures_of(found, name)
         return _page(
-            "run.html", every=_every([one]), state=figures["state"], steps=figures["steps"],
-            lens=key if _has_weights(one.path) else None, **content,
+            "run.html", every=_every([Listed(path, figures, {})]), state=figures["state"], steps=figures["steps"],
+            lens=key if _has_weights(path) else None, **content,
         )  # fmt: skip
 
-    def _comparison(self, sources: list[Path], name: str) -> str:
-        try:
-            if not sources:
-                raise ConfigError("expected marked runs, found none: mark some in the list, one without a signal")
-            outcomes = read(sources)
-            if outcomes.undeclared:
-                differences = "; ".join(outcomes.undeclared)
-                raise ConfigError(
-                    f"these runs differ in what no arm declares, so no verdict would mean anything: {differences}. "
-                    "`gptlab compare --despite` compares them all the same"
-                )
-            result = outcomes.verdicts()
-            histories = {arm: [read_history(one.path) for one in runs] for arm, runs in outcomes.runs.items()}
-            content = comparison.content(outcomes, result, histories)
-        except GptlabError as error:
-            return _problem(name, error)
-        return _page("comparison.html", every=LATER, **content)
+    def _comparison(self, sources: list[Path], until: float) -> str:
+        if not sources:
+            raise ConfigError("expected marked runs, found none: mark some in the list, one without a signal")
+        outcomes = read(sources, until=until)
+        if outcomes.undeclared:
+            differences = "; ".join(outcomes.undeclared)
+            raise ConfigError(
+                f"these runs differ in what no arm declares, so no verdict would mean anything: {differences}. "
+                "`gptlab compare --despite` compares them all the same"
+            )
+        result = outcomes.verdicts()
+        histories = {arm: [read_history(one.source, until) for one in runs] for arm, runs in outcomes.runs.items()}
+        return _page("comparison.html", every=SECONDS_IDLE, **comparison.content(outcomes, result, histories))
 
 
 def prepare() -> None:
@@ -141,14 +157,10 @@ def static() -> dict[str, tuple[bytes, str]]:
     return {"/style.css": (style.encode(), "text/css"), "/page.js": (script, "text/javascript")}
 
 
-def _page(template: str, title: str = "", every: int = LATER, **content: Any) -> str:
+def _page(template: str, title: str = "", every: int = SECONDS_IDLE, **content: Any) -> str:
     """every: seconds after which the page asks for what is new, 0 for never."""
     above = {"state": None, "steps": None, "lens": None, "title": title, "every": every}
     return render(template, base="live.html", folders=(TEMPLATES,), **{**above, **content})
-
-
-def _problem(name: str, error: GptlabError) -> str:
-    return _page("problem.html", name, problem=str(error))
 
 
 def _at(found: Mapping[str, Any], key: str) -> Any:
@@ -158,13 +170,12 @@ def _at(found: Mapping[str, Any], key: str) -> Any:
 
 
 def _every(rows: Iterable[Listed]) -> int:
-    return SOON if any(one.figures["state"] == "running" for one in rows) else LATER
+    return SECONDS_RUNNING if any(one.figures["state"] in ("running", "unread") for one in rows) else SECONDS_IDLE
 
 
-def _settled(found: Shelved, keys: Iterable[str]) -> Hashable:
-    """A mark of runs that a comparison rests on: of one that is running it takes nothing."""
-    states = [(key, found.runs[key].figures["state"]) for key in keys]
-    return tuple((key, "running" if state == "running" else found.marks[key]) for key, state in states)
+def _settled(run: Path) -> Hashable:
+    """A mark of a run that a comparison rests on: it takes nothing of one that is running."""
+    return str(run), "running" if is_locked(run / LOCK) else mark_of(run)
 
 
 def _has_weights(run: Path) -> bool:

@@ -64,7 +64,13 @@ def is_figure(value: object) -> bool:
     >>> [is_figure(value) for value in (0, -2.5, 1e-320, 1e200, float("nan"), True, "1", 10**30)]
     [True, True, False, False, False, False, False, False]
     """
-    return is_number(value) and (value == 0 or SMALLEST <= abs(value) <= LARGEST)  # type: ignore[arg-type, operator]
+    if type(value) is float:
+        return value == 0 or SMALLEST <= abs(value) <= LARGEST  # false for NaN and infinity
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_figure_or_null(value: object) -> bool:
+    return value is None or is_figure(value)
 
 
 def _is_step(value: object) -> bool:
@@ -73,10 +79,6 @@ def _is_step(value: object) -> bool:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
-
-
-def _is_share(value: object) -> bool:
-    return is_number(value) and 0 <= value <= 1  # type: ignore[operator]
 
 
 def _or_null(check: Callable[[Any], bool], value: object) -> bool:
@@ -92,17 +94,19 @@ def _as_text(line: str | bytes) -> str:
 
 
 def _is_guess(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_share(value[1])
+    if type(value) is not list or len(value) != 2 or type(value[0]) is not str:
+        return False
+    return type(value[1]) in (float, int) and 0 <= value[1] <= 1
 
 
 Check = tuple[str, Callable[[Any], bool]]
 _NUMBER: Check = ("a finite number", is_figure)
-_FIGURE: Check = ("a finite number or null", partial(_or_null, is_figure))
+_FIGURE: Check = ("a finite number or null", _is_figure_or_null)
 _SPEED: Check = ("a number above 0, or null", lambda v: v is None or (is_figure(v) and v >= 0))
 _COUNT: Check = ("a whole number", _is_step)
 _TEXT: Check = ("text", _is_text)
 _BOOL: Check = ("true or false", lambda value: isinstance(value, bool))
-_LIST: Check = ("a list of numbers or nulls", partial(_all, partial(_or_null, is_figure)))
+_LIST: Check = ("a list of numbers or nulls", partial(_all, _is_figure_or_null))
 _LISTS: Check = ("lists of numbers or nulls", partial(_all, partial(_or_null, _LIST[1])))
 _BLOCKS: Check = ("a number for each block", partial(_all, is_figure))
 
@@ -146,7 +150,7 @@ def parse_row(line: str | bytes | Row, blocks: int | None = None) -> Row:
     row: Any = line
     if isinstance(line, str | bytes):
         try:
-            row = parse_json(line)
+            row = parse_json(line, unique=True)
         except ValueError:
             raise ValueError(f"expected a row with step and kind, found {shown(_as_text(line[:200]), 60)}") from None
     if not isinstance(row, dict) or not _is_step(row.get("step")) or not _is_text(row.get("kind")):
@@ -170,7 +174,7 @@ def parse_row(line: str | bytes | Row, blocks: int | None = None) -> Row:
 def read_rows(run: Source, *, blocks: int | None = None, until: float = math.inf) -> Iterator[Row]:
     """The rows of a run's metrics.jsonl, none where there is no file; a last line that a kill cut off is left out.
 
-    blocks: of the run's model, where that is known. until: the moment (time.monotonic) at which reading ends in a
+    blocks: of the run's model, where that is known. until: the moment (time.thread_time) at which reading ends in a
     SlowReadError. Raises CheckpointError naming the first line that is no row.
     """
     path = path_of(run) / METRICS
@@ -184,7 +188,7 @@ def read_rows(run: Source, *, blocks: int | None = None, until: float = math.inf
 def _in_order(path: Path, lines: Iterable[bytes | Row], blocks: int | None, until: float) -> Iterator[Row]:
     step, tokens = 0, 0
     for number, line in enumerate(lines, 1):
-        if time.monotonic() > until:
+        if until < math.inf and time.thread_time() > until:
             raise SlowReadError(f"{path} takes too long to read at line {number}; read it on the command line")
         try:
             row = parse_row(line, blocks)

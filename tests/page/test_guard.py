@@ -17,7 +17,7 @@ from browser import wait
 from serving import TOKEN, Served
 
 from gptlab.page import app, guard
-from gptlab.page.guard import HEADERS, LARGEST_BODY, LONGEST_QUERY, RULES, Asked, Door, Refused
+from gptlab.page.guard import HEADERS, LARGEST_BODY, LONGEST_QUERY, RULES, AccessPolicy, Asked, Refused
 
 Serve = Callable[..., Served]
 
@@ -195,7 +195,7 @@ def test_a_question_that_is_none_is_refused(body: bytes, page: Served) -> None:
 def test_whose_name_a_host_is(bound: str, host: str, ours: bool) -> None:
     asked = Asked("GET", "/t/", b"", (("host", host),))
     if ours:
-        guard.own_host(Door(bound, 8000, "t"), asked)
+        guard.own_host(AccessPolicy(bound, 8000, "t"), asked)
     else:
         with pytest.raises(Refused):
-            guard.own_host(Door(bound, 8000, "t"), asked)
+            guard.own_host(AccessPolicy(bound, 8000, "t"), asked)

@@ -17,7 +17,7 @@ from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.interpret.lens import as_json, look, summary
 from gptlab.model.huggingface import write_folder
-from gptlab.page.line import Cache
+from gptlab.page.worker_queue import Cache
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import model_of
 from gptlab.signals.tuned_reader import TunedReader, beside, save

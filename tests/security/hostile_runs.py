@@ -318,10 +318,10 @@ def _page(root: Path) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     from starlette.testclient import TestClient
 
     from gptlab.page.app import READ, create_app
-    from gptlab.page.guard import Door
+    from gptlab.page.guard import AccessPolicy
 
-    door = Door("127.0.0.1", 80, "t", frozenset({READ}))
-    app, _ = create_app(root, None, lambda source: open_model(source, "cpu", "fp32", 1), door)
+    policy = AccessPolicy("127.0.0.1", 80, "t", frozenset({READ}))
+    app, _ = create_app(root, None, lambda source: open_model(source, "cpu", "fp32", 1), policy)
     with TestClient(app, base_url="http://127.0.0.1/t") as client:
 
         def get(path: str) -> Outcome:

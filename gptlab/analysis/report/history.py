@@ -12,7 +12,7 @@ from typing import Any
 
 from gptlab.analysis.run import blocks_of
 from gptlab.analysis.statistics import spread
-from gptlab.runs.records import Clock, Source, read_config, read_rows
+from gptlab.runs.records import Clock, Row, Source, read_config, read_rows
 
 BINS = 150
 """Points of a curve of updates: each is the mean of the updates since the point before."""
@@ -22,7 +22,7 @@ COARSE = 30
 
 MOST_BLOCKS_SHOWN = 24
 """Of more blocks so many are drawn, evenly spaced from the first to the last."""
-MOST_SAMPLES, MOST_TOKENS, MOST_CHARACTERS = 24, 256, 20_000
+MOST_SAMPLES, MOST_TOKENS, MOST_CHARACTERS = 8, 128, 10_000
 """Samples of a run that are shown, the newest; of each so many tokens, and so much of its prompt and text."""
 
 Curve = Mapping[int, float]
@@ -71,30 +71,47 @@ FIGURES = ("loss", "signal_loss", "grad_norm", "clipped", "dose", "tokens_per_se
 OF_BLOCKS = ("block_loss", "block_confidence")
 
 
-def read_history(run: Source, until: float = math.inf) -> History:
-    """The history of a run; raises CheckpointError where a row cannot be read. until: as for read_rows."""
-    updates: dict[str, Points] = {figure: Points() for figure in FIGURES}
-    losses, blocks, last = Points(), {}, {}
-    samples: deque[Mapping[str, Any]] = deque(maxlen=MOST_SAMPLES)
-    n_samples, clock = 0, Clock()
-    for row in read_rows(run, blocks=blocks_of(read_config(run)), until=until):
+class Recorder:
+    """Makes a history of a run's rows, which `add` takes in their order."""
+
+    def __init__(self) -> None:
+        self._updates: dict[str, Points] = {figure: Points() for figure in FIGURES}
+        self._losses = Points()
+        self._blocks: dict[tuple[str, int], Points] = {}
+        self._samples: deque[Mapping[str, Any]] = deque(maxlen=MOST_SAMPLES)
+        self._n_samples, self._clock = 0, Clock()
+        self._last: Mapping[str, Any] = {}
+
+    def add(self, row: Row) -> None:
         step = row["step"]
         if row["kind"] == "val":
-            last = row
-            losses.add(step, row["loss"])
+            self._last = row
+            self._losses.add(step, row["loss"])
             for figure in OF_BLOCKS:
                 for number in blocks_shown(len(row.get(figure, ()))):
-                    blocks.setdefault((figure, number), Points()).add(step, row[figure][number - 1])
+                    self._blocks.setdefault((figure, number), Points()).add(step, row[figure][number - 1])
         elif row["kind"] == "sample":
-            samples.append(_cut(row))
-            n_samples += 1
+            self._samples.append(_cut(row))
+            self._n_samples += 1
         elif row["kind"] == "train":
             for figure in FIGURES:
                 if row.get(figure) is not None:
-                    updates[figure].add(step, float(row[figure]))
-            clock.tick(row)
-    n_blocks = len(last.get("block_loss", ()))
-    return History(updates, losses, blocks, list(samples), n_samples, n_blocks, clock.seconds, last)
+                    self._updates[figure].add(step, float(row[figure]))
+            self._clock.tick(row)
+
+    def history(self) -> History:
+        return History(
+            self._updates, self._losses, self._blocks, list(self._samples), self._n_samples,
+            len(self._last.get("block_loss", ())), self._clock.seconds, self._last,
+        )  # fmt: skip
+
+
+def read_history(run: Source, until: float = math.inf) -> History:
+    """The history of a run; raises CheckpointError where a row cannot be read. until: as for read_rows."""
+    recorder = Recorder()
+    for row in read_rows(run, blocks=blocks_of(read_config(run)), until=until):
+        recorder.add(row)
+    return recorder.history()
 
 
 def blocks_shown(blocks: int) -> list[int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from gptlab.analysis.report.page import render
-from gptlab.analysis.report.svg import SETTINGS
+from gptlab.analysis.report.svg import settings
 
 TITLES = {"raw": "Raw reading", "tuned": "Tuned reading"}
 COLOURS = {"raw": "#0b6fc2", "tuned": "#c2410c"}
@@ -21,10 +21,9 @@ def page(found: Mapping[str, Any]) -> str:
 
 def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Loss and agreement against compute, a line for each reader and a mark for each confidence, as an SVG file."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(cast(Any, {**SETTINGS, "svg.hashsalt": "gptlab"})):
+    with settings({"svg.hashsalt": "gptlab"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         for axes, key, label in zip(
             figure.subplots(1, 2), ("loss", "agreement"), ("loss, nats a token", "agreement with the full model"),

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.history import Band
-from gptlab.analysis.report.svg import SETTINGS, TEXT, inline
+from gptlab.analysis.report.svg import TEXT, inline, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,10 +136,9 @@ def shortened(label: str, most: int = 40) -> str:
 
 def blank(height: float, left: float = LEFT, top: float = TOP) -> tuple[Figure, Axes]:
     """A figure of WIDTH, and its axes in the style of all."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(cast(Any, SETTINGS)):
+    with settings():
         figure = Figure(figsize=(WIDTH / 72, height / 72))
         room = (left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, 1 - (top + BOTTOM) / height)
         axes = figure.add_axes(room)

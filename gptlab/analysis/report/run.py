@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.analysis.report import FILE, theme
-from gptlab.analysis.report.history import COARSE, Band, History, binned, blocks_shown, read_history
+from gptlab.analysis.report.history import COARSE, Band, History, Recorder, binned, blocks_shown
 from gptlab.analysis.report.page import Panel, block_class, figure, render, sample, write
 from gptlab.analysis.report.plots import Line, curves
 from gptlab.analysis.run import Run, passport, read_run
@@ -22,8 +22,9 @@ PLACES = {"out", "resume", "preset", "seed"}
 def write_run(folder: str | Path) -> Path:
     """Write the report of the run in `folder` into it and give its path; raises CheckpointError where there is none."""
     folder = Path(folder)
-    path = folder / FILE
-    write(path, page(read_run(folder), read_history(folder)))
+    path, recorder = folder / FILE, Recorder()
+    run = read_run(folder, each=recorder.add)
+    write(path, page(run, recorder.history()))
     return path
 
 
@@ -44,6 +45,7 @@ def content(run: Run, history: History) -> dict[str, Any]:
         "step": run.last_step,
         "facts": list(facts(run, history)),
         "panels": list(panels(history, has_signal=signal != "none")),
+        "n_samples": history.n_samples,
         "samples": [sample(row, f"step {row['step']:,}") for row in reversed(history.samples)],
         "changes": changes(options),
         "environment": flat(run.environment),

@@ -6,8 +6,10 @@ What the figures show is in plots.py.
 from __future__ import annotations
 
 import io
+import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from gptlab.analysis.report.theme import CSS_COLOURS
@@ -30,16 +32,26 @@ _KEPT_STYLES = {"fill", "stroke", "stroke-width", "stroke-dasharray", "opacity",
                 "stroke-linecap", "stroke-linejoin", "text-anchor", "font-size"}  # fmt: skip
 
 
+_SETTING = threading.Lock()
+
+
+@contextmanager
+def settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """matplotlib's settings for a figure, and back again; they are the process's, so that threads take turns."""
+    import matplotlib as mpl
+
+    with _SETTING, mpl.rc_context(cast(Any, {**SETTINGS, **(more or {})})):
+        yield
+
+
 def inline(figure: Figure, name: str, description: str, texts: Mapping[str, str] | None = None) -> str:
     """The figure as an <svg> element without styles, scripts or ids that another figure could have too.
 
     name: of the figure, unique on its page. description: for a reader who cannot see it. texts: {placeholder: text}
     for names that others chose, which matplotlib's font may lack; they are put in here, as text.
     """
-    import matplotlib as mpl
-
     buffer = io.StringIO()
-    with mpl.rc_context(cast(Any, {**SETTINGS, "svg.hashsalt": name})):
+    with settings({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     drawn = ElementTree.fromstring(buffer.getvalue())
     root = ElementTree.Element("svg", viewBox=drawn.attrib["viewBox"], role="img")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gptlab.errors import CheckpointError
-from gptlab.page.line import Cache
-from gptlab.page.shelf import stamp
+from gptlab.page.run_index import stamp
+from gptlab.page.worker_queue import Cache
 
 if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer
