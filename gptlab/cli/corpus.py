@@ -58,13 +58,14 @@ def open_or_prepare(
         )
     corpus = open_corpus(folder)
     if corpus.tokenizer != tokenizer:
-        mend = f"add --tokenizer {corpus.tokenizer}"
+        holds, mend = f"{corpus.tokenizer} tokens", f"add --tokenizer {corpus.tokenizer}"
         if corpus.tokenizer == UNKNOWN:
+            holds = f"tokens of an unknown vocabulary ({corpus.doubt})"
             mend = (
-                f"{corpus.doubt}; tokenise its text with `gptlab data prepare text --input FILE --out DIR`, or, if you "
-                f"know better, write bytes or gpt2 into {folder / TOKENIZER_FILE}"
+                f"tokenise its text with `gptlab data prepare text --input FILE --tokenizer {tokenizer} --out DIR`, or "
+                f"if you know that they are {tokenizer}'s, write {tokenizer} into {folder / TOKENIZER_FILE}"
             )
-        raise ConfigError(f"{folder} holds {corpus.tokenizer} tokens, the run is set for {tokenizer}; {mend}")
+        raise ConfigError(f"{folder} holds {holds}, the run is set for {tokenizer}; {mend}")
     if corpus.left_out.count and not holds_manifest(folder):
         note(f"of {folder}, {corpus.left_out}")
     return corpus, alive

@@ -278,7 +278,7 @@ def _foreign_tokenizer(folder: Path, shards: Mapping[str, np.ndarray]) -> tuple[
         tokenizer = get_tokenizer(read_text(named).strip())
         return tokenizer.name, tokenizer.vocab_size, ""
     gpt2, largest = get_tokenizer("gpt2"), 0
-    doubt = f"{VOCABULARY_FILE} means a vocabulary of their own" * (folder / VOCABULARY_FILE).exists()
+    doubt = f"{VOCABULARY_FILE} stands for a vocabulary of their own" * (folder / VOCABULARY_FILE).exists()
     for name, tokens in shards.items():
         largest = max(largest, most := int(tokens.max()))
         if most >= gpt2.vocab_size and not doubt:

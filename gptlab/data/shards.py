@@ -191,6 +191,8 @@ def _open_npy(path: Path) -> np.ndarray:
             f"{path}: expected a one-dimensional array of little-endian uint16, found {shortened(found, 200)}: convert "
             "it with tokens.astype('<u2')"
         )
+    if not len(tokens):
+        raise DataError(f"{path}: expected tokens, found none: prepare the corpus again")
     _check_size(path, path.stat().st_size, tokens.offset + tokens.nbytes, f"for {len(tokens)} tokens")
     return tokens
 

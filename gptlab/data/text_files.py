@@ -270,8 +270,12 @@ def _read_parquet(file: Path, start: int, text_field: str) -> Iterator[Row]:
 
 def _batch_rows(table: Any) -> int:
     """Rows to decode at a time: 1024, or as many long ones as come to 32 MB."""
-    held = sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
-    return min(1024, max(1, 32 * MB * table.metadata.num_rows // max(1, held)))
+    return min(1024, max(1, 32 * MB * table.metadata.num_rows // max(1, _stated_bytes(table))))
+
+
+def _stated_bytes(table: Any) -> int:
+    """Uncompressed bytes, as the footer has them by row groups; asking for a damaged column's would end the process."""
+    return sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
 
 
 @contextlib.contextmanager
@@ -284,7 +288,7 @@ def _open_parquet(file: Path, text_field: str) -> Iterator[Any]:
         try:
             table = parquet.ParquetFile(pyarrow.PythonFile(raw, mode="r"))
             _check_column(table.schema_arrow, text_field, file)
-            _check_claims(table.metadata, text_field, file)
+            _Budget(file).take(max(table.metadata.num_rows, _stated_bytes(table)))
             # As a dictionary, a text that many rows share is held once; by pages, no column is held whole.
             table = parquet.ParquetFile(pyarrow.PythonFile(raw, mode="r"), read_dictionary=[text_field], buffer_size=MB)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -311,16 +315,6 @@ def _check_column(schema: Any, text_field: str, file: Path) -> None:
             f"{file}: expected text in column {text_field!r}, found {shortened(str(kind), 80)}: name another column "
             "with --text_field, or make it one text a row"
         )
-
-
-def _check_claims(metadata: Any, text_field: str, file: Path) -> None:
-    """Raise DataError for a file that says to hold more than one of its size can, before any of it is read."""
-    budget = _Budget(file)
-    columns = [n for n in range(metadata.num_columns) if metadata.schema.column(n).path == text_field]
-    chunks = [metadata.row_group(group).column(n) for group in range(metadata.num_row_groups) for n in columns]
-    if sum(chunk.total_compressed_size for chunk in chunks) > budget.size:
-        raise DataError(f"{file} is truncated or damaged: it says to be longer than it is: fetch or make it again")
-    budget.take(max(metadata.num_rows, sum(chunk.total_uncompressed_size for chunk in chunks)))
 
 
 def _pyarrow(file: Path) -> Any:

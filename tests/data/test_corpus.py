@@ -298,7 +298,7 @@ def test_tokens_of_a_vocabulary_of_their_own_are_not_taken_for_gpt2s(tmp_path: P
     assert (doubtful.tokenizer, doubtful.vocab_size) == ("unknown", 65)
     assert doubtful.doubt == "no token is above 64, which is no text of GPT-2's tokenizer"
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(_Trap()))
-    assert open_corpus(tmp_path).doubt == "meta.pkl means a vocabulary of their own"
+    assert open_corpus(tmp_path).doubt == "meta.pkl stands for a vocabulary of their own"
     assert not open_corpus(tmp_path).left_out.count
     (tmp_path / "tokenizer.txt").write_text("gpt2")
     assert (open_corpus(tmp_path).tokenizer, open_corpus(tmp_path).doubt) == ("gpt2", "")

@@ -82,6 +82,7 @@ def test_a_part_of_a_larger_array_is_written(tmp_path: Path) -> None:
         ("a.npy", NPY.replace(b"'<u2'", b"'>u2'"), "little-endian uint16, found >u2"),
         ("a.npy", NPY.replace(b"(5,), ", b"(5,1),"), r"one-dimensional array .* found uint16 of shape \(5, 1\)"),
         ("a.npy", NPY.replace(b"'<u2'", b"'|O8'"), r"whole \.npy file"),
+        ("a.npy", NPY.replace(b"(5,)", b"(0,)")[:128], r"a\.npy: expected tokens, found none"),
         ("a.npy", ARCHIVE, r"whole \.npy file of uint16 tokens, found one that begins b'PK"),
     ],
 )

@@ -350,3 +350,17 @@ def test_much_text_that_repeats_itself_is_no_bomb(tmp_path: Path) -> None:
     assert (
         list(read_documents(write_parquet(tmp_path / "a.parquet", pyarrow.array(texts), compression="zstd"))) == texts
     )
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.json.zst", "a.jsonl.zst", "a.parquet"])
+def test_a_file_may_come_to_so_much_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    texts = ["the same" * 1000] * 20
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    file = tmp_path / name
+    write_parquet(file, pyarrow.array(texts)) if name.endswith("parquet") else write(file, lines)
+    monkeypatch.setattr("gptlab.data.text_files.FREE_EXPANSION", 200_000)
+    assert len("".join(read_documents(file))) >= 160_000
+    monkeypatch.setattr("gptlab.data.text_files.FREE_EXPANSION", 150_000)
+    monkeypatch.setattr("gptlab.data.text_files.EXPANSION", 1)
+    with pytest.raises(DataError, match=f"{name}: .* come to more than 146 kB"):
+        list(read_documents(file))

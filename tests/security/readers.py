@@ -5,7 +5,9 @@ What the tests of this folder and benchmarks/fuzz.py share. No assertions.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import io
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 from mutations import (  # pyright: ignore[reportMissingImports]
     Mutation,
@@ -26,6 +29,7 @@ from mutations import (  # pyright: ignore[reportMissingImports]
     other_toml,
     other_value,
 )
+from pyarrow import parquet
 from safetensors.torch import save
 
 from gptlab.analysis.logs import read_log
@@ -35,7 +39,7 @@ from gptlab.data.corpora import get_source
 from gptlab.data.corpus import open_corpus
 from gptlab.data.huggingface_tokenizer import files_of, read_tokenizer
 from gptlab.data.shards import check_tokens, open_shard, write_shard
-from gptlab.data.text_files import read_documents
+from gptlab.data.text_files import count_documents, read_documents
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
 from gptlab.evals.tasks import hellaswag, lambada
 from gptlab.model.formats import open_foreign, write_llmc
@@ -141,6 +145,22 @@ def _npy() -> bytes:
 
 def _tokens(file: str) -> Callable[[Path], object]:
     return lambda folder: check_tokens(open_shard(folder / file), 256, file)
+
+
+_TEXT = b'{"text": "a b c"}\n{"text": "\xc3\xa4"}\n'
+
+
+def _documents(name: str) -> Callable[[Path], object]:
+    return lambda folder: (count_documents(folder / name), list(read_documents(folder / name)))
+
+
+def _parquet() -> tuple[bytes, ...]:
+    found = []
+    for options in ({}, {"compression": "zstd"}, {"compression": "none", "use_dictionary": False}):
+        file = io.BytesIO()
+        parquet.write_table(pyarrow.table({"id": range(6), "text": ["ab c"] * 6}), file, row_group_size=4, **options)
+        found.append(file.getvalue())
+    return tuple(found)
 
 
 def _corpus(folder: Path) -> None:
@@ -421,9 +441,12 @@ def readers(scratch: Path) -> Iterator[Reader]:
     yield Reader("log.csv", (LOG,), other_bytes, lambda f: read_log(f / "log.csv"))
     yield Reader("log.jsonl", (LOG_LINES,), other_lines, lambda f: read_log(f / "log.jsonl"))
     yield Reader("rows.jsonl", (QUESTION * 2,), other_lines, _evals)
-    yield Reader(
-        "text.jsonl", (b'{"text": "a b c"}\n' * 2,), other_lines, lambda f: list(read_documents(f / "text.jsonl"))
-    )
+    yield Reader("text.jsonl", (_TEXT,), other_lines, _documents("text.jsonl"))
+    yield Reader("text.json", (_TEXT, b'[{"text": "a"}]'), other_bytes, _documents("text.json"))
+    yield Reader("text.jsonl.gz", (gzip.compress(_TEXT),), other_bytes, _documents("text.jsonl.gz"))
+    zstd = pyarrow.Codec("zstd").compress(_TEXT, asbytes=True)
+    yield Reader("text.jsonl.zst", (zstd,), other_bytes, _documents("text.jsonl.zst"))
+    yield Reader("text.parquet", _parquet(), other_bytes, _documents("text.parquet"))
     tuned = _tuned(scratch)
     yield Reader(
         "tuned_reader.safetensors", (tuned,), other_bytes, lambda f: tuned_reader.load(SMALL, f / tuned_reader.FILE)

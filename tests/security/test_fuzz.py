@@ -26,8 +26,8 @@ NAMES = (
     "train_000000.bin", "train.bin", "train.npy", "corpus.json", "options.toml", "experiment.toml", "metrics.jsonl",
     "config.json", "tuning.json", "state.json", "model.safetensors", SHARD, "MANIFEST.json", "model.bin", "ckpt.pt",
     "hf/config.json", "hf/model.safetensors.index.json", "hf/tokenizer.json", "hf/tokenizer_config.json",
-    "hf/vocab.json", "hf/merges.txt", "log.csv", "log.jsonl", "rows.jsonl", "text.jsonl", "tuned_reader.safetensors",
-    "tokens", "name",
+    "hf/vocab.json", "hf/merges.txt", "log.csv", "log.jsonl", "rows.jsonl", "text.jsonl", "text.json",
+    "text.jsonl.gz", "text.jsonl.zst", "text.parquet", "tuned_reader.safetensors", "tokens", "name",
 )  # fmt: skip
 
 
