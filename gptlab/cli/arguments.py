@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +29,9 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words)
         if unknown:
             word = unknown[0].partition("=")[0]
-            known = [name for action in self._actions for name in action.option_strings]
+            commands = [action.choices.values() for action in self._actions if isinstance(action.choices, dict)]
+            parsers = itertools.chain([self], *commands)
+            known = [name for parser in parsers for action in parser._actions for name in action.option_strings]
             hint = did_you_mean(word, known) if word.startswith("-") else ""
             raise UsageError(f"unknown argument {word!r}{hint}; see `{self.prog} --help`")
         return parsed

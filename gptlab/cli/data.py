@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gptlab.cli.arguments import Parser
 from gptlab.cli.console import printable
 from gptlab.data import prepare as preparation
 from gptlab.data.corpora import CORPORA, default_tokenizer, is_known
@@ -18,20 +19,26 @@ from gptlab.data.corpus import SPLITS, UNKNOWN, Corpus, holds_corpus, open_corpu
 from gptlab.data.prepare import default_folder
 from gptlab.data.shards import check_tokens
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
-from gptlab.errors import UsageError, did_you_mean
+from gptlab.errors import UsageError, did_you_mean, shown
 
 SUMMARY = "prepare a corpus, or look at one"
 
+COMMANDS = ("prepare", "info")
 EXCERPT_TOKENS = 120
 
 
 def main(argv: list[str]) -> int:
     """Run `gptlab data ...` with the words after `data`; returns the exit code. Raises GptlabError."""
-    options = _parse(argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UsageError(f"data: expected {' or '.join(COMMANDS)}, found {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
+    options = _parser().parse(argv)
     return options.run(options)
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    for given, known in ((options.name, CORPORA), (options.tokenizer, TOKENIZERS)):
+        if given is not None and given not in known and not (known is CORPORA and is_known(given)):
+            raise UsageError(f"expected one of {', '.join(known)}, found {shown(given)}{did_you_mean(given, known)}")
     tokenizer = options.tokenizer or default_tokenizer(options.name)
     out = options.out or default_folder(options.name, tokenizer)
     console = Console(stderr=True)
@@ -164,15 +171,10 @@ class _TokensPerSecond(ProgressColumn):
         return Text(f"{(task.fields['tokens'] - before) / seconds:,.0f}/s")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ({self.prog} --help shows the options)")
-
-
-def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="gptlab data", description=SUMMARY, allow_abbrev=False)
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    prepare = commands.add_parser("prepare", help="make a corpus, or continue making it", allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog="gptlab data", description=SUMMARY)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    prepare = commands.add_parser("prepare", help="make a corpus, or continue making it")
     prepare.set_defaults(run=_prepare)
     prepare.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {what}" for name, what in CORPORA.items()))
     prepare.add_argument(
@@ -193,28 +195,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     prepare.add_argument("--workers", metavar="N", type=int, help="tokenising threads (default: all processors)")
     prepare.add_argument("--shard_tokens", metavar="N", type=int, default=100_000_000, help="default: 100000000")
     prepare.add_argument("--val_fraction", metavar="F", type=float, default=0.05, help="of corpus text (default: 0.05)")
-    info = commands.add_parser("info", help="counts, hashes and an excerpt of a corpus", allow_abbrev=False)
+    info = commands.add_parser("info", help="counts, hashes and an excerpt of a corpus")
     info.set_defaults(run=_info)
     info.add_argument("corpus", metavar="FOLDER|NAME", help="a folder of shards, or the name of a corpus made here")
     for command in (prepare, info):
         command.add_argument("--json", action="store_true", help="machine-readable, on standard output")
-
-    if argv and not argv[0].startswith("-") and argv[0] not in commands.choices:
-        raise UsageError(f"expected prepare or info, found {argv[0]!r}{did_you_mean(argv[0], commands.choices)}")
-    options, unknown = parser.parse_known_args([_with_underscores(word) for word in argv])
-    if not hasattr(options, "run"):
-        parser.error("expected a command, prepare or info, found none")
-    if unknown:
-        nearest = did_you_mean(unknown[0].split("=")[0].lstrip("-"), vars(options).keys() - {"run"})
-        parser.error(f"expected a known option, found {unknown[0]!r}{nearest}")
-    if options.run is _prepare:
-        for given, known in ((options.name, CORPORA), (options.tokenizer, TOKENIZERS)):
-            if given is not None and given not in known and not (known is CORPORA and is_known(given)):
-                parser.error(f"expected one of {', '.join(known)}, found {given!r}{did_you_mean(given, known)}")
-    return options
-
-
-def _with_underscores(word: str) -> str:
-    """`--shard-tokens=5` as `--shard_tokens=5`: both spellings of an option are one."""
-    option, equals, value = word.partition("=")
-    return "--" + option[2:].replace("-", "_") + equals + value if option.startswith("--") else word
+    return parser

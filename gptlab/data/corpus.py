@@ -107,10 +107,6 @@ class Corpus:
             self._verified[shard.sha256] = open_shard(self.folder / shard.name, shard.sha256)
         return self._verified[shard.sha256]
 
-    def reload(self) -> Corpus:
-        """The corpus as it is now, with the shards finished since; itself where it was complete."""
-        return self if self.complete else replace(open_corpus(self.folder), _verified=self._verified)
-
     def wait_for(self, split: str, index: int, *, alive: Callable[[], bool], timeout: float = math.inf) -> Corpus:
         """The corpus once it has that shard, or is complete; see `wait_for_shard`."""
         if self.complete or index < len(self.splits[split]):

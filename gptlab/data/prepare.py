@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,7 +145,7 @@ def prepare(
         if not (out / PARTIAL_MANIFEST).exists() and (corpus := _finished(out, settings)):
             _refuse_changed(source, out, read_manifest(out / MANIFEST) or {})
             return corpus
-        with _only_one(out):
+        with take_lock(out / LOCK, wait=True) or contextlib.nullcontext():
             if _finished(out, settings) is None:  # it may be by now, through the one that was waited for
                 manifest = _begin(out, settings, source, floor)
                 _sweep(out)
@@ -283,15 +283,6 @@ def encode_in_order(
 def _default_workers() -> int:
     """The processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, waiting for it."""
-    lock = take_lock(out / LOCK, wait=True)
-    assert lock
-    with lock:
-        yield
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> Corpus | None:

@@ -252,30 +252,29 @@ def _row(record: Any, text_field: str, where: str) -> Row:
 
 
 def _read_parquet(file: Path, start: int, text_field: str) -> Iterator[Row]:
-    number, budget = 0, _Budget(file)
+    number, budget, pyarrow = 0, _Budget(file), _pyarrow(file)
     try:
         with _open_parquet(file, text_field) as table:
-            for batch in table.iter_batches(_batch_rows(table), columns=[text_field], use_threads=False):
+            # A text that many rows share is stored once and decoded for each, so that a batch of them may be huge.
+            batch_rows = min(64, max(4, 256 * MB // max(1, *_row_groups(table))))
+            for batch in table.iter_batches(batch_rows, columns=[text_field], use_threads=False):
                 for value in batch.column(0):
                     number += 1
                     if number > start:
                         text, where = value.as_py(), f"{file}, row {number}"
                         budget.take(1 + len(text or ""))
                         yield where, decode(text, where) if isinstance(text, bytes) else text
-    except (ValueError, OSError) as error:  # pyarrow's kinds for damaged pages
+    except MemoryError:
+        raise
+    except (ValueError, OSError, pyarrow.ArrowException) as error:  # what damaged pages come to
         raise DataError(
             f"{file} is damaged after row {number}: {_one_line(error)}: mend or leave out that file"
         ) from error
 
 
-def _batch_rows(table: Any) -> int:
-    """Rows to decode at a time: 1024, or as many long ones as come to 32 MB."""
-    return min(1024, max(1, 32 * MB * table.metadata.num_rows // max(1, _stated_bytes(table))))
-
-
-def _stated_bytes(table: Any) -> int:
-    """Uncompressed bytes, as the footer has them by row groups; asking for a damaged column's would end the process."""
-    return sum(table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups))
+def _row_groups(table: Any) -> list[int]:
+    """The uncompressed bytes that the footer states of each; asking for those of a damaged column ends the process."""
+    return [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
 
 
 @contextlib.contextmanager
@@ -286,11 +285,9 @@ def _open_parquet(file: Path, text_field: str) -> Iterator[Any]:
 
     with open_regular(file) as raw:
         try:
-            table = parquet.ParquetFile(pyarrow.PythonFile(raw, mode="r"))
+            table = parquet.ParquetFile(pyarrow.PythonFile(raw, mode="r"), buffer_size=MB)  # no column is held whole
             _check_column(table.schema_arrow, text_field, file)
-            _Budget(file).take(max(table.metadata.num_rows, _stated_bytes(table)))
-            # As a dictionary, a text that many rows share is held once; by pages, no column is held whole.
-            table = parquet.ParquetFile(pyarrow.PythonFile(raw, mode="r"), read_dictionary=[text_field], buffer_size=MB)
+            _Budget(file).take(max(table.metadata.num_rows, sum(_row_groups(table))))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(
                 f"{file}: expected a parquet file, found {_one_line(error)}: mend or leave out that file"

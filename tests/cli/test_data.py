@@ -69,16 +69,16 @@ def test_info_finds_a_corpus_by_its_name(texts: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "expected a command, prepare or info, found none"),
+        ([], "the following arguments are required: COMMAND"),
         (["prepar", "text"], "found 'prepar'; did you mean 'prepare'"),
         (["prepare"], "the following arguments are required: NAME"),
         (["prepare", "shakespear"], "found 'shakespear'; did you mean 'shakespeare'"),
         (["prepare", "text", "--tokenizer", "gpt-2"], "found 'gpt-2'; did you mean 'gpt2'"),
-        (["prepare", "text", "--shard-tokns=3"], "found '--shard_tokns=3'; did you mean 'shard_tokens'"),
-        (["prepare", "text", "--shard", "3"], "expected a known option, found '--shard'"),
+        (["prepare", "text", "--shard-tokns=3"], "unknown argument '--shard_tokns'; did you mean '--shard_tokens'"),
+        (["prepare", "text", "--shard", "3"], "unknown argument '--shard'; see"),
         (["prepare", "text", "--workers", "two"], "argument --workers: invalid int value: 'two'"),
         (["prepare", "text", "--json=1"], "argument --json: ignored explicit argument '1'"),
-        (["info", "a", "b"], "expected a known option, found 'b'"),
+        (["info", "a", "b"], "unknown argument 'b'"),
     ],
 )
 def test_a_mistake_is_one_line_of_ours(words: list[str], message: str) -> None:

@@ -428,7 +428,7 @@ def test_a_corpus_can_be_read_while_it_is_prepared(large_jsonl: Path, tmp_path: 
         while not corpus.complete:
             seen.append(len(corpus.train))
             assert corpus.train == whole.train[: len(corpus.train)]
-            corpus = corpus.reload()
+            corpus = open_corpus(out)
             yield
 
     prepare("text", out, "gpt2", inputs=[large_jsonl], shard_tokens=100_000, limit_shards=1)

@@ -311,6 +311,7 @@ def _bombs(folder: Path) -> list[Path]:
                 (folder / (name + compression)).write_bytes(compressed)
     column = {
         "a text in every row": ([0] * 40_000, "x" * 10**6),
+        "a long one": ([0] * 800, "x" * (5 * 10**7)),
         "a page": ([0], "x" * 10**8),
         "rows of nothing": (np.zeros(7 * 10**7, dtype=np.int8), ""),
     }
