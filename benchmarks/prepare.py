@@ -26,7 +26,7 @@ from marked import rewrite
 
 from gptlab.benchmark.measure import interleave
 from gptlab.cli.arguments import Parser
-from gptlab.data.corpora import Shakespeare
+from gptlab.data.shakespeare import Shakespeare
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.device import Machine
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
         "peak_memory_bytes": max(peaks),
     }
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    rewrite(PAGE, START, END, told(found))
+    rewrite(PAGE, START, END, paragraph(found))
     if options.json:
         print(json.dumps(found))
     else:
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def told(found: dict[str, Any]) -> str:
+def paragraph(found: dict[str, Any]) -> str:
     """The figures as a paragraph of Markdown."""
     rate, spread = found["tokens_per_second"], found["spread"]
     who = {name: f"{rate[name]:,.0f} tokens/s (±{spread[name]:.1%})" for name in rate}
@@ -107,22 +107,11 @@ def documents(characters: int) -> list[str]:
 
 
 def prepared(file: Path, folder: Path) -> int:
-    """Prepare the corpus anew; the most bytes that the command's processes held together, each counted whole."""
+    """Prepare the corpus again; the most bytes that the command's processes held together, each counted whole."""
     out = Path(tempfile.mkdtemp(dir=folder))
-    command = [
-        "-m",
-        "gptlab",
-        "data",
-        "prepare",
-        "text",
-        "--input",
-        str(file),
-        "--tokenizer",
-        "gpt2",
-        "--out",
-        str(out),
-    ]
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ["data", "prepare", "text", "--input", str(file), "--tokenizer", "gpt2", "--out", str(out)]
+    command = [sys.executable, "-P", "-m", "gptlab", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     most = [0]
 
     def watch() -> None:
