@@ -256,7 +256,7 @@ def _read_parquet(file: Path, start: int, text_field: str) -> Iterator[Row]:
     try:
         with _open_parquet(file, text_field) as table:
             # A text that many rows share is stored once and decoded for each, so that a batch of them may be huge.
-            batch_rows = min(64, max(4, 256 * MB // max(1, *_row_groups(table))))
+            batch_rows = min(64, max(4, 256 * MB // max([1, *_row_groups(table)])))
             for batch in table.iter_batches(batch_rows, columns=[text_field], use_threads=False):
                 for value in batch.column(0):
                     number += 1

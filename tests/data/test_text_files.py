@@ -91,6 +91,19 @@ def test_a_parquet_column_of_text_is_read_whatever_its_type(tmp_path: Path, kind
         assert list(read_documents(file, start)) == TEXTS[start:]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "groups.parquet"])
+def test_a_file_may_hold_no_document(tmp_path: Path, name: str) -> None:
+    file, schema = tmp_path / name, pyarrow.schema({"text": pyarrow.string()})
+    if name == "groups.parquet":
+        parquet.ParquetWriter(file, schema).close()  # not even a group of rows
+    elif name == "a.parquet":
+        parquet.write_table(schema.empty_table(), file)
+    else:
+        write(file, b"")
+    assert count_documents(file) == (0, 0)
+    assert list(read_documents(file)) == []
+
+
 WITH_NULLS = ["a", None, "b", None, None, "c"]
 
 
