@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -225,3 +226,30 @@ def test_a_run_over_gpt2_tokens_gets_its_tokenizer(
     assert theirs.decode(theirs.encode(text)) == text
     assert theirs.encode("<|endoftext|>") == [50256]
     assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "model").config.vocab_size == 50257
+
+
+def test_the_model_card_says_what_the_run_recorded_and_no_more(
+    finished_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "val"}
+    options = json.loads((finished_run / "config.json").read_text())["options"]
+    checkpoints = sorted((finished_run / "checkpoints").iterdir())
+    for number, source in enumerate((finished_run, checkpoints[0])):
+        assert main(["export", str(source), str(tmp_path / f"{number}")]) == 0
+        card = (tmp_path / f"{number}" / "README.md").read_text()
+        step = 6 if source == finished_run else int(checkpoints[0].name[-8:])
+        assert f"| validation loss | {losses[step]:.4f} nats a token at step {step} |" in card
+        assert f"{step} updates of {options['total_batch_tokens']} tokens" in card
+        assert f"| data | {options['data']} |" in card
+        assert "confidence, control none" in card
+        assert "\nLicense: not stated." in card
+        command = next(line for line in card.splitlines() if line.startswith("gptlab train"))
+        assert {f"--{key}={options[key]}" for key in ("seed", "steps", "n_embd", "signal.name")} - {"--seed=1"} <= {
+            *shlex.split(command)
+        }
+    capsys.readouterr()
+    damaged = Path(shutil.copytree(finished_run, tmp_path / "damaged"))
+    (damaged / "metrics.jsonl").write_text("{\n")
+    assert main(["export", str(damaged), str(tmp_path / "card")]) == 0
+    assert "| validation loss | not recorded |" in (tmp_path / "card" / "README.md").read_text()
