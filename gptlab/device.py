@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from gptlab.errors import ConfigError
+from gptlab.errors import ConfigError, shown
 
 MOST_THREADS = 1024
 """Of a process: with many more PyTorch does not start."""
@@ -159,7 +159,7 @@ def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reas
     if name == "cpu":
         return torch.device("cpu")
     if name != "cuda":
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, found {asked!r}")
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, found {shown(asked)}")
     chosen = int(index) if index.isdigit() else local_rank
     if chosen >= len(machine.gpus):
         raise ConfigError(

@@ -96,7 +96,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     >>> did_you_mean("lerning_rate", ["learning_rate", "seed"])
     "; did you mean 'learning_rate'?"
     """
-    nearest = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(word[:100].replace("-", "_"), list(known), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptlab.errors import ConfigError, did_you_mean
+from gptlab.errors import ConfigError, did_you_mean, shown
 
 
 def option(
@@ -83,7 +83,7 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
             flat[key] = tuple(build(listed[key], v) if isinstance(v, Mapping) else v for v in value)
             continue
         if key not in known:
-            raise ConfigError(f"unknown option {key!r}{did_you_mean(key, known)}")
+            raise ConfigError(f"unknown option {shown(key)}{did_you_mean(key, known)}")
         head, dot, rest = key.partition(".")
         if dot:
             nested.setdefault(head, {})[rest] = value
@@ -100,7 +100,7 @@ def recorded(config: type, values: Mapping[str, Any]) -> Any:
     for key, value in values.items():
         if key in listed:
             if not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
-                raise ConfigError(f"{key}: expected a list of tables, found {value!r:.60}")
+                raise ConfigError(f"{key}: expected a list of tables, found {shown(value)}")
             found[key] = [recorded(listed[key], one) for one in value]
         else:
             found[key] = typed(known[key], value) if key in known else value  # `build` names it
@@ -149,7 +149,7 @@ def table_options(table: Mapping[str, Any], config: type) -> dict[str, Any]:
     known = {o.key: o for o in options_of(config)}
     for key in flat:
         if key not in known:
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, known)}")
+            raise ConfigError(f"unknown key {shown(key)}{did_you_mean(key, known)}")
     found = {key: typed(known[key], value) for key, value in flat.items()}
     if also:
         further = [table_options({"signal": one}, config) for one in also]
@@ -173,7 +173,7 @@ def typed(option: Option, value: Any) -> Any:
             return converted
     expected = f"one of {', '.join(option.choices)}" if option.choices else describe(option.type)
     hint = did_you_mean(str(value), option.choices)
-    raise ConfigError(f"{option.key}: expected {expected}, found {value!r}{hint}")
+    raise ConfigError(f"{option.key}: expected {expected}, found {shown(value)}{hint}")
 
 
 _NO = object()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import combinations, product
 from typing import Any, Literal
 
 import pytest
 
 from gptlab.errors import ConfigError
 from gptlab.options import Option, build, flatten, flatten_table, option, options_of, typed
+from gptlab.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,130 @@ def test_an_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
 
 def test_tables_become_dotted_keys_and_dashes_underscores() -> None:
     assert flatten_table({"a-b": {"c-d": 1, "e": {"f": 2}}, "g": [1]}) == {"a_b.c_d": 1, "a_b.e.f": 2, "g": [1]}
+
+
+BASE = {"signal.name": "deep_supervision"}
+OTHERS: dict[str, tuple[Any, ...]] = {
+    "preset": ("gpt2-124m",), "out": ("x",), "seed": (0, 7), "resume": ("never", "must"), "init_from": ("x",),
+    "init_jitter": (0.1,), "data": ("x",), "tokenizer": ("gpt2",), "block_size": (1, 48, 4096), "batch_size": (1, 999),
+    "total_batch_tokens": (128, 2176), "n_layer": (1, 2, 48), "n_head": (1, 3, 128), "n_embd": (4, 129, 768),
+    "share_blocks": (True,), "steps": (1, 99_999), "optimizer": ("muon",), "learning_rate": (0.0, 1e-5, 9.0),
+    "min_lr": (0.0, 1e-3, 2e-3), "warmup_steps": (0, 99_999), "schedule": ("wsd", "constant"), "weight_decay": (0.0,),
+    "grad_clip": (0.0,), "gradient_noise": (0.5,), "gradient_bias": (0.5,), "target_flip": (0.5,),
+    "target_flip_to": ("argmax",), "log_every": (0, 1), "eval_every": (0, 1), "eval_tokens": (1, 128),
+    "checkpoint_every": (0, 1), "sample_every": (0, 1), "dose_every": (0, 1), "log": ("tensorboard",),
+    "noise_every": (0, 5), "device": ("cpu",), "dtype": ("bf16",), "threads": (2,), "compile": ("on",),
+    "parallel": ("fsdp",), "activation_checkpointing": (True,), "deterministic": (True,), "rank_timeout": (1,),
+    "signal.name": ("none", "gated_confidence", "advantage"), "signal.weight": (0.0, -1.0), "signal.dose": (0.0, 0.5),
+    "signal.layers": ("rotate", (1,), (3,)), "signal.positions": (0.001,), "signal.evaluator": ("live",),
+    "signal.reach": ("local",), "signal.embeddings": (False,), "signal.threshold": (0.1, 1.0),
+    "signal.start": (1, 700), "signal.anneal": (0, 99_999), "signal.control": ("placebo", "shuffled", "flipped"),
+    "signal.flip": (0.0, 0.5), "signal.flip_to": ("argmax",),
+}  # fmt: skip
+"""Values of every option that are legal for some value of the others."""
+BOUND = (
+    ("total_batch_tokens", "block_size"), ("eval_tokens", "block_size"), ("n_embd", "n_head"),
+    ("min_lr", "learning_rate"), ("min_lr", "schedule"), ("deterministic", "threads"),
+    ("parallel", "optimizer"), ("parallel", "deterministic"), ("parallel", "noise_every"),
+    ("n_layer", "signal.name"), ("signal.layers", "n_layer"), ("signal.start", "steps"),
+    ("signal.weight", "signal.dose"), ("signal.flip", "signal.control"), ("signal.flip_to", "signal.control"),
+)  # fmt: skip
+"""The pairs of options that can contradict each other, which is said in one line that names both."""
+
+
+def refusal(values: dict[str, Any]) -> str:
+    """What is said against these options; "" where they can be run."""
+    try:
+        build(TrainingConfig, {**BASE, **values})
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_every_option_has_other_values_here() -> None:
+    assert list(OTHERS) == [o.key for o in sorted(options_of(TrainingConfig), key=lambda o: list(OTHERS).index(o.key))]
+
+
+def test_of_all_pairs_of_options_only_the_known_ones_contradict_each_other() -> None:
+    """An option that is refused next to another's default is bound to that; every other pair is its own."""
+    bound = {frozenset(pair) for pair in BOUND}
+    alone = {(key, value): refusal({key: value}) for key, values in OTHERS.items() for value in values}
+    for a, b in combinations(OTHERS, 2):
+        for x, y in product(OTHERS[a], OTHERS[b]):
+            if alone[a, x] or alone[b, y]:
+                continue
+            said = refusal({a: x, b: y})
+            assert not said or frozenset((a, b)) in bound, f"{a} {x}, {b} {y}: {said}"
+    for (key, value), said in alone.items():
+        assert not said or any(key in pair for pair in bound), f"{key} {value}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"min_lr": 1.0, "learning_rate": 0.001}, "min_lr learning_rate 0.001 1.0"),
+        ({"min_lr": 2e-3, "schedule": "wsd"}, "min_lr learning_rate wsd"),
+        ({"n_embd": 100, "n_head": 3}, "n_embd n_head"),
+        ({"n_head": 256}, "n_embd n_head"),
+        ({"total_batch_tokens": 100}, "total_batch_tokens block_size try 128"),
+        ({"block_size": 4096}, "total_batch_tokens block_size"),
+        ({"eval_tokens": 127}, "eval_tokens block_size 128 127"),
+        ({"n_layer": 1}, "n_layer signal"),
+        ({"signal.layers": (1, 4)}, "signal.layers judges 1 to 3 4"),
+        ({"signal.layers": (0,)}, "signal.layers judges 0"),
+        ({"signal.layers": (3,), "n_layer": 3}, "signal.layers 3"),
+        ({"signal.start": 700}, "signal.start steps 700 never"),
+        ({"signal.start": 5, "steps": 5}, "signal.start steps never"),
+        ({"signal.weight": 0.0, "signal.dose": 0.1}, "signal.weight signal.dose"),
+        ({"signal.flip": 0.5}, "signal.flip signal.control flipped"),
+        ({"signal.flip_to": "argmax", "signal.control": "placebo"}, "signal.flip_to signal.control placebo"),
+        ({"signal.threshold": 0.0}, "signal.threshold above 0"),
+        ({"signal.threshold": 1.5}, "signal.threshold at most 1"),
+        ({"signal.positions": 0.0}, "signal.positions above 0"),
+        ({"deterministic": True}, "deterministic threads"),
+        ({"parallel": "fsdp", "optimizer": "muon"}, "muon fsdp"),
+        ({"also": [{"name": "confidence", "layers": (9,)}]}, "signal.layers 9"),
+        ({"also": [{"name": "confidence", "start": 900}]}, "signal.start steps confidence"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_together(values: dict[str, Any], words: str) -> None:
+    said = refusal(values)
+    assert said, values
+    assert [word for word in words.split() if word not in said] == [], said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"min_lr": 0.001, "learning_rate": 0.001},
+        {"min_lr": 1.0, "schedule": "constant"},
+        {"min_lr": 0.0, "learning_rate": 0.0},
+        {"warmup_steps": 10_000, "steps": 1},
+        {"warmup_steps": 699, "schedule": "wsd"},
+        {"batch_size": 10_000},
+        {"eval_tokens": 128},
+        {"signal.start": 699},
+        {"signal.start": 10, "signal.anneal": 10_000},
+        {"signal.weight": -1.0, "signal.dose": 0.1},
+        {"signal.weight": 0.0},
+        {"signal.layers": (1,), "signal.embeddings": False},
+        {"signal.layers": "rotate", "signal.embeddings": False},
+        {"signal.flip": 0.5, "signal.control": "flipped", "signal.flip_to": "argmax"},
+        {"signal.name": "none", "signal.flip": 0.5, "signal.start": 9_999, "signal.layers": (40,), "n_layer": 1},
+        {"target_flip_to": "argmax"},
+    ],
+)
+def test_options_without_effect_are_no_contradiction(values: dict[str, Any]) -> None:
+    assert refusal(values) == ""
+
+
+@pytest.mark.parametrize("key", ["signal.name", "log", "steps", "signal.layers", "x" * 100])
+def test_what_was_found_is_quoted_in_few_words(key: str) -> None:
+    long = "y" * 3_000_000
+    with pytest.raises(ConfigError) as error:
+        build(TrainingConfig, {k: typed(o, long) for k, o in OPTIONS_OF_RUNS.items() if k == key} or {long: 1})
+    assert len(str(error.value)) < 600
+
+
+OPTIONS_OF_RUNS = {o.key: o for o in options_of(TrainingConfig)}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptlab.errors import ConfigError, UsageError, did_you_mean
+from gptlab.errors import ConfigError, UsageError, did_you_mean, shown
 from gptlab.files import MB, read_toml
 from gptlab.options import Option, options_of, table_options, typed
 from gptlab.signals.user import next_to
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
             parsers = itertools.chain([self], *commands)
             known = [name for parser in parsers for action in parser._actions for name in action.option_strings]
             hint = did_you_mean(word, known) if word.startswith("-") else ""
-            raise UsageError(f"unknown argument {word!r}{hint}; see `{self.prog} --help`")
+            raise UsageError(f"unknown argument {shown(word)}{hint}; see `{self.prog} --help`")
         return parsed
 
 

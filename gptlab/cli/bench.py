@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.benchmark.sizes import MODES, PEERS, SIZES
 from gptlab.cli.arguments import Parser
-from gptlab.errors import UsageError, did_you_mean
+from gptlab.errors import UsageError, did_you_mean, shown
 
 if TYPE_CHECKING:
     from gptlab.benchmark.run import Bench
@@ -60,7 +60,9 @@ def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
     ):
         for word in words:
             if word not in known:
-                raise UsageError(f"{option}: expected {', '.join(known)}, found {word!r}{did_you_mean(word, known)}")
+                raise UsageError(
+                    f"{option}: expected {', '.join(known)}, found {shown(word)}{did_you_mean(word, known)}"
+                )
     if options.rounds < 1 or options.per_round < 1:
         raise UsageError(f"--rounds and --per_round: expected at least 1, found {options.rounds}, {options.per_round}")
     if options.batch < 0:

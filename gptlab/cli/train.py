@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser, add_options, file_options, given_options
 from gptlab.cli.stopping import Interrupted, StopRequest
-from gptlab.errors import ConfigError, GptlabError, Stopped, UsageError, did_you_mean
+from gptlab.errors import ConfigError, GptlabError, Stopped, UsageError, did_you_mean, shown
 from gptlab.options import build
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
@@ -53,9 +53,8 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     for values, where, kind in ((given, "--preset", UsageError), (filed, parsed.config, ConfigError)):
         preset = values.get("preset", "shakespeare-tiny")
         if preset not in PRESETS:
-            raise kind(
-                f"{where}: unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; presets are {', '.join(PRESETS)}"
-            )
+            hint = did_you_mean(preset, PRESETS)
+            raise kind(f"{where}: unknown preset {shown(preset)}{hint}; presets are {', '.join(PRESETS)}")
     values = {**(defaults or {}), **filed, **given}
     check_log(given, UsageError)
     check_log(filed, ConfigError)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from gptlab.errors import ConfigError, did_you_mean
+from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option
 from gptlab.randomness import uniform_index
 from gptlab.signals.registry import SIGNALS, Signal
@@ -37,17 +37,17 @@ class SignalConfig:
     def __post_init__(self) -> None:
         if self.name != "none" and self.name not in SIGNALS and not self.is_code:
             known = ["none", *SIGNALS]
-            raise ConfigError(f"unknown signal {self.name!r}{did_you_mean(self.name, known)}")
+            raise ConfigError(f"unknown signal {shown(self.name)}{did_you_mean(self.name, known)}")
         if self.is_code and not self.name.rpartition(":")[2].isidentifier():  # it is a part of the run folder's name
             raise ConfigError(
-                f"signal.name: expected FILE.py:FUNCTION with the name of a function, found {self.name!r}"
+                f"signal.name: expected FILE.py:FUNCTION with the name of a function, found {shown(self.name)}"
             )
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
         if self.layers == ():
             raise ConfigError("signal.layers must be all, rotate or a list such as 1,3, found an empty list")
         if isinstance(self.layers, str) and self.layers not in ("all", "rotate"):
-            raise ConfigError(f"signal.layers must be all, rotate or a list such as 1,3, found {self.layers!r}")
+            raise ConfigError(f"signal.layers must be all, rotate or a list such as 1,3, found {shown(self.layers)}")
         if len(set(self.layers)) < len(self.layers) and isinstance(self.layers, tuple):
             raise ConfigError(f"signal.layers must list a judge once, found {','.join(map(str, self.layers))}")
         self._within("positions", self.positions, 0, 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gptlab.errors import ConfigError, did_you_mean
+from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option
 from gptlab.parsing import MOST_BLOCKS
 from gptlab.signals.config import SignalConfig
@@ -89,55 +89,81 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
+        self._check_each()
+        self._check_together()
+        if self.parallel == "fsdp":
+            self._check_sharded()
+        for signal in self.signals:
+            self._check_signal(signal)
+
+    def _check_each(self) -> None:
+        """Raise ConfigError for an option that is out of its own range."""
         for name in (
-            "block_size",
-            "batch_size",
-            "total_batch_tokens",
-            "n_layer",
-            "n_head",
-            "n_embd",
-            "steps",
-            "eval_tokens",
+            "block_size", "batch_size", "total_batch_tokens", "n_layer", "n_head", "n_embd", "steps", "eval_tokens",
             "rank_timeout",
-        ):
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.n_layer > MOST_BLOCKS:
             raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every", "checkpoint_every", "sample_every",
-            "dose_every", "noise_every", "threads", "learning_rate", "gradient_noise", "gradient_bias",
+            "dose_every", "noise_every", "threads", "learning_rate", "min_lr", "gradient_noise", "gradient_bias",
             "init_jitter",
         ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, found {getattr(self, name)}")
-        for name in self.trackers:
-            if name not in TRACKERS:
-                raise ConfigError(f"log: expected none, {', '.join(TRACKERS)} or several with commas, found {name!r}"
-                                  f"{did_you_mean(name, TRACKERS)}")  # fmt: skip
-        if self.min_lr is not None and self.min_lr < 0:
-            raise ConfigError(f"min_lr must be at least 0, found {self.min_lr}")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must be at least 0, found {value}")
         if not 0 <= self.target_flip < 1:
             raise ConfigError(f"target_flip must be at least 0 and below 1, found {self.target_flip}")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ConfigError(f"log: expected none, {', '.join(TRACKERS)} or several with commas, "
+                                  f"found {shown(name)}{did_you_mean(name, TRACKERS)}")  # fmt: skip
+
+    def _check_together(self) -> None:
+        """Raise ConfigError for options that contradict each other: what each asks for cannot hold at once.
+
+        What another option leaves without effect is no contradiction: target_flip_to where no target is flipped, a
+        warmup that outlasts the run.
+        """
         if self.total_batch_tokens % self.block_size:
             nearest = max(1, round(self.total_batch_tokens / self.block_size)) * self.block_size
             raise ConfigError(
                 f"total_batch_tokens must be a multiple of block_size {self.block_size}, "
                 f"found {self.total_batch_tokens}; try {nearest}"
             )
+        if self.eval_tokens < self.block_size:
+            raise ConfigError(
+                f"eval_tokens must hold one window of block_size {self.block_size}, found {self.eval_tokens}; raise it"
+            )
+        if self.n_embd % self.n_head:
+            raise ConfigError(f"n_embd must be a multiple of n_head {self.n_head}, found {self.n_embd}")
+        if self.schedule != "constant" and self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ConfigError(
+                f"min_lr must be at most learning_rate {self.learning_rate}, from which {self.schedule} falls "
+                f"to it, found {self.min_lr}; lower it, or leave it out for learning_rate/10"
+            )
         if self.deterministic and not self.threads:
             raise ConfigError(
                 "deterministic needs a fixed number of threads for each process, on which rounding depends; "
                 "add --threads 1, or more"
             )
-        if self.parallel == "fsdp":
-            self._check_sharded()
-        if self.n_embd % self.n_head:
-            raise ConfigError(f"n_embd must be a multiple of n_head {self.n_head}, found {self.n_embd}")
-        for signal in self.signals:
-            if self.n_layer < 2:
-                raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
-            signal.judges_at(0, self.n_layer, self.seed)
+
+    def _check_signal(self, signal: SignalConfig) -> None:
+        """Raise ConfigError for a signal that this model or this run leaves nothing to do."""
+        if self.n_layer < 2:
+            raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
+        signal.judges_at(0, self.n_layer, self.seed)  # refuses judges that this model does not have
+        if signal.start >= self.steps:
+            raise ConfigError(
+                f"signal.start must be below steps {self.steps}, found {signal.start}: {signal.name} would never begin"
+            )
+        if signal.control != "flipped" and (signal.flip, signal.flip_to) != (1.0, "uniform"):
+            raise ConfigError(
+                f"signal.flip and signal.flip_to are for signal.control flipped, found control {signal.control}; "
+                "add --signal.control flipped, or leave them out"
+            )
 
     def _check_sharded(self) -> None:
         """Raise ConfigError for what needs whole matrices, or gradients, on one process."""
