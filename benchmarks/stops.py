@@ -37,9 +37,9 @@ MOMENTS = ("start", "first step", "evaluation", "save", "report")
 EVENTS = ("Ctrl-C", "SIGTERM", "SIGHUP", "display closed")
 VIEWS = ("terminal", "tee", "head", "screen", "no tty", "torchrun")
 SLOW = {
-    "first step": {"total_batch_tokens": 65_536 * 4, "steps": 2},
-    "evaluation": {"eval_every": 2, "eval_tokens": 299_000, "steps": 4},
-    "save": {"n_embd": 512, "n_layer": 6, "n_head": 4, "checkpoint_every": 2, "eval_every": 0, "steps": 4},
+    "first step": {"total_batch_tokens": 65_536, "steps": 2},
+    "evaluation": {"eval_every": 2, "eval_tokens": 99_000, "steps": 4},
+    "save": {"n_embd": 384, "n_layer": 4, "n_head": 4, "checkpoint_every": 2, "eval_every": 0, "steps": 4},
 }
 """Options that make a moment last long enough to be met."""
 
@@ -308,7 +308,7 @@ def main() -> int:
     asked = parser.parse_args()
     cells = []
     with tempfile.TemporaryDirectory(prefix="stops") as scratch:
-        corpus = make_corpus(Path(scratch) / "corpus", val=300_000)
+        corpus = make_corpus(Path(scratch) / "corpus", val=100_000)
         for number, (view, event, moment) in enumerate((v, e, m) for v in VIEWS for e in EVENTS for m in MOMENTS):
             chosen = all(word in f"{view} {event} {moment}" for word in asked.only.split())
             if not chosen or (view, event) == ("screen", "display closed"):  # closing a screen is a SIGHUP

@@ -1,54 +1,29 @@
-"""`gptlab completion`: a script that completes commands, options and their values in bash and zsh.
+"""`gptlab completion`: a script that completes commands, options and their values in a shell.
 
-The words are read from every command's own --help when the script is printed, so that no list is kept twice, and the
-shell asks no Python when the tab key is pressed.
+shtab writes it from every command's own parser when it is printed, so that no list is kept twice, and the shell asks no
+Python when the tab key is pressed.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
-import io
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
+
+import shtab
 
 from gptlab.cli.arguments import Parser
 from gptlab.cli.main import COMMANDS
 from gptlab.signals.registry import SIGNALS
 from gptlab.training.presets import PRESETS
 
-VALUES = {"--preset": list(PRESETS), "--signal.name": ["none", *SIGNALS]}
-"""Values that help names elsewhere than behind the option."""
-_OPTION = re.compile(r"^  (--[\w.]+)(?: (\{[\w.,-]+\}|[a-z\d-]+(?:\|[a-z\d-]+)+))?", re.MULTILINE)
-_WORDS = re.compile(r"^  \{([\w,]+)\}(?: |$)", re.MULTILINE)
-_COMMANDS = re.compile(r"^  COMMAND\n((?:    \w+ +.*\n)+)", re.MULTILINE)
-
-BASH = """\
-# Completion of gptlab for {shell}. In {profile}: eval "$(gptlab completion {shell})"
-{prelude}_gptlab() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} previous=${{COMP_WORDS[COMP_CWORD-1]}} words="" options="" files=yes
-    COMPREPLY=()
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        COMPREPLY=($(compgen -W "{commands}" -- "$current"))
-        return
-    fi
-    case "${{COMP_WORDS[1]}}" in
-{cases}
-    esac
-    case "${{COMP_WORDS[1]}} $previous" in
-{values}
-    esac
-    case "$current" in
-        -*) COMPREPLY=($(compgen -W "$options" -- "$current")) ;;
-        *) COMPREPLY=($(compgen -W "$words" -- "$current") ${{files:+$(compgen -f -- "$current")}}) ;;
-    esac
-}}
-complete -o filenames -F _gptlab gptlab
-"""
-PRELUDE = {"bash": "", "zsh": "autoload -Uz compinit bashcompinit\ncompinit\nbashcompinit\n"}
-PROFILE = {"bash": "~/.bashrc", "zsh": "~/.zshrc"}
+VALUES = {"--preset": (*PRESETS,), "--signal.name": ("none", *SIGNALS)}
+"""Values that help names elsewhere than next to the option."""
+_WORDS = re.compile(r"[a-z\d.-]+(\|[a-z\d.-]+)+")
+"""How an option whose values are checked later shows them: on|off, say."""
 
 
 def main(argv: list[str]) -> int:
@@ -56,49 +31,50 @@ def main(argv: list[str]) -> int:
     parser = Parser(
         prog="gptlab completion",
         description='Print a completion script: put `eval "$(gptlab completion bash)"` into ~/.bashrc, '
-        'or `eval "$(gptlab completion zsh)"` into ~/.zshrc.',
+        'or `eval "$(gptlab completion zsh)"` below `autoload -Uz compinit && compinit` into ~/.zshrc.',
     )
-    parser.add_argument("shell", choices=["bash", "zsh"], help="whose script")
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="whose script")
     parser.add_argument("--json", action="store_true", help="print every command's words, options and values instead")
     options = parser.parse(argv)
-    known = {name: _known(name) for name in COMMANDS}
-    print(json.dumps(known, indent=1) if options.json else script(options.shell, known))
+    root = argparse.ArgumentParser(prog="gptlab", description="GPT-2 with auxiliary losses, judged.")
+    commands = root.add_subparsers()
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, parents=[_parser_of(name)], add_help=False)
+    print(json.dumps(_known(commands.choices), indent=1) if options.json else shtab.complete(root, options.shell))
     return 0
 
 
-def _known(name: str) -> dict[str, Any]:
-    """The words, options and options' values of a command, and of its subcommands."""
-    text = _help(name)
-    words = [word for group in _WORDS.findall(text) for word in group.split(",")]
-    for group in _COMMANDS.findall(text):
-        subcommands = re.findall(r"^    (\w+)", group, re.MULTILINE)
-        words += subcommands
-        text += "".join(_help(name, subcommand) for subcommand in subcommands)
-    found = dict(_OPTION.findall(text))
-    values = {option: re.split(r"[|,]", shown.strip("{}")) for option, shown in found.items() if shown}
-    values |= {option: words for option, words in VALUES.items() if option in found}
-    return {"words": words, "options": ["--help", "--debug", *found], "values": values}
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    """A command's own parser, taken where it would print its help; values of options as choices, else files."""
+    found: list[argparse.ArgumentParser] = []
+    print_help = argparse.ArgumentParser.print_help
+    argparse.ArgumentParser.print_help = lambda self, file=None: found.append(self)
+    try:
+        with contextlib.suppress(SystemExit):
+            importlib.import_module(f"gptlab.cli.{name}").main(["--help"])
+    finally:
+        argparse.ArgumentParser.print_help = print_help
+    (parser,) = found
+    for action in parser._actions:
+        words = str(action.metavar or "")
+        action.choices = action.choices or next((VALUES[o] for o in action.option_strings if o in VALUES), None)
+        if not action.choices and _WORDS.fullmatch(words):
+            action.choices = words.split("|")
+        if not action.choices and action.nargs != 0:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return parser
 
 
-def _help(name: str, *words: str) -> str:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        importlib.import_module(f"gptlab.cli.{name}").main([*words, "--help"])
-    return out.getvalue()
-
-
-def script(shell: str, known: Mapping[str, Any]) -> str:
-    """The script for a shell; zsh reads bash's through bashcompinit."""
-    cases = [
-        f"""        {name}) words="{" ".join(k["words"])}" options="{" ".join(k["options"])}" ;;"""
-        for name, k in known.items()
-    ]
-    values = [
-        f"""        "{name} {option}") words="{" ".join(words)}" files="" ;;"""
-        for name, k in known.items()
-        for option, words in k["values"].items()
-    ]
-    return BASH.format(
-        shell=shell, prelude=PRELUDE[shell], profile=PROFILE[shell], commands=" ".join(known),
-        cases="\n".join(cases), values="\n".join(values),
-    ).rstrip()  # fmt: skip
+def _known(commands: dict[str, argparse.ArgumentParser]) -> dict[str, Any]:
+    """The words, options and options' values of every command and its subcommands."""
+    known = {}
+    for name, parser in commands.items():
+        actions = list(parser._actions)
+        for inner in (a for a in parser._actions if isinstance(a, argparse._SubParsersAction)):
+            actions += [action for one in inner.choices.values() for action in one._actions]
+        options = {o: list(a.choices or ()) for a in actions for o in a.option_strings if o.startswith("--")}
+        words = [word for a in actions if not a.option_strings for word in a.choices or ()]
+        known[name] = {
+            "words": words, "options": ["--debug", *options], "values": {o: v for o, v in options.items() if v},
+        }  # fmt: skip
+    return known

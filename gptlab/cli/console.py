@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 
 PIPE_WIDTH = 110
-"""Characters of a line where the stream is no terminal."""
+"""Characters of a line on standard error where it is no terminal."""
 REDRAW_EVERY, COUNT_EVERY = 0.1, 10.0
 """Seconds between two drawings of a live line, and between two lines of progress in a file."""
 NARROWEST = 20
@@ -146,11 +146,11 @@ def say(line: str) -> None:
 
 
 def console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A rich console; where the stream is no terminal, its lines have PIPE_WIDTH characters."""
+    """A rich console that fits the terminal; what is shown of the work in a pipe has lines of PIPE_WIDTH."""
     from rich.console import Console
 
     shown = Console(stderr=stderr, highlight=False, quiet=quiet)
-    if not shown.is_terminal:
+    if stderr and not shown.is_terminal:
         shown.width = PIPE_WIDTH
     elif shown.width < NARROWEST:
         shown.width = 80

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gptlab.analysis.tables import Table
 from gptlab.cli.arguments import Parser
+from gptlab.cli.console import Counter, console, show_table
 from gptlab.cli.model import TOKENIZER
 from gptlab.errors import UsageError, did_you_mean
 
@@ -43,13 +45,12 @@ def main(argv: list[str]) -> int:
     """Score; raises UsageError, CheckpointError where there is no model, DataError where a test cannot be read."""
     options = _parse(argv)
 
-    from gptlab.cli.eval_view import Display, table
     from gptlab.distributed import World, end_with_launcher
 
     world = World.from_environment()
     if world.launched:
         end_with_launcher()
-    display = Display(quiet=not world.main)
+    display = Counter(quiet=not world.main)
     try:
         opened = _open(options, world, display)
         found: dict[str, Any] = {}
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
         if options.json:
             print(json.dumps(result, indent=1, allow_nan=False))
         else:
-            table(result)
+            _print(result)
     return 0
 
 
@@ -108,7 +109,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _open(options: argparse.Namespace, world: World, display: Any) -> Opened:
+def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened:
     from gptlab.cli.model import open_any
     from gptlab.device import Machine, decide
     from gptlab.model.fast_cpu import install
@@ -136,7 +137,7 @@ def _open(options: argparse.Namespace, world: World, display: Any) -> Opened:
 
 
 def _score(
-    name: str, opened: Opened, options: argparse.Namespace, display: Any
+    name: str, opened: Opened, options: argparse.Namespace, display: Counter
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(task, what is told of it) of one name of --tasks."""
     from gptlab.evals.harness import run_harness
@@ -168,19 +169,25 @@ def _told(about: Mapping[str, Any], blocks: Figures, options: argparse.Namespace
     return {**blocks[-1], **about, **({"blocks": blocks} if options.blocks else {})}
 
 
-def _rows(task: Task, scorer: Any, opened: Opened, options: argparse.Namespace, display: Any) -> dict[str, Any]:
+def _rows(task: Task, scorer: Any, opened: Opened, options: argparse.Namespace, display: Counter) -> dict[str, Any]:
     from gptlab.evals.tasks import Record, run_task
 
     identity = {**opened.identity, "rows": task.sha256, "limit": options.limit, "blocks": scorer.blocks}
     world, path = opened.world, Path(options.out or Path(options.run) / "eval") / f"{task.name}.json"
     record = Record(path if world.main else None, identity)
     record.done = {int(n): done for n, done in world.agree(lambda: record.done, opened.placement.device).items()}
-    with display.counting(task.name, len(task.rows), len(record.done)) as progress:
-        blocks = run_task(task, scorer, record, progress)
+    if record.done:
+        display.note(f"{task.name}: {len(record.done):,} of {len(task.rows):,} rows were finished before")
+
+    def progress(done: int, figures: Mapping[str, Any]) -> None:
+        display.count(task.name, done, len(task.rows), shown(figures))
+
+    progress(len(record.done), {})
+    blocks = run_task(task, scorer, record, progress)
     return _told({"rows": len(task.rows), "source": task.source}, blocks, options)
 
 
-def _validation(opened: Opened, options: argparse.Namespace, display: Any) -> dict[str, Any]:
+def _validation(opened: Opened, options: argparse.Namespace, display: Counter) -> dict[str, Any]:
     """Loss on the pinned tokens in nats, perplexity, and bits a byte of their text where that is known."""
     from gptlab.data.batches import ValidationWindows
     from gptlab.training.config import TrainingConfig
@@ -230,3 +237,20 @@ def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
         return (step.token for step in steps)
 
     return write
+
+
+def shown(figures: Mapping[str, Any]) -> str:
+    """The numbers of a test in one line."""
+    return "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float))
+
+
+def _print(result: Mapping[str, Any]) -> None:
+    """A task a row; with every block's figures, a row a block; under it what the figures rest on."""
+    rows: list[tuple[str, ...]] = []
+    for task, told in result["tasks"].items():
+        blocks = told.get("blocks") or [told]
+        numbers = map(str, range(1, len(blocks) + 1)) if "blocks" in told else ["last"]
+        rows += [(task * (k == 0), number, shown(blocks[k])) for k, number in enumerate(numbers)]
+        about = [f"{told[unit]:,} {unit}" for unit in ("tokens", "rows") if unit in told]
+        rows += [("", "", ", ".join([*about, *filter(None, [told.get("source")])]))] if about else []
+    show_table(console(), Table(f"{result['model']}, {result['dtype']}", ("task", "block", "score"), rows))

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
 from gptlab.cli.arguments import Parser
+from gptlab.cli.console import console, printable, say
 from gptlab.cli.model import TOKENIZER
 from gptlab.errors import CheckpointError, UsageError
 
@@ -24,11 +30,15 @@ if TYPE_CHECKING:
     from gptlab.signals.tuned_reader import TunedReader
 
 
+NAMES = {"raw": "raw reading", "tuned": "tuned reading"}
+FRAME = 3
+"""What a column takes beside its text: a line and two blanks."""
+
+
 def main(argv: list[str]) -> int:
     """Look, fit or measure; raises UsageError, and CheckpointError where there is no model."""
     options = _parse(argv)
 
-    from gptlab.cli import lens_view
     from gptlab.cli.model import open_model
 
     opened = open_model(options.checkpoint, options.device, options.dtype, tokenizer=options.tokenizer)
@@ -42,11 +52,11 @@ def main(argv: list[str]) -> int:
     for path, write in ((options.html, _write_page), (options.svg, _write_plot)):
         if path:
             write(Path(path), found)
-            _tell(f"written to {path}")
+            say(f"written to {path}")
     if options.json:
         print(json.dumps(found))
     else:
-        lens_view.show(found, options.top or 1)
+        show(found, options.top or 1)
     return 0
 
 
@@ -111,7 +121,7 @@ def _fit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
 
     def told(step: int, found: list[float]) -> None:
         if step in (1, options.steps) or step % max(1, options.steps // 10) == 0:
-            _tell(f"step {step} of {options.steps}: KL to the final block {sum(found) / len(found):.4f} nats, mean")
+            say(f"step {step} of {options.steps}: KL to the final block {sum(found) / len(found):.4f} nats, mean")
 
     def measured(reader: TunedReader) -> list[float]:
         found = [divergences(model, tokens, reader, opened.placement.autocast) for tokens in held_out]
@@ -140,13 +150,9 @@ def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
         at, cast = CONFIDENCES, opened.placement.autocast
         for point in curve(opened.model, batches, at, reader=reader, vocab_size=opened.vocabulary.size, autocast=cast):
             points.append(asdict(point))
-            _tell(f"{name} reader, confidence {point.confidence:g}: loss {point.loss:.4f}, blocks {point.blocks:.0%}")
+            say(f"{name} reader, confidence {point.confidence:g}: loss {point.loss:.4f}, blocks {point.blocks:.0%}")
         found[name] = points
     return {"early_exit": found, "tokens": sum(targets.numel() for _, targets in batches)}
-
-
-def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _tuned(opened: Opened, source: str) -> TunedReader | None:
@@ -156,7 +162,7 @@ def _tuned(opened: Opened, source: str) -> TunedReader | None:
     try:
         return load(opened.model, beside(source))
     except CheckpointError as error:
-        _tell(f"no tuned reader: {error}")
+        say(f"no tuned reader: {error}")
         return None
 
 
@@ -164,7 +170,7 @@ def _corpus(opened: Opened, options: argparse.Namespace) -> Corpus:
     from gptlab.distributed import World
 
     data = options.data or (opened.config.data if opened.config else "shakespeare")
-    return opened.vocabulary.corpus(data, World(), _tell)[0]
+    return opened.vocabulary.corpus(data, World(), say)[0]
 
 
 def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tensor, Tensor]]:
@@ -189,3 +195,111 @@ def _write_plot(path: Path, found: dict[str, Any]) -> None:
     from gptlab.analysis.report.page import write
 
     write(path, exit_plot(found["early_exit"]))
+
+
+def show(found: Mapping[str, Any], top: int = 1) -> None:
+    """Print whatever there is of `gptlab lens --json`'s content; top: tokens shown of every block and position."""
+    shown_on = console()
+    for part in _parts(found, top, shown_on.width):
+        shown_on.print(part)
+
+
+def _parts(found: Mapping[str, Any], top: int, width: int) -> Iterator[RenderableType]:
+    if "divergence" in found:
+        yield from _titled(
+            "KL from the final block's reading, nats a token, validation", _divergence(found["divergence"])
+        )
+    for name, points in found.get("early_exit", {}).items():
+        title = f"early exit by the {NAMES[name]}, {found['tokens']:,} validation tokens"
+        note = "compute: multiplications over the full model's, readings and filled-in keys and values included"
+        yield from _titled(title, _early_exit(points), note)
+    for name, lens in found.get("readers", {}).items():
+        yield from _positions(NAMES[name], lens["positions"], top, width)
+        yield from _titled(f"{NAMES[name]}, mean over positions", _blocks(lens["blocks"]))
+    if "reader" in found:
+        yield Text(f"kept in {found['reader']}")
+
+
+def _titled(title: str, table: Table, note: str = "") -> Iterator[RenderableType]:
+    """A table under its title. Both words are lines of their own: rich would fold them to the table's width."""
+    yield Text(title, style="bold")
+    yield table
+    if note:
+        yield Text(note, style="dim")
+
+
+def _positions(name: str, positions: Sequence[Mapping[str, Any]], top: int, width: int) -> Iterator[RenderableType]:
+    """A row a position: each block's best next tokens and below them the entropy; as many blocks a table as fit."""
+    L = len(positions[0]["blocks"])
+    read = [Text(_shown(position["text"])) for position in positions]
+    columns = {j: [_cell(position["blocks"][j - 1], top) for position in positions] for j in range(1, L + 1)}
+    wide = {j: max(_width(cell) for cell in (Text(_named(j)), *cells)) + FRAME for j, cells in columns.items()}
+    room = width - max(map(_width, (Text("read"), *read))) - FRAME - 1
+    while columns:
+        fit, left = [], room
+        for j in columns:
+            left -= wide[j]
+            if fit and left < 0:
+                break
+            fit.append(j)
+        table = Table()
+        table.add_column("read", no_wrap=True)
+        for j in fit:
+            table.add_column(_named(j), overflow="fold")
+        for row in zip(read, *(columns.pop(j) for j in fit), strict=True):
+            table.add_row(*row)
+        part = "" if len(fit) == L else f", blocks {fit[0]} to {fit[-1]} of {L}"
+        yield from _titled(name + part, table)
+    yield Text("best next token and p, below it the entropy in nats; bold: the final block's", style="dim")
+
+
+def _named(block: int) -> str:
+    return f"block {block}"
+
+
+def _cell(block: Mapping[str, Any], top: int) -> Text:
+    """The likeliest tokens, the first of them bold where the final block says the same, and the entropy."""
+    cell = Text()
+    for place, best in enumerate(block["top"][:top]):
+        bold = place == 0 and block["agrees"]
+        cell.append(f"{_shown(best['text'])} {best['probability']:.0%}\n", style="bold" if bold else "")
+    return cell.append(f"{block['entropy']:.2f}", style="dim")
+
+
+def _width(text: Text) -> int:
+    return max(map(cell_len, text.plain.splitlines()))
+
+
+def _blocks(blocks: Sequence[Mapping[str, float]]) -> Table:
+    table = Table()
+    for column in ("block", "confidence", "entropy, nats", "agrees with the final block"):
+        table.add_column(column, justify="right")
+    for number, block in enumerate(blocks, 1):
+        table.add_row(str(number), f"{block['confidence']:.1%}", f"{block['entropy']:.3f}", f"{block['agreement']:.1%}")
+    return table
+
+
+def _early_exit(points: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table()
+    for column in ("confidence", "loss, nats", "agreement", "blocks", "compute", "left at block 1..L"):
+        table.add_column(column, justify="right")
+    for p in points:
+        exits = " ".join(f"{share:.0%}" for share in p["exits"])
+        table.add_row(
+            f"{p['confidence']:g}", f"{p['loss']:.4f}", f"{p['agreement']:.1%}", f"{p['blocks']:.1%}",
+            f"{p['compute']:.1%}", exits,
+        )  # fmt: skip
+    return table
+
+
+def _divergence(found: Mapping[str, list[float]]) -> Table:
+    table = Table()
+    for column in ("block", "raw", "tuned"):
+        table.add_column(column, justify="right")
+    for number, (raw, tuned) in enumerate(zip(found["raw"], found["tuned"], strict=True), 1):
+        table.add_row(str(number), f"{raw:.4f}", f"{tuned:.4f}")
+    return table
+
+
+def _shown(token: str) -> str:
+    return repr(printable(token))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.noise.options import NoiseConfig, names_in, own_names, signal_configs, split_name
 from gptlab.cli.arguments import Parser, add_options, given_options
-from gptlab.cli.console import printable, show_table
+from gptlab.cli.console import Counter, console, printable, say, show_table
 from gptlab.cli.train import check_signals
 from gptlab.errors import ConfigError, UsageError
 from gptlab.options import build
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> int:
         from gptlab.analysis.report.noise import write_noise
 
         write_noise(result, Path(parsed.html))
-        print(f"report: {parsed.html}", file=sys.stderr)
+        say(f"report: {parsed.html}")
     if parsed.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
@@ -91,8 +90,9 @@ def _measure(
         names = own_names(own)
         for signal in own:
             check_signals({"signal.name": signal.name}, allow_code=parsed.allow_code, kind=UsageError)
-    with _Bars() as progress:
-        subject = _subject(parsed.checkpoint, state, config, options, lambda text: print(text, file=sys.stderr))
+    with Counter() as shown:
+        progress = shown.count
+        subject = _subject(parsed.checkpoint, state, config, options, shown.note)
         signals = signal_configs(names, own, changes)
         branches = _branches(parsed.checkpoint, config, subject, options, signals, progress)
         result = measure(subject, options, signals, branches, progress)
@@ -115,7 +115,7 @@ def _branches(
     if not options.branch_steps or not signals:
         return {}
     if config is None:
-        print("no branch test: a Hugging Face folder has no optimizer moments to go on from", file=sys.stderr)
+        say("no branch test: a Hugging Face folder has no optimizer moments to continue with")
         return {}
     plan = Plan(options.branch_steps, eval_tokens=options.eval_tokens)
     corpus, placement = subject.windows.corpus, subject.placement
@@ -182,40 +182,13 @@ def _made_up(state: TrainingState, vocabulary: Vocabulary) -> TrainingConfig:
     )  # fmt: skip
 
 
-class _Bars:
-    """A bar for each thing that takes long, on standard error; a line each where that is no terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.live = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Progress:
-        self.live.start()
-        return self._told
-
-    def __exit__(self, *_: object) -> None:
-        self.live.stop()
-
-    def _told(self, what: str, done: int, of: int) -> None:
-        if what not in self.tasks:
-            self.tasks[what] = self.live.add_task(what, total=of)
-            if self.live.disable:
-                print(f"measuring {what}", file=sys.stderr, flush=True)
-        self.live.update(self.tasks[what], completed=done)
-
-
 def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from gptlab.analysis.noise.tables import remarks, tables
 
-    console = Console(highlight=False)
+    shown_on = console()
     for table in tables(result):
-        show_table(console, table)
+        show_table(shown_on, table)
     for line in remarks(result):
-        console.print(Text(printable(line)))
+        shown_on.print(Text(printable(line)))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gptlab.cli.main import main
-from gptlab.cli.sample_view import PLAIN, colour
+from gptlab.cli.sample import PLAIN, colour
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.interpret.early_exit import CONFIDENCES
 from gptlab.model.huggingface import write_folder

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptlab.cli.lens_view import show
+from gptlab.cli.lens import show
 
 Capture = pytest.CaptureFixture[str]
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gptlab.cli import sample_view
-from gptlab.cli.sample_view import PLAIN, blocks, colour, legend, text
+from gptlab.cli import sample
+from gptlab.cli.sample import PLAIN, blocks, colour, legend, text
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.interpret.generate import Step
 
@@ -18,7 +18,7 @@ EXITS = {"share_of_blocks": 0.625, "seconds": 2.0, "seconds_in_full": 3.0, "gain
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_view.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sample.sys.stdout, "isatty", lambda: True)
 
 
 def test_text_comes_as_soon_as_its_tokens_make_characters() -> None:
