@@ -207,12 +207,12 @@ def show(found: Mapping[str, Any], top: int = 1) -> None:
 def _parts(found: Mapping[str, Any], top: int, width: int) -> Iterator[RenderableType]:
     if "divergence" in found:
         yield from _titled(
-            "KL from the final block's reading, nats a token, validation", _divergence(found["divergence"])
+            "KL from the final block's reading, nats a token, validation", _divergence_table(found["divergence"])
         )
     for name, points in found.get("early_exit", {}).items():
         title = f"early exit by the {NAMES[name]}, {found['tokens']:,} validation tokens"
         note = "compute: multiplications over the full model's, readings and filled-in keys and values included"
-        yield from _titled(title, _early_exit(points), note)
+        yield from _titled(title, _exit_table(points), note)
     for name, lens in found.get("readers", {}).items():
         yield from _positions(NAMES[name], lens["positions"], top, width)
         yield from _titled(f"{NAMES[name]}, mean over positions", _blocks(lens["blocks"]))
@@ -279,7 +279,7 @@ def _blocks(blocks: Sequence[Mapping[str, float]]) -> Table:
     return table
 
 
-def _early_exit(points: Sequence[Mapping[str, Any]]) -> Table:
+def _exit_table(points: Sequence[Mapping[str, Any]]) -> Table:
     table = Table()
     for column in ("confidence", "loss, nats", "agreement", "blocks", "compute", "left at block 1..L"):
         table.add_column(column, justify="right")
@@ -292,7 +292,7 @@ def _early_exit(points: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _divergence(found: Mapping[str, list[float]]) -> Table:
+def _divergence_table(found: Mapping[str, list[float]]) -> Table:
     table = Table()
     for column in ("block", "raw", "tuned"):
         table.add_column(column, justify="right")
