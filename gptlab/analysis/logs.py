@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptlab.errors import DataError
+from gptlab.files import open_regular
 from gptlab.parsing import is_count, parse_json
 
 COLUMNS = ("step", "loss", "arm", "seed")
@@ -26,14 +28,14 @@ def read_log(path: str | Path) -> Logged:
     path = Path(path)
     found: Logged = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             for number, row in _rows(path, file):
                 arm, seed, step, loss = _typed(path, number, row)
                 steps = found.setdefault(arm, {}).setdefault(seed, {})
                 if step in steps:
                     raise DataError(f"{path}, line {number}: {arm} with seed {seed} has a loss at step {step} already")
                 steps[step] = loss
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise DataError(f"expected a log at {path}, found none; check the path") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected text in UTF-8: {error}") from None

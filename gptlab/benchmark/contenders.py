@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from gptlab.device import DTYPES, Placement, keep_freed_memory
 from gptlab.distributed import World
 from gptlab.errors import UsageError
+from gptlab.files import read_text
 from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.signals.config import SignalConfig
@@ -195,7 +196,7 @@ def _definitions(path: Path, name: str) -> ModuleType:
     import ast
     import tempfile
 
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(read_text(path))
     kept = [n for n in tree.body if isinstance(n, ast.ClassDef | ast.Import) or _safe_import(n)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.py"

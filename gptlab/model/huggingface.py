@@ -113,7 +113,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     building.mkdir(parents=True)
     try:
         yield building
-        building.replace(out)
+        building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

