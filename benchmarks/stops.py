@@ -23,12 +23,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
-from harness import alive, children, make_corpus, options, row_count, rows, wait_until  # noqa: E402 # pyright: ignore[reportMissingImports]
+from harness import children, make_corpus, options, row_count, rows, wait_until  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 from gptlab.runs import checkpoint  # noqa: E402
 from gptlab.runs.folder import newest  # noqa: E402
@@ -181,13 +182,16 @@ def _in_terminal(
     def hang_up() -> None:
         os.close(typing)
         close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGHUP)  # as an interactive shell does to its jobs; may come twice
 
     def close_display() -> None:
         readers = [child for child in children(process.pid) if _name(child) in ("tee", "head")]
         for reader in readers:
             os.kill(reader, signal.SIGKILL)
         if not own:
-            hang_up()
+            os.close(typing)
+            close()
 
     return Watched(trainer(), lambda: _type(typing, b"\x03"), hang_up, close_display, end)
 
@@ -231,8 +235,8 @@ def catches_hang_up(process: int) -> bool:
 
 
 def wait_for_moment(moment: str, run: Path, trainers: Callable[[], list[int]]) -> None:
-    """Wait until a run is there."""
-    saved, begun = run / "checkpoints", run / "config.json"
+    """Wait until a run is there, or has ended before."""
+    saved, ended = run / "checkpoints", run.parent / "code"
     reached = {
         "start": lambda: trainers() and all(map(catches_hang_up, trainers())),
         "first step": lambda: (run / "metrics.jsonl").exists(),
@@ -240,7 +244,7 @@ def wait_for_moment(moment: str, run: Path, trainers: Callable[[], list[int]]) -
         "save": lambda: saved.is_dir() and any(not path.name.startswith("step_") for path in saved.iterdir()),
         "report": lambda: row_count(run) and rows(run)[-1].get("event") == "finished",
     }[moment]
-    wait_until(lambda: reached() or (begun.exists() and not any(map(alive, trainers()))), moment)
+    wait_until(lambda: reached() or ended.exists(), moment)
     if moment in ("first step", "evaluation"):
         time.sleep(0.5)
 
@@ -304,21 +308,23 @@ def table(cells: list[dict[str, object]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cells whose words hold this, as in 'tee Ctrl-C'")
-    parser.add_argument("--json", metavar="FILE", help="where the cells go")
+    parser.add_argument("--json", metavar="FILE", help="where the cells go, each when it is made; those in it are kept")
     asked = parser.parse_args()
-    cells = []
+    kept = Path(asked.json) if asked.json else None
+    cells = json.loads(kept.read_text()) if kept and kept.exists() else []
+    known = {(c["view"], c["event"], c["moment"]) for c in cells}
     with tempfile.TemporaryDirectory(prefix="stops") as scratch:
         corpus = make_corpus(Path(scratch) / "corpus", val=100_000)
-        for number, (view, event, moment) in enumerate((v, e, m) for v in VIEWS for e in EVENTS for m in MOMENTS):
+        for number, (moment, event, view) in enumerate(product(MOMENTS, EVENTS, VIEWS)):
             chosen = all(word in f"{view} {event} {moment}" for word in asked.only.split())
-            if not chosen or (view, event) == ("screen", "display closed"):  # closing a screen is a SIGHUP
-                continue
+            if not chosen or (view, event, moment) in known or (view, event) == ("screen", "display closed"):
+                continue  # closing a screen is a SIGHUP
             folder = Path(scratch) / str(number)
             folder.mkdir()
             cells.append(cell(moment, event, view, corpus, folder))
             print(f"{view}, {event}, {moment}: {as_text(cells[-1])}", file=sys.stderr, flush=True)
-    if asked.json:
-        Path(asked.json).write_text(json.dumps(cells, indent=1) + "\n")
+            if kept:
+                kept.write_text(json.dumps(cells, indent=1) + "\n")
     print(table(cells))
     return 0
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import Trainer, make_corpus, outcome, rows
+from harness import Trainer, make_corpus, outcome, rows, wait_until
 
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
@@ -75,6 +76,79 @@ def test_a_second_signal_ends_at_once(trainer: Trainer, tmp_path: Path) -> None:
     assert not ended.ours
     assert rows(run) == []
     assert not (run / "checkpoints").exists()
+
+
+def hears_hang_up(process: int) -> bool:
+    """Whether a process has set what SIGHUP does to it."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGHUP - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_stopped_before_there_is_anything_to_save(trainer: Trainer, tmp_path: Path, number: signal.Signals) -> None:
+    """While torch is being imported: the signal's own code, one line, and nothing left; run again, it trains."""
+    run = tmp_path / "run"
+    running = trainer.start(run)
+    wait_until(lambda: running.over or hears_hang_up(running.id), "the trainer's options")
+    running.send(number)
+    ended = running.end()
+    assert ended.code == 128 + number, ended.err
+    (line,) = ended.ours
+    assert f"stopped by {number.name} before there was anything to save" in line
+    assert "Traceback" not in ended.err
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_start_with_a_checkpoint_behind_it_is_stopped_with_75(
+    trainer: Trainer, killed: Callable[[], Path], uninterrupted: Path
+) -> None:
+    run = killed()
+    running = trainer.start(run)
+    wait_until(lambda: running.over or hears_hang_up(running.id), "the trainer's options")
+    running.send(signal.SIGTERM)
+    ended = running.end()
+    assert ended.code == 75, ended.err
+    assert "run the same command again" in ended.ours[0]
+    assert trainer.train(run).code == 0
+    assert outcome(run) == outcome(uninterrupted)
+
+
+def test_a_terminal_that_goes_is_a_request_and_goes_more_than_once(
+    trainer: Trainer, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """The kernel, the shell and torchrun may each say that it has gone: that is no second request."""
+    run = tmp_path / "run"
+    running = trainer.start(run, total_batch_tokens=40_000 // 32 * 32, steps=4, eval_every=0)
+    running.wait_for_words("starting")
+    for _ in range(3):
+        running.send(signal.SIGHUP)
+        time.sleep(0.6)
+    ended = running.end()
+    assert ended.code == 75, ended.err
+    assert checkpoint.verify(newest(run)) == []
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_under_nohup_a_hang_up_stops_only_what_torchrun_would_kill(
+    processes: int, trainer: Trainer, tmp_path: Path
+) -> None:
+    """torchrun ends its processes when it hears SIGHUP, ignored or not; they save first. Alone, a run continues."""
+    run = tmp_path / "run"
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        running = trainer.start(run, processes=processes, steps=400 if processes else 40)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    running.wait_for_rows(run, 5)
+    running.send(signal.SIGHUP, running.id, *running.workers())
+    ended = running.end()
+    last = rows(run)[-1]
+    if processes:
+        assert last["event"] == "Stopped", ended.err
+        assert checkpoint.verify(newest(run)) == []
+    else:
+        assert (ended.code, last["event"]) == (0, "finished"), ended.err
 
 
 SLOW_COMPILER = '''
