@@ -67,7 +67,7 @@ def open_regular(
         raise error(f"{path} cannot be opened: {_reason(failure)}; expected a regular file") from None
     if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise error(f"{path}: expected a regular file, found {kind_of(mode)}; copy its content into a file")
+        raise error(f"{path}: expected a regular file, found {kind_of(mode)}; give the path of a file")
     return os.fdopen(descriptor, "rb")
 
 

@@ -199,7 +199,7 @@ def _as_json(one: Progress) -> dict[str, Any]:
 
 def _close(runner: Runner | TunedRunner) -> int:
     """Say what became of the cells; the exit code. A trial may diverge: finding that out is what it is for."""
-    from gptlab.cli.experiment_view import choices, stderr
+    from gptlab.cli.experiment_view import choices, ended_early, stderr
     from gptlab.runs.tuning_result import read_kept
 
     if runner.experiment.tune and (kept := read_kept(runner.folder)):
@@ -209,6 +209,7 @@ def _close(runner: Runner | TunedRunner) -> int:
     waits = any(one.state == "failed" and one.cell.arm.trial_of for one in cells)
     for state, code in (("failed", 3), ("diverged", 4)):
         if states[state]:
+            stderr().print(ended_early([one for one in cells if one.state == state]), soft_wrap=True)
             print(
                 f"gptlab: {states[state]} of {len(runner.cells)} cells {state}; see `gptlab experiment status "
                 f"{runner.folder}`"

@@ -87,6 +87,18 @@ def cell_table(cells: Sequence[Progress]) -> Table:
     return table
 
 
+def ended_early(cells: Sequence[Progress]) -> Table:
+    """A row an arm whose cells ended early in one way: its seeds, how far the first of them came, and why."""
+    groups: dict[tuple[str, str], list[Progress]] = {}
+    for one in cells:
+        groups.setdefault((one.cell.arm.name, one.reason or "no reason given"), []).append(one)
+    table = Table("arm", "seeds", "step", "reason", box=None, pad_edge=False, header_style="dim")
+    for (arm, reason), found in groups.items():
+        seeds = ", ".join(str(one.cell.seed) for one in found)
+        table.add_row(arm, seeds, f"{found[0].step:,}", Text(printable(reason), "red"))
+    return table
+
+
 def reasons(cells: Sequence[Progress]) -> Text:
     """Why cells ended early, a line each."""
     lines = [f"{one.cell.name}: {printable(one.reason)}\n" for one in cells if one.reason]

@@ -69,7 +69,7 @@ def file(tiny_corpus: Path, tmp_path: Path) -> Path:
         ),
         (["pack", "nowhere", "--out", "there.json.gz"], 3, "expected an experiment's folder, or its file, at nowhere"),
         (["status", "{folder}"], 3, "expected an experiment's folder, found no experiment.toml in"),
-        (["run", "{folder}"], 3, "is not a TOML file that can be read"),
+        (["run", "{folder}"], 3, "expected a regular file, found a folder; give the path of a file"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], code: int, line: str, file: Path, capsys: Capture) -> None:

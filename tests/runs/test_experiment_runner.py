@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,14 +15,16 @@ from typing import Any
 import pytest
 from tiny_experiment import ARMS, HEAD, RunnerProcess, write  # pyright: ignore[reportMissingImports]
 
+from gptlab.cli.arguments import file_options
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import CLAIM, Claim, Rows, cells_of
 from gptlab.runs.experiment_runner import Runner, standing
-from gptlab.runs.experiment_spec import read_experiment
+from gptlab.runs.experiment_spec import options_file, options_text, read_experiment
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.patches import package
 from gptlab.runs.scheduling import Packing
+from gptlab.training.config import TrainingConfig
 
 Start = Callable[..., RunnerProcess]
 
@@ -155,7 +158,9 @@ def test_a_failing_arm_is_shown_with_its_reason_and_stops_nobody(
     file, out = write(tmp_path, arms, {**HEAD, "seeds": [1]}, steps=4), tmp_path / "out"
     assert main(["experiment", "run", str(file), "--out", str(out)]) == 2, "it runs as code: not without --allow_code"
     assert main(["experiment", "run", str(file), "--out", str(out), "--allow_code"]) == 3
-    assert "gptlab: 1 of 2 cells failed" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "gptlab: 1 of 2 cells failed" in err
+    assert re.search(r"arm +seeds +step +reason *\nbroken +1 +0 +signal .*expected one value a token", err)
     broken, plain = results(out)["cells"]
     assert (plain["state"], broken["state"]) == ("finished", "failed")
     assert "expected one value a token" in broken["reason"]
@@ -198,6 +203,50 @@ def test_a_patched_arms_options_are_judged_by_its_code(folder: Path, tmp_path: P
     runner = Runner(read_experiment(file), tmp_path / "out", Packing(1))
     with pytest.raises(ConfigError, match=r"1 of 2 arms .*\n  idea: .*did you mean 'learning_rate'.* under idea.diff"):
         runner.prepare()
+
+
+def test_all_arms_are_checked_before_the_first_cell_trains(tmp_path: Path) -> None:
+    """A file that is missing, one that does not run, one that ends Python, an unknown function, a patch that fails."""
+    (tmp_path / "wrong.py").write_text("import nowhere_to_be_found\n")
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "good.py").write_text("def margin(logits, targets):\n    return logits.sum(1)\n")
+    (tmp_path / "no.diff").write_text("--- a/gptlab/errors.py\n+++ b/gptlab/errors.py\n@@ -1 +1 @@\n-a\n+b\n")
+    arms = {
+        "plain": {}, "missing": {"signal.name": "nowhere.py:f"}, "wrong": {"signal.name": "wrong.py:f"},
+        "ends": {"signal.name": "ends.py:f"}, "unknown": {"signal.name": "good.py:margn"},
+        "good": {"signal.name": "good.py:margin"}, "patch": {"patch": "no.diff"},
+    }  # fmt: skip
+    runner = Runner(read_experiment(write(tmp_path, arms)), tmp_path / "out", Packing(1), allow_code=True)
+    with pytest.raises(ConfigError) as caught:
+        runner.prepare()
+    text = str(caught.value)
+    assert text.startswith("5 of 7 arms cannot run; nothing is trained:\n")
+    for arm, reason in {
+        "missing": f"expected a Python file at {tmp_path}/nowhere.py, found none", "unknown": "did you mean 'margin'",
+        "wrong": "does not run: ModuleNotFoundError", "ends": "does not run: SystemExit", "patch": "does not apply",
+    }.items():  # fmt: skip
+        assert re.search(rf"\n  {arm}: .*{re.escape(reason)}", text), text
+    assert not list((tmp_path / "out").glob("*/seed_*/metrics.jsonl"))
+    assert not (tmp_path / "out" / "experiment.toml").exists()
+
+
+def test_a_signals_file_lies_next_to_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the command is typed; and the options that its cells are started with name the same file."""
+    ideas = tmp_path / "ideas"
+    ideas.mkdir()
+    (ideas / "good.py").write_text("def margin(logits, targets):\n    return logits.sum(1)\n")
+    also = {"signal.name": "good.py:margin", "signal.weight": 0.5}
+    write(ideas, {"plain": {}, "good": {"signal.name": "good.py:margin"}, "also": also})
+    for here, file in ((tmp_path, "ideas/tiny.toml"), (ideas, "tiny.toml"), (Path("/"), str(ideas / "tiny.toml"))):
+        monkeypatch.chdir(here)
+        experiment = read_experiment(file)
+        for out in (tmp_path / "out", Path("out") if here != Path("/") else tmp_path / "out2"):
+            path = options_file(out, experiment.arms["good"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(options_text(experiment, experiment.arms["good"], out))
+            name = file_options(path, TrainingConfig)["signal.name"]
+            assert Path(name.partition(":")[0]).samefile(ideas / "good.py")
+        assert Path(experiment.codes[0].partition(":")[0]).samefile(ideas / "good.py")
 
 
 def test_the_same_seed_gives_every_arm_the_same_weights_and_data(folder: Path, tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ def test_looks_are_seeds_up_to_the_last(tmp_path: Path) -> None:
     assert (found.seeds, found.looks) == ((1, 2, 3, 4), (2, 4))
 
 
+MANY_ARMS = "".join(f"[arms.a{k}]\nweight_decay = {k}\n" for k in range(5_001)) + "[arms.sure]"
+CELLS = "".join(f"arms.b{k}.weight_decay = {k}\n" for k in range(5))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -110,6 +114,20 @@ def test_looks_are_seeds_up_to_the_last(tmp_path: Path) -> None:
         ("delta", "tune = {seeds = [7], learning_rate = [1]}\ndelta", "at least 2 factors, found 1; an arm without"),
         ("delta", "tune = {seeds = [7], learning_rate = [1, 1.02], dose = [1, 2]}\ndelta", "4 trials do not fit"),
         ("[arms.sure]", "arms.sure", "not a TOML file"),
+        ("seeds = [3, 1]", "looks = [2, 300000000]", "looks: expected at most 10,000 seeds, found 300,000,000"),
+        ("seeds = [3, 1]", f"looks = [2, {10**30}]", "looks: expected a list of whole numbers"),
+        ("seeds = [3, 1]", f"seeds = {list(range(10_001))}", "seeds: expected at most 10,000 seeds, found 10,001"),
+        ("seeds = [3, 1]", f"seeds = {list(range(300_000))}", "expected at most 1 MB, found 2 MB"),
+        ("seeds = [3, 1]", f"seeds = [1, {2**63}]", "seeds: expected a list of whole numbers"),
+        ("[arms.sure]", MANY_ARMS, "expected at most 1,000 arms and 50,000 cells, .* found 5,004 and 10,008"),
+        ("seeds = [3, 1]", "looks = [2, 9999]\n" + CELLS, "50,000 cells, .* found 8 and 79,992"),
+        ("delta", "tune = {seeds = [7], learning_rate = [1, 1e300]}\ndelta", "learning_rate: expected a list .* up to"),
+        ("delta", f"tune = {{seeds = [7], dose = {list(range(1, 60))}}}\ndelta", "dose: expected a list .* at most 50"),
+        ("n_embd = 256", f"n_layer = {10**9}", r"\[arms.wide\] n_layer must be at most 10000"),
+        ("n_embd = 256", f"steps = {10**30}", r"\[arms.wide\] steps: expected a whole number"),
+        ("n_embd = 256", f"n_embd = {'9' * 5000}", "not a TOML file"),
+        ("n_embd = 256", f"min_lr = {10**400}", r"\[arms.wide\] min_lr: expected a number"),
+        ('name = "tried"', f'name = "{"x" * 101}"', "name: expected a name for a folder"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_run_is_refused(tmp_path: Path, old: str, new: str, message: str | None) -> None:
