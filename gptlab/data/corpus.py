@@ -86,17 +86,17 @@ class Corpus:
         Otherwise what differs, one line each.
         """
         differences = []
-        if self.tokenizer != recorded["tokenizer"]:
-            differences.append(f"tokenizer: recorded {recorded['tokenizer']}, found {self.tokenizer}")
+        if self.tokenizer != recorded.get("tokenizer"):
+            differences.append(f"tokenizer: recorded {recorded.get('tokenizer')}, found {self.tokenizer}")
         for split in SPLITS:
             before, now = recorded[split], [shard.sha256 for shard in self.splits[split]]
             changed = [index for index, (old, new) in enumerate(zip(before, now, strict=False)) if old != new]
             if changed:
                 old, new = before[changed[0]], now[changed[0]]
                 differences.append(f"{split} shard {changed[0]}: recorded SHA-256 {old[:12]}…, found {new[:12]}…")
-            if len(now) < len(before) or (recorded["complete"] and len(now) > len(before)):
+            if len(now) < len(before) or (recorded.get("complete", True) and len(now) > len(before)):
                 differences.append(f"{split}: recorded {len(before)} shards, found {len(now)}")
-        if recorded["complete"] and not self.complete:
+        if recorded.get("complete", True) and not self.complete:
             differences.append("recorded a complete corpus, found one still being prepared")
         return differences
 

@@ -18,6 +18,7 @@ from gptlab.errors import CheckpointError
 from gptlab.options import flatten
 from gptlab.runs.folder import RunFolder, differences
 from gptlab.runs.patches import applied
+from gptlab.runs.records import read_config
 from gptlab.signals.user import file_hash
 from gptlab.training.config import TrainingConfig
 
@@ -40,7 +41,7 @@ def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
 def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[str]:
     """What makes of the folder's run another than the one asked for, one line each."""
     lines = differences(folder.config(), config)
-    before = folder.recorded("config.json", "data")
+    before = read_config(folder.path)
     files = {os.path.basename(str(name)): file for name, file in (before.get("code") or {}).items()}
     if files != {os.path.basename(name): file for name, file in _code(config).items()}:
         lines.append("code: a signal's file has changed since the run began")
@@ -70,7 +71,7 @@ def refuse(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: b
 
 def recorded(folder: RunFolder, changed: list[str], step: int) -> list[dict[str, Any]]:
     """All that the run was resumed despite of: what config.json says, and what has changed now, at `step`."""
-    before = folder.recorded("config.json").get("despite", []) if folder.begun() else []
+    before = read_config(folder.path).get("despite", []) if folder.begun() else []
     return [*before, {"step": step, "differences": changed}] if changed else before
 
 

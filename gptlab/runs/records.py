@@ -335,6 +335,8 @@ def read_config(run: Source) -> dict[str, Any]:
     for split in ("train", "val"):
         if not _all_texts(data.setdefault(split, [])):
             refuse("its shards' checksums", f"data {split}", data[split])
+    if not isinstance(config.get("despite", []), list):
+        refuse("a list of differences", "despite", config["despite"])
     if not _or_null(is_count, data.get("train_tokens")):
         refuse("a whole number", "data train_tokens", data["train_tokens"])
     if len(options) > MOST_OPTIONS or len(also) > MOST_OPTIONS:

@@ -137,7 +137,7 @@ def accepted(content: Any) -> dict[str, Any]:
     if not all(fits(content[key]) for key, fits in _OF_ALL.items() if key in content):
         raise ValueError("seeds, trials or factors")
     arms = {name: {key: arm[key] for key in _OF_ARM} for name, arm in content["arms"].items()}
-    return {**{key: content[key] for key in ("experiment", *_OF_ALL) if key in content}, "arms": arms}
+    return {**{key: content[key] for key in _OF_ALL if key in content}, "arms": arms}
 
 
 def _number(value: Any) -> bool:
@@ -146,6 +146,13 @@ def _number(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     return value is None or isinstance(value, str)
+
+
+def _plain(value: Any) -> bool:
+    """Whether it is what an option may be: text, a number, true or false, null, or lists and tables of these."""
+    if isinstance(value, dict | list):
+        return all(map(_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, str | bool) or is_number(value)
 
 
 def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -161,12 +168,13 @@ _OF_ARM: Mapping[str, Callable[[Any], bool]] = {
     "trial": _text,
     "learning_rate": _number,
     "dose": _number,
-    "options": lambda value: isinstance(value, dict),
+    "options": _table_of(_plain),
     "loss": _number,
     "notes": _list_of(lambda value: isinstance(value, str)),
     "losses": _table_of(_list_of(_number)),
 }
 _OF_ALL: Mapping[str, Callable[[Any], bool]] = {
+    "experiment": _text,
     "seeds": _list_of(is_count),
     "trials": is_count,
     "factors": _table_of(_list_of(_number)),

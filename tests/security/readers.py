@@ -5,6 +5,7 @@ What the tests of this folder and benchmarks/fuzz.py share. No assertions.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -32,15 +33,19 @@ from mutations import (  # pyright: ignore[reportMissingImports]
 from pyarrow import parquet
 from safetensors.torch import save
 
-from gptlab.analysis.logs import read_log
+from gptlab.analysis.report.history import FIGURES, binned, read_history
+from gptlab.analysis.report.page import sample
+from gptlab.analysis.report.run import facts
 from gptlab.analysis.run import read_run
 from gptlab.cli.arguments import file_options
+from gptlab.cli.main import main
 from gptlab.data.corpora import get_source
 from gptlab.data.corpus import open_corpus
 from gptlab.data.huggingface_tokenizer import files_of, read_tokenizer
 from gptlab.data.shards import check_tokens, open_shard, write_shard
 from gptlab.data.text_files import count_documents, read_documents
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
+from gptlab.errors import CheckpointError
 from gptlab.evals.tasks import hellaswag, lambada
 from gptlab.model.formats import open_foreign, write_llmc
 from gptlab.model.gpt import GPT, GPTConfig
@@ -49,10 +54,9 @@ from gptlab.options import build, flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.cells import Cell, Rows
 from gptlab.runs.checkpoint import OFFSETS, WHERE
-from gptlab.runs.experiment_spec import Arm, read_experiment
+from gptlab.runs.experiment_spec import Arm
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import model_in
-from gptlab.runs.tuning_result import read_kept
 from gptlab.signals import tuned_reader
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
@@ -182,9 +186,45 @@ def _options(folder: Path) -> None:
 
 
 def _run(folder: Path) -> None:
-    (folder / "config.json").write_text(_config().decode())
-    (folder / "environment.json").write_text("{}")
-    (folder / "metrics.jsonl").write_bytes(_metrics())
+    """The run in `folder`, and another one to compare it with."""
+    for place, seed in ((folder, 1), (folder / "good", 1)):
+        place.mkdir(exist_ok=True)
+        config = json.loads(_config())
+        options = {**config["options"], "seed": seed, "grad_clip": 1.0 if place == folder else 2.0}
+        (place / "config.json").write_text(json.dumps({**config, "options": options}))
+        (place / "environment.json").write_text("{}")
+        (place / "metrics.jsonl").write_bytes(_metrics())
+
+
+def _cells(folder: Path) -> None:
+    """An experiment's cells, its file and its choice."""
+    (folder / "experiment.toml").write_text(EXPERIMENT)
+    (folder / "tuning.json").write_text(json.dumps(KEPT))
+    for arm in ("plain", "sure", "penalty"):
+        for seed in (1, 2):
+            cell = folder / arm / f"seed_{seed}"
+            cell.mkdir(parents=True, exist_ok=True)
+            (cell / "config.json").write_text(json.dumps({"options": {"seed": seed}}))
+            (cell / "environment.json").write_text("{}")
+            rows = [{**row, "loss": len(arm) + seed / 10} if "loss" in row else row for row in ROWS]
+            (cell / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _commands(*commands: list[str]) -> None:
+    """What `gptlab` makes of a file, with every command to its own end; a refusal of one is one of ours."""
+    refused = []
+    for words in commands:
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            if main(words):
+                refused.append(said.getvalue())
+    if refused:
+        raise CheckpointError(refused[0])
+
+
+def _compare(name: str) -> Callable[[Path], None]:
+    """Comparing an experiment's folder, or a log in it, as a user does."""
+    return lambda folder: _commands(["compare", str(folder / name), "--despite" if name else "--json"])
 
 
 def _config() -> bytes:
@@ -196,13 +236,14 @@ def _metrics() -> bytes:
 
 
 def _read_run(folder: Path) -> None:
-    """Every way in which a run's records are read, each to its own end."""
+    """Every command that reads a run's records, and what resuming and an experiment make of them."""
     errors = []
+    run, good = str(folder), str(folder / "good")
     for read in (
+        lambda: _commands(["runs", run, "--json"], ["verify", good], ["compare", run, good, "--despite", "--json"]),
+        lambda: figures(folder),
         lambda: RunFolder(folder).config(),
-        lambda: list(RunFolder(folder).rows()),
         lambda: RunFolder(folder).finished(2),
-        lambda: read_run(folder).dose,
         lambda: Rows(Cell(Arm("a", {}), 1, folder, 2, 8)).look().state(running=False),
     ):
         try:
@@ -211,6 +252,16 @@ def _read_run(folder: Path) -> None:
             errors.append(error)
     for error in sorted(errors, key=lambda one: type(one).__module__ == "gptlab.errors"):  # a foreign one first
         raise error
+
+
+def figures(folder: Path) -> None:
+    """What a run's report is filled with, without its plots."""
+    run, history = read_run(folder), read_history(folder)
+    list(facts(run, history))
+    for figure in FIGURES:
+        binned(history.updates[figure])
+    for row in history.samples:
+        sample(row, "sample")
 
 
 def _state() -> bytes:
@@ -401,10 +452,14 @@ def _name(folder: Path) -> None:
     get_source((folder / "name").read_bytes().decode("utf-8", "replace"))
 
 
-LOG = b"step,loss,arm,seed,other\n10,3.5,base,1,x\n20,3.25,base,1,y\n10,3.5,new,1,x\n20,nan,new,1,\n"
-LOG_LINES = b"".join(json.dumps({"step": n, "loss": 3.5, "arm": "base", "seed": 1}).encode() + b"\n" for n in (1, 2))
+LOG = b"step,loss,arm,seed,other\n10,3.5,base,1,x\n20,3.25,base,1,y\n10,3.5,new,1,x\n20,nan,new,1,\n20,3,new,2,\n"
+LOG_LINES = b"".join(
+    json.dumps({"step": n, "loss": 3.5 + n, "arm": arm, "seed": 1}).encode() + b"\n" for n in (1, 2) for arm in "ab"
+)
 QUESTION = json.dumps({"ctx": "a b", "endings": ["c", "d", "e", "f"], "label": 2}).encode() + b"\n"
-KEPT = {"arms": {"a": {"options": {}, "follows": None, "trial": "t", "loss": 1.0, "notes": []}}}
+CHOICE = {"options": {}, "follows": None, "trial": "t", "learning_rate": 1.0, "dose": 0.5, "loss": 1.0, "notes": ["n"],
+          "losses": {"t": [1.0, None]}}  # fmt: skip
+KEPT = {"experiment": "tiny", "seeds": [101], "trials": 3, "factors": {"dose": [1]}, "arms": {"sure": CHOICE}}
 
 
 def readers(scratch: Path) -> Iterator[Reader]:
@@ -415,12 +470,10 @@ def readers(scratch: Path) -> Iterator[Reader]:
     yield Reader("train.npy", (_npy(),), other_bytes, _tokens("train.npy"))
     yield Reader("corpus.json", (_manifest(),), other_json, open_corpus, _corpus)
     yield Reader("options.toml", (OPTIONS.encode(),), other_toml, _options)
-    yield Reader(
-        "experiment.toml", (EXPERIMENT.encode(),), other_toml, lambda f: read_experiment(f / "experiment.toml")
-    )
+    yield Reader("experiment.toml", (EXPERIMENT.encode(),), other_toml, _compare(""), _cells)
     yield Reader("metrics.jsonl", (_metrics(),), other_lines, _read_run, _run)
     yield Reader("config.json", (_config(),), other_json, _read_run, _run)
-    yield Reader("tuning.json", (json.dumps(KEPT).encode(),), other_json, read_kept)
+    yield Reader("tuning.json", (json.dumps(KEPT).encode(),), other_json, _compare(""), _cells)
     yield Reader("state.json", (_state(),), other_json, _signed, _checkpoint)
     yield Reader("model.safetensors", (_weights(),), other_bytes, _signed, _checkpoint)
     yield Reader(SHARD, (_rows(),), other_bytes, _signed, _state_alone)
@@ -438,8 +491,8 @@ def readers(scratch: Path) -> Iterator[Reader]:
         read = _from_parts if "index" in file else _text
         beside = _parts if "index" in file else partial(_tokenizer, without=file)
         yield Reader(f"hf/{file}", (_own_files(scratch)[file],), mutate, read, beside)
-    yield Reader("log.csv", (LOG,), other_bytes, lambda f: read_log(f / "log.csv"))
-    yield Reader("log.jsonl", (LOG_LINES,), other_lines, lambda f: read_log(f / "log.jsonl"))
+    yield Reader("log.csv", (LOG,), other_bytes, _compare("log.csv"))
+    yield Reader("log.jsonl", (LOG_LINES,), other_lines, _compare("log.jsonl"))
     yield Reader("rows.jsonl", (QUESTION * 2,), other_lines, _evals)
     yield Reader("text.jsonl", (_TEXT,), other_lines, _documents("text.jsonl"))
     yield Reader("text.json", (_TEXT, b'[{"text": "a"}]'), other_bytes, _documents("text.json"))

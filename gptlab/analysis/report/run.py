@@ -66,7 +66,8 @@ def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
         yield "over the floor", figure(last["excess_loss"], "+.4f"), "nats a token"
     yield "for each byte of text", figure(last.get("bits_per_byte"), ".4f"), "bits a byte"
     if last.get("tempered_loss") is not None:
-        yield "at the best temperature", figure(last["tempered_loss"], ".4f"), f"nats, at {last['temperature']:.3g}"
+        at = figure(last.get("temperature"), ".3g")
+        yield "at the best temperature", figure(last["tempered_loss"], ".4f"), f"nats, at {at}"
     yield "parameters", figure(of["parameters"], ","), f"{figure(of['tokens_per_parameter'], '.3g')} tokens each"
     epochs = f", {figure(of['epochs'], '.3g')} epochs" if of["epochs"] else ""
     yield "training tokens", figure(of["tokens"], ","), f"{run.last_step:,} updates{epochs}"
