@@ -79,7 +79,7 @@ def fresh_direction(trial: int) -> Signal:
 
 
 def _registered(name: str, function: Any) -> Signal:
-    signal = Signal(name, "known", "r·z", "benchmarks/branch.py", uses_truth=True)
+    signal = Signal(name, "r·z", "benchmarks/branch.py", uses_truth=True)
     signal.__dict__["function"] = function  # in place of the one that `Signal` would look up
     SIGNALS[name] = signal
     return signal

@@ -19,7 +19,7 @@ from gptlab.benchmark.sizes import SIZES
 from gptlab.model.gpt import GPTConfig
 from gptlab.options import build
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.reader import CHUNK_BYTES
+from gptlab.signals.readout import CHUNK_BYTES
 from gptlab.training.config import TrainingConfig
 from gptlab.training.flops import flops_per_token
 from gptlab.training.presets import PRESETS

@@ -1,6 +1,6 @@
 """`gptlab lens`: what every block would say at every position, raw and tuned; and what early exit would lose and save.
 
-The readings are interpret/lens.py's, the tuned readers signals/tuned_reader.py's, early exit interpret/early_exit.py's.
+The readings are interpret/lens.py's, the tuned readers signals/tuned_lens.py's, early exit interpret/early_exit.py's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from gptlab.cli.model import Opened
     from gptlab.data.corpus import Corpus
-    from gptlab.signals.tuned_reader import TunedReader
+    from gptlab.signals.tuned_lens import TunedLens
 
 
 NAMES = {"raw": "raw reading", "tuned": "tuned reading"}
@@ -109,7 +110,7 @@ def _look(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
 
 def _fit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     from gptlab.data.batches import TrainingWindows
-    from gptlab.signals.tuned_reader import TunedReader, beside, divergences, fit, save
+    from gptlab.signals.tuned_lens import TunedLens, divergences, fit, path_of, save
 
     model, c, device = opened.model, opened.model.config, opened.placement.device
     if c.n_layer < 2:
@@ -119,21 +120,20 @@ def _fit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     rows = max(1, options.batch_tokens // c.block_size)
     held_out = [tokens for tokens, _ in _validation(opened, corpus, options.tokens)]
 
-    def told(step: int, found: list[float]) -> None:
+    def progress(step: int, found: list[float]) -> None:
         if step in (1, options.steps) or step % max(1, options.steps // 10) == 0:
             say(f"step {step} of {options.steps}: KL to the final block {sum(found) / len(found):.4f} nats, mean")
 
-    def measured(reader: TunedReader) -> list[float]:
+    def measured(reader: TunedLens) -> list[float]:
         found = [divergences(model, tokens, reader, opened.placement.autocast) for tokens in held_out]
         return [sum(of_block) / len(found) for of_block in zip(*found, strict=True)]
 
-    def batch(step: int) -> Tensor:
-        return windows.rows(step * rows, rows)[0].to(device)
-
-    reader = fit(model, batch, options.steps, autocast=opened.placement.autocast, told=told)
-    path = beside(options.checkpoint)
+    batches = ((tokens.to(device), y.to(device)) for n in count() for tokens, y in [windows.rows(n * rows, rows)])
+    cast = opened.placement.autocast
+    reader = fit(TunedLens.untuned(model), model, batches, options.steps, autocast=cast, progress=progress)
+    path = path_of(options.checkpoint)
     save(reader, model, path)
-    raw, tuned = measured(TunedReader.untuned(model)), measured(reader)
+    raw, tuned = measured(TunedLens.untuned(model)), measured(reader)
     return {"reader": str(path), "divergence": {"raw": raw, "tuned": tuned}}
 
 
@@ -155,12 +155,12 @@ def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     return {"early_exit": found, "tokens": sum(targets.numel() for _, targets in batches)}
 
 
-def _tuned(opened: Opened, source: str) -> TunedReader | None:
+def _tuned(opened: Opened, source: str) -> TunedLens | None:
     """The tuned reader beside the run, if it is there and this model's own."""
-    from gptlab.signals.tuned_reader import beside, load
+    from gptlab.signals.tuned_lens import load, path_of
 
     try:
-        return load(opened.model, beside(source))
+        return load(opened.model, path_of(source))
     except CheckpointError as error:
         say(f"no tuned reader: {error}")
         return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer
     from gptlab.interpret.decoder import Weights
     from gptlab.interpret.generate import Step
-    from gptlab.signals.tuned_reader import TunedReader
+    from gptlab.signals.tuned_lens import TunedLens
 
 SHADES = (51, 45, 39, 33, 63, 99, 135, 171, 207, 213)
 """Colours of blocks from the first to the last but one, of the terminal's 256: cyan over blue to pink."""
@@ -172,13 +172,13 @@ def _kept(steps: Iterator[Step], into: list[Step]) -> Iterator[Step]:
         yield step
 
 
-def _reader(opened: Opened, options: argparse.Namespace) -> TunedReader | None:
+def _reader(opened: Opened, options: argparse.Namespace) -> TunedLens | None:
     """The reader that was asked for; raises CheckpointError where a tuned one is missing or another model's."""
-    from gptlab.signals.tuned_reader import beside, load
+    from gptlab.signals.tuned_lens import load, path_of
 
     if options.reader == "raw":
         return None
-    reader = load(opened.model, path := beside(options.checkpoint))
+    reader = load(opened.model, path := path_of(options.checkpoint))
     if reader is None:
         raise CheckpointError(f"expected a tuned reader at {path}, found none; fit it with `gptlab lens --fit`")
     return reader

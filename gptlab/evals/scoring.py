@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
-from gptlab.signals.reader import Reader
+from gptlab.signals.readout import Readout
 from gptlab.training.evaluate import hidden_states
 
 
@@ -54,7 +54,7 @@ class Scorer:
     ) -> None:
         self.model, self.placement, self.world, self.batch_size = model, placement, world, batch_size
         self.blocks = model.config.n_layer if every_block else 1
-        self._reader = Reader(model, placement.autocast)
+        self._reader = Readout(model, placement.autocast)
 
     @torch.no_grad()
     def __call__(self, requests: Sequence[Request], progress: Callable[[int], None] = lambda done: None) -> Scores:

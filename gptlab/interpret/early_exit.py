@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.signals.tuned_reader import TunedReader
+from gptlab.signals.tuned_lens import TunedLens
 
 CONFIDENCES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 CHUNK = 512
@@ -54,7 +54,7 @@ def leave(
     targets: Tensor,
     confidence: float,
     *,
-    reader: TunedReader | None = None,
+    reader: TunedLens | None = None,
     vocab_size: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> Exits:
@@ -87,7 +87,7 @@ def curve(
     batches: Iterable[tuple[Tensor, Tensor]],
     confidences: Sequence[float] = CONFIDENCES,
     *,
-    reader: TunedReader | None = None,
+    reader: TunedLens | None = None,
     vocab_size: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> Iterator[Point]:

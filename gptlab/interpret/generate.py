@@ -22,7 +22,7 @@ from torch import Tensor
 from gptlab.data.tokenizers import Tokenizer
 from gptlab.interpret.decoder import Decoder, Weights
 from gptlab.model.gpt import GPT
-from gptlab.signals.tuned_reader import TunedReader
+from gptlab.signals.tuned_lens import TunedLens
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def generate_batch(
     end: int | None = None,
     show_blocks: bool = False,
     exit_confidence: float | None = None,
-    reader: TunedReader | None = None,
+    reader: TunedLens | None = None,
 ) -> Iterator[list[Step | None]]:
     """Texts that go on from `prompt`, one for each generator (on the CPU; None: torch's own), a step of all at a time.
 
@@ -150,7 +150,7 @@ class _Writer:
         self.decoder.forget()
         return self.tokens[:, -self.block_size :]
 
-    def read_in_full(self, vocab_size: int | None, show_blocks: bool, reader: TunedReader | None) -> _Reading:
+    def read_in_full(self, vocab_size: int | None, show_blocks: bool, reader: TunedLens | None) -> _Reading:
         states = list(self.decoder.states(self._unread()))
         if not show_blocks:
             return _Reading(self.decoder.read(states[-1])[:, :vocab_size], len(states))
@@ -160,7 +160,7 @@ class _Writer:
         probability, best = logits.softmax(2).max(2)
         return _Reading(logits[-1], len(states), best.expand(-1, self.rows), probability.expand(-1, self.rows))
 
-    def read_until(self, confidence: float, vocab_size: int | None, reader: TunedReader | None) -> _Reading:
+    def read_until(self, confidence: float, vocab_size: int | None, reader: TunedLens | None) -> _Reading:
         """The reading of the first block that is sure enough, or of the last."""
         unread = self._unread()
         if unread.shape[1] > 1:

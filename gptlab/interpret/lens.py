@@ -1,7 +1,7 @@
 """The lens: what every block would say next at every position of a text, read raw or through a tuned reader.
 
 The raw reading is the logit lens, head(ln_f(h_j)), as everywhere in this project; the tuned one is told in
-signals/tuned_reader.py.
+signals/tuned_lens.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gptlab.data.tokenizers import Tokenizer
 from gptlab.model.gpt import GPT
-from gptlab.signals.tuned_reader import TunedReader
+from gptlab.signals.tuned_lens import TunedLens
 
 CHUNK = 256
 """Positions whose logits are held at once."""
@@ -43,7 +43,7 @@ def look(
     tokens: Sequence[int],
     *,
     top: int = 5,
-    reader: TunedReader | None = None,
+    reader: TunedLens | None = None,
     vocab_size: int | None = None,
     autocast: torch.dtype | None = None,
 ) -> Lens:
@@ -60,7 +60,7 @@ def look(
 
 
 def _read(
-    model: GPT, number: int, h: Tensor, top: int, reader: TunedReader | None, vocab_size: int | None
+    model: GPT, number: int, h: Tensor, top: int, reader: TunedLens | None, vocab_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Top tokens (T, K), their probabilities (T, K) and the entropy (T,) of a block's reading of h (T, C)."""
     parts = []
@@ -77,7 +77,7 @@ def readings(
     model: GPT,
     tokenizer: Tokenizer,
     text: str,
-    readers: Mapping[str, TunedReader | None],
+    readers: Mapping[str, TunedLens | None],
     *,
     top: int = 5,
     autocast: torch.dtype | None = None,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer
     from gptlab.device import Placement
     from gptlab.model.gpt import GPT
-    from gptlab.signals.tuned_reader import TunedReader
+    from gptlab.signals.tuned_lens import TunedLens
 
 KEPT = 2
 """Models that stay in memory."""
@@ -52,12 +52,12 @@ class Models:
         found = readings(opened.model, opened.tokenizer, prompt, readers, autocast=opened.placement.autocast)
         return {"prompt": prompt, "readers": found, "note": note}
 
-    def _open(self, source: Path) -> tuple[Opened, TunedReader | None, str]:
-        from gptlab.signals.tuned_reader import beside, load
+    def _open(self, source: Path) -> tuple[Opened, TunedLens | None, str]:
+        from gptlab.signals.tuned_lens import load, path_of
 
         opened = self._open_model(str(source))
         try:
-            return opened, load(opened.model, beside(source)), ""
+            return opened, load(opened.model, path_of(source)), ""
         except CheckpointError as error:
             return opened, None, f"no tuned reader: {error}"
 
@@ -65,9 +65,9 @@ class Models:
 def _mark(source: Path) -> Hashable:
     """Another one when the model has changed: a run has a newer checkpoint, or a folder's files are others."""
     from gptlab.runs import checkpoint
-    from gptlab.signals.tuned_reader import beside
+    from gptlab.signals.tuned_lens import path_of
 
     if newest := checkpoint.complete(source / "checkpoints")[:1]:
-        return newest[0], stamp(beside(source))
+        return newest[0], stamp(path_of(source))
     files = sorted(entry.path for entry in os.scandir(source) if entry.is_file())
-    return tuple((file, stamp(Path(file))) for file in [*files, beside(source)])
+    return tuple((file, stamp(Path(file))) for file in [*files, path_of(source)])

@@ -1,13 +1,12 @@
-"""Every signal by name. Adding one is one pure function in a family's file and one line here.
+"""Every signal by name. Adding one is one pure function in functions.py and one line here.
 
 A signal is called as `signal(logits (n, V), targets (n,)) -> (n,)` and gives each token's contribution to the loss,
 in nats or as its formula says; what it teaches is its gradient. The table itself needs no torch: options are checked
-against it before torch is imported, and a function's module is loaded at its first call.
+against it before torch is imported, and the functions are imported at the first call of one.
 """
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 class Signal:
     """One row of the table of signals.
 
-    family: module of gptlab.signals that holds the function, which bears the signal's name
+    name: also of its function in functions.py
     formula: the loss contribution of one token
     source: where the idea comes from
     needs: the other block whose logits for the same tokens it reads, detached: judge j's previous (j-1), next (j+1)
@@ -32,7 +31,6 @@ class Signal:
     """
 
     name: str
-    family: str
     formula: str
     source: str
     needs: Literal["previous", "next", "final"] | None = None
@@ -42,7 +40,9 @@ class Signal:
 
     @cached_property
     def function(self) -> Any:
-        return getattr(importlib.import_module(f"gptlab.signals.{self.family}"), self.name)
+        from gptlab.signals import functions
+
+        return getattr(functions, self.name)
 
     def __call__(
         self, logits: Tensor, targets: Tensor, *, other: Tensor | None = None, threshold: float = 0.9
@@ -62,21 +62,14 @@ def _table(*signals: Signal) -> dict[str, Signal]:
 
 
 SIGNALS: dict[str, Signal] = _table(
-    Signal("confidence", "confidence", "log(1-p_m)", "N4", gradient_bound=2),
-    Signal("overconfidence_penalty", "confidence", "-log(1-p_m)", "N4 typed with a plus", gradient_bound=2),
-    Signal("gated_confidence", "confidence", "[p_m>=τ]·log(1-p_m)", "N2, N3", has_threshold=True, gradient_bound=2),
+    Signal("confidence", "log(1-p_m)", "N4", gradient_bound=2),
+    Signal("overconfidence_penalty", "-log(1-p_m)", "N4 typed with a plus", gradient_bound=2),
+    Signal("gated_confidence", "[p_m>=τ]·log(1-p_m)", "N2, N3", has_threshold=True, gradient_bound=2),
     Signal(
-        "verified_confidence",
-        "confidence",
-        "[p_m>=τ, m=y]·log(1-p_m)",
-        "N2",
-        uses_truth=True,
-        has_threshold=True,
-        gradient_bound=2,
+        "verified_confidence", "[p_m>=τ, m=y]·log(1-p_m)", "N2", uses_truth=True, has_threshold=True, gradient_bound=2
     ),
     Signal(
         "confident_error",
-        "confidence",
         "[p_m>=τ, m≠y]·(-log(1-p_m))",
         "N2's penalty; unlikelihood, Welleck 2019 (1908.04319)",
         uses_truth=True,
@@ -85,76 +78,39 @@ SIGNALS: dict[str, Signal] = _table(
     ),
     Signal(
         "advantage",
-        "confidence",
         "log(1-p_m,j) - sg log(1-p_m,j-1) where negative, else 0",
         "N3: what was said made the judge sure",
         needs="previous",
         gradient_bound=2,
     ),
+    Signal("target_confidence", "log(1-p_y)", "N4 with the true token", uses_truth=True, gradient_bound=2),
+    Signal("confidence_weighted_ce", "sg(p_m)·CE(z,y)", "N2 literally", uses_truth=True, gradient_bound=2),
+    Signal("negated_cross_entropy", "-CE(-z,m)", "N5 as first coded", gradient_bound=2),
+    Signal("negative_self_cross_entropy", "-CE(z,m) = log p_m", "N5 read literally, own target", gradient_bound=2),
     Signal(
-        "target_confidence", "confidence", "log(1-p_y)", "N4 with the true token", uses_truth=True, gradient_bound=2
-    ),
-    Signal(
-        "confidence_weighted_ce", "cross_entropy", "sg(p_m)·CE(z,y)", "N2 literally", uses_truth=True, gradient_bound=2
-    ),
-    Signal("negated_cross_entropy", "cross_entropy", "-CE(-z,m)", "N5 as first coded", gradient_bound=2),
-    Signal(
-        "negative_self_cross_entropy",
-        "cross_entropy",
-        "-CE(z,m) = log p_m",
-        "N5 read literally, own target",
-        gradient_bound=2,
-    ),
-    Signal(
-        "negative_deep_supervision",
-        "cross_entropy",
-        "-CE(z,y)",
-        "N5 read literally, true target",
-        uses_truth=True,
-        gradient_bound=2,
+        "negative_deep_supervision", "-CE(z,y)", "N5 read literally, true target", uses_truth=True, gradient_bound=2
     ),
     Signal(
         "deep_supervision",
-        "cross_entropy",
         "CE(z,y)",
         "Lee 2015 (1409.5185); Al-Rfou 2018 (1808.04444); LayerSkip (2404.16710); all live",
         uses_truth=True,
         gradient_bound=2,
     ),
-    Signal(
-        "pseudo_label",
-        "cross_entropy",
-        "[p_m>=τ]·(-log p_m)",
-        "FixMatch (2001.07685)",
-        has_threshold=True,
-        gradient_bound=2,
-    ),
+    Signal("pseudo_label", "[p_m>=τ]·(-log p_m)", "FixMatch (2001.07685)", has_threshold=True, gradient_bound=2),
     Signal(
         "information_gain",
-        "cross_entropy",
         "CE(z_j,y)·sg[log p_j(y) - log p_j-1(y)]_+",
         "RLP (2510.01265), made blockwise",
         needs="previous",
         uses_truth=True,
     ),
+    Signal("brier", "Σ_k (p_k-[k=y])²", "Brier 1950; RLCR (2507.16806)", uses_truth=True, gradient_bound=32 / 27),
+    Signal("entropy", "H(p)", "Grandvalet & Bengio 2005"),
+    Signal("confidence_penalty", "-H(p)", "Pereyra 2017 (1701.06548)"),
+    Signal("self_certainty", "-(LSE(z) - mean z - log V)", "Intuitor (2505.19590)", gradient_bound=2),
+    Signal("collision", "1 - Σp²", "Rényi-2; RLSC (2506.06395)", gradient_bound=16 / 27),
     Signal(
-        "brier",
-        "distribution",
-        "Σ_k (p_k-[k=y])²",
-        "Brier 1950; RLCR (2507.16806)",
-        uses_truth=True,
-        gradient_bound=32 / 27,
-    ),
-    Signal("entropy", "distribution", "H(p)", "Grandvalet & Bengio 2005"),
-    Signal("confidence_penalty", "distribution", "-H(p)", "Pereyra 2017 (1701.06548)"),
-    Signal("self_certainty", "distribution", "-(LSE(z) - mean z - log V)", "Intuitor (2505.19590)", gradient_bound=2),
-    Signal("collision", "distribution", "1 - Σp²", "Rényi-2; RLSC (2506.06395)", gradient_bound=16 / 27),
-    Signal(
-        "self_distillation",
-        "distribution",
-        "KL(sg p_L ‖ p_j)",
-        "Be Your Own Teacher (1905.08094)",
-        needs="final",
-        gradient_bound=2,
+        "self_distillation", "KL(sg p_L ‖ p_j)", "Be Your Own Teacher (1905.08094)", needs="final", gradient_bound=2
     ),
 )

@@ -37,7 +37,6 @@ def user_signal(name: str) -> Signal:
     said = (function.__doc__ or "").strip() or name
     signal = Signal(
         name=name,
-        family="user",
         formula=getattr(function, "formula", said.splitlines()[0]),
         source=f"{name}, sha256 {hashlib.sha256(content).hexdigest()[:12]}",
         needs=needs,

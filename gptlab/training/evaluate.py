@@ -18,7 +18,7 @@ from gptlab.data.batches import ValidationWindows
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
-from gptlab.signals.reader import Reader, true_loss
+from gptlab.signals.readout import Readout, true_loss
 from gptlab.training.clean import clean_loss
 from gptlab.training.sharding import blocks_are_sharded
 from gptlab.training.trace import matmul_dtype
@@ -67,7 +67,7 @@ def validate(
     flip: the share of its training targets that were flipped uniformly, for the clean loss. every_block: read each of
     them everywhere, not on the first batch alone.
     """
-    reader = Reader(model, placement.autocast)
+    reader = Readout(model, placement.autocast)
     batches = range(0, len(windows), SHAPE)
     figures = torch.zeros(len(batches) * SHAPE, 3, dtype=torch.float64, device=placement.device)
     lower = model.config.n_layer - 1 if every_block else 0
@@ -112,7 +112,7 @@ def tempered(
     What a signal did to calibration alone, one division mends; what is left was knowledge. Newton's method in 1/T,
     where the loss is convex, over the first `most` tokens.
     """
-    reader = Reader(model, placement.autocast)
+    reader = Readout(model, placement.autocast)
     count = max(1, min(len(windows), most // windows.block_size))
     inverse, loss = 1.0, float("inf")
     batches = range(0, count, SHAPE)
@@ -157,7 +157,7 @@ def _at_inverse_temperature(inverse: float, logits: Tensor, targets: Tensor, oth
     return torch.stack([-log_p.gather(1, index)[:, 0], mean - logits.gather(1, index)[:, 0], variance], 1)
 
 
-def window_figures(reader: Reader, h: Tensor, targets: Tensor, flip: float) -> Tensor:
+def window_figures(reader: Readout, h: Tensor, targets: Tensor, flip: float) -> Tensor:
     """(B, 3): mean loss, share of likeliest tokens that were right, and clean loss of every sequence h (B, T, C).
 
     float64, nats; the clean loss is 0 where there is no flip to undo.

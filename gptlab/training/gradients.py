@@ -18,7 +18,7 @@ from torch import Tensor
 from gptlab.errors import DataError
 from gptlab.model.gpt import GPT
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.reader import Reader, Reading, true_loss
+from gptlab.signals.readout import Readout, ReadoutGradient, true_loss
 from gptlab.training.controls import flipped, named, permuted
 from gptlab.training.sharding import cut_like, held, length, whole
 from gptlab.training.trace import Lesson, Trace, descend, trace
@@ -109,13 +109,13 @@ def accumulate(
     run = trace(model, batch.tokens, autocast, recompute=recompute)
     L = model.config.n_layer
     judges = (voice.config.judges_at(batch.step, L, batch.seed)[0] for voice in voices)
-    reader = Reader(model, autocast, readings=truth + sum(map(len, judges)))
+    reader = Readout(model, autocast, readings=truth + sum(map(len, judges)))
     loss = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     if ledger is None:
         lessons, apart = [], []
         if truth:
             true = _read_true_loss(model, run, reader, batch, flip)
-            loss, lessons = true.values, [Lesson(L, true.gradient)]
+            loss, lessons = true.total, [Lesson(L, true.gradient)]
         said = [hear(model, run, reader, voice, batch) for voice in voices]
         for voice, what in zip(voices, said, strict=True):
             (lessons if voice.config.embeddings else apart).extend(what.lessons)
@@ -126,7 +126,7 @@ def accumulate(
         if truth:
             with ledger.entry(ledger.true):
                 true = _read_true_loss(model, run, reader, batch, flip)
-                loss = true.values
+                loss = true.total
                 descend(model, run, [Lesson(L, true.gradient)], keep=bool(voices))
         said = []
         for k, voice in enumerate(voices):
@@ -145,7 +145,7 @@ def accumulate(
     return Losses(loss, signal_loss, tuple(what.means for what in said))
 
 
-def _read_true_loss(model: GPT, run: Trace, reader: Reader, batch: Batch, flip: TargetFlip) -> Reading:
+def _read_true_loss(model: GPT, run: Trace, reader: Readout, batch: Batch, flip: TargetFlip) -> ReadoutGradient:
     """The final block's cross-entropy, learning: mean over tokens, and its gradient (B, T, C) at h_L."""
     h, targets, value = run.hidden(len(run.outputs)), batch.targets, true_loss
     if flip.share:
@@ -155,7 +155,7 @@ def _read_true_loss(model: GPT, run: Trace, reader: Reader, batch: Batch, flip: 
     B, T, C = h.shape
     n = B * T
     reading = reader.read(h.view(n, C), targets.reshape(-1), value, batch.share / n, learn=True)
-    return Reading(reading.values / n, reading.gradient.view(B, T, C))
+    return ReadoutGradient(reading.total / n, reading.gradient.view(B, T, C))
 
 
 def _named_true_loss(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:

@@ -18,9 +18,8 @@ from torch import Tensor
 from gptlab.data.batches import Window
 from gptlab.model.gpt import GPT
 from gptlab.randomness import permutation
-from gptlab.signals.closed_form import CLOSED_FORMS
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.reader import Reader, Reading, Value
+from gptlab.signals.readout import CLOSED_FORMS, Readout, ReadoutGradient, TokenLoss
 from gptlab.training.controls import flipped, named, rotated, shuffled
 from gptlab.training.trace import Lesson, Trace, pass_through
 
@@ -64,7 +63,7 @@ class Said:
     factor: int
 
 
-def hear(model: GPT, trace: Trace, reader: Reader, voice: Voice, batch: Batch) -> Said:
+def hear(model: GPT, trace: Trace, reader: Readout, voice: Voice, batch: Batch) -> Said:
     """Let the judges of one signal speak. A live judge's own gradient goes to `.grad`."""
     config = voice.config
     judges, factor = config.judges_at(batch.step, model.config.n_layer, batch.seed)
@@ -75,7 +74,7 @@ def hear(model: GPT, trace: Trace, reader: Reader, voice: Voice, batch: Batch) -
     means, lessons = {}, []
     for j in judges:
         reading = _read(trace, reader, config, j, voice.weight * factor, batch)
-        means[j] = reading.values
+        means[j] = reading.total
         lessons.append(_lesson(model, trace, config, j, reading.gradient, batch))
     return Said(means, lessons, factor)
 
@@ -95,7 +94,7 @@ def _lesson(model: GPT, trace: Trace, config: SignalConfig, j: int, verdict: Ten
     return Lesson(j - 1, passed, stays=not full)
 
 
-def _read(trace: Trace, reader: Reader, config: SignalConfig, j: int, weight: float, batch: Batch) -> Reading:
+def _read(trace: Trace, reader: Readout, config: SignalConfig, j: int, weight: float, batch: Batch) -> ReadoutGradient:
     """The mean value over the tokens that judge j reads, and the gradient (B, T, C) with weight and share."""
     h, targets = trace.hidden(j), batch.targets.reshape(-1)
     other = None if config.signal.needs is None else _other(trace, config, j)
@@ -112,13 +111,13 @@ def _read(trace: Trace, reader: Reader, config: SignalConfig, j: int, weight: fl
     def function(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
         return signal(z, named(z, y) if marked else y, other=other, threshold=config.threshold)
 
-    value = Value(function, None if marked else CLOSED_FORMS.get(signal.name))
+    value = TokenLoss(function, None if marked else CLOSED_FORMS.get(signal.name))
     scale = weight * batch.share / n
     reading = reader.read(h, targets, value, scale, learn=config.evaluator == "live", other=other)
     gradient = reading.gradient
     if rows is not None:
         gradient = torch.zeros(B * T, C, dtype=h.dtype, device=h.device).index_copy_(0, rows, gradient)
-    return Reading(reading.values / n, gradient.view(B, T, C))
+    return ReadoutGradient(reading.total / n, gradient.view(B, T, C))
 
 
 def _other(trace: Trace, config: SignalConfig, j: int) -> Tensor:

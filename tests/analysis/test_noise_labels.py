@@ -1,4 +1,4 @@
-"""Verdicts as labels and collapse, by hand; and the tuned affine readers on a model that hides what it knows."""
+"""Verdicts as labels and collapse, by hand; and the tuned lens on a model that hides what it knows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlab.analysis.noise.affine import AffineReaders, fit
 from gptlab.analysis.noise.labels import QUANTILES, Readings, collapse, quality, token_figures
 from gptlab.device import Placement
 from gptlab.model import GPT, GPTConfig
-from gptlab.signals.reader import Reader
+from gptlab.signals.readout import Readout
+from gptlab.signals.tuned_lens import TRUE_TOKEN, TunedLens, fit
 from gptlab.training.evaluate import hidden_states
 
 
@@ -50,7 +50,7 @@ def test_collapse_by_hand() -> None:
     assert collapse(even)["entropy"] == pytest.approx(math.log(8))
 
 
-def test_affine_readers_begin_as_the_identity_and_find_what_a_block_hides() -> None:
+def test_a_tuned_lens_begins_as_the_identity_and_finds_what_a_block_hides() -> None:
     """Token t is followed by t + 1: the embedding says which, but not in the head's basis."""
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16), seed=1)
     placement = Placement(torch.device("cpu"), None, 1, False, {})
@@ -58,7 +58,8 @@ def test_affine_readers_begin_as_the_identity_and_find_what_a_block_hides() -> N
         model.wte.weight.mul_(20)
     before = {name: p.clone() for name, p in model.named_parameters()}
     h = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(AffineReaders(model)(1, h), h)
+    lens = TunedLens.untuned(model, blocks=2)
+    assert torch.equal(lens(1, h), h)
 
     def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -66,12 +67,12 @@ def test_affine_readers_begin_as_the_identity_and_find_what_a_block_hides() -> N
             tokens = torch.randint(16, (8, 8), generator=generator)
             yield tokens, (tokens + 1) % 16
 
-    readers = fit(model, batches(1), 200, placement)
+    fit(lens, model, batches(1), 200, TRUE_TOKEN)
     tokens, targets = next(batches(2))
-    reader = Reader(model)
+    readout = Readout(model)
     for j, hidden in enumerate(hidden_states(model, tokens, placement)[1:], 1):
         flat, y = hidden.flatten(0, 1), targets.flatten()
-        raw, tuned = (quality(Readings.of([reader.values(x, y, token_figures)])) for x in (flat, readers(j, flat)))
+        raw, tuned = (quality(Readings.of([readout.values(x, y, token_figures)])) for x in (flat, lens(j, flat)))
         assert raw["accuracy"] < 0.2
         assert tuned["accuracy"] > 0.9
         assert tuned["loss"] < 0.5 * raw["loss"]

@@ -19,7 +19,7 @@ from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.interpret.early_exit import CONFIDENCES
 from gptlab.model.huggingface import write_folder
 from gptlab.runs.initial import model_of
-from gptlab.signals.tuned_reader import FILE
+from gptlab.signals.tuned_lens import FILE
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = '<img src=x onerror=alert(1)>"\x1b[2J'

@@ -13,7 +13,7 @@ from gptlab.interpret.decoder import Decoder, Weights
 from gptlab.interpret.early_exit import curve, leave
 from gptlab.interpret.lens import as_json, look, summary
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.signals.tuned_reader import TunedReader
+from gptlab.signals.tuned_lens import TunedLens
 
 V = 40
 
@@ -31,15 +31,15 @@ def model() -> GPT:
 
 
 @pytest.fixture(scope="module")
-def reader(model: GPT) -> TunedReader:
-    reader, source = TunedReader.untuned(model), torch.Generator().manual_seed(3)
+def reader(model: GPT) -> TunedLens:
+    reader, source = TunedLens.untuned(model), torch.Generator().manual_seed(3)
     reader.weight.normal_(0, 0.2, generator=source)
     return reader
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 @torch.no_grad()
-def test_a_lens_holds_every_blocks_reading(model: GPT, reader: TunedReader, tuned: bool) -> None:
+def test_a_lens_holds_every_blocks_reading(model: GPT, reader: TunedLens, tuned: bool) -> None:
     tokens = [3, 1, 4, 1, 5, 9]
     lens = look(model, tokens, top=4, reader=reader if tuned else None, vocab_size=V)
     states = model.hidden_states(torch.tensor([tokens]))[1:]
@@ -76,7 +76,7 @@ def given() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_a_window_left_early_is_a_text_read_token_by_token(model: GPT, reader: TunedReader, tuned: bool) -> None:
+def test_a_window_left_early_is_a_text_read_token_by_token(model: GPT, reader: TunedLens, tuned: bool) -> None:
     tokens, targets = given()
     confidence, own = 0.35, reader if tuned else None
     found = leave(model, tokens, targets, confidence, reader=own, vocab_size=V)

@@ -20,7 +20,7 @@ from gptlab.model.huggingface import write_folder
 from gptlab.page.worker_queue import Cache
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import model_of
-from gptlab.signals.tuned_reader import TunedReader, beside, save
+from gptlab.signals.tuned_lens import TunedLens, path_of, save
 
 Serve = Callable[..., Served]
 SAFE = set(
@@ -140,9 +140,9 @@ def test_marked_runs_are_compared_or_refused_with_the_reason(
 
 def test_the_lens_says_what_gptlab_lens_says(served: Serve, run: Path) -> None:
     model, config = model_of(run)
-    reader = TunedReader.untuned(model)
+    reader = TunedLens.untuned(model)
     reader.bias += 0.1
-    save(reader, model, beside(run))
+    save(reader, model, path_of(run))
     tokenizer = get_tokenizer(config.tokenizer)
     text = "line <b>9\n"
     (answer,) = questions(served(run), text)
@@ -169,7 +169,7 @@ def test_a_hugging_face_folder_is_read_and_a_reader_of_other_weights_is_left_out
     model, _ = model_of(run)
     folder = tmp_path / "hf"
     write_folder(model, folder, files_of("bytes", 16), {})
-    save(TunedReader.untuned(model_of(run)[0]), model, beside(run))
+    save(TunedLens.untuned(model_of(run)[0]), model, path_of(run))
     own, theirs = questions(served(run, folder), "line 9")
     assert own["readers"]["raw"] == theirs["readers"]["raw"]
     assert (own["note"], theirs["readers"].keys()) == ("", {"raw", "tuned"})

@@ -24,7 +24,7 @@ from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
 from gptlab.runs import checkpoint
 from gptlab.runs.initial import any_model, any_state
-from gptlab.signals import tuned_reader
+from gptlab.signals import tuned_lens
 
 ROOM = 2**28
 Case = tuple[str, Callable[[], object]]
@@ -76,7 +76,7 @@ def cases(folder: Path) -> Iterator[Case]:
     for kind, content in SAFETENSORS.items():
         path = folder / f"tuned {kind}"
         path.write_bytes(content)
-        yield path.name, lambda path=path: tuned_reader.load(SMALL, path)
+        yield path.name, lambda path=path: tuned_lens.load(SMALL, path)
 
 
 def _file(path: Path, content: bytes, read: Callable[[Path], object]) -> Iterator[Case]:

@@ -57,7 +57,7 @@ from gptlab.runs.checkpoint import OFFSETS, WHERE
 from gptlab.runs.experiment_spec import Arm
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.initial import model_in
-from gptlab.signals import tuned_reader
+from gptlab.signals import tuned_lens
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
 
@@ -127,7 +127,7 @@ class Reader:
 
     def prepare(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.beside(folder)
+        self.path_of(folder)
 
     def hostile(self, rng: Random) -> bytes:
         return self.mutate(rng.choice(self.samples), rng)
@@ -444,8 +444,8 @@ def _lambada(folder: Path) -> None:
 
 
 def _tuned(scratch: Path) -> bytes:
-    tuned_reader.save(tuned_reader.TunedReader.untuned(SMALL), SMALL, scratch / tuned_reader.FILE)
-    return (scratch / tuned_reader.FILE).read_bytes()
+    tuned_lens.save(tuned_lens.TunedLens.untuned(SMALL), SMALL, scratch / tuned_lens.FILE)
+    return (scratch / tuned_lens.FILE).read_bytes()
 
 
 def _name(folder: Path) -> None:
@@ -502,7 +502,7 @@ def readers(scratch: Path) -> Iterator[Reader]:
     yield Reader("text.parquet", _parquet(), other_bytes, _documents("text.parquet"))
     tuned = _tuned(scratch)
     yield Reader(
-        "tuned_reader.safetensors", (tuned,), other_bytes, lambda f: tuned_reader.load(SMALL, f / tuned_reader.FILE)
+        "tuned_reader.safetensors", (tuned,), other_bytes, lambda f: tuned_lens.load(SMALL, f / tuned_lens.FILE)
     )
     yield Reader("tokens", (b"",), _numbers, _decode)
     yield Reader("name", (b"markov:order=3", b"lpn:noise=0.2", b"copy"), other_bytes, _name)

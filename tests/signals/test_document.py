@@ -18,8 +18,7 @@ from gptlab.cli.main import main
 from gptlab.model import GPT, GPTConfig
 from gptlab.options import options_of
 from gptlab.runs.folder import RunFolder
-from gptlab.signals import SIGNALS, Signal, SignalConfig
-from gptlab.signals import confidence as family
+from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
 from gptlab.training import backward
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -125,7 +124,7 @@ def test_the_example_works_as_a_line_of_the_registry(monkeypatch: pytest.MonkeyP
     names: dict[str, Any] = {}
     exec(FUNCTION, names)
     signal = eval(LINE, {"Signal": Signal})
-    monkeypatch.setattr(family, signal.name, names[signal.name], raising=False)
+    monkeypatch.setattr(functions, signal.name, names[signal.name], raising=False)
     monkeypatch.setitem(SIGNALS, signal.name, signal)
     z = torch.tensor([[1.0, 4.0, 2.0], [0.0, -1.0, 5.0]], requires_grad=True)
     values = SIGNALS["margin"](z, torch.tensor([0, 0]))

@@ -230,11 +230,9 @@ def near_the_bound(name: str) -> tuple[Tensor, Tensor, Tensor]:
     p = torch.full((1, 5000), 1e-9, dtype=torch.float64)
     p[0, 0] = {"brier": 1 / 3, "collision": 2 / 3}.get(name, 1e-6 if SIGNALS[name].has_threshold else 1e-3)
     p[0, 1] = 2 / 3 if name == "brier" else 1e-9
-    if SIGNALS[name].family == "confidence" or name in (
-        "self_certainty",
-        "confidence_weighted_ce",
-        "self_distillation",
-    ):
+    of_the_rest = ("confidence", "gated_confidence", "verified_confidence", "confident_error", "target_confidence",
+                   "overconfidence_penalty", "advantage")  # fmt: skip
+    if name in (*of_the_rest, "self_certainty", "confidence_weighted_ce", "self_distillation"):
         p[0, 0] = 1 - 1e-6
     elif name != "brier":
         p[0, 2:] = (1 - p[0, 0]) / 4998

@@ -11,8 +11,7 @@ from small_run import SEQUENCES, WINDOWS, Run, T, V, make_run
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gptlab.signals import SIGNALS, Signal, SignalConfig
-from gptlab.signals import confidence as family
+from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
 from gptlab.training.controls import flipped, named, permuted, rotated, rotation, shuffled
 
 Gradients = dict[str, Tensor]
@@ -217,8 +216,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
         seen.append((logits.detach().clone(), targets.clone()))
         return logits.logsumexp(1)
 
-    monkeypatch.setattr(family, "watcher", watcher, raising=False)
-    monkeypatch.setitem(SIGNALS, "watcher", Signal("watcher", "confidence", "LSE(z)", "this test", uses_truth=True))
+    monkeypatch.setattr(functions, "watcher", watcher, raising=False)
+    monkeypatch.setitem(SIGNALS, "watcher", Signal("watcher", "LSE(z)", "this test", uses_truth=True))
     return seen
 
 

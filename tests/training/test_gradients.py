@@ -15,8 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from gptlab.errors import ConfigError, DataError
 from gptlab.model import GPT
-from gptlab.signals import SIGNALS, Signal, SignalConfig
-from gptlab.signals import confidence as family
+from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
 from gptlab.training import Losses, backward, verdicts
 
 ROUTES = [
@@ -110,8 +109,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         seen.append(targets.clone())
         return logits.logsumexp(1)
 
-    monkeypatch.setattr(family, "watcher", watcher, raising=False)
-    monkeypatch.setitem(SIGNALS, "watcher", Signal("watcher", "confidence", "LSE(z)", "this test", uses_truth=True))
+    monkeypatch.setattr(functions, "watcher", watcher, raising=False)
+    monkeypatch.setitem(SIGNALS, "watcher", Signal("watcher", "LSE(z)", "this test", uses_truth=True))
     return seen
 
 

@@ -15,8 +15,7 @@ from two_ranks import RUNS, outcomes
 
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
-from gptlab.signals import SIGNALS, Signal, SignalConfig
-from gptlab.signals import confidence as family
+from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
 
 Gradients = dict[str, Tensor]
 
@@ -92,8 +91,8 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
         values = logits.logsumexp(1)
         return torch.cat([values[:1] / 0.0, values[1:]])
 
-    monkeypatch.setattr(family, "broken", broken, raising=False)
-    monkeypatch.setitem(SIGNALS, "broken", Signal("broken", "confidence", "LSE(z)/0", "this test"))
+    monkeypatch.setattr(functions, "broken", broken, raising=False)
+    monkeypatch.setitem(SIGNALS, "broken", Signal("broken", "LSE(z)/0", "this test"))
 
 
 def break_weights(name: str) -> Callable[[Run], None]:

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gptlab.analysis.noise import affine
 from gptlab.analysis.noise.estimators import figures
 from gptlab.analysis.noise.labels import Readings, collapse, quality, token_figures
 from gptlab.analysis.noise.options import TRUE_LOSS, NoiseConfig
 from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.device import Placement
 from gptlab.errors import ConfigError, DivergedError
+from gptlab.signals import tuned_lens
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.reader import Reader
+from gptlab.signals.readout import Readout
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import SHAPE, hidden_states
 from gptlab.training.group_gradients import GroupGradients, Groups, parts_of, rows_of
@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 """(what, done, of): told while something long is under way."""
 
 READER_BATCH = 512
-"""Tokens of a batch that the affine readers are fitted on, or one window where that is longer."""
+"""Tokens of a batch that the tuned lens is fitted on, or one window where that is longer."""
 
 
 @dataclass(frozen=True)
@@ -150,18 +150,22 @@ def over_all(parts: list[InnerProducts]) -> InnerProducts:
 
 
 def reading_figures(subject: Subject, options: NoiseConfig, unread: int, progress: Progress) -> dict[str, Any]:
-    """Label quality (raw, and by a tuned affine reader) and collapse of every block, on validation tokens.
+    """Label quality (raw, and through a tuned lens) and collapse of every block, on validation tokens.
 
-    unread: the first sequence that the readers are fitted on, so that they see none that another figure used.
+    unread: the first sequence that the lens is fitted on, so that it sees none that another figure used.
     """
     model, windows, placement = subject.state.model, subject.validation, subject.placement
     batches = _reader_batches(subject, unread)
     rows = max(1, READER_BATCH // subject.windows.block_size)
     steps = options.reader_tokens // (rows * subject.windows.block_size)
-    readers = None
+    lens = None
     if steps:
-        readers = affine.fit(model, batches, steps, placement, lambda done: progress("readers", done, steps))
-    L, reader = model.config.n_layer, Reader(model, placement.autocast, readings=2 * model.config.n_layer)
+        lens = tuned_lens.fit(
+            tuned_lens.TunedLens.untuned(model, blocks=model.config.n_layer), model, batches, steps,
+            tuned_lens.TRUE_TOKEN, autocast=placement.autocast,
+            progress=lambda done, _: progress("readers", done, steps),
+        )  # fmt: skip
+    L, readout = model.config.n_layer, Readout(model, placement.autocast, readings=2 * model.config.n_layer)
     raw: list[list[Tensor]] = [[] for _ in range(L)]
     tuned: list[list[Tensor]] = [[] for _ in range(L)]
     for first in range(0, len(windows), SHAPE):
@@ -170,9 +174,9 @@ def reading_figures(subject: Subject, options: NoiseConfig, unread: int, progres
         y = targets.flatten()
         for j, h in enumerate(hidden_states(model, tokens, placement)[1:], 1):
             flat = h.flatten(0, 1).float()
-            raw[j - 1].append(reader.values(flat, y, token_figures))
-            if readers:
-                tuned[j - 1].append(reader.values(readers(j, flat), y, token_figures))
+            raw[j - 1].append(readout.values(flat, y, token_figures))
+            if lens:
+                tuned[j - 1].append(readout.values(lens(j, flat), y, token_figures))
         progress("labels", first + count, len(windows))
     blocks = [Readings.of(rows) for rows in raw]
     if not all(np.isfinite(one.loss).all() for one in blocks):

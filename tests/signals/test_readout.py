@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals import SIGNALS
-from gptlab.signals.reader import Reader, Value, true_loss
+from gptlab.signals.readout import LossFunction, Readout, true_loss
 
 N, V, C = 11, 61, 12
 SCALE = 0.37
@@ -37,14 +37,14 @@ def states(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return h, other, y
 
 
-def signal(name: str) -> Value:
+def signal(name: str) -> LossFunction:
     def value(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
         return SIGNALS[name](z, y, other=other, threshold=0.3)
 
     return value
 
 
-VALUES: dict[str, Value] = {"true_loss": true_loss} | {name: signal(name) for name in SIGNALS}
+VALUES: dict[str, LossFunction] = {"true_loss": true_loss} | {name: signal(name) for name in SIGNALS}
 NEEDY = [name for name in SIGNALS if SIGNALS[name].needs]
 
 
@@ -64,8 +64,8 @@ def test_reading_equals_autograd_on_all_logits(name: str, learn: bool) -> None:
 
     for chunk in (1, 4, 100):
         read = model()
-        reading = Reader(read, chunk=chunk).read(h, y, value, SCALE, learn=learn, other=needs)
-        torch.testing.assert_close(reading.values, values.detach(), rtol=1e-12, atol=1e-12)
+        reading = Readout(read, chunk=chunk).read(h, y, value, SCALE, learn=learn, other=needs)
+        torch.testing.assert_close(reading.total, values.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(reading.gradient, leaf.grad, rtol=1e-11, atol=1e-12)
         for ours, theirs in ((read.wte, naive.wte), (read.ln_f, naive.ln_f)):
             for parameter, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -77,9 +77,9 @@ def test_reading_equals_autograd_on_all_logits(name: str, learn: bool) -> None:
 
 def test_learning_adds_to_the_gradient_that_is_there() -> None:
     (h, _, y), once, twice = states(), model(), model()
-    Reader(once).read(h, y, true_loss, 2.0, learn=True)
+    Readout(once).read(h, y, true_loss, 2.0, learn=True)
     for _ in range(2):
-        Reader(twice).read(h, y, true_loss, 1.0, learn=True)
+        Readout(twice).read(h, y, true_loss, 1.0, learn=True)
     for a, b in zip(once.parameters(), twice.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None)
         if a.grad is not None:
@@ -90,7 +90,7 @@ def test_reading_leaves_the_hidden_states_alone() -> None:
     (h, other, y), read = states(), model()
     before = h.clone()
     h.requires_grad_()
-    Reader(read).read(h, y, signal("advantage"), 1.0, learn=True, other=other)
+    Readout(read).read(h, y, signal("advantage"), 1.0, learn=True, other=other)
     assert torch.equal(h.detach(), before)
     assert h.grad is None
 
@@ -102,7 +102,7 @@ def test_values_alone_are_each_tokens(name: str) -> None:
     others = None if needs is None else read.read(needs)
     expected = value(read.read(h), y, others).detach()
     for chunk in (1, 4, 100):
-        found = Reader(read, chunk=chunk).values(h, y, value, needs)
+        found = Readout(read, chunk=chunk).values(h, y, value, needs)
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         assert not found.requires_grad
 
@@ -110,10 +110,10 @@ def test_values_alone_are_each_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", ["true_loss", "confidence"])
 def test_bfloat16_matmuls_are_close(name: str) -> None:
     (h, _, y), (exact, rough) = states(torch.float32), (model(torch.float32), model(torch.float32))
-    expected = Reader(exact).read(h, y, VALUES[name], 1.0, learn=True)
-    found = Reader(rough, torch.bfloat16).read(h, y, VALUES[name], 1.0, learn=True)
+    expected = Readout(exact).read(h, y, VALUES[name], 1.0, learn=True)
+    found = Readout(rough, torch.bfloat16).read(h, y, VALUES[name], 1.0, learn=True)
     assert found.gradient.dtype == torch.float32
-    assert found.values.item() == pytest.approx(expected.values.item(), rel=0.02)
+    assert found.total.item() == pytest.approx(expected.total.item(), rel=0.02)
     for a, b in ((found.gradient, expected.gradient), (rough.wte.weight.grad, exact.wte.weight.grad)):
         assert a is not None
         assert b is not None
@@ -126,8 +126,8 @@ def test_a_reading_where_no_token_passes_the_gate_is_zero() -> None:
     def closed(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
         return SIGNALS["gated_confidence"](z, y, threshold=1.0) * 0.0
 
-    reading = Reader(read, chunk=5).read(h, y, closed, 1.0, learn=True)
-    assert reading.values.item() == 0.0
+    reading = Readout(read, chunk=5).read(h, y, closed, 1.0, learn=True)
+    assert reading.total.item() == 0.0
     assert torch.equal(reading.gradient, torch.zeros_like(h))
 
 
@@ -153,12 +153,12 @@ def test_no_logits_of_more_than_a_chunk_are_ever_held(name: str) -> None:
     (h, other, y), read = states(), model()
     needs = other if name in NEEDY else None
     for action in ("read", "values"):
-        reader = Reader(read, chunk=4)
+        readout = Readout(read, chunk=4)
         with LargestReading() as largest:
             if action == "read":
-                reader.read(h, y, VALUES[name], 1.0, learn=True, other=needs)
+                readout.read(h, y, VALUES[name], 1.0, learn=True, other=needs)
             else:
-                reader.values(h, y, VALUES[name], needs)
+                readout.values(h, y, VALUES[name], needs)
         assert largest.rows == 4, action
 
 
@@ -171,5 +171,5 @@ def test_the_measure_of_the_test_above_sees_whole_logits() -> None:
 
 def test_chunks_of_a_large_vocabulary_are_bounded_by_memory() -> None:
     large = GPT(GPTConfig(block_size=1, vocab_size=50304, n_layer=1, n_head=1, n_embd=4))
-    assert 64 <= Reader(large).chunk <= 128 * 2**20 // 4 // 50304
-    assert Reader(large, torch.bfloat16).chunk <= 128 * 2**20 // 2 // 50304
+    assert 64 <= Readout(large).chunk <= 128 * 2**20 // 4 // 50304
+    assert Readout(large, torch.bfloat16).chunk <= 128 * 2**20 // 2 // 50304
