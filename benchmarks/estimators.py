@@ -15,7 +15,7 @@ import numpy as np
 
 from gptlab.analysis.noise import estimators
 from gptlab.analysis.statistics import Interval, binomial_interval
-from gptlab.training.inner_products import InnerProducts
+from gptlab.training.gradient_noise import InnerProducts
 
 RESULTS = Path(__file__).parent / "results" / "estimators.json"
 

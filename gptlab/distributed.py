@@ -193,16 +193,6 @@ class World:
     def _lost(self, silent: list[int] | None, error: RuntimeError) -> errors.LostProcessError:
         return errors.LostProcessError(_what_is_lost(silent, self.size, error))
 
-    def share(self, sequences: int, batch_size: int) -> int:
-        """Sequences of a micro-batch: the most that divide this rank's part of an update and exceed no batch_size."""
-        if sequences % self.size:
-            raise errors.ConfigError(
-                f"an update of {sequences} sequences cannot be shared equally by {self.size} processes; "
-                f"make total_batch_tokens a multiple of {self.size} x block_size"
-            )
-        mine = sequences // self.size
-        return next(b for b in range(min(batch_size, mine), 0, -1) if mine % b == 0)
-
 
 def _what_is_lost(silent: list[int] | None, size: int, error: RuntimeError) -> str:
     if silent == []:

@@ -20,8 +20,7 @@ from gptlab.model.gpt import GPTConfig
 from gptlab.options import build
 from gptlab.signals.config import SignalConfig
 from gptlab.signals.readout import CHUNK_BYTES
-from gptlab.training.config import TrainingConfig
-from gptlab.training.flops import flops_per_token
+from gptlab.training.config import TrainingConfig, flops_per_token
 from gptlab.training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -143,9 +142,8 @@ def traffic(
 
 def micro_batches(config: TrainingConfig, gpus: int) -> tuple[int, int]:
     """Sequences of a micro-batch and how many of them an update has, of each process."""
-    share = config.sequences // gpus
-    size = next(b for b in range(min(config.batch_size, share), 0, -1) if share % b == 0)
-    return size, share // size
+    size = config.micro_batch(gpus)
+    return size, config.sequences // gpus // size
 
 
 def _gb(size: float) -> str:

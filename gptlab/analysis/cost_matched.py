@@ -16,8 +16,7 @@ from gptlab.analysis.run import Run
 from gptlab.errors import ConfigError
 from gptlab.options import build
 from gptlab.runs.tuning import LENGTH
-from gptlab.training.config import TrainingConfig
-from gptlab.training.flops import run_flops
+from gptlab.training.config import TrainingConfig, run_flops
 
 COST_TOLERANCE = {"equal_flops": 0.05, "equal_time": 0.10}
 """How far costs may differ that are called equal, as a share; clocks are less exact than counts."""

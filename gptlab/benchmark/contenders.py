@@ -27,11 +27,11 @@ from gptlab.files import read_text
 from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.signals.config import SignalConfig
+from gptlab.training.block_loss import Batch
 from gptlab.training.config import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, update
-from gptlab.training.verdicts import Batch
 
 Step = Callable[[], Any]
 ALONE = World()

@@ -125,7 +125,6 @@ def check(words: Sequence[str]) -> int:
 def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite: bool) -> int:
     from gptlab.device import Machine, decide
     from gptlab.distributed import World, end_with_launcher
-    from gptlab.training.summing import micro_batch
 
     world = World.from_environment()
     if world.launched:
@@ -143,7 +142,7 @@ def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite
         local_size=world.local_size,
     )
     placement.apply()
-    micro_batch(config, world)  # refuses what cannot be shared, before any waiting
+    config.micro_batch(world.size)  # refuses what cannot be shared, before any waiting
     try:
         summary = _train(config, machine, placement, world, stop, despite)
     finally:

@@ -22,12 +22,12 @@ from gptlab.runs.branch_plan import MOST_AVERAGED, Arm, GradientBias, GradientNo
 from gptlab.runs.folder import newest
 from gptlab.runs.initial import model_in
 from gptlab.signals.config import SignalConfig
+from gptlab.training.block_loss import Batch
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import validate
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.state import TrainingState
-from gptlab.training.step import micro_batches, update
-from gptlab.training.verdicts import Batch
+from gptlab.training.step import MicroBatches, update
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class _Lab:
     def _batches(self, config: TrainingConfig, averaged: int) -> Iterator[Batch]:
         step, device = self.state.step, self.placement.device
         part = "true loss" if averaged else "all"
-        for batch in micro_batches(config, self.windows[config.seed], self.world, step, device):
+        for batch in MicroBatches(config, self.windows[config.seed], self.world, device).of(step):
             yield replace(batch, part=part)
         # The M batches are read as one of M times the tokens. Only the judge that `rotate` draws by step would then be
         # the same in all of them, so there each batch has a step of its own.
@@ -186,7 +186,7 @@ class _Lab:
             own = step * MOST_AVERAGED + m
             drawn = self.drawn[config.seed].keyed(own)
             joined = replace(config, total_batch_tokens=config.total_batch_tokens * averaged // alone)
-            for batch in micro_batches(joined, drawn, self.world, 0, device):
+            for batch in MicroBatches(joined, drawn, self.world, device).of(0):
                 yield replace(batch, part="signals", step=own, share=batch.share / alone)
 
     def weigh(self, name: str, arm: Arm) -> tuple[float | None, float | None]:

@@ -41,9 +41,7 @@ class Session:
         world: World,
     ) -> None:
         self.config, self.folder, self.placement, self.data, self.world = config, folder, placement, data, world
-        shape = GPTConfig(
-            config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
-        )
+        shape = config.shape
         drawn = checkpoint_path or not config.init_from  # a run that goes on needs its first source no more
         try:
             source = None if drawn else str(config.init_from)

@@ -22,8 +22,7 @@ from gptlab.runs.experiment_runner import Runner
 from gptlab.runs.experiment_spec import Arm, Experiment
 from gptlab.runs.records import read_rows
 from gptlab.runs.scheduling import Packing, Queue
-from gptlab.training.config import TrainingConfig
-from gptlab.training.flops import run_flops
+from gptlab.training.config import TrainingConfig, run_flops
 from gptlab.training.presets import PRESETS
 
 START_UP = 5.0

@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 from gptlab.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from gptlab.training.block_loss import Losses
     from gptlab.training.config import TrainingConfig
-    from gptlab.training.gradients import Losses, backward
+    from gptlab.training.gradient_sources import backward
 
 __all__ = ["Losses", "TrainingConfig", "backward"]
 
 _exports = {
-    "Losses": "gptlab.training.gradients",
+    "Losses": "gptlab.training.block_loss",
     "TrainingConfig": "gptlab.training.config",
-    "backward": "gptlab.training.gradients",
+    "backward": "gptlab.training.gradient_sources",
 }
 
 

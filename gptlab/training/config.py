@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option
 from gptlab.parsing import MOST_BLOCKS
 from gptlab.signals.config import SignalConfig
+
+if TYPE_CHECKING:
+    from gptlab.model.config import GPTConfig
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -175,7 +179,7 @@ class TrainingConfig:
             if found:
                 raise ConfigError(f"{name} needs {needs}, and parallel fsdp keeps rows; use --parallel ddp")
 
-    @property
+    @cached_property
     def signals(self) -> tuple[SignalConfig, ...]:
         """The signals that are switched on; none for the baseline."""
         return tuple(s for s in (self.signal, *self.also) if s.name != "none")
@@ -191,12 +195,36 @@ class TrainingConfig:
         traces = self.target_flip < 1 - 1 / self.vocab_size  # from there on a target says nothing of the truth
         return self.target_flip if traces and self.target_flip_to == "uniform" else 0.0
 
-    @property
+    @cached_property
     def sequences(self) -> int:
         """Sequences of one update, over all ranks and micro-batches."""
         return self.total_batch_tokens // self.block_size
 
-    @property
+    def micro_batch(self, processes: int) -> int:
+        """Sequences of a micro-batch: the most that divide a process's part of an update and exceed no batch_size; with
+        `deterministic` the same for any number of processes.
+
+        Raises ConfigError where the update cannot be shared equally.
+        """
+        sharers = 1 if self.deterministic else processes
+        if self.sequences % sharers:
+            raise ConfigError(
+                f"an update of {self.sequences} sequences cannot be shared equally by {sharers} processes; "
+                f"make total_batch_tokens a multiple of {sharers} x block_size"
+            )
+        mine = self.sequences // sharers
+        size = next(b for b in range(min(self.batch_size, mine), 0, -1) if mine % b == 0)
+        units = self.sequences // size
+        if self.deterministic and units % processes:
+            fit = [n for n in range(1, units + 1) if units % n == 0]
+            raise ConfigError(
+                f"deterministic: an update of {self.sequences} sequences is {units} micro-batches of {size} "
+                f"(batch_size), which {processes} processes cannot share; use "
+                f"{', '.join(map(str, fit))} of them, or for a new run another --batch_size"
+            )
+        return size
+
+    @cached_property
     def final_learning_rate(self) -> float:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
@@ -206,6 +234,15 @@ class TrainingConfig:
         from gptlab.data.tokenizers import TOKENIZERS
 
         return TOKENIZERS[self.tokenizer].rows
+
+    @property
+    def shape(self) -> GPTConfig:
+        """The model's size."""
+        from gptlab.model.config import GPTConfig
+
+        return GPTConfig(
+            self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, share_blocks=self.share_blocks
+        )
 
     @property
     def folder(self) -> str:
@@ -224,3 +261,28 @@ FREE_ON_RESUME = frozenset(
 
 FIXED_IF_DETERMINISTIC = frozenset({"batch_size", "device", "threads", "compile"})
 """What may not change either where the same bits are asked for."""
+
+
+def flops_per_token(config: TrainingConfig) -> float:
+    """Arithmetic of one training token with its judges, in FLOPs; measuring doses is left out.
+
+    A judge's block takes 2 FLOPs a weight and 8·C·T of attention scores for the gradient to its input, its reading
+    4·V·C for logits and their gradient. A live judge's weights take 2 more each, a placebo one more backward pass.
+    """
+    C, T, V = config.n_embd, config.block_size, config.vocab_size
+    plain = config.shape.flops_per_token
+    total = float(plain)
+    for signal in config.signals:
+        if signal.weight == 0:
+            continue
+        judges, _ = signal.judges_at(0, config.n_layer, config.seed)
+        live = signal.evaluator == "live"
+        block = 24 * C * C + 8 * C * T + 24 * C * C * live
+        reading = (4 + 2 * live) * V * C * signal.positions
+        total += len(judges) * (block + reading) + (2 / 3 * plain if signal.control == "placebo" else 0)
+    return total
+
+
+def run_flops(config: TrainingConfig) -> float:
+    """Of all of a run's updates."""
+    return config.steps * config.total_batch_tokens * flops_per_token(config)

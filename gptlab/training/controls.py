@@ -1,4 +1,4 @@
-"""What turns a signal, or the true loss, into its own control, and what is known to be noise.
+"""What turns a signal, or the true loss, into its own control, and noise that is known because it was injected.
 
 Every draw is keyed by what it belongs to (a run's seed and a judge; a window; a step and a sequence), never by
 micro-batch or rank, so that a control is the same however an update is cut up. docs/signals.md: 'Controls'.
@@ -7,6 +7,7 @@ micro-batch or rank, so that a control is the same however an update is cut up. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from gptlab.data.batches import Window
 from gptlab.randomness import key_bits, permutation, torch_generator
-from gptlab.training.sharding import cut_like
+from gptlab.training.sharding import shard_like
 
 
 @lru_cache(maxsize=64)
@@ -24,7 +25,7 @@ def rotation(width: int, seed: int, judge: int) -> Tensor:
     """The placebo's orthogonal matrix (C, C) of a judge, float64: uniform over all of them, fixed for a seed."""
     gaussian = torch.randn(width, width, dtype=torch.float64, generator=torch_generator("placebo", seed, judge))
     q, r = torch.linalg.qr(gaussian)
-    return q * r.diagonal().sign()
+    return q * r.diagonal().sign()  # the signs that QR chooses would make it less than uniform
 
 
 def rotated(gradient: Tensor, seed: int, judge: int) -> Tensor:
@@ -39,10 +40,21 @@ def permuted(gradient: Tensor, seed: int, name: str) -> Tensor:
 
 
 def shuffled(gradient: Tensor, seed: int, step: int, first_sequence: int, judge: int) -> Tensor:
-    """Gradients (B, T, C) permuted over the positions of their sequence, anew in every step."""
+    """Gradients (B, T, C) permuted over the positions of their sequence, in another order in every step."""
     B, T, _ = gradient.shape
     orders = [torch.from_numpy(permutation(T, "shuffled", seed, step, first_sequence + b, judge)) for b in range(B)]
     return torch.stack([row[order.to(row.device)] for row, order in zip(gradient, orders, strict=True)])
+
+
+@dataclass(frozen=True)
+class TargetFlip:
+    """A known share of wrong targets in the true loss (`--target_flip`)."""
+
+    share: float = 0.0
+    to: Literal["uniform", "argmax"] = "uniform"
+
+
+UNFLIPPED = TargetFlip()
 
 
 def flipped(
@@ -75,12 +87,37 @@ def named(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.where(targets < 0, wrong, true)
 
 
-def add_drawn(gradients: dict[str, Tensor], length: float, *key: str | int) -> None:
-    """Add a Gaussian draw, in place, whose expected squared length over all parameters is length².
+LEAST_PROBABILITY = 1e-6
+"""What a token is left with at least: undoing flips of a model's error may fall below 0."""
 
-    key: what it hangs on: with the step among it noise, fresh in each; without a bias, the same direction in all.
+
+def undo_uniform_flips(q: Tensor, share: float) -> Tensor:
+    """The probabilities (n, V) that a model holds of true tokens, from those, q, that it holds of flipped ones.
+
+    With a share ρ of targets flipped uniformly over the other V-1 tokens, a model that knows the truth p predicts
+    q = (1-ρ)·p + ρ·(1-p)/(V-1), and pays for it at every true target of validation. Undoing that separates what it has
+    not learnt from what it has learnt all too well: p̂ = (q - ρ/(V-1)) / (1 - ρV/(V-1)), not below LEAST_PROBABILITY,
+    made to sum to 1 again. Flips to the likeliest wrong token cannot be undone so; there accuracy is compared.
     """
-    deviation = length / sum(g.numel() for g in gradients.values()) ** 0.5
+    V = q.shape[1]
+    assert 0 <= share < 1 - 1 / V, (share, V)  # TrainingConfig.undoable_flip
+    p = (q - share / (V - 1)) / (1 - share * V / (V - 1))
+    p = p.clamp_min(LEAST_PROBABILITY)
+    return p / p.sum(1, keepdim=True)
+
+
+def clean_loss(logits: Tensor, targets: Tensor, share: float) -> Tensor:
+    """The loss (n,) in nats of logits (n, V) at true targets (n,), once a share of uniform flips is undone."""
+    p = undo_uniform_flips(logits.softmax(1), share)
+    return -torch.log(p.gather(1, targets[:, None])[:, 0])
+
+
+def add_drawn(gradients: dict[str, Tensor], norm: float, *key: str | int) -> None:
+    """Add a Gaussian draw, in place, whose expected squared norm over all parameters is norm².
+
+    key: what it depends on. With the step in it, it is noise, another in every update; without, a bias, one direction.
+    """
+    deviation = norm / sum(g.numel() for g in gradients.values()) ** 0.5
     for name, g in gradients.items():
         noise = torch.randn(g.shape, dtype=g.dtype, generator=torch_generator(*key, name))
-        g.add_(cut_like(noise.to(g.device), g), alpha=deviation)
+        g.add_(shard_like(noise.to(g.device), g), alpha=deviation)

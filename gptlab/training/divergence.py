@@ -10,18 +10,46 @@ import torch
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
+from gptlab.training.block_loss import ActiveSignal, Batch, Losses
 from gptlab.training.evaluate import hidden_states
-from gptlab.training.gradients import Losses
-from gptlab.training.sharding import length
-from gptlab.training.verdicts import Batch
+from gptlab.training.sharding import global_norm
+from gptlab.training.state import TrainingState
+
+
+def describe_divergence(
+    state: TrainingState,
+    signals: Sequence[ActiveSignal],
+    loss: float,
+    judges: Sequence[Sequence[float]],
+    seen: Sequence[tuple[Batch, Losses]],
+    world: World,
+    placement: Placement,
+) -> str:
+    """One line that names what is not finite (a judge's signal, else the loss, else the gradient) and where.
+
+    loss, judges: of the update over all ranks, a row of judges 0..L for each signal. seen: this rank's micro-batches.
+    Every rank must call it, and all get the same answer.
+    """
+    bad = [(k, judge) for k, row in enumerate(judges) for judge, value in enumerate(row) if not isfinite(value)]
+    if bad:
+        k, judge = bad[0]
+        what = f"the signal {signals[k].config.name} of judge {judge} (block {judge})"
+    else:
+        what = "the gradient" if isfinite(loss) else "the true loss"
+    where = _in_which_block(state.model, [batch for batch, _ in seen], world, placement)
+    where += _in_which_sequences(seen, world, placement.device)
+    return (
+        f"diverged at step {state.step}: {what} is not finite{where}; "
+        "the weights were not changed; lower --learning_rate or --signal.weight and run again"
+    )
 
 
 @torch.no_grad()
-def where_not_finite(model: GPT, batches: Sequence[Batch], world: World, placement: Placement) -> str:
+def _in_which_block(model: GPT, batches: Sequence[Batch], world: World, placement: Placement) -> str:
     """ ", first in the output of block j", for the first block whose output is not finite in any rank's micro-batches.
 
     Where all outputs are finite it is the parameter whose gradient the backward pass met first, and "" where none is
-    bad. Every rank must call it with its own micro-batches; all get the same answer.
+    bad.
     """
     bad = torch.zeros(model.config.n_layer + 1, device=placement.device)
     for batch in batches:
@@ -32,13 +60,13 @@ def where_not_finite(model: GPT, batches: Sequence[Batch], world: World, placeme
         if count:
             return f", first in the output of block {j} (transformer.h.{j - 1})" if j else ", first in the embeddings"
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    return next((f", first in {name}" for name, g in reversed(gradients) if not isfinite(length([g]))), "")
+    return next((f", first in {name}" for name, g in reversed(gradients) if not isfinite(global_norm([g]))), "")
 
 
-def in_which_batch(seen: Sequence[tuple[Batch, Losses]], world: World, device: torch.device) -> str:
+def _in_which_sequences(seen: Sequence[tuple[Batch, Losses]], world: World, device: torch.device) -> str:
     """ ", in sequences a to b of the update", of the first micro-batch on any rank that gave a figure not finite.
 
-    "" where all figures are finite. Sequences are counted from 0. Every rank must call it with its own micro-batches.
+    "" where all figures are finite. Sequences are counted from 0.
     """
     found = torch.full((2,), torch.iinfo(torch.int64).max, device=device)
     for batch, losses in seen:

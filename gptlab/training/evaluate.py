@@ -19,9 +19,9 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.signals.readout import Readout, true_loss
-from gptlab.training.clean import clean_loss
+from gptlab.training.block_loss import matmuls_in
+from gptlab.training.controls import clean_loss
 from gptlab.training.sharding import blocks_are_sharded
-from gptlab.training.trace import matmul_dtype
 
 SHAPE = 8
 """Windows of a validation batch, whatever the run's batch size is."""
@@ -67,7 +67,7 @@ def validate(
     flip: the share of its training targets that were flipped uniformly, for the clean loss. every_block: read each of
     them everywhere, not on the first batch alone.
     """
-    reader = Readout(model, placement.autocast)
+    readout = Readout(model, placement.autocast)
     batches = range(0, len(windows), SHAPE)
     figures = torch.zeros(len(batches) * SHAPE, 3, dtype=torch.float64, device=placement.device)
     lower = model.config.n_layer - 1 if every_block else 0
@@ -76,31 +76,31 @@ def validate(
     stop, sharded = False, blocks_are_sharded(model)
     for first, mine in share_of(batches, model, world):
         stop = stop or interrupted()
-        if stop and not sharded:  # where it is, the others' passes need this process's
+        if stop and not sharded:  # sharded blocks need this process in the others' passes
             break
         tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
         states = hidden_states(model, tokens, placement)
         if not mine:
             continue
-        figures[first : first + SHAPE] = window_figures(reader, states[-1], targets, flip)
+        figures[first : first + SHAPE] = window_figures(readout, states[-1], targets, flip)
         for row, h in zip(losses_below, states[1 : 1 + lower], strict=True):
-            row[first : first + SHAPE] = window_figures(reader, h, targets, 0.0)[:, 0]
+            row[first : first + SHAPE] = window_figures(readout, h, targets, 0.0)[:, 0]
         if first == 0:
             rows = min(SHAPE, len(windows))
             for j, h in enumerate(states[1:]):
                 flat, y = h[:rows].flatten(0, 1), targets[:rows].flatten()
-                by_block[0, j] = reader.values(flat, y, true_loss).double().mean()
-                by_block[1, j] = reader.values(flat, y, top_probability).double().mean()
+                by_block[0, j] = readout.values(flat, y, true_loss).double().mean()
+                by_block[1, j] = readout.values(flat, y, top_probability).double().mean()
     world.sum_([figures, losses_below, by_block])
     stopped = torch.full((1,), float(stop), device=placement.device)
     world.sum_([stopped])
     if stopped.item():
         return None
-    losses, right, clean = figures[: len(windows)].cpu().unbind(1)
+    losses, correct, clean = figures[: len(windows)].cpu().unbind(1)
     clean_mean = float(clean.sum() / len(windows)) if flip else None
     every = [*losses_below[:, : len(windows)].cpu(), losses] if every_block else []
     by_all = tuple(float(of_block.sum() / len(windows)) for of_block in every)
-    return Validation(losses, float(right.sum() / len(windows)), clean_mean, *by_block.tolist(), by_block=by_all)
+    return Validation(losses, float(correct.sum() / len(windows)), clean_mean, *by_block.tolist(), by_block=by_all)
 
 
 @torch.no_grad()
@@ -109,10 +109,10 @@ def tempered(
 ) -> tuple[float, float]:
     """The one temperature that suits the final logits best, and the loss in nats at it.
 
-    What a signal did to calibration alone, one division mends; what is left was knowledge. Newton's method in 1/T,
+    One division undoes what a signal did to calibration alone; what is left was knowledge. Newton's method in 1/T,
     where the loss is convex, over the first `most` tokens.
     """
-    reader = Readout(model, placement.autocast)
+    readout = Readout(model, placement.autocast)
     count = max(1, min(len(windows), most // windows.block_size))
     inverse, loss = 1.0, float("inf")
     batches = range(0, count, SHAPE)
@@ -124,7 +124,7 @@ def tempered(
             tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
             h, y = hidden_states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
             if mine:
-                sums[k] = reader.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
+                sums[k] = readout.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
         total = list(accumulate(sums))[-1]  # in the order of batches, whichever rank read them
         loss, slope, curvature = (total / (count * windows.block_size)).tolist()
@@ -138,7 +138,7 @@ def tempered(
 def share_of(batches: Sequence[int], model: GPT, world: World) -> Iterator[tuple[int, bool]]:
     """This process's batches, every world.size-th, and whether each counts.
 
-    A pass through blocks that are cut needs every process: the ones that have fewer batches repeat the last.
+    A pass through sharded blocks needs every process: the ones that have fewer batches repeat the last.
     """
     sharded = blocks_are_sharded(model)
     for start in range(0, len(batches), world.size):
@@ -157,21 +157,21 @@ def _at_inverse_temperature(inverse: float, logits: Tensor, targets: Tensor, oth
     return torch.stack([-log_p.gather(1, index)[:, 0], mean - logits.gather(1, index)[:, 0], variance], 1)
 
 
-def window_figures(reader: Readout, h: Tensor, targets: Tensor, flip: float) -> Tensor:
-    """(B, 3): mean loss, share of likeliest tokens that were right, and clean loss of every sequence h (B, T, C).
+def window_figures(readout: Readout, h: Tensor, targets: Tensor, flip: float) -> Tensor:
+    """(B, 3): mean loss, accuracy, and clean loss of every sequence h (B, T, C).
 
     float64, nats; the clean loss is 0 where there is no flip to undo.
     """
     value = partial(_figures, flip)
-    values = reader.values(h.flatten(0, 1), targets.flatten(), value).double().T.contiguous()  # (3, B·T)
+    values = readout.values(h.flatten(0, 1), targets.flatten(), value).double().T.contiguous()  # (3, B·T)
     return values.view(3, *targets.shape).mean(2).T
 
 
 def _figures(flip: float, logits: Tensor, targets: Tensor, other: Tensor | None) -> Tensor:
     """(n, 3) of logits (n, V), read once."""
     loss = true_loss(logits, targets)
-    right = (logits.argmax(1) == targets).to(loss.dtype)
-    return torch.stack([loss, right, clean_loss(logits, targets, flip) if flip else torch.zeros_like(loss)], 1)
+    correct = (logits.argmax(1) == targets).to(loss.dtype)
+    return torch.stack([loss, correct, clean_loss(logits, targets, flip) if flip else torch.zeros_like(loss)], 1)
 
 
 def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
@@ -182,5 +182,5 @@ def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None
 @torch.no_grad()
 def hidden_states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
     """h_0..h_L of tokens (B, T), without any gradient, in the dtype of the matmuls that the placement says."""
-    with matmul_dtype(model, tokens.device, placement.autocast):
+    with matmuls_in(placement.autocast, model, tokens.device):
         return model.hidden_states(tokens)

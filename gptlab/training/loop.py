@@ -18,9 +18,9 @@ from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import Validation, tempered, validate
-from gptlab.training.quick_noise import quick_noise
+from gptlab.training.gradient_noise import quick_noise
 from gptlab.training.state import TrainingState
-from gptlab.training.step import Update, micro_batches, update
+from gptlab.training.step import MicroBatches, Update, update
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def train(
             "run the same command again to go on"
         )
 
+    batches = MicroBatches(config, windows, world, placement.device)
+    flops_per_token = state.model.config.flops_per_token
     while True:
         step, last = state.step, state.step == config.steps
         if due(config.eval_every, step, last) and state.validated != step:
@@ -79,9 +81,8 @@ def train(
         if due(config.noise_every, step, False, first=True):
             noise = quick_noise(state, config, windows, world, placement)
         measure = due(config.dose_every, step, False, first=True)
-        batches = micro_batches(config, windows, world, step, placement.device)
-        done = update(state, config, batches, world, placement, measure_dose=measure, stop=stop())
-        row = _train_row(state, config, done, time.perf_counter() - start, peak, world)
+        done = update(state, config, batches.of(step), world, placement, measure_dose=measure, stop=stop())
+        row = _train_row(state, config, done, time.perf_counter() - start, flops_per_token / (peak * world.size))
         yield Record("train", state.step, row | (noise or {}))
         if done.stop:
             yield from checkpoint_and_stop()
@@ -109,7 +110,7 @@ def _validation_row(
 
 
 def _train_row(
-    state: TrainingState, config: TrainingConfig, done: Update, seconds: float, peak: float, world: World
+    state: TrainingState, config: TrainingConfig, done: Update, seconds: float, mfu_per_speed: float
 ) -> dict[str, Any]:
     speed = config.total_batch_tokens / seconds
     row: dict[str, Any] = {
@@ -120,7 +121,7 @@ def _train_row(
         "lr": done.learning_rate,
         "tokens": state.step * config.total_batch_tokens,
         "tokens_per_second": speed,
-        "mfu": speed * state.model.config.flops_per_token / (peak * world.size),
+        "mfu": speed * mfu_per_speed,
     }
     if done.dose is not None:
         row["dose"] = done.dose

@@ -1,8 +1,12 @@
-"""The optimizer and its schedule: AdamW or Muon with decay on matrices only, and three shapes of learning rate."""
+"""The optimizer: AdamW, or Muon for the blocks' matrices with AdamW for the rest (`--optimizer muon`).
+
+Muon (Jordan 2024) makes of a matrix's momentum, by Newton-Schulz steps, a nearly orthogonal matrix of the same
+directions. That is meant for matrices within the network; embeddings with the head, vectors and biases stay with AdamW.
+Gradients are summed over processes before the step, so that every process sees whole matrices. docs/optimizers.md.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Protocol
 
@@ -11,11 +15,7 @@ from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
-from gptlab.training.muon import build_muon
 from gptlab.training.sharding import is_sharded
-
-WSD_DECAY = 0.2
-"""Share of the steps over which wsd falls."""
 
 
 class Optimizer(Protocol):
@@ -28,42 +28,57 @@ class Optimizer(Protocol):
     def step(self) -> Any: ...
 
 
+class MuonWithAdamW:
+    """torch.optim.Muon and AdamW as one: the groups of both, and one state for all parameters."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self._optimizers = (muon, adamw)
+        muon.state = adamw.state  # keyed by parameter, and no parameter is in both
+        self.state = adamw.state
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+
 def build_optimizer(model: GPT, config: TrainingConfig) -> Optimizer:
-    """AdamW (0.9, 0.95), fused, or Muon for the blocks' matrices beside it; biases and norms do not decay."""
+    """AdamW (0.9, 0.95), fused, with or without Muon for the blocks' matrices; biases and norms do not decay."""
     parameters = list(model.parameters())
     within = [p for block in dict.fromkeys(model.blocks) for p in block.parameters() if p.dim() == 2]
     matrices = within if config.optimizer == "muon" else []
     taken = set(map(id, matrices))
     rest = [p for p in parameters if id(p) not in taken]
     groups = []
-    for cut in (False, True):  # a fused step takes tensors that are cut over processes or ones that are not, unmixed
-        mine = [p for p in rest if is_sharded(p) is cut]
-        decays = {"params": [p for p in mine if p.dim() >= 2], "weight_decay": config.weight_decay}
-        rests = {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0}
-        groups += [group for group in (decays, rests) if group["params"]]
+    for sharded in (False, True):  # a fused step takes tensors that are sharded or ones that are not, unmixed
+        mine = [p for p in rest if is_sharded(p) is sharded]
+        decaying = {"params": [p for p in mine if p.dim() >= 2], "weight_decay": config.weight_decay}
+        others = {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0}
+        groups += [group for group in (decaying, others) if group["params"]]
     fused = parameters[0].device.type in ("cpu", "cuda")
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     if not matrices:
         return adamw
-    return build_muon(matrices, adamw, config.learning_rate, config.weight_decay)
+    return _muon_with_adamw(matrices, adamw, config.learning_rate, config.weight_decay)
 
 
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """The learning rate of update `step`, counted from 0.
+def _muon_with_adamw(
+    matrices: Sequence[Tensor], rest: torch.optim.AdamW, learning_rate: float, weight_decay: float
+) -> MuonWithAdamW:
+    """Muon with momentum 0.95, Nesterov's, and AdamW for the rest, under one learning rate and schedule.
 
-    Warmup rises in equal steps to the peak. Then cosine falls to min_lr at the end, constant stays, and wsd
-    (warmup, stable, decay; 2404.06395) stays and falls linearly over the last fifth.
+    An orthogonal (A, B) matrix is longer the larger it is, so its entries are scaled by 0.2·sqrt(max(A, B)), which
+    makes them as large as AdamW's usual updates: learning rates and decay found for AdamW serve (Liu et al. 2025,
+    2502.16982; PyTorch's `adjust_lr_fn="match_rms_adamw"`).
     """
-    peak, low = config.learning_rate, config.final_learning_rate
-    if step < config.warmup_steps:
-        return peak * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    if config.schedule == "cosine":
-        return low + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (peak - low)
-    if config.schedule == "wsd":
-        falling = (step - config.steps * (1 - WSD_DECAY)) / (config.steps * WSD_DECAY)
-        return peak + min(1.0, max(0.0, falling)) * (low - peak)
-    return peak
+    muon = torch.optim.Muon(
+        list(matrices), lr=learning_rate, weight_decay=weight_decay, momentum=0.95, nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    return MuonWithAdamW(muon, rest)
 
 
 def adam_metric(parameters: Sequence[Tensor], optimizer: Optimizer) -> list[Tensor] | None:

@@ -1,15 +1,15 @@
-"""Blocks shared out over the processes (`--parallel fsdp`), by PyTorch's FSDP2.
+"""Blocks sharded over the processes (`--parallel fsdp`), by PyTorch's FSDP2.
 
 Every process keeps its rows of each block's weights, gradients and moments. A block is whole only while a pass goes
-through it, up or down, so a verdict gathers the block that it is passed through and never the model. What every reading
-needs (embeddings, head, final norm) stays whole everywhere, and its gradient is summed as without sharding.
+through it, up or down, so a judge gathers the block that its gradient passes through and never the model. What every
+reading needs (embeddings, head, final norm) stays whole everywhere, and its gradient is summed as without sharding.
 
-Tensors that are cut are recognised by `full_tensor`, so that nothing of torch.distributed is imported without need.
+Sharded tensors and blocks are recognised by what they can do, so that torch.distributed is not imported without need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from gptlab.model.gpt import GPT
 
 
 def shard_blocks(model: GPT, world: World, placement: Placement) -> None:
-    """Cut every block of the model into this process's rows; the process group must be there.
+    """Shard every block of the model, so that this process keeps its rows; the process group must be there.
 
     Gradients are summed over processes, not averaged: a micro-batch's share of the update is in them already. On a GPU
     a block is gathered in the dtype of the matmuls, and its gradient summed in float32; on CPUs it is gathered as it
@@ -53,33 +53,33 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of it, gathered where it is cut: every process must call this."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of it, gathered where it is sharded: every process must call this."""
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
-def held(tensors: Sequence[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this process holds of each, sharing its memory: for elementwise work in place."""
     return [cast(Any, t).to_local() if is_sharded(t) else t for t in tensors]
 
 
-def cut_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, cut as `like` is; nothing is sent."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, sharded as `like` is; nothing is sent."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    cut = cast(Any, like)
-    return distribute_tensor(tensor, cut.device_mesh, cut.placements, src_data_rank=None)
+    sharded = cast(Any, like)
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def length(gradients: Sequence[Tensor]) -> float:
-    """The Euclidean length over all of them; where some are cut, every process must ask."""
-    norm = torch.nn.utils.get_total_norm
-    cut = [g for g in gradients if is_sharded(g)]
-    if not cut:
+def global_norm(gradients: Iterable[Tensor]) -> float:
+    """The Euclidean norm over all of them; where some are sharded, every process must ask."""
+    gradients, norm = list(gradients), torch.nn.utils.get_total_norm
+    sharded = [g for g in gradients if is_sharded(g)]
+    if not sharded:
         return float(norm(gradients))
-    uncut = [g for g in gradients if not is_sharded(g)]
-    lengths = [whole(norm(cut)), *([norm(uncut)] if uncut else [])]
-    return float(torch.linalg.vector_norm(torch.stack(lengths)))
+    rest = [g for g in gradients if not is_sharded(g)]
+    norms = [full_tensor(norm(sharded)), *([norm(rest)] if rest else [])]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -1,37 +1,45 @@
-"""One update: micro-batches to a gradient, dose, noise, clipping, a step. State goes in and out; nothing is written."""
+"""One update: micro-batches become a gradient, and the gradient a step. State goes in and out; nothing is written.
+
+`update` is all of it, stage by stage. What most updates do not need is only there where an option asks for it: the
+gradient by source (gradient_sources.py), known noise (controls.py), sums over processes (reduction.py).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from gptlab.data.batches import Windows
 from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
+from gptlab.training.block_loss import ActiveSignal, Batch, Losses, accumulate, active_signals
 from gptlab.training.config import TrainingConfig
-from gptlab.training.controls import add_drawn
-from gptlab.training.divergence import in_which_batch, where_not_finite
-from gptlab.training.gradients import Ledger, Losses, TargetFlip, accumulate, needs_parts, voices_of
-from gptlab.training.optimizer import learning_rate_at
-from gptlab.training.sharding import held, length
+from gptlab.training.controls import TargetFlip, add_drawn
+from gptlab.training.divergence import describe_divergence
+from gptlab.training.gradient_sources import GradientSources, needs_sources
+from gptlab.training.reduction import Reducer
+from gptlab.training.sharding import global_norm, local_shards
 from gptlab.training.state import TrainingState
-from gptlab.training.summing import Summed, micro_batch
-from gptlab.training.verdicts import Batch, Voice
 
 _T = TypeVar("_T")
+
+WSD_DECAY = 0.2
+"""Share of the steps over which the schedule wsd falls."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update gave, over the total batch: losses in nats, the gradient's length before clipping.
+    """What one update gave, over the total batch: losses in nats, the gradient's norm before clipping.
 
     stop: whether any rank was asked to stop
-    by_judge: for every signal of the config, the mean of each judge, lowest first; None of one that did not speak
+    by_judge: for every signal of the config, the mean of each judge, lowest first; None of one that did not read
     dose, doses: |weight·g_signal| / |g_CE| of all signals together and of each, where it was measured in this update
     weights: of every signal of the config, as used; 0 of one that is out of the graph
     """
@@ -58,182 +66,237 @@ def update(
     measure_dose: bool = False,
     stop: bool = False,
 ) -> Update:
-    """Make update number `state.step` from this rank's micro-batches of it (see `micro_batches`, and `Batch.part`).
+    """Make update number `state.step` from this rank's micro-batches of it (see `MicroBatches`, and `Batch.part`).
 
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
-    model, step, recompute = state.model, state.step, config.activation_checkpointing
-    voices = speaking(state, config)
-    flip = TargetFlip(config.target_flip, config.target_flip_to)
-    disturbed = config.gradient_noise > 0 or config.gradient_bias > 0
-    held = any(v.config.dose is not None for v in voices)
-    apart = needs_parts(voices) or held or (disturbed and bool(voices))
-    measure = bool(voices) and (measure_dose or held)
-    ledger = Ledger(model, voices, config.seed) if apart or measure else None
+    model, signals = state.model, signals_at(state, config)
+    injects_noise = config.gradient_noise > 0 or config.gradient_bias > 0
+    by_source = needs_sources(signals) or (injects_noise and bool(signals))
+    sources = GradientSources(model, signals, config.seed) if by_source or (measure_dose and signals) else None
+    metrics = MetricSums(len(signals), config.n_layer, placement.device, stop)
 
+    # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
-    sums = _Sums(len(voices), config.n_layer, placement.device)
-    sums.stop += stop
-    summed = Summed(config, model, ledger, apart, sums.all)
+    reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, metrics)
+    flip = TargetFlip(config.target_flip, config.target_flip_to)
+    how = {"autocast": placement.autocast, "flip": flip, "recompute": config.activation_checkpointing}
     seen: list[tuple[Batch, Losses]] = []
     for batch in batches:
-        losses = accumulate(
-            model, batch, voices, placement.autocast, flip=flip, ledger=ledger if apart else None, recompute=recompute
-        )
+        losses = accumulate(model, batch, signals, into=sources.into if sources and by_source else None, **how)
+        if sources and not by_source:  # a second pass, so that measuring a dose changes nothing of what is learnt
+            accumulate(model, batch, signals, into=sources.into, **how)
+        metrics.add(losses, batch.share)
         seen.append((batch, losses))
-        sums.add(losses, batch.share)
-        if ledger and not apart:  # a second pass, so that measuring changes nothing of what is learnt
-            accumulate(model, batch, voices, placement.autocast, flip=flip, ledger=ledger, recompute=recompute)
-        summed.close(batch)
-    summed.over(world)
+        if reducer:
+            reducer.close(batch)
 
-    dose, doses, weights = None, None, [v.weight for v in voices]
-    if ledger:
-        ledger.settle()
-        doses = ledger.doses()
-        factors = _hold(state, config, voices, doses) if measure else [1.0] * len(voices)
-        if apart:
-            ledger.combine(factors)
-        if held and measure:
-            weights = [w * f for w, f in zip(weights, factors, strict=True)]
-            doses = [d * f for d, f in zip(doses, factors, strict=True)]
-            sums.signal.fill_(sum(w * s for w, s in zip(weights, _unweighted(voices, sums), strict=True)))
-        dose = ledger.dose(factors)
+    # Reduce: gradients and metrics become those of the total batch, the same on every rank.
+    if reducer:
+        reducer.reduce(world)
+
+    # Combine: scale placebos and held doses, and write their sum with the true loss's gradient to `.grad`.
+    weights = _weigh(state, config, sources, metrics) if sources else Weights([s.weight for s in signals])
+    if sources and by_source:
+        sources.write_total(weights.factors)
+
+    # Perturb: known noise, measured against the true loss's gradient.
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if disturbed:
-        true = length(ledger.true if ledger and voices else list(gradients.values()))
-        if config.gradient_noise:
-            add_drawn(gradients, config.gradient_noise * true, "gradient noise", config.seed, step)
-        if config.gradient_bias:
-            add_drawn(gradients, config.gradient_bias * true, "gradient bias", config.seed)
-    norm = length(list(gradients.values()))
-    if not (torch.isfinite(sums.all).all() and isfinite(norm)):
-        where = where_not_finite(model, [batch for batch, _ in seen], world, placement)
-        where += in_which_batch(seen, world, placement.device)
-        raise DivergedError(_what_diverged(step, sums, voices, where))
-    learning_rate, clipped = _take_step(state, config, list(gradients.values()), norm)
-    by_judge = _by_judge(config, voices, sums)
-    stopped = bool(sums.stop)
-    loss, signal_loss = float(sums.loss), float(sums.signal)
-    weights = of_all(config, voices, weights, 0.0)
-    doses = None if doses is None else of_all(config, voices, doses, 0.0)
-    return Update(loss, signal_loss, norm, learning_rate, clipped, stopped, by_judge, weights, dose, doses)
+    if injects_noise:
+        _inject_noise(gradients, config, state.step, sources)
 
+    # Check: every rank has the same sums and so the same answer, and nothing of the state has changed yet.
+    norm = global_norm(gradients.values())
+    if not (isfinite(norm) and metrics.all.isfinite().all()):
+        found = float(metrics.loss), metrics.judges.tolist()
+        raise DivergedError(describe_divergence(state, signals, *found, seen, world, placement))
 
-def _take_step(
-    state: TrainingState, config: TrainingConfig, gradients: list[torch.Tensor], norm: float
-) -> tuple[float, bool]:
-    """Clip gradients of this length, and let the optimizer change the weights; (learning rate, whether clipped)."""
+    # Clip: over all parameters, so that the direction stays.
     clipped = bool(config.grad_clip) and norm > config.grad_clip
     if clipped:
-        torch._foreach_mul_(held(gradients), config.grad_clip / norm)
-    learning_rate = learning_rate_at(state.step, config)
+        torch._foreach_mul_(local_shards(gradients.values()), config.grad_clip / norm)
+
+    # Step, at the schedule's rate.
+    rate = learning_rate_at(state.step, config)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = rate
     state.optimizer.step()
-    torch.autograd.graph.increment_version(state.model.parameters())  # a fused step leaves that out
+    torch.autograd.graph.increment_version(model.parameters())  # a fused step leaves it out, and fast_cpu.py looks
     state.step += 1
     state.clipped += clipped
-    return learning_rate, clipped
+    return _as_update(config, signals, metrics, weights, norm, rate, clipped)
 
 
-def micro_batches(
-    config: TrainingConfig, windows: Windows, world: World, step: int, device: torch.device
-) -> Iterator[Batch]:
-    """This rank's micro-batches of update `step`: consecutive sequences of the same global order for any ranks."""
-    size = micro_batch(config, world)
-    mine = config.sequences // world.size
-    for first in range(world.rank * mine, (world.rank + 1) * mine, size):
-        place = step * config.sequences + first
-        tokens, targets = windows.rows(place, size)
-        tokens, targets = tokens.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        names = windows.window_ids(place, size)
-        yield Batch(tokens, targets, step, config.seed, first, size / config.sequences, names)
+class MicroBatches:
+    """This rank's micro-batches of any update: consecutive sequences of the same global order for any ranks.
+
+    Raises ConfigError where an update cannot be shared equally.
+    """
+
+    def __init__(self, config: TrainingConfig, windows: Windows, world: World, device: torch.device) -> None:
+        self._size, self._sequences, self._seed = config.micro_batch(world.size), config.sequences, config.seed
+        mine = self._sequences // world.size
+        self._firsts = range(world.rank * mine, (world.rank + 1) * mine, self._size)
+        self._windows, self._device = windows, device
+
+    def of(self, step: int) -> Iterator[Batch]:
+        """Those of update `step`, counted from 0."""
+        for first in self._firsts:
+            place = step * self._sequences + first
+            tokens, targets = (t.to(self._device, non_blocking=True) for t in self._windows.rows(place, self._size))
+            names = self._windows.window_ids(place, self._size)
+            yield Batch(tokens, targets, step, self._seed, first, self._size / self._sequences, names)
 
 
-class _Sums:
-    """What is summed over the update and all ranks, in one tensor of float64; spoke: each signal's judges that did."""
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """The learning rate of update `step`, counted from 0.
 
-    def __init__(self, voices: int, n_layer: int, device: torch.device) -> None:
-        self.all = torch.zeros(3 + voices * (n_layer + 1), dtype=torch.float64, device=device)
+    Warmup rises in equal steps to the peak. Then cosine falls to min_lr at the end, constant stays, and wsd
+    (warmup, stable, decay; 2404.06395) stays and falls linearly over the last fifth.
+    """
+    peak, low = config.learning_rate, config.final_learning_rate
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.schedule == "cosine":
+        return low + 0.5 * (1 + math.cos(math.pi * min(1.0, done))) * (peak - low)
+    if config.schedule == "wsd":
+        falling = (step - config.steps * (1 - WSD_DECAY)) / (config.steps * WSD_DECAY)
+        return peak + min(1.0, max(0.0, falling)) * (low - peak)
+    return peak
+
+
+def _reducer(
+    config: TrainingConfig,
+    world: World,
+    parameters: Sequence[Tensor],
+    sources: GradientSources | None,
+    metrics: MetricSums,
+) -> Reducer | None:
+    """None where gradients and metrics are those of the total batch once they are added up."""
+    if world.size == 1 and not config.deterministic:
+        return None
+    return Reducer(config, parameters, [*(sources.tensors() if sources else []), metrics.all])
+
+
+def signals_at(state: TrainingState, config: TrainingConfig) -> list[ActiveSignal]:
+    """The signals of the coming update with their weights: the state's where a dose is held."""
+    weights = []
+    for k, signal in enumerate(config.signals):
+        set_by_dose = state.weights[k] if state.weights else None
+        weight = signal.weight_at(state.step, config.n_layer)
+        weights.append(weight if set_by_dose is None else set_by_dose * signal.schedule_at(state.step))
+    return active_signals(config.signals, weights)
+
+
+class Weights(NamedTuple):
+    """used: every active signal's weight in this update; factors: by which a held dose changed it while under way."""
+
+    used: list[float]
+    factors: Sequence[float] = ()
+    dose: float | None = None
+    doses: list[float] | None = None
+
+
+def _weigh(state: TrainingState, config: TrainingConfig, sources: GradientSources, metrics: MetricSums) -> Weights:
+    """Scale placebos, measure doses, and find the factors of signals whose dose is held."""
+    sources.scale_placebos()
+    doses = sources.doses()
+    factors = _hold_doses(state, config, sources.signals, doses)
+    used = [signal.weight * factor for signal, factor in zip(sources.signals, factors, strict=True)]
+    if any(signal.config.dose is not None for signal in sources.signals):
+        metrics.signal.fill_(sum(w * s for w, s in zip(used, metrics.unweighted(sources.signals), strict=True)))
+    return Weights(used, factors, sources.dose(factors), [d * f for d, f in zip(doses, factors, strict=True)])
+
+
+def _hold_doses(
+    state: TrainingState, config: TrainingConfig, signals: Sequence[ActiveSignal], doses: Sequence[float]
+) -> list[float]:
+    """The factor of each signal that gives this update the dose asked for, to the digit; 1 where none is.
+
+    In every update: gradient norms change severalfold within tens of updates, and a weight that is set every fifty of
+    them lets the dose drift tenfold. The state keeps the weights, for updates in which a gate lets nothing by.
+    """
+    factors = []
+    weights = dict(zip(config.signals, state.weights or [None] * len(config.signals), strict=True))
+    for signal, dose in zip(signals, doses, strict=True):
+        schedule, wanted = signal.config.schedule_at(state.step), signal.config.dose
+        factors.append(1.0 if wanted is None or not 0 < dose < float("inf") else wanted * schedule / dose)
+        if wanted is not None:
+            weights[signal.config] = signal.weight * factors[-1] / schedule
+    if any(signal.dose is not None for signal in config.signals):
+        state.weights = [weights[signal] for signal in config.signals]
+    return factors
+
+
+def _inject_noise(
+    gradients: dict[str, Tensor], config: TrainingConfig, step: int, sources: GradientSources | None
+) -> None:
+    """Add drawn noise and bias whose expected norms are shares of |g_CE|; without sources that is the gradient's."""
+    true = global_norm(sources.true if sources else gradients.values())
+    if config.gradient_noise:
+        add_drawn(gradients, config.gradient_noise * true, "gradient noise", config.seed, step)
+    if config.gradient_bias:
+        add_drawn(gradients, config.gradient_bias * true, "gradient bias", config.seed)
+
+
+class MetricSums:
+    """What is summed over micro-batches and ranks, in one float64 tensor: two losses, stops, every judge's mean."""
+
+    def __init__(self, signals: int, n_layer: int, device: torch.device, stop: bool) -> None:
+        self.all = torch.zeros(3 + signals * (n_layer + 1), dtype=torch.float64, device=device)
         self.loss, self.signal, self.stop = self.all[0], self.all[1], self.all[2]
-        self.judges = self.all[3:].view(voices, n_layer + 1)  # a signal's judge j in column j
-        self.spoke: list[set[int]] = [set() for _ in range(voices)]
+        self.stop += stop
+        self.judges = self.all[3:].view(signals, n_layer + 1)  # a signal's judge j in column j
+        self.read: list[set[int]] = [set() for _ in range(signals)]
+        """The judges of each signal that read in this update."""
 
     def add(self, losses: Losses, share: float) -> None:
         """Add what a micro-batch gave."""
         self.loss += losses.loss * share
         self.signal += losses.signal_loss * share
         for k, means in enumerate(losses.by_judge):
-            self.spoke[k] |= means.keys()
+            self.read[k] |= means.keys()
             for judge, mean in means.items():
                 self.judges[k, judge] += mean * share
 
-
-def speaking(state: TrainingState, config: TrainingConfig) -> list[Voice]:
-    """The signals of this update with their weights, set by dose where one is held."""
-    weights = []
-    for k, signal in enumerate(config.signals):
-        held = state.weights[k] if state.weights else None
-        weight = signal.weight_at(state.step, config.n_layer)
-        weights.append(weight if held is None else held * signal.schedule_at(state.step))
-    return voices_of(config.signals, weights)
+    def unweighted(self, signals: Sequence[ActiveSignal]) -> list[float]:
+        """Each signal's sum over its judges as it stands in the loss, before its weight."""
+        judges = self.judges.shape[1] - 2
+        factors = [judges if signal.config.layers == "rotate" else 1 for signal in signals]
+        return [float(row.sum()) * factor for row, factor in zip(self.judges, factors, strict=True)]
 
 
-def _hold(state: TrainingState, config: TrainingConfig, voices: Sequence[Voice], doses: Sequence[float]) -> list[float]:
-    """The factor of each voice that gives this update the dose asked for, to the digit.
-
-    In every update: gradients change their lengths severalfold within tens of updates, and a weight that is set every
-    fifty of them lets the dose drift tenfold. The state keeps the weights, for updates in which a gate lets nothing by.
-    """
-    factors = []
-    held = dict(zip(config.signals, state.weights or [None] * len(config.signals), strict=True))
-    for voice, dose in zip(voices, doses, strict=True):
-        schedule = voice.config.schedule_at(state.step)
-        wanted = voice.config.dose
-        factors.append(1.0 if wanted is None or not 0 < dose < float("inf") else wanted * schedule / dose)
-        if wanted is not None:
-            held[voice.config] = voice.weight * factors[-1] / schedule
-    if any(s.dose is not None for s in config.signals):
-        state.weights = [held[signal] for signal in config.signals]
-    return factors
+def fill_inactive(
+    config: TrainingConfig, signals: Sequence[ActiveSignal], values: Sequence[_T], inactive: _T
+) -> list[_T]:
+    """One value for each signal of the config, from one for each that is active."""
+    of = dict(zip([signal.config for signal in signals], values, strict=True))
+    return [of.get(signal, inactive) for signal in config.signals]
 
 
-def of_all(config: TrainingConfig, voices: Sequence[Voice], values: Sequence[_T], silent: _T) -> list[_T]:
-    """One value for each signal of the config, where there is one for each voice."""
-    of = dict(zip([voice.config for voice in voices], values, strict=True))
-    return [of.get(signal, silent) for signal in config.signals]
-
-
-def _by_judge(config: TrainingConfig, voices: Sequence[Voice], sums: _Sums) -> list[list[float | None]]:
-    found: list[list[float | None]] = []
-    for spoke, row in zip(sums.spoke, sums.judges.tolist(), strict=True):
-        found.append([row[j] if j in spoke else None for j in range(1, config.n_layer)])
-    return of_all(config, voices, found, [None] * (config.n_layer - 1))
-
-
-def _unweighted(voices: Sequence[Voice], sums: _Sums) -> list[float]:
-    """Each signal's sum over its judges as it stands in the loss, before its weight."""
-    columns = sums.judges.shape[1] - 2
-    factors = [columns if v.config.layers == "rotate" else 1 for v in voices]
-    return [float(row.sum()) * f for row, f in zip(sums.judges, factors, strict=True)]
-
-
-def _what_diverged(step: int, sums: _Sums, voices: Sequence[Voice], where: str) -> str:
-    """One line that names what is not finite: a judge's signal, else the loss, else the gradient."""
-    bad = [
-        (voice.config.name, judge)
-        for voice, row in zip(voices, sums.judges.tolist(), strict=True)
-        for judge, value in enumerate(row)
-        if not isfinite(value)
+def _as_update(
+    config: TrainingConfig,
+    signals: Sequence[ActiveSignal],
+    metrics: MetricSums,
+    weights: Weights,
+    norm: float,
+    rate: float,
+    clipped: bool,
+) -> Update:
+    by_judge: list[list[float | None]] = [
+        [row[j] if j in read else None for j in range(1, config.n_layer)]
+        for read, row in zip(metrics.read, metrics.judges.tolist(), strict=True)
     ]
-    if bad:
-        what = f"the signal {bad[0][0]} of judge {bad[0][1]} (block {bad[0][1]})"
-    elif not isfinite(float(sums.loss)):
-        what = "the true loss"
-    else:
-        what = "the gradient"
-    return (
-        f"diverged at step {step}: {what} is not finite{where}; "
-        "the weights were not changed; lower --learning_rate or --signal.weight and run again"
+    return Update(
+        loss=float(metrics.loss),
+        signal_loss=float(metrics.signal),
+        grad_norm=norm,
+        learning_rate=rate,
+        clipped=clipped,
+        stop=bool(metrics.stop),
+        by_judge=fill_inactive(config, signals, by_judge, [None] * (config.n_layer - 1)),
+        weights=fill_inactive(config, signals, weights.used, 0.0),
+        dose=weights.dose,
+        doses=None if weights.doses is None else fill_inactive(config, signals, weights.doses, 0.0),
     )

@@ -13,8 +13,7 @@ from gptlab.analysis.load import read
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown
 from gptlab.options import build
-from gptlab.training.config import TrainingConfig
-from gptlab.training.flops import run_flops
+from gptlab.training.config import TrainingConfig, run_flops
 
 OWN = {1: 2.50, 2: 2.53, 3: 2.49}
 PLAIN = {1: 2.30, 2: 2.31, 3: 2.32}

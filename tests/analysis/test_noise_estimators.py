@@ -15,7 +15,7 @@ from torch import nn
 from gptlab.analysis import probe
 from gptlab.analysis.noise import estimators
 from gptlab.errors import ConfigError, DivergedError
-from gptlab.training.inner_products import InnerProducts
+from gptlab.training.gradient_noise import InnerProducts
 
 ROOT = Path(__file__).parents[2]
 

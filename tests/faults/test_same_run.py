@@ -15,7 +15,7 @@ from gptlab.data.corpus import open_corpus
 from gptlab.distributed import World
 from gptlab.options import build
 from gptlab.training.config import TrainingConfig
-from gptlab.training.step import micro_batches
+from gptlab.training.step import MicroBatches
 
 FIVE_STEPS = {"steps": 5, "eval_every": 5, "sample_every": 0, "checkpoint_every": 5, "dose_every": 0}
 
@@ -43,7 +43,7 @@ def test_the_same_sequences_in_the_same_order_for_any_ranks(size: int, corpus: P
 
     def tokens(ranks: int, step: int) -> torch.Tensor:
         worlds = [World(rank, ranks) for rank in range(ranks)]
-        batches = [b for world in worlds for b in micro_batches(config, windows, world, step, torch.device("cpu"))]
+        batches = [b for world in worlds for b in MicroBatches(config, windows, world, torch.device("cpu")).of(step)]
         return torch.cat([batch.tokens for batch in batches])
 
     for step in range(6):  # across the end of an epoch

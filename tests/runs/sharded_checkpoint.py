@@ -24,7 +24,7 @@ from gptlab.model import GPT, GPTConfig
 from gptlab.runs import checkpoint, sharded
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
-from gptlab.training.sharding import cut_like, shard_blocks, whole
+from gptlab.training.sharding import full_tensor, shard_blocks, shard_like
 from gptlab.training.state import TrainingState
 
 SHAPE = GPTConfig(block_size=8, vocab_size=31, n_layer=3, n_head=2, n_embd=10)  # 10 rows: 4 ranks hold 3, 3, 3 and 1
@@ -36,7 +36,7 @@ def moved_on(model: GPT, seed: int) -> TrainingState:
     state = TrainingState(model, build_optimizer(model, TrainingConfig()))
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
-        p.grad = cut_like(torch.randn(p.shape, generator=generator), p.detach())
+        p.grad = shard_like(torch.randn(p.shape, generator=generator), p.detach())
     state.optimizer.step()
     state.step = seed
     return state
@@ -52,7 +52,7 @@ def main(world: World, source: str, out: Path, full: bool) -> None:
         saved = checkpoint.load(Path(source))
         for mine, theirs in zip(state.tensors(), (saved.weights, saved.moments), strict=True):
             assert mine.keys() == theirs.keys()
-            assert all(torch.equal(whole(mine[name]), theirs[name]) for name in theirs)
+            assert all(torch.equal(full_tensor(mine[name]), theirs[name]) for name in theirs)
         assert state.step == saved.step
         assert model.lm_head.weight is model.wte.weight, "tied"
     if full and world.rank == world.size - 1:

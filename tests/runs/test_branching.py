@@ -20,8 +20,8 @@ from gptlab.runs.branching import Branched, Progress, branch
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig
+from gptlab.training.block_loss import Batch
 from gptlab.training.state import TrainingState
-from gptlab.training.verdicts import Batch
 
 PLACEMENT = Placement(torch.device("cpu"), None, 1, False, {})
 PLAN = Plan(steps=3, averages=(1, 4), seeds=(1, 2))

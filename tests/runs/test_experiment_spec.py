@@ -15,8 +15,7 @@ from gptlab.errors import ConfigError
 from gptlab.options import build
 from gptlab.runs.cells import cells_of
 from gptlab.runs.experiment_spec import Arm, Experiment, as_toml, find_experiment, read_experiment
-from gptlab.training.config import TrainingConfig
-from gptlab.training.flops import flops_per_token
+from gptlab.training.config import TrainingConfig, flops_per_token
 
 READY = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 GOOD = """

@@ -19,7 +19,7 @@ from torch import Tensor
 from gptlab.distributed import World
 from gptlab.model.gpt import Block
 from gptlab.signals import SIGNALS, SignalConfig
-from gptlab.training.sharding import held, is_sharded
+from gptlab.training.sharding import is_sharded, local_shards
 
 PLACEBO = SignalConfig("advantage", control="placebo", evaluator="live", positions=0.5)
 RUNS: dict[str, dict[str, Any]] = {
@@ -59,9 +59,9 @@ def outcome(run: Run, cut: tuple[int, ...], world: World) -> dict[str, Tensor]:
 
 def bytes_held(run: Run) -> Tensor:
     """Of weights and of both moments, in this process."""
-    weights = held(list(run.state.model.parameters()))
+    weights = local_shards(list(run.state.model.parameters()))
     moments = [s[key] for s in run.state.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    return torch.tensor([sum(t.nbytes for t in tensors) for tensors in (weights, held(moments))])
+    return torch.tensor([sum(t.nbytes for t in tensors) for tensors in (weights, local_shards(moments))])
 
 
 @contextmanager

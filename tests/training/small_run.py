@@ -16,11 +16,11 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
+from gptlab.training.block_loss import Batch
 from gptlab.training.optimizer import build_optimizer
-from gptlab.training.sharding import shard_blocks, whole
+from gptlab.training.sharding import full_tensor, shard_blocks
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, update
-from gptlab.training.verdicts import Batch
 
 SEQUENCES, T, V, L = 12, 8, 31, 4
 WINDOWS = 36
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return {name: whole(p.detach()).clone() for name, p in self.state.model.named_parameters()}
+        return {name: full_tensor(p.detach()).clone() for name, p in self.state.model.named_parameters()}
 
 
 def make_run(

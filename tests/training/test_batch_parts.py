@@ -12,8 +12,8 @@ from small_run import WINDOWS, Run, make_run
 
 from gptlab.distributed import World
 from gptlab.signals import SignalConfig
+from gptlab.training.block_loss import Batch
 from gptlab.training.step import Update, update
-from gptlab.training.verdicts import Batch
 
 SIGNALS: dict[str, dict[str, Any]] = {
     "confidence": {"signal": SignalConfig("confidence")},

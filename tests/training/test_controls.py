@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
+from gptlab.training.block_loss import accumulate, active_signals
 from gptlab.training.controls import flipped, named, permuted, rotated, rotation, shuffled
+from gptlab.training.gradient_sources import GradientSources
+from gptlab.training.sharding import global_norm
 
 Gradients = dict[str, Tensor]
 
@@ -93,14 +96,11 @@ def test_a_placebo_is_as_long_as_its_signal_on_the_total_batch(name: str, option
 
 def test_a_placebo_must_be_scaled_to_be_as_long() -> None:
     """What the test above would show without the scaling: a rotation alone reaches the weights at another length."""
-    from gptlab.training.gradients import Ledger, accumulate, voices_of
-    from gptlab.training.sharding import length
-
     run = make_run(signal=SignalConfig("confidence", control="placebo"))
-    ledger = Ledger(run.state.model, voices_of(run.config.signals, [0.25]), seed=1)
+    sources = GradientSources(run.state.model, active_signals(run.config.signals, [0.25]), seed=1)
     for batch in run.batches():
-        accumulate(run.state.model, batch, ledger.voices, ledger=ledger)
-    assert abs(length(ledger.placebos[0]) / length(ledger.signals[0]) - 1) > 0.05
+        accumulate(run.state.model, batch, sources.signals, into=sources.into)
+    assert abs(global_norm(sources.placebos[0]) / global_norm(sources.taught[0]) - 1) > 0.05
 
 
 def test_a_placebos_direction_is_fixed_for_the_run_and_another_for_every_seed() -> None:

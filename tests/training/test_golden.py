@@ -17,10 +17,10 @@ from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig
+from gptlab.training.block_loss import Batch
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.state import TrainingState
 from gptlab.training.step import update
-from gptlab.training.verdicts import Batch
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "shakespeare_tiny.json"
 STEPS = 20

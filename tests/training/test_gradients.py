@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from gptlab.errors import ConfigError, DataError
 from gptlab.model import GPT
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
-from gptlab.training import Losses, backward, verdicts
+from gptlab.training import Losses, backward, block_loss
 
 ROUTES = [
     {"evaluator": evaluator, "reach": reach, "embeddings": embeddings}
@@ -202,7 +202,7 @@ def test_sampled_positions_average_to_all_of_them(monkeypatch: pytest.MonkeyPatc
     sampled, drawn = SignalConfig("confidence", positions=0.4), []
     for pair in combinations(range(T), 2):
         order = np.array([*pair, *(i for i in range(T) if i not in pair)])
-        monkeypatch.setattr(verdicts, "permutation", lambda *key, order=order: order)
+        monkeypatch.setattr(block_loss, "permutation", lambda *key, order=order: order)
         drawn.append(found(sampled)[0])
     everyone, _ = found(SignalConfig("confidence"))
     mean = {name: sum(g[name] for g in drawn) / len(drawn) for name in everyone}

@@ -9,7 +9,8 @@ import pytest
 
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.optimizer import build_optimizer, learning_rate_at
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.step import learning_rate_at
 
 
 def rates(**options: Any) -> list[float]:

@@ -16,7 +16,7 @@ from gptlab.distributed import World
 from gptlab.errors import ConfigError
 from gptlab.model import GPTConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.sharding import cut_like, held, length, whole
+from gptlab.training.sharding import full_tensor, global_norm, local_shards, shard_like
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -65,7 +65,7 @@ def test_what_needs_whole_tensors_is_refused(options: dict[str, Any], words: str
 
 def test_whole_tensors_need_no_processes() -> None:
     tensors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
-    assert length(tensors) == pytest.approx(5.0)
-    assert whole(tensors[0]) is tensors[0]
-    assert cut_like(tensors[0], tensors[1]) is tensors[0]
-    assert all(a is b for a, b in zip(held(tensors), tensors, strict=True))
+    assert global_norm(tensors) == pytest.approx(5.0)
+    assert full_tensor(tensors[0]) is tensors[0]
+    assert shard_like(tensors[0], tensors[1]) is tensors[0]
+    assert all(a is b for a, b in zip(local_shards(tensors), tensors, strict=True))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gptlab.analysis.statistics import Interval, jackknife
-from gptlab.training.inner_products import InnerProducts, over_pairs
+from gptlab.training.gradient_noise import InnerProducts, over_pairs
 
 
 @dataclass(frozen=True)

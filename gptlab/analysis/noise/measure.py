@@ -21,13 +21,19 @@ from gptlab.errors import ConfigError, DivergedError
 from gptlab.signals import tuned_lens
 from gptlab.signals.config import SignalConfig
 from gptlab.signals.readout import Readout
+from gptlab.training.block_loss import ActiveSignal
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import SHAPE, hidden_states
-from gptlab.training.group_gradients import GroupGradients, Groups, parts_of, rows_of
-from gptlab.training.inner_products import InnerProducts, inner_products
+from gptlab.training.gradient_noise import (
+    GroupGradients,
+    Groups,
+    InnerProducts,
+    inner_products,
+    parts_by_block,
+    rows_of,
+)
 from gptlab.training.optimizer import adam_metric
 from gptlab.training.state import TrainingState
-from gptlab.training.verdicts import Voice
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of): told while something long is under way."""
@@ -65,8 +71,8 @@ def measure(
     """
     seed, step = subject.windows.seed, subject.state.step
     groups = Groups(subject.next_sequence, options.groups, options.group, options.batch_size, step, seed)
-    voices = {name: _voice(subject, config) for name, config in signals.items()}
-    found = gradient_figures(subject, groups, voices, progress)
+    active = {name: _at_full_weight(subject, config) for name, config in signals.items()}
+    found = gradient_figures(subject, groups, active, progress)
     for name, branch in (branches or {}).items():
         found["signals"][name]["branch"] = branch
     return {
@@ -83,7 +89,7 @@ def measure(
     }
 
 
-def _voice(subject: Subject, config: SignalConfig) -> Voice:
+def _at_full_weight(subject: Subject, config: SignalConfig) -> ActiveSignal:
     """The signal with its whole weight, whatever its schedule says of this step; of the run's own, the one it holds."""
     n_layer = subject.state.model.config.n_layer
     if n_layer < 2:
@@ -91,21 +97,21 @@ def _voice(subject: Subject, config: SignalConfig) -> Voice:
     config.judges_at(subject.state.step, n_layer, subject.windows.seed)
     for own, held in zip(subject.config.signals, subject.state.weights, strict=False):
         if (own.name, own.weight) == (config.name, config.weight) and held is not None:
-            return Voice(config, held)
-    return Voice(config, 1 / n_layer if config.weight is None else config.weight)
+            return ActiveSignal(config, held)
+    return ActiveSignal(config, 1 / n_layer if config.weight is None else config.weight)
 
 
 def gradient_figures(
-    subject: Subject, groups: Groups, voices: Mapping[str, Voice], progress: Progress
+    subject: Subject, groups: Groups, active: Mapping[str, ActiveSignal], progress: Progress
 ) -> dict[str, Any]:
-    """{"signals": {name: {"total", "blocks"}}} of the true loss and every voice, and whether Adam's moments are there.
+    """{"signals": {name: {"total", "blocks"}}} of the true loss and every signal, and whether Adam's moments are there.
 
     Raises DivergedError where a gradient is not finite.
     """
     model, placement = subject.state.model, subject.placement
     rows = rows_of(subject.windows)
-    gather = GroupGradients(model, list(voices.values()), groups, rows, placement.device, placement.autocast)
-    parts, blocks = parts_of(model)
+    gather = GroupGradients(model, list(active.values()), groups, rows, placement.device, placement.autocast)
+    parts, blocks = parts_by_block(model)
     metric = adam_metric(list(model.parameters()), subject.state.optimizer)
     metrics = [None] if metric is None else [None, metric]
 
@@ -117,13 +123,13 @@ def gradient_figures(
     scaled = [[part.scaled(factors) for part in of_metric] for of_metric in measured]
     tokens = groups.size * subject.windows.block_size
     signals = {}
-    for source, name in enumerate((TRUE_LOSS, *voices)):
+    for source, name in enumerate((TRUE_LOSS, *active)):
         signals[name] = entry(scaled, blocks, source, name)
         for one in (signals[name]["total"], *signals[name]["blocks"]):
             scale = one["noise_scale"]
             one["noise_scale_tokens"] = None if scale is None else scale * tokens
-        if name in voices:
-            signals[name]["weight"] = voices[name].weight
+        if name in active:
+            signals[name]["weight"] = active[name].weight
     return {"preconditioned": metric is not None, "signals": signals}
 
 

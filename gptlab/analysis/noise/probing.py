@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gptlab.analysis.noise.measure import entry
 from gptlab.errors import ConfigError
-from gptlab.training.inner_products import Gradients, inner_products
+from gptlab.training.gradient_noise import Gradients, inner_products
 from gptlab.training.optimizer import adam_metric
 
 _BLOCK = re.compile(r"(?:.*\.)?(?:h|layers|blocks|layer)\.(\d+)\.")

@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlab.distributed import World
 from gptlab.errors import ConfigError
 from gptlab.training import TrainingConfig
-from gptlab.training.summing import micro_batch
-from gptlab.training.tree_sum import Node, TreeSum, whole_subtrees
+from gptlab.training.reduction import Node, TreeSum, complete_subtrees
 
 
 def terms(count: int) -> Tensor:
@@ -53,7 +51,7 @@ def test_any_number_of_ranks_gives_the_bits_of_the_recursion(count: int) -> None
         for rank in range(ranks):
             roots = held(units, ranks, rank).roots
             each = count // ranks
-            assert [node for node, _ in roots] == whole_subtrees(range(rank * each, (rank + 1) * each))
+            assert [node for node, _ in roots] == complete_subtrees(range(rank * each, (rank + 1) * each))
             for node, tensors in roots:
                 together.add(node, tensors)
         (total,) = together.total()
@@ -62,10 +60,10 @@ def test_any_number_of_ranks_gives_the_bits_of_the_recursion(count: int) -> None
 
 def test_units_are_as_large_for_any_ranks_and_what_cannot_be_shared_is_refused() -> None:
     config = TrainingConfig(block_size=32, total_batch_tokens=32 * 12, batch_size=5, deterministic=True, threads=1)
-    assert [micro_batch(config, World(0, ranks)) for ranks in (1, 3)] == [4, 4]
+    assert [config.micro_batch(ranks) for ranks in (1, 3)] == [4, 4]
     with pytest.raises(
         ConfigError, match=r"12 sequences is 3 micro-batches of 4 .* 2 processes cannot share; use 1, 3"
     ):
-        micro_batch(config, World(0, 2))
+        config.micro_batch(2)
     with pytest.raises(ConfigError, match="deterministic needs a fixed number of threads"):
         TrainingConfig(deterministic=True)

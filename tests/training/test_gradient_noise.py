@@ -11,11 +11,18 @@ from small_run import SEQUENCES, Run, make_run
 from torch import Tensor
 
 from gptlab.signals import SignalConfig
-from gptlab.training.gradients import Ledger, accumulate
-from gptlab.training.group_gradients import GroupGradients, Groups, parts_of
-from gptlab.training.inner_products import Gradients, inner_products, over_pairs, products, sums_over
-from gptlab.training.sharding import length
-from gptlab.training.verdicts import Voice
+from gptlab.training.block_loss import ActiveSignal, accumulate
+from gptlab.training.gradient_noise import (
+    GroupGradients,
+    Groups,
+    inner_products,
+    over_pairs,
+    parts_by_block,
+    products,
+    sums_over,
+)
+from gptlab.training.gradient_sources import Gradients, GradientSources
+from gptlab.training.sharding import global_norm
 
 SIGNALS = (
     SignalConfig("confidence"),
@@ -33,8 +40,8 @@ def gathered(run: Run, groups: Groups, signals: tuple[SignalConfig, ...] = SIGNA
         tokens = windows[[row for _, row in names]]
         return tokens[:, :-1], tokens[:, 1:], names
 
-    voices = [Voice(signal, 0.25) for signal in signals]
-    return GroupGradients(run.state.model, voices, groups, rows, torch.device("cpu"))
+    active = [ActiveSignal(signal, 0.25) for signal in signals]
+    return GroupGradients(run.state.model, active, groups, rows, torch.device("cpu"))
 
 
 GROUPS = Groups(first=0, count=3, size=4, seed=1)
@@ -47,20 +54,20 @@ def test_micro_batches_do_not_change_a_group(batch_size: int) -> None:
     for a, b in zip(whole(1), cut(1), strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
-        assert length(a) > 0
+        assert global_norm(a) > 0
 
 
 def test_groups_average_to_the_gradient_of_an_update_placebos_too() -> None:
     run = make_run()
     gather = gathered(run, GROUPS)
-    sums, _ = sums_over(gather, range(3), [0] * len(run.weights), gather.nothing())
+    sums, _ = sums_over(gather, range(3), [0] * len(run.weights), gather.zeros())
     factors = gather.factors(products(sums, sums, [0] * len(run.weights))[0])
     (batch,) = run.batches()
-    ledger = Ledger(run.state.model, gather.voices, batch.seed)
-    accumulate(run.state.model, batch, gather.voices, ledger=ledger)
-    ledger.settle()
+    sources = GradientSources(run.state.model, gather.signals, batch.seed)
+    accumulate(run.state.model, batch, gather.signals, into=sources.into)
+    sources.scale_placebos()
     assert SEQUENCES == GROUPS.count * GROUPS.size
-    for total, factor, expected in zip(sums, factors, [ledger.true, *ledger.parts], strict=False):
+    for total, factor, expected in zip(sums, factors, [sources.true, *sources.parts], strict=False):
         for g, e in zip(total, expected, strict=True):
             torch.testing.assert_close(g * factor / 3, e, rtol=1e-9, atol=1e-12)
 
@@ -68,7 +75,7 @@ def test_groups_average_to_the_gradient_of_an_update_placebos_too() -> None:
 def test_gradients_made_twice_give_the_figures_of_gradients_kept() -> None:
     run = make_run()
     gather = gathered(run, GROUPS)
-    parts, blocks = parts_of(run.state.model)
+    parts, blocks = parts_by_block(run.state.model)
     assert (sorted(set(parts)), blocks) == ([0, 1, 2, 3, 4], [0, 1, 2, 3])
     metric = [torch.full_like(p, 2.0) for p in run.state.model.parameters()]
     kept = inner_products(gather, 3, parts, [None, metric])
@@ -78,7 +85,7 @@ def test_gradients_made_twice_give_the_figures_of_gradients_kept() -> None:
         assert np.array_equal(plain.cross, other.cross)
         assert doubled.cross == pytest.approx(2 * plain.cross)
     # one pass, shared among two ranks, says the same of pairs
-    halves = [sums_over(gather, groups, parts, gather.nothing()) for groups in (range(0, 3, 2), range(1, 3, 2))]
+    halves = [sums_over(gather, groups, parts, gather.zeros()) for groups in (range(0, 3, 2), range(1, 3, 2))]
     both: list[Gradients] = [
         [a + b for a, b in zip(*of, strict=True)] for of in zip(halves[0][0], halves[1][0], strict=True)
     ]
@@ -88,6 +95,6 @@ def test_gradients_made_twice_give_the_figures_of_gradients_kept() -> None:
 
 
 def test_shared_blocks_are_one_part() -> None:
-    parts, blocks = parts_of(make_run(share_blocks=True).state.model)
+    parts, blocks = parts_by_block(make_run(share_blocks=True).state.model)
     assert blocks == [0, 0, 0, 0]
     assert set(parts) == {0, 1}

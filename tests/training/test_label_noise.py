@@ -15,7 +15,8 @@ from gptlab.device import Placement
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.clean import LEAST, clean_loss, undo_uniform_flips
+from gptlab.training.controls import LEAST_PROBABILITY as LEAST
+from gptlab.training.controls import clean_loss, undo_uniform_flips
 from gptlab.training.evaluate import validate
 
 SHARES = [0.1, 0.4, 0.7]

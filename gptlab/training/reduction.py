@@ -1,20 +1,59 @@
-"""Sums in one fixed tree, however the terms are shared among processes: what `--deterministic` is made of.
+"""Sums over an update's micro-batches and processes: gradients, by source or not, and metrics.
 
-Floating-point addition depends on its order. Here the terms are an update's units, micro-batches of a fixed number of
-sequences, and their sum is a binary tree over the units' places in the update: unit 2k with 2k+1, pairs with pairs, and
-so on. A process holds a run of consecutive units and adds those subtrees that are whole within it; the roots of these
-go to every process, which adds the rest in the same tree.
+As a rule micro-batches are added as they come and processes by an all-reduce. Floating-point addition depends on its
+order, so `--deterministic` does both in one fixed binary tree over the update's units, which are micro-batches of a
+fixed number of sequences: unit 2k with 2k+1, pairs with pairs, and so on. A process holds a run of consecutive units
+and adds the subtrees that are complete within it; the roots of these go to every process, which adds the rest in the
+same tree. So the bits are the same for any number of processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gptlab.distributed import World, buckets
+from gptlab.training.block_loss import Batch
+from gptlab.training.config import TrainingConfig
+from gptlab.training.sharding import is_sharded
+
+
+class Reducer:
+    """An update's sums: the parameters' `.grad`, and other tensors, which are summed in place."""
+
+    def __init__(self, config: TrainingConfig, parameters: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+        self._parameters, self._others = parameters, others
+        self._tree = TreeSum() if config.deterministic else None
+        self._unit = config.micro_batch(1) if config.deterministic else 0
+        self._units = config.sequences // self._unit if self._unit else 0
+
+    def close(self, batch: Batch) -> None:
+        """A micro-batch is in. Every unit of a tree begins with nothing, so that it does not depend on others."""
+        if self._tree is None:
+            return
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        assert len(gradients) == len(self._parameters), "the true loss reaches every parameter"
+        self._tree.add(Node(0, batch.first_sequence // self._unit), [*gradients, *(t.clone() for t in self._others)])
+        for p in self._parameters:
+            p.grad = None
+        for t in self._others:
+            t.zero_()
+
+    def reduce(self, world: World) -> None:
+        """Replace everything by its sum over all ranks."""
+        if self._tree is None:
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            for tensors in (gradients, self._others):
+                world.sum_([t for t in tensors if not is_sharded(t)])  # FSDP2 has summed its own in every backward
+            return
+        total = self._tree.total_over(world, self._units)
+        for p, gradient in zip(self._parameters, total, strict=False):
+            p.grad = gradient
+        for t, value in zip(self._others, total[len(self._parameters) :], strict=True):
+            t.copy_(value)
 
 
 class Node(NamedTuple):
@@ -29,7 +68,7 @@ class Node(NamedTuple):
 
 
 class TreeSum:
-    """The sums of the subtrees that are whole so far, in the order of units.
+    """The sums of the subtrees that are complete so far, in the order of units.
 
     At any time there are about log2(units) of them, each as large as one term.
     """
@@ -60,7 +99,7 @@ class TreeSum:
         if world.size == 1:
             return self.total()
         each = units // world.size
-        nodes = [whole_subtrees(range(rank * each, (rank + 1) * each)) for rank in range(world.size)]
+        nodes = [complete_subtrees(range(rank * each, (rank + 1) * each)) for rank in range(world.size)]
         assert [node for node, _ in self.roots] == nodes[world.rank], "this rank's units were added in order"
         most = max(map(len, nodes))
         for places in buckets(self.roots[0][1]):
@@ -77,7 +116,7 @@ class TreeSum:
         return self.roots[0][1]
 
 
-def whole_subtrees(units: Iterable[int]) -> list[Node]:
+def complete_subtrees(units: Iterable[int]) -> list[Node]:
     """The fewest subtrees that cover consecutive units."""
     nodes: list[Node] = []
     for unit in units:
