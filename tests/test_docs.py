@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from scripts import load_script
 
-from gptlab.runs.experiment_spec import KEYS, TUNE_KEYS
+from gptlab.runs.experiment_spec import KEYS, TUNE_KEYS, read_experiment
 from gptlab.runs.folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,24 @@ def test_the_readme_is_short_and_starts_with_the_two_commands() -> None:
     assert "source setup.sh && pytest" in first_screen
     for screen in re.findall(r"^screen -dm .*$", (ROOT / "docs" / "how-to.md").read_text(), flags=re.MULTILINE):
         assert screen in README
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_every_file_that_a_page_names_exists(page: Path) -> None:
+    if page.name == "LOG.md":
+        pytest.skip("the log names files of its time")
+    named = re.findall(r"\b(?:gptlab|tests|tools|benchmarks)/[\w/.]+\.\w+", page.read_text(encoding="utf-8"))
+    assert not [name for name in named if not (ROOT / name).exists()]
+    if page.name == "architecture.md":
+        assert len(named) > 40
+
+
+@pytest.mark.parametrize(("page", "name"), [("tutorial.md", "margin"), ("experiment-files.md", "1_noise")])
+def test_the_experiments_in_the_documents_are_ones(page: str, name: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (tmp_path / "idea.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    (tmp_path / "experiment.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
+    assert read_experiment(tmp_path / "experiment.toml").name == name
 
 
 def test_a_figure_begins_no_line() -> None:
