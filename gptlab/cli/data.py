@@ -137,10 +137,7 @@ def _summary(corpus: Corpus) -> dict[str, Any]:
         "splits": {
             split: {
                 "tokens": corpus.tokens(split),
-                "shards": [
-                    {"file": shard.name, "tokens": shard.tokens, "sha256": shard.sha256}
-                    for shard in corpus.splits[split]
-                ],
+                "shards": [shard.as_json() for shard in corpus.splits[split]],
             }
             for split in SPLITS
         },

@@ -20,8 +20,8 @@ from gptlab.data.input_files import LeftOut, find_files
 from gptlab.data.shakespeare import Shakespeare
 from gptlab.data.source import Documents, Position, Source
 from gptlab.data.synthetic import SYNTHETIC, synthetic
-from gptlab.data.text_files import count_documents, read_documents
-from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package, shortened, shown
+from gptlab.data.text_files import count_documents, one_line, read_documents
+from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package, shown
 from gptlab.randomness import key_bits
 
 if TYPE_CHECKING:
@@ -111,9 +111,8 @@ class TextFiles(Source):
         unusual = {"text_field": self.text_field, "skip_null": self.skip_null}
         return found | {key: value for key, value in unusual.items() if value not in ("text", False)}
 
-    def account(self) -> dict[str, Any]:
-        left_out = {"left_out": self.left_out.as_json()} if self.left_out.count else {}
-        return {**left_out, **({"nulls": sum(nulls for _, nulls in self._counts)} if self.skip_null else {})}
+    def nulls(self) -> int | None:
+        return sum(nulls for _, nulls in self._counts) if self.skip_null else None
 
     def documents(self, stream: str, position: Position = None) -> Documents:
         counts = [count for count, _ in self._counts]
@@ -145,9 +144,6 @@ class FineWebEdu(Source):
     def settings(self) -> dict[str, Any]:
         inputs = {"inputs": describe_files(self.files)} if self.files else {}
         return {"dataset": FINEWEB_EDU, "config": FINEWEB_EDU_CONFIG, **inputs}
-
-    def account(self) -> dict[str, Any]:
-        return {"left_out": self.left_out.as_json()} if self.left_out.count else {}
 
     def documents(self, stream: str, position: Position = None) -> Documents:
         if not self.files:
@@ -197,7 +193,7 @@ def open_stream(
         )  # columns: the others stay on the server
     except Exception as error:  # the hub's client raises dozens of kinds, from several packages
         raise DataError(
-            f"cannot open {dataset}: {_one_line(error)}: a network is needed, or parquet files given with --input"
+            f"cannot open {dataset}: {one_line(error)}: a network is needed, or parquet files given with --input"
         ) from error
 
 
@@ -214,7 +210,7 @@ def stream_documents(dataset: datasets.IterableDataset, position: Position = Non
                 row = next(rows, None)
             except Exception as error:
                 raise DataError(
-                    f"the stream broke off: {_one_line(error)}: run the same command again to resume"
+                    f"the stream broke off: {one_line(error)}: run the same command again to resume"
                 ) from error
             if row is None:
                 return
@@ -255,7 +251,3 @@ def _head_and_tail(text: str, fraction: float, file: Path) -> tuple[str, str]:
     cut = len(text) - max(1, int(len(text) * fraction))
     line = text.rfind("\n", max(0, 2 * cut - len(text)), cut) + 1
     return text[: line or cut], text[line or cut :]
-
-
-def _one_line(error: Exception) -> str:
-    return shortened(" ".join(str(error).split()), 300) or type(error).__name__

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from gptlab.data.corpus import FORMAT, MANIFEST, SPLITS, Corpus, open_corpus
 from gptlab.data.prepare import Resume, cut_into_chunks, encode_in_order, pack, write_manifest
@@ -89,7 +88,7 @@ def merge_parts(out: Path, name: str, parts: int) -> Corpus:
         "vocab_size": get_tokenizer(tokenizers[0]).vocab_size,
         "complete": True,
         "documents": sum(part.documents for part in found),
-        "splits": {split: [_entry(shard) for part in found for shard in getattr(part, split)] for split in SPLITS},
+        "splits": {split: [shard.as_json() for part in found for shard in getattr(part, split)] for split in SPLITS},
     }
     if not all(manifest["splits"].values()):
         raise DataError(f"{out}: expected documents for training and for validation, found too few: lower shard_tokens")
@@ -103,10 +102,6 @@ def merge_parts(out: Path, name: str, parts: int) -> Corpus:
 
 def _listing(out: Path, number: int) -> Path:
     return out / f"part_{number:05d}.json"
-
-
-def _entry(shard: ShardInfo) -> dict[str, Any]:
-    return {"file": shard.name, "tokens": shard.tokens, "sha256": shard.sha256}
 
 
 def _read(path: Path) -> Part:

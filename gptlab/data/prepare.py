@@ -204,7 +204,7 @@ def _write_shards(
                 if len(tokens):
                     split = "val" if stream == "val" or (stream == "all" and not splits["val"]) else "train"
                     shard = write_shard(out / f"{split}_{len(splits[split]):06d}.bin", tokens)
-                    splits[split].append({"file": shard.name, "tokens": shard.tokens, "sha256": shard.sha256})
+                    splits[split].append(shard.as_json())
                 manifest.update(documents=resume.documents, resume=asdict(resume))
                 write_manifest(out / PARTIAL_MANIFEST, manifest)
                 if may_stop():
@@ -338,7 +338,8 @@ def _begin(out: Path, settings: dict[str, Any], source: Source, floor: EntropyFl
         **settings,
         **({"floor": floor.as_json()} if floor else {}),
         **({MODIFIED: [file.stat().st_mtime_ns for file in source.files]} if source.files else {}),
-        **source.account(),
+        **({"left_out": source.left_out.as_json()} if source.left_out.count else {}),
+        **({"nulls": nulls} if (nulls := source.nulls()) is not None else {}),
         "vocab_size": get_tokenizer(settings["tokenizer"]).vocab_size,
         "complete": False,
         "documents": 0,

@@ -41,6 +41,10 @@ class ShardInfo:
     tokens: int
     sha256: str
 
+    def as_json(self) -> dict[str, str | int]:
+        """What a manifest lists."""
+        return {"file": self.name, "tokens": self.tokens, "sha256": self.sha256}
+
 
 def write_shard(path: Path, tokens: np.ndarray) -> ShardInfo:
     """Write (n,) uint16 `tokens` to `path`, whole or not at all. Raises DataError where the disk refuses."""

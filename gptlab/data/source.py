@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gptlab.data.input_files import LeftOut
 from gptlab.errors import ConfigError, shown
 
 Position = Any  # JSON-able; None is the beginning
@@ -28,6 +29,8 @@ class Source(ABC):
     streams: tuple[str, ...]
     files: tuple[Path, ...] = ()
     """Where a change since the corpus was prepared can be seen."""
+    left_out: LeftOut = LeftOut()
+    """What lies next to the files and is not read."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -45,9 +48,9 @@ class Source(ABC):
         """The loss that no model can beat, where the documents come from a known distribution."""
         return None
 
-    def account(self) -> dict[str, Any]:
-        """What a manifest says of documents that are not there, JSON-able: `left_out`, `nulls`. Raises DataError."""
-        return {}
+    def nulls(self) -> int | None:
+        """Documents that are left out because they are null, where that was asked for. Raises DataError."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ class _Unpacking(io.RawIOBase):
         try:
             piece = self._read(len(buffer))
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{self._budget.file} is damaged: {_one_line(error)}: fetch or make it again") from error
+            raise DataError(f"{self._budget.file} is damaged: {one_line(error)}: fetch or make it again") from error
         self._budget.take(len(piece))
         buffer[: len(piece)] = piece
         return len(piece)
@@ -218,7 +218,7 @@ def _parsed(line: bytes, where: str) -> Any:
         return parse_json(line.decode("utf-8-sig"))
     except ValueError as error:  # bad JSON, bad UTF-8
         looks = _other_encoding(line)
-        found = f"what may be {looks}" if looks else _one_line(error)
+        found = f"what may be {looks}" if looks else one_line(error)
         raise DataError(f"{where}: expected a JSON object, found {found}: mend that line") from error
 
 
@@ -233,7 +233,7 @@ def _json_values(stream: BinaryIO, file: Path) -> Iterator[Any]:
             value, place = json.JSONDecoder().raw_decode(text, place)
             yield value
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: expected JSON, found {_one_line(error)}: mend that place") from error
+        raise DataError(f"{file}: expected JSON, found {one_line(error)}: mend that place") from error
 
 
 def _row(record: Any, text_field: str, where: str) -> Row:
@@ -268,7 +268,7 @@ def _read_parquet(file: Path, start: int, text_field: str) -> Iterator[Row]:
         raise
     except (ValueError, OSError, pyarrow.ArrowException) as error:  # what damaged pages come to
         raise DataError(
-            f"{file} is damaged after row {number}: {_one_line(error)}: mend or leave out that file"
+            f"{file} is damaged after row {number}: {one_line(error)}: mend or leave out that file"
         ) from error
 
 
@@ -290,7 +290,7 @@ def _open_parquet(file: Path, text_field: str) -> Iterator[Any]:
             _Budget(file).take(max(table.metadata.num_rows, sum(_row_groups(table))))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(
-                f"{file}: expected a parquet file, found {_one_line(error)}: mend or leave out that file"
+                f"{file}: expected a parquet file, found {one_line(error)}: mend or leave out that file"
             ) from error
         yield table
 
@@ -322,5 +322,6 @@ def _pyarrow(file: Path) -> Any:
     return pyarrow
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line and not at length."""
     return shortened(" ".join(str(error).split()), 200) or type(error).__name__
