@@ -1,6 +1,6 @@
 """Every command that reads a run, over run folders as damage or ill will would leave them.
 
-Of the several hundred of hostile_runs.py some are tried here, the same ones each time; benchmarks/hostile_runs.py tries
+Of the several hundred of hostile_runs.py some are tried here, the same ones each time; benchmarks/hostile.py tries
 them all, in processes of their own whose time and memory it measures.
 """
 

@@ -1,6 +1,6 @@
 """Every command that reads a run, over run folders as damage or ill will would leave them.
 
-python benchmarks/hostile_runs.py [--each 2] [--drawn 25] [--seed 1] [--only TEXT ...]
+python benchmarks/hostile.py [--each 2] [--drawn 25] [--seed 1] [--only TEXT ...]
 
 Each folder is a copy of a real tiny run with one thing wrong (tests/security/hostile_runs.py), read by a process of its
 own: its table gives each command's exit codes or HTTP statuses, the longest it computed, and the largest process. A
