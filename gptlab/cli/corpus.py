@@ -22,7 +22,7 @@ from gptlab.data.corpus import (
 from gptlab.data.prepare import corpus_folder, prepare
 from gptlab.data.synthetic import SYNTHETIC
 from gptlab.distributed import World
-from gptlab.errors import ConfigError, DataError, did_you_mean
+from gptlab.errors import ConfigError, DataError, did_you_mean, shown
 from gptlab.files import LOCK, is_locked, open_append
 from gptlab.processes import python_command
 
@@ -53,7 +53,7 @@ def open_or_prepare(
         wait_for_shard(folder, "train", 0, alive=alive, timeout=3600.0)
     elif not folder.is_dir():
         raise DataError(
-            f"no corpus {data!r}: expected a folder of shards or one of {', '.join(NAMES)}{did_you_mean(data, NAMES)}; "
+            f"no corpus {shown(data)}: expected a folder of shards or one of {', '.join(NAMES)}{did_you_mean(data, NAMES)}; "
             f"make one with `gptlab data prepare text --input FILE --out {data}`"
         )
     corpus = open_corpus(folder)

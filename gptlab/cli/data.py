@@ -147,7 +147,7 @@ def _summary(corpus: Corpus) -> dict[str, Any]:
 def _left_out(corpus: Corpus) -> list[str]:
     """What of the inputs, or of the folder, is not in the corpus, and why its tokens are of no known vocabulary."""
     files = [printable(str(corpus.left_out))] if corpus.left_out.count else []
-    nulls = [f"left out {corpus.nulls:,} documents that were null"] if corpus.nulls else []
+    nulls = [f"left out {corpus.nulls:,} null document(s)"] if corpus.nulls else []
     return [*([f"unknown vocabulary: {printable(corpus.doubt)}"] if corpus.doubt else []), *files, *nulls]
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gptlab.data.source import Documents, EntropyFloor, Position, Source
-from gptlab.errors import ConfigError, did_you_mean
+from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option, options_of, typed
 from gptlab.randomness import key_bits, permutation
 
@@ -284,11 +284,13 @@ def synthetic(name: str) -> SyntheticSource:
         key, equals, value = part.partition("=")
         if key not in known or not equals:
             hint = did_you_mean(key, known)
-            raise ConfigError(f"corpus {name!r}: expected parameters of {', '.join(known)}, found {part!r}{hint}")
+            raise ConfigError(
+                f"corpus {shown(name)}: expected parameters of {', '.join(known)}, found {shown(part)}{hint}"
+            )
         try:
             values[key] = typed(known[key], value)
         except ConfigError as error:
-            raise ConfigError(f"corpus {name!r}: {error}") from None
+            raise ConfigError(f"corpus {shown(name)}: {error}") from None
     return source(**values)
 
 

@@ -246,7 +246,7 @@ def _row(record: Any, text_field: str, where: str) -> Row:
         fields = shortened(", ".join(record), 200) or "none"
         found = f"{shown(text)} there" if text_field in record else f"the fields {fields}"
     raise DataError(
-        f"{where}: expected a JSON object with a string field {text_field!r}, found {found}: mend it, or name the "
+        f"{where}: expected a JSON object with a string field {shown(text_field)}, found {found}: mend it, or name the "
         "field with --text_field"
     )
 
@@ -302,14 +302,14 @@ def _check_column(schema: Any, text_field: str, file: Path) -> None:
     if names.count(text_field) != 1:
         columns = shortened(", ".join(names), 200) or "none"
         raise DataError(
-            f"{file}: expected a column {text_field!r}, found {columns}: rename one, or name it with --text_field"
+            f"{file}: expected a column {shown(text_field)}, found {columns}: rename one, or name it with --text_field"
         )
     kind = schema.field(text_field).type
     inner = kind.value_type if types.is_dictionary(kind) else kind
     fitting = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
     if not any(fits(inner) for fits in fitting):
         raise DataError(
-            f"{file}: expected text in column {text_field!r}, found {shortened(str(kind), 80)}: name another column "
+            f"{file}: expected text in column {shown(text_field)}, found {shortened(str(kind), 80)}: name another column "
             "with --text_field, or make it one text a row"
         )
 
