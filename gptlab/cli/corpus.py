@@ -53,8 +53,8 @@ def open_or_prepare(
         wait_for_shard(folder, "train", 0, alive=alive, timeout=3600.0)
     elif not folder.is_dir():
         raise DataError(
-            f"no corpus {shown(data)}: expected a folder of shards or one of {', '.join(NAMES)}{did_you_mean(data, NAMES)}; "
-            f"make one with `gptlab data prepare text --input FILE --out {data}`"
+            f"no corpus {shown(data)}: expected a folder of shards or one of {', '.join(NAMES)}"
+            f"{did_you_mean(data, NAMES)}; make one with `gptlab data prepare text --input FILE --out {data}`"
         )
     corpus = open_corpus(folder)
     if corpus.tokenizer != tokenizer:

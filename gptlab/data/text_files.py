@@ -309,8 +309,8 @@ def _check_column(schema: Any, text_field: str, file: Path) -> None:
     fitting = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)
     if not any(fits(inner) for fits in fitting):
         raise DataError(
-            f"{file}: expected text in column {shown(text_field)}, found {shortened(str(kind), 80)}: name another column "
-            "with --text_field, or make it one text a row"
+            f"{file}: expected text in column {shown(text_field)}, found {shortened(str(kind), 80)}: name another "
+            "column with --text_field, or make it one text a row"
         )
 
 
