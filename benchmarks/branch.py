@@ -35,7 +35,7 @@ from gptlab.analysis.statistics import binomial_interval
 from gptlab.cli.corpus import open_or_prepare
 from gptlab.cli.main import main as gptlab
 from gptlab.data.corpus import Corpus
-from gptlab.device import Machine, Placement
+from gptlab.device import ComputeConfig, Machine
 from gptlab.distributed import World
 from gptlab.randomness import torch_generator
 from gptlab.runs.branch_plan import Arm, GradientBias, GradientNoise, Plan
@@ -108,7 +108,7 @@ def trial_of(
     first, known = 100 * number, known or {}
     plan = plan or Plan(STEPS, seeds=tuple(range(first, first + SEEDS)), eval_tokens=EVAL_TOKENS)
     arms = {name: arm for name, arm in arms_of(number).items() if name not in known}
-    found = branch_test(run, arms, corpus, Placement(torch.device("cpu"), None, 1, False, {}), plan)
+    found = branch_test(run, arms, corpus, ComputeConfig(torch.device("cpu"), None, 1, False, {}), plan)
     kept = ("verdict", "bias", "noise", "weight", "dose")
     told = {**known, **{name: {key: result[key] for key in kept} for name, result in found.items()}}
     return {"trial": number, "arms": {name: told[name] for name in EXPECTED}}

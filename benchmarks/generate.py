@@ -24,7 +24,7 @@ from marked import rewrite
 from gptlab.benchmark.measure import Timing, interleave
 from gptlab.cli.arguments import Parser
 from gptlab.data.tokenizers import GPT2Tokenizer
-from gptlab.device import DTYPES, Machine, decide, keep_freed_memory
+from gptlab.device import DTYPES, Machine, choose_compute, keep_freed_memory
 from gptlab.interpret.decoder import Weights
 from gptlab.interpret.generate import Sampling, generate_batch
 from gptlab.model.gpt import GPT, GPTConfig
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--n_layer", type=int, default=12)
     options = parser.parse(argv)
     machine = Machine.probe()
-    placement = decide(machine, device="cpu")
+    placement = choose_compute(machine, device="cpu")
     placement.apply()
     model = GPT(GPTConfig(n_layer=options.n_layer, vocab_size=GPT2Tokenizer.vocab_size))
     steps: dict[str, Callable[[], Any]] = {}

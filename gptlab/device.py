@@ -1,7 +1,7 @@
 """What the machine can do, and what a run makes of it: device, dtype, threads, compile, each with its reason.
 
-`decide` is a pure function of `Machine`, so that its choices for hardware that is not at hand are tested with faked
-capabilities. The environment is read here and in distributed.py only.
+`choose_compute` is a pure function of `Machine`, so that its choices for hardware that is not at hand are tested with
+faked capabilities. The environment is read here and in distributed.py only.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Placement:
+class ComputeConfig:
     """Where and how a process computes. autocast: dtype of the matmuls, None for the parameters' own (fp32)."""
 
     device: torch.device
@@ -75,7 +75,7 @@ class Placement:
 
     @property
     def eager_bf16_on_cpu(self) -> bool:
-        """Whether model/fast_cpu.py serves."""
+        """Whether the modules of model/fast_cpu.py serve."""
         return self.autocast is not None and self.device.type == "cpu" and not self.compile
 
     def apply(self) -> None:
@@ -103,7 +103,7 @@ def keep_freed_memory(keep: bool) -> None:
         libc.mallopt(trim_threshold, 2**31 - 1 if keep else 64 * 2**20)
 
 
-def decide(
+def choose_compute(
     machine: Machine,
     *,
     device: str = "auto",
@@ -113,8 +113,8 @@ def decide(
     n_embd: int = 768,
     local_rank: int = 0,
     local_size: int = 1,
-) -> Placement:
-    """The placement of one process; raises ConfigError for a device that is not there, or threads that cannot be."""
+) -> ComputeConfig:
+    """How one process computes; raises ConfigError for a device that is not there, or threads that cannot be."""
     if not 0 <= threads <= MOST_THREADS:
         raise ConfigError(f"threads must be from 0 (a share of the cores) to {MOST_THREADS}, found {threads}")
     reasons: dict[str, str] = {}
@@ -146,7 +146,7 @@ def decide(
         compiled = compile == "on"
         reasons["compile"] = "as asked"
     rows = AMX_ROWS if machine.cpu_bf16 == "AMX" and not gpu else 0
-    return Placement(where, torch.bfloat16 if dtype == "bf16" else None, threads, compiled, reasons, rows)
+    return ComputeConfig(where, torch.bfloat16 if dtype == "bf16" else None, threads, compiled, reasons, rows)
 
 
 def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reasons: dict[str, str]) -> torch.device:
@@ -169,12 +169,12 @@ def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reas
     return torch.device("cuda", chosen)
 
 
-def matmul_peak(placement: Placement, size: int | None = None) -> float:
+def matmul_peak(compute: ComputeConfig, size: int | None = None) -> float:
     """The machine's matmul rate in FLOP/s for this process: the best of a few square products, measured now."""
-    gpu = placement.device.type == "cuda"
+    gpu = compute.device.type == "cuda"
     n = size or (8192 if gpu else 1024)
-    dtype = placement.autocast or torch.float32
-    a = torch.ones(n, n, dtype=dtype, device=placement.device)
+    dtype = compute.autocast or torch.float32
+    a = torch.ones(n, n, dtype=dtype, device=compute.device)
     best = float("inf")
     for _ in range(6):
         if gpu:
@@ -187,16 +187,16 @@ def matmul_peak(placement: Placement, size: int | None = None) -> float:
     return 2 * n**3 / best
 
 
-def environment(placement: Placement, machine: Machine) -> dict[str, Any]:
+def environment(compute: ComputeConfig, machine: Machine) -> dict[str, Any]:
     """What environment.json records of machine and software; no variable of the environment is among it."""
     return {
         "machine": {"processor": machine.processor, "cores": machine.cores, "gpus": list(machine.gpus)},
         "platform": f"{platform.system()} {platform.machine()}",
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "device": str(placement.device),
-        "dtype": placement.dtype_name,
-        "threads": placement.threads,
-        "compile": placement.compile,
-        "reasons": placement.reasons,
+        "device": str(compute.device),
+        "dtype": compute.dtype_name,
+        "threads": compute.threads,
+        "compile": compute.compile,
+        "reasons": compute.reasons,
     }

@@ -1,4 +1,4 @@
-"""device.decide for machines that are not at hand, each faked by its capabilities, and for the one that is."""
+"""device.choose_compute for machines that are not at hand, each faked by its capabilities, and for the one that is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptlab.device import Machine, decide, environment, matmul_peak
+from gptlab.device import Machine, choose_compute, environment, matmul_peak
 from gptlab.errors import ConfigError
 
 LAPTOP = Machine(cores=8, processor="old", cpu_bf16="")
@@ -42,20 +42,20 @@ P100 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("P100",), gpu_bf16=Fal
 def test_what_a_run_uses(
     machine: Machine, asked: dict[str, Any], device: str, dtype: str, threads: int, compiled: bool
 ) -> None:
-    placement = decide(machine, **asked)
-    assert str(placement.device) == device
-    assert placement.dtype_name == dtype
-    assert placement.autocast == (torch.bfloat16 if dtype == "bf16" else None)
-    assert (placement.threads, placement.compile) == (threads, compiled)
+    compute = choose_compute(machine, **asked)
+    assert str(compute.device) == device
+    assert compute.dtype_name == dtype
+    assert compute.autocast == (torch.bfloat16 if dtype == "bf16" else None)
+    assert (compute.threads, compute.compile) == (threads, compiled)
 
 
 @pytest.mark.parametrize("machine", [LAPTOP, XEON, TWO_CORES, H100, T4, P100])
 @pytest.mark.parametrize("n_embd", [32, 768])
 def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
-    reasons = decide(machine, n_embd=n_embd).reasons
+    reasons = choose_compute(machine, n_embd=n_embd).reasons
     assert set(reasons) == {"device", "dtype", "threads", "compile"}
     assert all(reasons.values())
-    asked = decide(machine, device="cpu", dtype="fp32", threads=1, compile="off").reasons
+    asked = choose_compute(machine, device="cpu", dtype="fp32", threads=1, compile="off").reasons
     assert set(asked.values()) == {"as asked"}
 
 
@@ -75,17 +75,17 @@ def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
 )
 def test_what_is_not_there_is_refused(machine: Machine, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        decide(machine, **asked)
+        choose_compute(machine, **asked)
 
 
 def test_this_machine_is_probed_and_its_record_tells_no_secrets() -> None:
     machine = Machine.probe()
     assert machine.cores >= 1
     assert machine.processor
-    placement = decide(machine, device="cpu")
-    recorded = environment(placement, machine)
+    compute = choose_compute(machine, device="cpu")
+    recorded = environment(compute, machine)
     assert recorded["torch"] == torch.__version__
-    assert recorded["reasons"] == placement.reasons
+    assert recorded["reasons"] == compute.reasons
     assert set(recorded) == {
         "machine",
         "platform",
@@ -100,4 +100,4 @@ def test_this_machine_is_probed_and_its_record_tells_no_secrets() -> None:
 
 
 def test_the_matmul_peak_is_a_rate() -> None:
-    assert 1e7 < matmul_peak(decide(Machine.probe(), device="cpu", dtype="fp32"), size=64) < 1e15
+    assert 1e7 < matmul_peak(choose_compute(Machine.probe(), device="cpu", dtype="fp32"), size=64) < 1e15

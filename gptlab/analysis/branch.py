@@ -23,7 +23,7 @@ from gptlab.analysis.statistics import Interval, paired_t
 
 if TYPE_CHECKING:
     from gptlab.data.corpus import Corpus
-    from gptlab.device import Placement
+    from gptlab.device import ComputeConfig
     from gptlab.distributed import World
     from gptlab.runs.branch_plan import Arm, Plan
     from gptlab.runs.branching import Branched, Progress
@@ -155,7 +155,7 @@ def branch_test(
     run: str | Path,
     signals: Mapping[str, Arm],
     corpus: Corpus,
-    placement: Placement,
+    placement: ComputeConfig,
     plan: Plan | None = None,
     *,
     delta: float = DELTA,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab.device import DTYPES, Placement, keep_freed_memory
+from gptlab.device import DTYPES, ComputeConfig, keep_freed_memory
 from gptlab.distributed import World
 from gptlab.errors import UsageError
 from gptlab.files import read_text
@@ -56,7 +56,7 @@ class Work:
 
 
 def ours(
-    work: Work, placement: Placement, signals: Sequence[SignalConfig] = (SignalConfig(),), world: World = ALONE
+    work: Work, placement: ComputeConfig, signals: Sequence[SignalConfig] = (SignalConfig(),), world: World = ALONE
 ) -> list[Step]:
     """A step of this project's trainer for each signal, through the same `update` that trains, on one model.
 
@@ -85,7 +85,7 @@ def ours(
     return [partial(step, replace(plain, signal=signal)) for signal in signals]
 
 
-def transformers_step(work: Work, placement: Placement) -> Step:
+def transformers_step(work: Work, placement: ComputeConfig) -> Step:
     """A step of transformers' GPT2LMHeadModel with fused AdamW, no dropout, attention through PyTorch's own."""
     import transformers
 
@@ -113,7 +113,7 @@ def transformers_step(work: Work, placement: Placement) -> Step:
     return _plain_step(model, optimizer, loss, placement)
 
 
-def nanogpt_step(work: Work, placement: Placement, checkout: Path) -> Step:
+def nanogpt_step(work: Work, placement: ComputeConfig, checkout: Path) -> Step:
     """A step of nanoGPT's model.py, its optimizer as it configures it (on a CPU: not fused)."""
     module = _module(checkout / "model.py", "nanogpt_model")
     c = work.config
@@ -133,7 +133,7 @@ def nanogpt_step(work: Work, placement: Placement, checkout: Path) -> Step:
     return _plain_step(model, optimizer, lambda: model(tokens, targets)[1], placement)
 
 
-def build_nanogpt_step(work: Work, placement: Placement, checkout: Path) -> Step:
+def build_nanogpt_step(work: Work, placement: ComputeConfig, checkout: Path) -> Step:
     """A step of build-nanogpt's model: its file is a script, so only its definitions are executed."""
     module = _definitions(checkout / "train_gpt2.py", "build_nanogpt_model")
     c = work.config
@@ -147,7 +147,7 @@ def build_nanogpt_step(work: Work, placement: Placement, checkout: Path) -> Step
     return _plain_step(model, optimizer, lambda: model(tokens, targets)[1], placement)
 
 
-PEERS: dict[str, Callable[[Work, Placement, Path], Step]] = {
+PEERS: dict[str, Callable[[Work, ComputeConfig, Path], Step]] = {
     "nanogpt": nanogpt_step,
     "build-nanogpt": build_nanogpt_step,
 }
@@ -163,7 +163,7 @@ def check_checkout(name: str, path: Path) -> None:
 
 
 def _plain_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], placement: Placement
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], placement: ComputeConfig
 ) -> Step:
     """One step as nanoGPT-like trainers make it: autocast forward, backward, clip, update."""
     parameters = list(model.parameters())
@@ -210,6 +210,6 @@ def _safe_import(node: Any) -> bool:
     return isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("torch", "dataclasses")
 
 
-def placed(placement: Placement, dtype: str) -> Placement:
+def placed(placement: ComputeConfig, dtype: str) -> ComputeConfig:
     """The same placement in another dtype."""
     return replace(placement, autocast=None if dtype == "fp32" else DTYPES[dtype])

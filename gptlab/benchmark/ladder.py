@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.processes import python_command
 
 STEPS = 4
@@ -27,7 +27,14 @@ class Ladder:
     """
 
     def __init__(
-        self, size: str, placement: Placement, runs: int, *, threads: int = 1, batch: int = 0, together: bool = False
+        self,
+        size: str,
+        placement: ComputeConfig,
+        runs: int,
+        *,
+        threads: int = 1,
+        batch: int = 0,
+        together: bool = False,
     ) -> None:
         where = ""
         if together:
@@ -74,7 +81,7 @@ def main(words: list[str]) -> None:
     """One run, or process `place` ("rank/number") of one: some steps for every line on standard input."""
     from gptlab.benchmark.contenders import Work, ours, placed
     from gptlab.benchmark.sizes import SIZES
-    from gptlab.device import Machine, decide
+    from gptlab.device import Machine, choose_compute
     from gptlab.distributed import World
     from gptlab.model.gpt import GPTConfig
 
@@ -82,7 +89,7 @@ def main(words: list[str]) -> None:
     sizes: dict[str, Any] = dict(SIZES[size])
     own = sizes.pop("batch")
     count = int(threads)
-    placement = placed(replace(decide(Machine.probe(), threads=count, compile="off"), threads=count), dtype)
+    placement = placed(replace(choose_compute(Machine.probe(), threads=count, compile="off"), threads=count), dtype)
     placement.apply()
     rank, number = map(int, place.split("/"))
     world = World(rank, number, rank, number, store=store, store_stays=True) if store else World()

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 
 import torch
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.model.gpt import GPTConfig
 from gptlab.signals.config import SignalConfig
 
@@ -48,7 +48,7 @@ def products(config: GPTConfig, tokens: int, signal: SignalConfig | None = None)
 class MatmulTimes:
     """Seconds of single products of one dtype, measured alone, once a call of `measure`."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: ComputeConfig) -> None:
         self.placement, self.dtype = placement, placement.autocast or torch.float32
         self._times: dict[Product, list[float]] = defaultdict(list)
 

@@ -15,7 +15,7 @@ from gptlab.benchmark.contenders import Step, Work, placed
 from gptlab.benchmark.ladder import STEPS, Ladder
 from gptlab.benchmark.measure import Timing, interleave
 from gptlab.benchmark.sizes import MODES, SIZES
-from gptlab.device import Machine, Placement, decide
+from gptlab.device import ComputeConfig, Machine, choose_compute
 from gptlab.model.gpt import GPTConfig
 from gptlab.signals.config import SignalConfig
 
@@ -46,9 +46,9 @@ class Bench:
         return Machine.probe()
 
     @property
-    def placement(self) -> Placement:
+    def placement(self) -> ComputeConfig:
         n_embd = self.work.config.n_embd
-        return decide(self.machine, threads=self.threads, n_embd=n_embd, compile="off", dtype=self.dtype)
+        return choose_compute(self.machine, threads=self.threads, n_embd=n_embd, compile="off", dtype=self.dtype)
 
     @property
     def work(self) -> Work:

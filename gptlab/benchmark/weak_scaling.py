@@ -13,7 +13,7 @@ from typing import Any
 from gptlab.benchmark.ladder import STEPS, Ladder
 from gptlab.benchmark.measure import Timing, interleave
 from gptlab.benchmark.sizes import SIZES
-from gptlab.device import Machine, decide
+from gptlab.device import Machine, choose_compute
 
 TEAMS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
 """name -> processes, threads of each."""
@@ -22,7 +22,7 @@ TEAMS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 proce
 def weak_scaling(size: str, rounds: int, per_round: int = 1, told: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure the teams in turn at one size; JSON values."""
     machine = Machine.probe()
-    placement = decide(machine, n_embd=SIZES[size]["n_embd"], compile="off")
+    placement = choose_compute(machine, n_embd=SIZES[size]["n_embd"], compile="off")
     batch = SIZES[size]["batch"]
     with ExitStack() as running:
         teams = {

@@ -13,7 +13,7 @@ import gptlab
 from gptlab.cli.arguments import Parser
 
 if TYPE_CHECKING:
-    from gptlab.device import Placement
+    from gptlab.device import ComputeConfig
 
 PACKAGES = ("numpy", "safetensors", "tiktoken", "rich", "transformers", "datasets", "pyarrow", "scipy", "matplotlib",
             "jinja2")  # fmt: skip
@@ -36,10 +36,10 @@ def examine() -> dict[str, Any]:
     """JSON values: software, machine, a placement for each of MODELS, measured matmul rates in FLOP/s by dtype."""
     import torch
 
-    from gptlab.device import DTYPES, Machine, decide, matmul_peak
+    from gptlab.device import DTYPES, Machine, choose_compute, matmul_peak
 
     machine = Machine.probe()
-    placements = {name: decide(machine, n_embd=width) for name, width in MODELS.items()}
+    placements = {name: choose_compute(machine, n_embd=width) for name, width in MODELS.items()}
     largest = placements["gpt2-124m"]
     largest.apply()
     casts = {name: None if name == "fp32" else dtype for name, dtype in DTYPES.items()}
@@ -60,7 +60,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _used(placement: Placement) -> dict[str, Any]:
+def _used(placement: ComputeConfig) -> dict[str, Any]:
     return {
         "device": str(placement.device),
         "dtype": placement.dtype_name,

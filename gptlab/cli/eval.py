@@ -18,7 +18,7 @@ from gptlab.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from gptlab.cli.model import Vocabulary
-    from gptlab.device import Placement
+    from gptlab.device import ComputeConfig
     from gptlab.distributed import World
     from gptlab.evals.tasks import Task
     from gptlab.model.gpt import GPT
@@ -36,7 +36,7 @@ class Opened(NamedTuple):
     model: GPT
     config: TrainingConfig | None
     vocabulary: Vocabulary
-    placement: Placement
+    placement: ComputeConfig
     world: World
     identity: dict[str, Any]
 
@@ -111,7 +111,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened:
     from gptlab.cli.model import open_any
-    from gptlab.device import Machine, decide
+    from gptlab.device import Machine, choose_compute
     from gptlab.model.fast_cpu import install
     from gptlab.runs.initial import weights_digest
     from gptlab.training.compilation import compile_blocks
@@ -119,7 +119,7 @@ def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened
     model, config, vocabulary = open_any(options.run, options.tokenizer)
     if options.tasks != ["val"]:
         vocabulary.tokenizer  # noqa: B018 - tests of text are refused at once where there is none
-    placement = decide(
+    placement = choose_compute(
         Machine.probe(), device=options.device, dtype=options.dtype, threads=options.threads, compile=options.compile,
         n_embd=model.config.n_embd, local_rank=world.local_rank, local_size=world.local_size,
     )  # fmt: skip

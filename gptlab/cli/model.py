@@ -16,7 +16,7 @@ from gptlab.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from gptlab.data.corpus import Corpus
     from gptlab.data.tokenizers import Tokenizer
-    from gptlab.device import Placement
+    from gptlab.device import ComputeConfig
     from gptlab.distributed import World
     from gptlab.model.gpt import GPT
     from gptlab.training.config import TrainingConfig
@@ -64,7 +64,7 @@ class Opened:
 
     model: GPT
     vocabulary: Vocabulary
-    placement: Placement
+    placement: ComputeConfig
     config: TrainingConfig | None
 
     @property
@@ -136,10 +136,10 @@ def open_model(source: str, device: str, dtype: str, threads: int = 0, tokenizer
 
     Raises CheckpointError where there is no model, ConfigError for a device or tokenizer that does not fit.
     """
-    from gptlab.device import Machine, decide
+    from gptlab.device import Machine, choose_compute
 
     model, config, vocabulary = open_any(source, tokenizer)
-    placement = decide(Machine.probe(), device=device, dtype=dtype, threads=threads, n_embd=model.config.n_embd)
+    placement = choose_compute(Machine.probe(), device=device, dtype=dtype, threads=threads, n_embd=model.config.n_embd)
     placement.apply()
     model.to(placement.device).eval()
     return Opened(model, vocabulary, placement, config)

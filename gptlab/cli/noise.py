@@ -18,7 +18,7 @@ from gptlab.options import build
 if TYPE_CHECKING:
     from gptlab.analysis.noise.measure import Progress, Subject
     from gptlab.cli.model import Vocabulary
-    from gptlab.device import Placement
+    from gptlab.device import ComputeConfig
     from gptlab.runs.branching import Progress as Branching
     from gptlab.signals.config import SignalConfig
     from gptlab.training.config import TrainingConfig
@@ -137,7 +137,7 @@ def _subject(
     from gptlab.analysis.noise.measure import Subject
     from gptlab.cli.model import vocabulary_of
     from gptlab.data.batches import TrainingWindows, ValidationWindows
-    from gptlab.device import Machine, decide
+    from gptlab.device import Machine, choose_compute
     from gptlab.distributed import World
     from gptlab.runs.initial import tokenizer_of
 
@@ -154,7 +154,7 @@ def _subject(
     seed = config.seed if options.seed is None else options.seed
     windows = TrainingWindows(corpus, block_size, vocabulary.size, seed, alive)
     validation = ValidationWindows(corpus, block_size, vocabulary.size, options.eval_tokens)
-    placement = decide(
+    placement = choose_compute(
         Machine.probe(), device=options.device, dtype=options.dtype, threads=options.threads, n_embd=shape.n_embd
     )
     placement.apply()
@@ -162,7 +162,7 @@ def _subject(
     return Subject(state, config, windows, validation, placement)
 
 
-def _move(state: TrainingState, placement: Placement) -> None:
+def _move(state: TrainingState, placement: ComputeConfig) -> None:
     state.model.to(placement.device)
     for moments in state.optimizer.state.values():
         moments.update({key: value.to(placement.device) for key, value in moments.items()})

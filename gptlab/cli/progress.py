@@ -16,7 +16,7 @@ from rich.text import Text
 from gptlab.cli.console import LiveLine, Observer, Part, bar, duration, observing, printable
 from gptlab.cli.console import console as terminal
 from gptlab.data.corpus import Corpus
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.options import build, flatten
 from gptlab.runs.resume import Beginning
 from gptlab.training.config import TrainingConfig
@@ -52,7 +52,7 @@ class Display(Observer):
 
     @observing
     def opening(
-        self, config: TrainingConfig, placement: Placement, corpus: Corpus, peak: float, beginning: Beginning
+        self, config: TrainingConfig, placement: ComputeConfig, corpus: Corpus, peak: float, beginning: Beginning
     ) -> None:
         """Say what is about to run, and where."""
         signal = config.signal

@@ -25,7 +25,7 @@ from gptlab.training.presets import PRESETS
 
 if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer
-    from gptlab.device import Machine, Placement
+    from gptlab.device import ComputeConfig, Machine
     from gptlab.distributed import World
     from gptlab.training.state import TrainingState
 
@@ -123,7 +123,7 @@ def check(words: Sequence[str]) -> int:
 
 
 def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite: bool) -> int:
-    from gptlab.device import Machine, decide
+    from gptlab.device import Machine, choose_compute
     from gptlab.distributed import World, end_with_launcher
 
     world = World.from_environment()
@@ -131,7 +131,7 @@ def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite
         end_with_launcher()
     machine = Machine.probe()
     config = resolve(values, len(machine.gpus))
-    placement = decide(
+    placement = choose_compute(
         machine,
         device=config.device,
         dtype=config.dtype,
@@ -153,7 +153,7 @@ def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite
 
 
 def _train(
-    config: TrainingConfig, machine: Machine, placement: Placement, world: World, stop: StopRequest, despite: bool
+    config: TrainingConfig, machine: Machine, placement: ComputeConfig, world: World, stop: StopRequest, despite: bool
 ) -> dict[str, Any]:
     from gptlab.analysis.report import after_run, lacks_report
     from gptlab.cli.corpus import open_or_prepare

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.signals.readout import Readout
@@ -50,7 +50,7 @@ class Scorer:
     """A model set up for scoring. every_block: score all blocks, else the last alone; batch_size: rows at once."""
 
     def __init__(
-        self, model: GPT, placement: Placement, world: World, *, batch_size: int = 16, every_block: bool = False
+        self, model: GPT, placement: ComputeConfig, world: World, *, batch_size: int = 16, every_block: bool = False
     ) -> None:
         self.model, self.placement, self.world, self.batch_size = model, placement, world, batch_size
         self.blocks = model.config.n_layer if every_block else 1

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.model.gpt import GPT, CausalAttention, Linear, add_gradient
 
 LONGEST_KEPT = 512
@@ -22,16 +22,16 @@ NARROW_PRODUCTS = range(512, 1025)
 """Columns of a product at which blocks of rows are faster, where they are at all."""
 
 
-def install(model: GPT, placement: Placement, *, copies: bool = True) -> None:
+def install(model: GPT, compute: ComputeConfig, *, copies: bool = True) -> None:
     """Replace the model's modules by fast ones, where it computes eagerly in bf16 on a CPU; else do nothing.
 
     Parameters and their names stay. copies: off where weights are sharded, which have no whole copy.
     """
-    if not placement.eager_bf16_on_cpu or placement.autocast is None:
+    if not compute.eager_bf16_on_cpu or compute.autocast is None:
         return
     replace_attention(model)
     if copies:
-        replace_linears(model, placement.autocast, placement.row_block)
+        replace_linears(model, compute.autocast, compute.row_block)
 
 
 def replace_attention(model: nn.Module) -> None:

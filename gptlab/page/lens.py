@@ -13,7 +13,7 @@ from gptlab.page.worker_queue import Cache
 
 if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer
-    from gptlab.device import Placement
+    from gptlab.device import ComputeConfig
     from gptlab.model.gpt import GPT
     from gptlab.signals.tuned_lens import TunedLens
 
@@ -29,7 +29,7 @@ class Opened(Protocol):
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
-    def placement(self) -> Placement: ...
+    def placement(self) -> ComputeConfig: ...
 
 
 class Models:

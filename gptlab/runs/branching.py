@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gptlab.data.batches import RandomWindows, TrainingWindows, ValidationWindows
 from gptlab.data.corpus import Corpus
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.runs import checkpoint
@@ -67,7 +67,7 @@ def branch(
     run: str | Path,
     arms: Mapping[str, Arm],
     corpus: Corpus,
-    placement: Placement,
+    placement: ComputeConfig,
     plan: Plan | None = None,
     *,
     world: World | None = None,
@@ -117,7 +117,7 @@ class _Lab:
         self,
         run: str | Path,
         corpus: Corpus,
-        placement: Placement,
+        placement: ComputeConfig,
         plan: Plan,
         world: World,
         progress: Callable[[Progress], None],

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.data.batches import TrainingWindows, ValidationWindows
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import GptlabError
 from gptlab.model.fast_cpu import install
@@ -36,11 +36,11 @@ class Session:
         config: TrainingConfig,
         folder: RunFolder | None,
         checkpoint_path: str | None,
-        placement: Placement,
+        compute: ComputeConfig,
         data: dict[str, Any],
         world: World,
     ) -> None:
-        self.config, self.folder, self.placement, self.data, self.world = config, folder, placement, data, world
+        self.config, self.folder, self.compute, self.data, self.world = config, folder, compute, data, world
         shape = config.shape
         drawn = checkpoint_path or not config.init_from  # a run that goes on needs its first source no more
         try:
@@ -51,12 +51,12 @@ class Session:
             raise
         if config.init_jitter and not checkpoint_path:
             jitter(model, config.init_jitter, config.seed)
-        model.to(placement.device)
-        self.compiled = compile_blocks(model, placement)
+        model.to(compute.device)
+        self.compiled = compile_blocks(model, compute)
         self.sharded = config.parallel == "fsdp" and world.size > 1
-        install(model, placement, copies=not self.sharded)
+        install(model, compute, copies=not self.sharded)
         if self.sharded:
-            shard_blocks(model, world, placement)
+            shard_blocks(model, world, compute)
         self.state = TrainingState(model, build_optimizer(model, config))
         self._saved = -1
         if checkpoint_path:
@@ -90,7 +90,7 @@ class Session:
         sample: makes a sample's row, on the rank that writes.
         """
         records = train(
-            self.state, self.config, windows, validation, self.world, self.placement,
+            self.state, self.config, windows, validation, self.world, self.compute,
             peak=peak, bytes_per_token=bytes_per_token, stop=stop,
         )  # fmt: skip
         try:

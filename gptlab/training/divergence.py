@@ -7,7 +7,7 @@ from math import isfinite
 
 import torch
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.training.block_loss import ActiveSignal, Batch, Losses
@@ -23,7 +23,7 @@ def describe_divergence(
     judges: Sequence[Sequence[float]],
     seen: Sequence[tuple[Batch, Losses]],
     world: World,
-    placement: Placement,
+    compute: ComputeConfig,
 ) -> str:
     """One line that names what is not finite (a judge's signal, else the loss, else the gradient) and where.
 
@@ -36,8 +36,8 @@ def describe_divergence(
         what = f"the signal {signals[k].config.name} of judge {judge} (block {judge})"
     else:
         what = "the gradient" if isfinite(loss) else "the true loss"
-    where = _in_which_block(state.model, [batch for batch, _ in seen], world, placement)
-    where += _in_which_sequences(seen, world, placement.device)
+    where = _in_which_block(state.model, [batch for batch, _ in seen], world, compute)
+    where += _in_which_sequences(seen, world, compute.device)
     return (
         f"diverged at step {state.step}: {what} is not finite{where}; "
         "the weights were not changed; lower --learning_rate or --signal.weight and run again"
@@ -45,15 +45,15 @@ def describe_divergence(
 
 
 @torch.no_grad()
-def _in_which_block(model: GPT, batches: Sequence[Batch], world: World, placement: Placement) -> str:
+def _in_which_block(model: GPT, batches: Sequence[Batch], world: World, compute: ComputeConfig) -> str:
     """ ", first in the output of block j", for the first block whose output is not finite in any rank's micro-batches.
 
     Where all outputs are finite it is the parameter whose gradient the backward pass met first, and "" where none is
     bad.
     """
-    bad = torch.zeros(model.config.n_layer + 1, device=placement.device)
+    bad = torch.zeros(model.config.n_layer + 1, device=compute.device)
     for batch in batches:
-        states = hidden_states(model, batch.tokens, placement)
+        states = hidden_states(model, batch.tokens, compute)
         bad += torch.stack([~h.isfinite().all() for h in states])
     world.sum_([bad])
     for j, count in enumerate(bad.tolist()):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptlab.data.batches import ValidationWindows
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.signals.readout import Readout, true_loss
@@ -56,7 +56,7 @@ def validate(
     model: GPT,
     windows: ValidationWindows,
     world: World,
-    placement: Placement,
+    compute: ComputeConfig,
     interrupted: Callable[[], bool] = lambda: False,
     flip: float = 0.0,
     *,
@@ -67,19 +67,19 @@ def validate(
     flip: the share of its training targets that were flipped uniformly, for the clean loss. every_block: read each of
     them everywhere, not on the first batch alone.
     """
-    readout = Readout(model, placement.autocast)
+    readout = Readout(model, compute.autocast)
     batches = range(0, len(windows), SHAPE)
-    figures = torch.zeros(len(batches) * SHAPE, 3, dtype=torch.float64, device=placement.device)
+    figures = torch.zeros(len(batches) * SHAPE, 3, dtype=torch.float64, device=compute.device)
     lower = model.config.n_layer - 1 if every_block else 0
-    losses_below = torch.zeros(lower, len(batches) * SHAPE, dtype=torch.float64, device=placement.device)
-    by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=placement.device)
+    losses_below = torch.zeros(lower, len(batches) * SHAPE, dtype=torch.float64, device=compute.device)
+    by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=compute.device)
     stop, sharded = False, blocks_are_sharded(model)
     for first, mine in share_of(batches, model, world):
         stop = stop or interrupted()
         if stop and not sharded:  # sharded blocks need this process in the others' passes
             break
-        tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-        states = hidden_states(model, tokens, placement)
+        tokens, targets = (t.to(compute.device) for t in windows.rows(first, SHAPE))
+        states = hidden_states(model, tokens, compute)
         if not mine:
             continue
         figures[first : first + SHAPE] = window_figures(readout, states[-1], targets, flip)
@@ -92,7 +92,7 @@ def validate(
                 by_block[0, j] = readout.values(flat, y, true_loss).double().mean()
                 by_block[1, j] = readout.values(flat, y, top_probability).double().mean()
     world.sum_([figures, losses_below, by_block])
-    stopped = torch.full((1,), float(stop), device=placement.device)
+    stopped = torch.full((1,), float(stop), device=compute.device)
     world.sum_([stopped])
     if stopped.item():
         return None
@@ -105,24 +105,24 @@ def validate(
 
 @torch.no_grad()
 def tempered(
-    model: GPT, windows: ValidationWindows, world: World, placement: Placement, most: int = TEMPERED_TOKENS
+    model: GPT, windows: ValidationWindows, world: World, compute: ComputeConfig, most: int = TEMPERED_TOKENS
 ) -> tuple[float, float]:
     """The one temperature that suits the final logits best, and the loss in nats at it.
 
     One division undoes what a signal did to calibration alone; what is left was knowledge. Newton's method in 1/T,
     where the loss is convex, over the first `most` tokens.
     """
-    readout = Readout(model, placement.autocast)
+    readout = Readout(model, compute.autocast)
     count = max(1, min(len(windows), most // windows.block_size))
     inverse, loss = 1.0, float("inf")
     batches = range(0, count, SHAPE)
     for _ in range(NEWTON_STEPS):
-        sums = torch.zeros(len(batches), 3, dtype=torch.float64, device=placement.device)
+        sums = torch.zeros(len(batches), 3, dtype=torch.float64, device=compute.device)
         for k, mine in share_of(range(len(batches)), model, world):
             first = batches[k]
             rows = min(SHAPE, count - first)
-            tokens, targets = (t.to(placement.device) for t in windows.rows(first, SHAPE))
-            h, y = hidden_states(model, tokens, placement)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
+            tokens, targets = (t.to(compute.device) for t in windows.rows(first, SHAPE))
+            h, y = hidden_states(model, tokens, compute)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
             if mine:
                 sums[k] = readout.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
@@ -180,7 +180,7 @@ def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None
 
 
 @torch.no_grad()
-def hidden_states(model: GPT, tokens: Tensor, placement: Placement) -> list[Tensor]:
-    """h_0..h_L of tokens (B, T), without any gradient, in the dtype of the matmuls that the placement says."""
-    with matmuls_in(placement.autocast, model, tokens.device):
+def hidden_states(model: GPT, tokens: Tensor, compute: ComputeConfig) -> list[Tensor]:
+    """h_0..h_L of tokens (B, T), without any gradient, with the matmuls in the dtype of `compute`."""
+    with matmuls_in(compute.autocast, model, tokens.device):
         return model.hidden_states(tokens)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gptlab.data.batches import TrainingWindows
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.training.block_loss import ActiveSignal, Batch, accumulate
@@ -242,7 +242,7 @@ def _added(sums: list[Gradients], gradients: Sequence[Gradients]) -> list[Gradie
 
 
 def quick_noise(
-    state: TrainingState, config: TrainingConfig, windows: TrainingWindows, world: World, placement: Placement
+    state: TrainingState, config: TrainingConfig, windows: TrainingWindows, world: World, compute: ComputeConfig
 ) -> dict[str, Any]:
     """The cheap measures of noise for the row of the coming update (`--noise_every`): one pass, without intervals.
 
@@ -254,10 +254,10 @@ def quick_noise(
     """
     signals = signals_at(state, config)
     groups = Groups(state.step * config.sequences, QUICK_GROUPS, step=state.step, seed=config.seed)
-    gather = GroupGradients(state.model, signals, groups, rows_of(windows), placement.device, placement.autocast)
+    gather = GroupGradients(state.model, signals, groups, rows_of(windows), compute.device, compute.autocast)
     parts, blocks = parts_by_block(state.model)
     sums, own = sums_over(gather, range(world.rank, QUICK_GROUPS, world.size), parts, gather.zeros())
-    own_sum = torch.from_numpy(own).to(placement.device)
+    own_sum = torch.from_numpy(own).to(compute.device)
     world.sum_([g for source in sums for g in source] + [own_sum])
     own = own_sum.cpu().numpy()
     pairs = over_pairs(products(sums, sums, parts), own, QUICK_GROUPS)

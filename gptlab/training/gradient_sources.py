@@ -24,17 +24,12 @@ Gradients = list[Tensor]
 """One gradient for each of the model's parameters, in their order."""
 
 
-def needs_sources(signals: Sequence[ActiveSignal]) -> bool:
-    """Whether the gradient has to be made by source: a placebo is as long as its signal, a dose is held."""
-    return any(signal.config.control == "placebo" or signal.config.dose is not None for signal in signals)
-
-
 class GradientSources:
     """An update's gradient by source.
 
     true: of the true loss. For every signal: taught, of what it teaches; judges, of what live judges learn from their
-    own reading; placebos, of what it teaches, rotated (only with that control). After `scale_placebos`, parts[k] is
-    what signal k puts into the update.
+    own reading, which is a gradient of its own only where a placebo permutes it; placebos, of what it teaches, rotated
+    (only with that control). After `scale_placebos`, parts[k] is what signal k puts into the update.
     """
 
     def __init__(self, model: GPT, signals: Sequence[ActiveSignal], seed: int) -> None:
@@ -43,9 +38,7 @@ class GradientSources:
         self.signals, self.seed = signals, seed
         self.true = self._zeros()
         self.taught = [self._zeros() for _ in signals]
-        self.judges = [  # apart only where a placebo replaces what is taught and permutes what judges learn
-            self._zeros() if self._is_placebo(k) else taught for k, taught in enumerate(self.taught)
-        ]
+        self.judges = [self._zeros() if self._is_permuted(k) else taught for k, taught in enumerate(self.taught)]
         self.placebos = [self._zeros() if self._is_placebo(k) else [] for k in range(len(signals))]
         self.parts: list[Gradients] = []
 
@@ -54,6 +47,10 @@ class GradientSources:
 
     def _is_placebo(self, k: int) -> bool:
         return self.signals[k].config.control == "placebo"
+
+    def _is_permuted(self, k: int) -> bool:
+        """Whether the control also permutes what judges learn; a frozen judge learns nothing."""
+        return self._is_placebo(k) and self.signals[k].config.evaluator == "live"
 
     @contextmanager
     def into(self, source: Source) -> Iterator[None]:
@@ -76,14 +73,14 @@ class GradientSources:
 
     def unscaled(self, k: int) -> Gradients:
         """What signal k puts into the update, before a placebo is brought to its signal's norm: sums over groups."""
-        if not self._is_placebo(k):
-            return self.taught[k]
+        if not self._is_permuted(k):
+            return self.placebos[k] if self._is_placebo(k) else self.taught[k]
         both = zip(self.placebos[k], self.judges[k], self.names, strict=True)
         return [turned + shard_like(permuted(full_tensor(own), self.seed, name), own) for turned, own, name in both]
 
     def reference(self, k: int) -> Gradients:
         """The gradient of signal k without its rotation: a placebo has to have its norm."""
-        if not self._is_placebo(k):
+        if not self._is_permuted(k):
             return self.taught[k]
         return [taught + own for taught, own in zip(self.taught[k], self.judges[k], strict=True)]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gptlab.data.batches import TrainingWindows, ValidationWindows
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
@@ -38,7 +38,7 @@ def train(
     windows: TrainingWindows,
     validation: ValidationWindows,
     world: World,
-    placement: Placement,
+    compute: ComputeConfig,
     *,
     peak: float,
     bytes_per_token: float,
@@ -57,17 +57,17 @@ def train(
             "run the same command again to go on"
         )
 
-    batches = MicroBatches(config, windows, world, placement.device)
+    batches = MicroBatches(config, windows, world, compute.device)
     flops_per_token = state.model.config.flops_per_token
     while True:
         step, last = state.step, state.step == config.steps
         if due(config.eval_every, step, last) and state.validated != step:
-            result = validate(state.model, validation, world, placement, stop, config.undoable_flip)
+            result = validate(state.model, validation, world, compute, stop, config.undoable_flip)
             if result is None:
                 yield from checkpoint_and_stop()
                 return
             state.validated = step
-            fitted = tempered(state.model, validation, world, placement) if last else None
+            fitted = tempered(state.model, validation, world, compute) if last else None
             yield Record("val", step, _validation_row(result, fitted, validation.floor, bytes_per_token))
         if due(config.sample_every, step, last) and state.sampled != step:
             state.sampled = step
@@ -79,9 +79,9 @@ def train(
         start = time.perf_counter()
         noise = None
         if due(config.noise_every, step, False, first=True):
-            noise = quick_noise(state, config, windows, world, placement)
+            noise = quick_noise(state, config, windows, world, compute)
         measure = due(config.dose_every, step, False, first=True)
-        done = update(state, config, batches.of(step), world, placement, measure_dose=measure, stop=stop())
+        done = update(state, config, batches.of(step), world, compute, measure_dose=measure, stop=stop())
         row = _train_row(state, config, done, time.perf_counter() - start, flops_per_token / (peak * world.size))
         yield Record("train", state.step, row | (noise or {}))
         if done.stop:

@@ -15,12 +15,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 
 
-def shard_blocks(model: GPT, world: World, placement: Placement) -> None:
+def shard_blocks(model: GPT, world: World, compute: ComputeConfig) -> None:
     """Shard every block of the model, so that this process keeps its rows; the process group must be there.
 
     Gradients are summed over processes, not averaged: a micro-batch's share of the update is in them already. On a GPU
@@ -32,9 +32,9 @@ def shard_blocks(model: GPT, world: World, placement: Placement) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = placement.device.type
+    device = compute.device.type
     mesh = init_device_mesh(device, (world.size,))
-    gathered = placement.autocast if device == "cuda" else None
+    gathered = compute.autocast if device == "cuda" else None
     reduced = torch.float32 if gathered else None
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=reduced, cast_forward_inputs=False)
     for block in dict.fromkeys(model.blocks):

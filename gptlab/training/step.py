@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from gptlab.data.batches import Windows
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.training.block_loss import ActiveSignal, Batch, Losses, accumulate, active_signals
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import TargetFlip, add_drawn
 from gptlab.training.divergence import describe_divergence
-from gptlab.training.gradient_sources import GradientSources, needs_sources
+from gptlab.training.gradient_sources import GradientSources
 from gptlab.training.reduction import Reducer
 from gptlab.training.sharding import global_norm, local_shards
 from gptlab.training.state import TrainingState
@@ -61,7 +61,7 @@ def update(
     config: TrainingConfig,
     batches: Iterable[Batch],
     world: World,
-    placement: Placement,
+    compute: ComputeConfig,
     *,
     measure_dose: bool = False,
     stop: bool = False,
@@ -72,15 +72,15 @@ def update(
     """
     model, signals = state.model, signals_at(state, config)
     injects_noise = config.gradient_noise > 0 or config.gradient_bias > 0
-    by_source = needs_sources(signals) or (injects_noise and bool(signals))
+    by_source = any(s.config.control == "placebo" or s.config.dose is not None or injects_noise for s in signals)
     sources = GradientSources(model, signals, config.seed) if by_source or (measure_dose and signals) else None
-    metrics = MetricSums(len(signals), config.n_layer, placement.device, stop)
+    metrics = MetricSums(len(signals), config.n_layer, compute.device, stop)
 
     # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
     reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, metrics)
     flip = TargetFlip(config.target_flip, config.target_flip_to)
-    how = {"autocast": placement.autocast, "flip": flip, "recompute": config.activation_checkpointing}
+    how = {"autocast": compute.autocast, "flip": flip, "recompute": config.activation_checkpointing}
     seen: list[tuple[Batch, Losses]] = []
     for batch in batches:
         losses = accumulate(model, batch, signals, into=sources.into if sources and by_source else None, **how)
@@ -109,7 +109,7 @@ def update(
     norm = global_norm(gradients.values())
     if not (isfinite(norm) and metrics.all.isfinite().all()):
         found = float(metrics.loss), metrics.judges.tolist()
-        raise DivergedError(describe_divergence(state, signals, *found, seen, world, placement))
+        raise DivergedError(describe_divergence(state, signals, *found, seen, world, compute))
 
     # Clip: over all parameters, so that the direction stays.
     clipped = bool(config.grad_clip) and norm > config.grad_clip

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gptlab.analysis.noise.labels import QUANTILES, Readings, collapse, quality, token_figures
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals.readout import Readout
 from gptlab.signals.tuned_lens import TRUE_TOKEN, TunedLens, fit
@@ -53,7 +53,7 @@ def test_collapse_by_hand() -> None:
 def test_a_tuned_lens_begins_as_the_identity_and_finds_what_a_block_hides() -> None:
     """Token t is followed by t + 1: the embedding says which, but not in the head's basis."""
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16), seed=1)
-    placement = Placement(torch.device("cpu"), None, 1, False, {})
+    placement = ComputeConfig(torch.device("cpu"), None, 1, False, {})
     with torch.no_grad():
         model.wte.weight.mul_(20)
     before = {name: p.clone() for name, p in model.named_parameters()}

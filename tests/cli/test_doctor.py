@@ -9,7 +9,7 @@ import torch
 
 import gptlab
 from gptlab.cli.main import main
-from gptlab.device import Machine, decide
+from gptlab.device import Machine, choose_compute
 
 Capture = pytest.CaptureFixture[str]
 
@@ -23,7 +23,7 @@ def test_doctor_in_json_tells_what_a_run_uses_here(capsys: Capture) -> None:
     assert (found["cores"], found["gpus"]) == (machine.cores, list(machine.gpus))
     assert found["preset"] == ("gpt2-124m" if machine.gpus else "shakespeare-tiny")
     for name, width in (("shakespeare-tiny", 128), ("gpt2-124m", 768)):
-        placement = decide(machine, n_embd=width)
+        placement = choose_compute(machine, n_embd=width)
         used = found["runs"][name]
         assert (used["device"], used["dtype"]) == (str(placement.device), placement.dtype_name)
         assert (used["threads"], used["reasons"]) == (placement.threads, placement.reasons)

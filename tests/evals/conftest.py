@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.model.gpt import GPT, GPTConfig
 
 Naive = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
 
 
 @pytest.fixture(scope="session")
-def cpu() -> Placement:
-    return Placement(torch.device("cpu"), None, 1, False, {"compile": "as asked"})
+def cpu() -> ComputeConfig:
+    return ComputeConfig(torch.device("cpu"), None, 1, False, {"compile": "as asked"})
 
 
 @pytest.fixture(scope="session")

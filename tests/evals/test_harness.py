@@ -12,7 +12,7 @@ import torch
 
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.tokenizers import get_tokenizer
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DataError
 from gptlab.evals.harness import run_harness
@@ -92,7 +92,7 @@ def tasks(gpt2_model: GPT, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def score(gpt2_model: GPT, cpu: Placement, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def score(gpt2_model: GPT, cpu: ComputeConfig, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     def write(prompt: list[int], count: int, temperature: float) -> Iterator[int]:
         assert temperature == 0
         return iter([64, 65, 66][:count])
@@ -122,7 +122,7 @@ def test_figures_are_those_of_the_harnesss_own_model(
         assert rolling[metric] == pytest.approx(theirs["tiny_rolling"][f"{metric},none"], rel=1e-4)
 
 
-def test_every_block_has_its_own_figures(score: Callable[..., Any], gpt2_model: GPT, cpu: Placement) -> None:
+def test_every_block_has_its_own_figures(score: Callable[..., Any], gpt2_model: GPT, cpu: ComputeConfig) -> None:
     blocks = score("tiny_rolling", every_block=True)["tiny_rolling"]
     assert len(blocks) == 2
     assert blocks[1] == score("tiny_rolling")["tiny_rolling"][0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.evals.scoring import Request, Scorer
 from gptlab.model.gpt import GPT
@@ -28,7 +28,7 @@ def requests(count: int = 23) -> list[Request]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 100])
-def test_scores_are_those_of_one_row_at_a_time(batch_size: int, model: GPT, cpu: Placement, naive: Naive) -> None:
+def test_scores_are_those_of_one_row_at_a_time(batch_size: int, model: GPT, cpu: ComputeConfig, naive: Naive) -> None:
     asked = requests()
     asked.append(Request((3,), (int(model(torch.tensor([[3]]))[0, -1].argmax()),)))  # the last block's own guess
     found = Scorer(model, cpu, World(), batch_size=batch_size, every_block=True)(asked)
@@ -42,14 +42,14 @@ def test_scores_are_those_of_one_row_at_a_time(batch_size: int, model: GPT, cpu:
     assert torch.equal(last.greedy, found.greedy[:, -1:])
 
 
-def test_a_context_is_cut_at_its_beginning(model: GPT, cpu: Placement, naive: Naive) -> None:
+def test_a_context_is_cut_at_its_beginning(model: GPT, cpu: ComputeConfig, naive: Naive) -> None:
     (long,) = (tuple(range(100, 200)),)
     found = Scorer(model, cpu, World(), every_block=True)([Request(long, (5, 6))])
     torch.testing.assert_close(found.loss[0], naive(list(long[-63:]), [5, 6])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_long_text_is_scored_in_stretches_each_with_all_that_fits_before_it(
-    model: GPT, cpu: Placement, naive: Naive
+    model: GPT, cpu: ComputeConfig, naive: Naive
 ) -> None:
     """0 | 1..64 | 65..128 | 129..150: the last stretch sees 64 tokens, of which it scores the last 22."""
     text = [n * 7 % 256 for n in range(151)]
@@ -59,7 +59,7 @@ def test_a_long_text_is_scored_in_stretches_each_with_all_that_fits_before_it(
 
 
 def test_bfloat16_is_close_and_progress_is_told(model: GPT, naive: Naive) -> None:
-    rough = Placement(torch.device("cpu"), torch.bfloat16, 1, False, {})
+    rough = ComputeConfig(torch.device("cpu"), torch.bfloat16, 1, False, {})
     told: list[int] = []
     asked = requests(8)
     found = Scorer(model, rough, World(), batch_size=3)(asked, told.append)
@@ -70,7 +70,7 @@ def test_bfloat16_is_close_and_progress_is_told(model: GPT, naive: Naive) -> Non
 
 
 def test_a_compiled_model_scores_the_same(
-    model: GPT, cpu: Placement, naive: Naive, monkeypatch: pytest.MonkeyPatch
+    model: GPT, cpu: ComputeConfig, naive: Naive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With torch.compile's own front, and the eager back end behind it, which needs no compiler."""
     twin = GPT(model.config)
@@ -78,7 +78,7 @@ def test_a_compiled_model_scores_the_same(
     for block in twin.blocks:
         compiled = block.compile
         monkeypatch.setattr(block, "compile", lambda compiled=compiled: compiled(backend="eager"))
-    placement = Placement(cpu.device, None, 1, True, {"compile": "as asked"})
+    placement = ComputeConfig(cpu.device, None, 1, True, {"compile": "as asked"})
     assert compile_blocks(twin, placement) == "compiled: as asked"
     asked = requests(4)
     found = Scorer(twin, placement, World(), batch_size=2, every_block=True)(asked)

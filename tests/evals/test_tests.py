@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gptlab.data.tokenizers import get_tokenizer
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DataError
 from gptlab.evals.scoring import Scorer
@@ -68,7 +68,7 @@ def reference(model: GPT, rows: list[dict[str, Any]]) -> list[tuple[float, float
     return [tuple(figures) for figures in (right / len(rows)).tolist()]
 
 
-def test_hellaswag_is_scored_as_a_completion(model: GPT, cpu: Placement, tmp_path: Path) -> None:
+def test_hellaswag_is_scored_as_a_completion(model: GPT, cpu: ComputeConfig, tmp_path: Path) -> None:
     rows = [swag(n) for n in range(40)]
     scorer = Scorer(model, cpu, World(), batch_size=7, every_block=True)
     found = unrecorded(hellaswag(lines(tmp_path / "val.jsonl", rows), BYTES), scorer)
@@ -79,7 +79,7 @@ def test_hellaswag_is_scored_as_a_completion(model: GPT, cpu: Placement, tmp_pat
 
 
 def test_the_datasets_parquet_with_its_label_as_text_is_the_same_test(
-    model: GPT, cpu: Placement, tmp_path: Path
+    model: GPT, cpu: ComputeConfig, tmp_path: Path
 ) -> None:
     rows = [swag(n) for n in range(9)]
     parquet.write_table(
@@ -90,7 +90,7 @@ def test_the_datasets_parquet_with_its_label_as_text_is_the_same_test(
     assert len(hellaswag(str(tmp_path / "x"), BYTES, limit=4).rows) == 4
 
 
-def test_lambada_is_the_last_word(model: GPT, cpu: Placement, naive: Naive, tmp_path: Path) -> None:
+def test_lambada_is_the_last_word(model: GPT, cpu: ComputeConfig, naive: Naive, tmp_path: Path) -> None:
     texts = [f"he {a}, and she {b}" for a in WORDS for b in ("sat", "went", "is")]
     context = BYTES.encode("so it").tolist()
     guesses = []
@@ -145,7 +145,9 @@ def test_a_file_that_cannot_be_read_is_named(content: bytes, message: str, tmp_p
         lambada(str(tmp_path / "nowhere"), BYTES)
 
 
-def test_a_test_that_was_stopped_goes_on_with_the_portion_it_was_at(model: GPT, cpu: Placement, tmp_path: Path) -> None:
+def test_a_test_that_was_stopped_goes_on_with_the_portion_it_was_at(
+    model: GPT, cpu: ComputeConfig, tmp_path: Path
+) -> None:
     texts = [{"text": f"he {WORDS[n % 8] * (1 + n % 5)} {n}"} for n in range(2 * PORTION + 10)]
     task = lambada(lines(tmp_path / "l.jsonl", texts), BYTES)
     scorer, path = Scorer(model, cpu, World(), every_block=True), tmp_path / "eval" / "lambada.json"

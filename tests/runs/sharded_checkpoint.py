@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import CheckpointError
 from gptlab.model import GPT, GPTConfig
@@ -44,7 +44,7 @@ def moved_on(model: GPT, seed: int) -> TrainingState:
 
 def main(world: World, source: str, out: Path, full: bool) -> None:
     model = GPT(SHAPE, seed=7)
-    shard_blocks(model, world, Placement(torch.device("cpu"), None, 1, False, {}))
+    shard_blocks(model, world, ComputeConfig(torch.device("cpu"), None, 1, False, {}))
     state = moved_on(model, 5)
     if source != "-":
         state = moved_on(model, 6)

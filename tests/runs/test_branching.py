@@ -12,7 +12,7 @@ import torch
 
 from gptlab.cli.main import main
 from gptlab.data.corpus import Corpus, open_corpus
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs import branching
 from gptlab.runs.branch_plan import Arm, GradientBias, GradientNoise, Plan, arms_named
@@ -23,7 +23,7 @@ from gptlab.training import TrainingConfig
 from gptlab.training.block_loss import Batch
 from gptlab.training.state import TrainingState
 
-PLACEMENT = Placement(torch.device("cpu"), None, 1, False, {})
+PLACEMENT = ComputeConfig(torch.device("cpu"), None, 1, False, {})
 PLAN = Plan(steps=3, averages=(1, 4), seeds=(1, 2))
 
 

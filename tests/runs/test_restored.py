@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gptlab.cli.main import main
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.runs import checkpoint
@@ -87,7 +87,7 @@ def test_every_tensor_is_restored_to_the_device_where_the_optimizer_keeps_it(
     model = GPT(GPTConfig(16, 256, 2, 2, 32)).to("meta")
     if case == "sharded":
         world = request.getfixturevalue("one_of_two_ranks")
-        shard_blocks(model, world, Placement(torch.device("cpu"), None, 1, False, {}))
+        shard_blocks(model, world, ComputeConfig(torch.device("cpu"), None, 1, False, {}))
 
     def fresh() -> TrainingState:
         state = TrainingState(model, build_optimizer(model, config))

@@ -13,7 +13,7 @@ import pytest
 from tiny_experiment import write  # pyright: ignore[reportMissingImports]
 
 from gptlab.cli.main import main
-from gptlab.device import Machine, decide, environment
+from gptlab.device import Machine, choose_compute, environment
 
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIplantedKEY",
@@ -89,7 +89,7 @@ def test_a_pack_keeps_none(planted: Path, tmp_path: Path) -> None:
     for arm in ("plain", "sure"):
         cell = out / arm / "seed_1"
         cell.mkdir(parents=True)
-        (cell / "environment.json").write_text(json.dumps(environment(decide(machine), machine)))
+        (cell / "environment.json").write_text(json.dumps(environment(choose_compute(machine), machine)))
         (cell / "config.json").write_text(
             json.dumps({"options": {"data": "x", "tokenizer": "bytes"}, "data": {"train": []}})
         )
@@ -107,6 +107,6 @@ def test_what_the_environment_records_is_a_list_of_names() -> None:
     """A new entry is a new promise: add it here once it is known that it holds no variable, path or word of a user."""
     machine = Machine.probe()
     names = {"machine", "platform", "python", "torch", "device", "dtype", "threads", "compile", "reasons"}
-    found = environment(decide(machine), machine)
+    found = environment(choose_compute(machine), machine)
     assert found.keys() == names
     assert found["machine"].keys() == {"processor", "cores", "gpus"}

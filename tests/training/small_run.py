@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
@@ -43,7 +43,7 @@ class Run:
 
     state: TrainingState
     config: TrainingConfig
-    placement: Placement
+    compute: ComputeConfig
     text: Tensor
 
     def batches(self, cut: Sequence[int] = (SEQUENCES,), rank: int = 0) -> Iterator[Batch]:
@@ -59,7 +59,7 @@ class Run:
 
     def update(self, cut: Sequence[int] = (SEQUENCES,), world: World | None = None, **options: Any) -> Update:
         world = world or World()
-        return update(self.state, self.config, self.batches(cut, world.rank), world, self.placement, **options)
+        return update(self.state, self.config, self.batches(cut, world.rank), world, self.compute, **options)
 
     def gradient(self, *args: Any, **options: Any) -> dict[str, Tensor]:
         """What an update leaves in `.grad`: the gradient it made, after clipping."""
@@ -94,11 +94,11 @@ def make_run(
                 norm = "ln_" in name and name.endswith("weight")
                 p.normal_(1.0 if norm else 0.0, 0.3, generator=generator)
     model.to(dtype)
-    placement = Placement(torch.device("cpu"), autocast, 1, False, {})
+    compute = ComputeConfig(torch.device("cpu"), autocast, 1, False, {})
     windows = text()
     if sure:  # the last token, which is a target only, is what block 2 expects: some signals ask for who is right
         with torch.no_grad():
             windows[:, -1] = model.read(model.hidden_states(windows[:, :-1])[2])[:, -1].argmax(1)
     if world:
-        shard_blocks(model, world, placement)
-    return Run(TrainingState(model, build_optimizer(model, config)), config, placement, windows)
+        shard_blocks(model, world, compute)
+    return Run(TrainingState(model, build_optimizer(model, config)), config, compute, windows)

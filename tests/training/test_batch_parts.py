@@ -35,7 +35,7 @@ def others(run: Run, m: int) -> Iterator[Batch]:
 
 def made_of(run: Run, batches: list[Batch]) -> tuple[Update, torch.Tensor]:
     """The update and its gradient, flat; gradients are not clipped here."""
-    done = update(run.state, run.config, batches, World(), run.placement)
+    done = update(run.state, run.config, batches, World(), run.compute)
     return done, torch.cat([p.grad.flatten() for p in run.state.model.parameters() if p.grad is not None])
 
 

@@ -15,13 +15,13 @@ from torch.nn.functional import cross_entropy
 from gptlab.data.batches import ValidationWindows
 from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import write_shard
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training.evaluate import SHAPE, Validation, validate
 
 T = 16
-CPU = Placement(torch.device("cpu"), None, 1, False, {})
+CPU = ComputeConfig(torch.device("cpu"), None, 1, False, {})
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,8 @@ def windows(tiny_corpus: Path) -> Callable[..., ValidationWindows]:
     return cut
 
 
-def validated(model: GPT, windows: ValidationWindows, placement: Placement = CPU) -> Validation:
-    found = validate(model, windows, World(), placement)
+def validated(model: GPT, windows: ValidationWindows, compute: ComputeConfig = CPU) -> Validation:
+    found = validate(model, windows, World(), compute)
     assert found is not None
     return found
 
@@ -105,7 +105,7 @@ def test_the_layout_of_shards_does_not_count(
 
 
 def test_bfloat16_is_close(model: GPT, windows: Callable[..., ValidationWindows]) -> None:
-    rough = Placement(torch.device("cpu"), torch.bfloat16, 1, False, {})
+    rough = ComputeConfig(torch.device("cpu"), torch.bfloat16, 1, False, {})
     found, exact = validated(model, windows(512), rough), validated(model, windows(512))
     assert found.loss == pytest.approx(exact.loss, rel=5e-3)
     assert found.loss != exact.loss

@@ -11,7 +11,7 @@ from naive_gradients import SIZE, build, furthest, gradients, naive, text
 from small_run import make_run
 from torch.nn.functional import scaled_dot_product_attention
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.model import GPT, GPTConfig, fast_cpu
 from gptlab.model.fast_cpu import ShortAttention, WorkingLinear, install, product, replace_linears
 from gptlab.signals import SignalConfig
@@ -79,10 +79,10 @@ def test_a_pass_that_asks_for_no_weights_gradient_makes_none() -> None:
 
 
 def test_modules_are_replaced_where_it_pays_and_parameters_keep_their_names() -> None:
-    def kinds(placement: Placement, **options: Any) -> set[str]:
+    def kinds(compute: ComputeConfig, **options: Any) -> set[str]:
         model = GPT(GPTConfig(8, 31, 2, 2, 16))
         names = {name: id(p) for name, p in model.named_parameters()}
-        install(model, placement, **options)
+        install(model, compute, **options)
         assert {name: id(p) for name, p in model.named_parameters()} == names
         assert list(model.state_dict()) == list(GPT(model.config).state_dict())
         assert model.lm_head.weight is model.wte.weight, "tied"
@@ -90,11 +90,11 @@ def test_modules_are_replaced_where_it_pays_and_parameters_keep_their_names() ->
 
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
     fast = {"WorkingLinear", "ShortAttention"}
-    assert fast < kinds(Placement(cpu, bf16, 1, False))
-    assert kinds(Placement(cpu, bf16, 1, False), copies=False) & fast == {"ShortAttention"}
-    assert not kinds(Placement(cpu, None, 1, False)) & fast
-    assert not kinds(Placement(cpu, bf16, 1, True)) & fast
-    assert not kinds(Placement(torch.device("cuda"), bf16, 1, False)) & fast
+    assert fast < kinds(ComputeConfig(cpu, bf16, 1, False))
+    assert kinds(ComputeConfig(cpu, bf16, 1, False), copies=False) & fast == {"ShortAttention"}
+    assert not kinds(ComputeConfig(cpu, None, 1, False)) & fast
+    assert not kinds(ComputeConfig(cpu, bf16, 1, True)) & fast
+    assert not kinds(ComputeConfig(torch.device("cuda"), bf16, 1, False)) & fast
 
 
 def test_bfloat16_copies_train_as_autocast_does() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals import SignalConfig
@@ -46,14 +46,14 @@ def losses() -> dict[str, Any]:
     shape = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     model = GPT(shape, config.seed)
     state = TrainingState(model, build_optimizer(model, config))
-    placement = Placement(torch.device("cpu"), None, 1, False, {})
+    compute = ComputeConfig(torch.device("cpu"), None, 1, False, {})
     B, T, tokens = config.sequences, config.block_size, text()
     found = []
     for step in range(STEPS):
         start = step * B * T
         rows = tokens[start : start + B * T + 1]
         batch = Batch(rows[:-1].view(B, T), rows[1:].view(B, T), step, config.seed, 0)
-        done = update(state, config, [batch], World(), placement, measure_dose=step == 0)
+        done = update(state, config, [batch], World(), compute, measure_dose=step == 0)
         found.append((done.loss, done.signal_loss, done.grad_norm, done.dose))
     return {
         "loss": [round(one[0], 6) for one in found],

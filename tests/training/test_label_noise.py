@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from gptlab.data.batches import ValidationWindows
 from gptlab.data.corpus import open_corpus
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
@@ -68,8 +68,8 @@ def test_validation_takes_all_three_figures_at_true_targets(tiny_corpus: Path) -
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), alpha=0.2)
     windows = ValidationWindows(open_corpus(tiny_corpus), T, 256, 10 * T)
-    placement = Placement(torch.device("cpu"), None, 1, False, {})
-    plain, found = (validate(model, windows, World(), placement, flip=flip) for flip in (0.0, share))
+    compute = ComputeConfig(torch.device("cpu"), None, 1, False, {})
+    plain, found = (validate(model, windows, World(), compute, flip=flip) for flip in (0.0, share))
     assert plain is not None
     assert found is not None
     tokens, targets = windows.rows(0, 10)

@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 from gptlab.data.batches import ValidationWindows
 from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import write_shard
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training.evaluate import tempered
 
-HERE = Placement(torch.device("cpu"), None, 1, compile=False)
+HERE = ComputeConfig(torch.device("cpu"), None, 1, compile=False)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from gptlab.analysis.noise.estimators import figures
 from gptlab.analysis.noise.labels import Readings, collapse, quality, token_figures
 from gptlab.analysis.noise.options import TRUE_LOSS, NoiseConfig
 from gptlab.data.batches import TrainingWindows, ValidationWindows
-from gptlab.device import Placement
+from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError, DivergedError
 from gptlab.signals import tuned_lens
 from gptlab.signals.config import SignalConfig
@@ -50,7 +50,7 @@ class Subject:
     config: TrainingConfig
     windows: TrainingWindows
     validation: ValidationWindows
-    placement: Placement
+    placement: ComputeConfig
 
     @property
     def next_sequence(self) -> int:
