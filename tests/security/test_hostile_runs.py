@@ -23,7 +23,7 @@ SELDOM = {"resume": 6, "compare to a report": 4, "report": 6, "compare": 2, "ver
 
 def test_the_set_has_every_field_of_every_file_and_every_kind_of_value(finished_run: Path) -> None:
     names = [one.name for one in hostile_runs(finished_run, each=1, drawn=1)]
-    assert len(names) == len(set(names)) > 400
+    assert len(names) == len(set(names)) > 300
     text = "\n".join(names)
     for part in ("options.n_layer ", "data.train ", "machine.gpus ", "grad_norm of train ", "block_loss of val ",
                  "written of sample ", "event of event ", "scalars.step ", "files.state.json "):  # fmt: skip
