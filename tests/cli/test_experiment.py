@@ -124,7 +124,7 @@ def test_status_tells_every_state(file: Path, tmp_path: Path, capsys: Capture) -
     )
     assert cells["wild/1"]["reason"] == "ended by SIGKILL; was memory short?"
     experiment = read_experiment(file)
-    claim = Claim.take(next(cell for cell in cells_of(experiment, out) if cell.name == "plain/seed_2"))
+    claim = Claim.take(next(cell.folder for cell in cells_of(experiment, out) if cell.name == "plain/seed_2"))
     assert claim
     found = standing(experiment, out)
     claim.release()
