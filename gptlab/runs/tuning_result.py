@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError
-from gptlab.files import read_json, write_json
-from gptlab.parsing import is_count, is_number
+from gptlab.files import read_text, write_json
+from gptlab.parsing import is_count, is_number, parse_json
 from gptlab.runs.experiment_spec import Experiment
 from gptlab.runs.tuning import Trial, all_trials, leaders
 
@@ -118,7 +118,7 @@ def read_kept(folder: Path) -> dict[str, Any] | None:
     """The content of an experiment's tuning.json, None where there is none; raises ConfigError for a damaged one."""
     path = folder / FILE
     try:
-        return accepted(read_json(path, inside=folder, error=ConfigError))
+        return accepted(parse_json(read_text(path, inside=folder, error=ConfigError)))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -262,8 +262,7 @@ def experiment(tmp_path: Path) -> Path:
     for name, (table, cost) in arms.items():
         write_arm(tmp_path, name, table, cost)
         own = {k: v for k, v in options_of(**table).items() if v != options_of()[k]}
-        text += f'[arms."{name}"]\n' + as_toml({k: v for k, v in own.items() if k != "also"})
-        text += "also = []\n" if "also" in own else ""
+        text += f'[arms."{name}"]\n' + as_toml(own, f'arms."{name}".')
     (tmp_path / "experiment.toml").write_text(text)
     return tmp_path
 

@@ -62,7 +62,7 @@ def bad_row(path: Path) -> None:
         ("checkpoints/step_00000006/state.json", Path.unlink, "missing"),
         ("checkpoints/step_00000006/MANIFEST.json", no_json, "cannot be read"),
         ("metrics.jsonl", cut, "bytes, found 100"),
-        ("metrics.jsonl", bad_row, "in line 1"),
+        ("metrics.jsonl", bad_row, "line 1: "),
         ("log.txt", Path.unlink, "bytes, found 0"),
         ("config.json", no_json, "is damaged"),
         ("config.json", Path.unlink, "expected a run folder, found no config.json"),

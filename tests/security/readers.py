@@ -127,7 +127,7 @@ class Reader:
 
     def prepare(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path_of(folder)
+        self.beside(folder)
 
     def hostile(self, rng: Random) -> bytes:
         return self.mutate(rng.choice(self.samples), rng)
