@@ -1,7 +1,7 @@
 """Random numbers named by what they are for: a key, never a global generator.
 
 Every draw in the project is a pure function of a key such as ("rotate", seed, step), so that it does not depend
-on the rank, the micro-batch or what was drawn before, and a resumed run needs no generator state to go on.
+on the rank, the micro-batch or what was drawn before, and a resumed run needs no generator's state.
 """
 
 from __future__ import annotations

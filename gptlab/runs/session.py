@@ -1,4 +1,4 @@
-"""One sitting of a run: a model built or restored, the loop's records written as they come, checkpoints saved."""
+"""One session of a run: a model built or restored, the loop's records written as they come, checkpoints saved."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gptlab.training.state import TrainingState
 class Session:
     """folder: where to write, None on ranks that do not; compiled: what became of torch.compile, in words.
 
-    Raises CheckpointError where the weights to start from, or to go on from, do not fit.
+    Raises CheckpointError where the weights to start from, or to resume from, do not fit.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Session:
     ) -> None:
         self.config, self.folder, self.compute, self.data, self.world = config, folder, compute, data, world
         shape = config.shape
-        drawn = checkpoint_path or not config.init_from  # a run that goes on needs its first source no more
+        drawn = checkpoint_path or not config.init_from  # a resumed run no longer needs its source
         try:
             source = None if drawn else str(config.init_from)
             model = initial_model(source, shape, config.seed, config.tokenizer) if source else GPT(shape, config.seed)
@@ -66,7 +66,7 @@ class Session:
         self._speeds: list[float] = []
 
     def _restore(self, path: Path, shape: GPTConfig) -> None:
-        """Take over the checkpoint that rank 0 chose; where blocks are cut, each process reads its own rows."""
+        """Take over the checkpoint that rank 0 chose; where blocks are sharded, each process reads its own rows."""
         if self.sharded:
             sharded.load(path, shape, self.state, self.world)
             return

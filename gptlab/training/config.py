@@ -31,7 +31,7 @@ class TrainingConfig:
     out: str | None = option(None, "the run's folder", shown="log/<preset>-<signal>-<seed>")
     seed: int = option(1, "decides initial weights, data order and every draw")
     resume: Literal["auto", "never", "must"] = option(
-        "auto", "go on with an unfinished run, start a new folder, or insist"
+        "auto", "resume an unfinished run (auto), insist on one (must), or start a new folder (never)"
     )
     init_from: str | None = option(None, "start from the weights of a run or a Hugging Face GPT-2 folder")
     init_jitter: float = option(0.0, "relative Gaussian noise on the initial weights, for a twin run")
@@ -186,7 +186,7 @@ class TrainingConfig:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """Where figures are logged beside metrics.jsonl."""
+        """Where figures are logged in addition to metrics.jsonl."""
         return () if self.log == "none" else tuple(dict.fromkeys(name.strip() for name in self.log.split(",")))
 
     @property
@@ -257,7 +257,7 @@ FREE_ON_RESUME = frozenset(
     {"out", "resume", "log", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
     | {"batch_size", "device", "threads", "compile", "rank_timeout", "parallel", "activation_checkpointing"}
 )
-"""What may change when a run goes on; `steps` may grow. Everything else makes it another run."""
+"""What may change when a run is resumed; `steps` may grow. Everything else makes it another run."""
 
 FIXED_IF_DETERMINISTIC = frozenset({"batch_size", "device", "threads", "compile"})
 """What may not change either where the same bits are asked for."""

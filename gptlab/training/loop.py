@@ -54,7 +54,7 @@ def train(
         yield Record("checkpoint", state.step, {"cursor": windows.cursor(state.step, config.sequences)})
         raise Stopped(
             f"stopped at step {state.step} of {config.steps} with a checkpoint saved; "
-            "run the same command again to go on"
+            "run the same command again to resume"
         )
 
     batches = MicroBatches(config, windows, world, compute.device)
