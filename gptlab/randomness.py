@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -26,6 +25,8 @@ def permutation(n: int, *key: str | int) -> np.ndarray:
     The order of Philox's raw 64-bit words: NumPy promises that stream for good, which it does not for
     `Generator.permutation`.
     """
+    import numpy as np  # here, since options import this file and `--help` needs no numbers
+
     words = np.random.Philox(key=key_bits(*key)).random_raw(n)
     return np.argsort(words, kind="stable")
 

@@ -32,6 +32,7 @@ def test_the_set_has_every_field_of_every_file_and_every_kind_of_value(finished_
         assert f" {value}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_command_ends_in_a_traceback_whatever_a_run_holds(
     finished_run: Path, tmp_path: Path, tiny: Callable[..., list[str]]

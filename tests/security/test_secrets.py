@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from tiny_experiment import write  # pyright: ignore[reportMissingImports]
 
 from gptlab.cli.main import main
 from gptlab.device import Machine, choose_compute, environment
+from gptlab.options import build, flatten
+from gptlab.training.config import TrainingConfig
 
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIplantedKEY",
@@ -87,20 +90,23 @@ def test_a_pack_keeps_none(planted: Path, tmp_path: Path) -> None:
     file, out = write(tmp_path, {"plain": {}, "sure": {"signal.name": "confidence"}}), tmp_path / "out"
     machine = Machine.probe()
     for arm in ("plain", "sure"):
+        options = flatten(build(TrainingConfig, {"signal.name": "confidence"} if arm == "sure" else {}))
         cell = out / arm / "seed_1"
         cell.mkdir(parents=True)
         (cell / "environment.json").write_text(json.dumps(environment(choose_compute(machine), machine)))
         (cell / "config.json").write_text(
-            json.dumps({"options": {"data": "x", "tokenizer": "bytes"}, "data": {"train": []}})
+            json.dumps({"options": options, "data": {"tokenizer": "bytes", "train": ["1" * 64], "val": ["2" * 64]}})
         )
         (cell / "metrics.jsonl").write_text(
             json.dumps({"step": 24, "kind": "event", "event": "finished", "loss": 1.0}) + "\n"
         )
         (cell / "output.txt").write_text(SECRETS["HF_TOKEN"])  # what a process said is not packed
     shutil.copy(file, out / "experiment.toml")
-    assert main(["experiment", "pack", str(out), "--out", str(tmp_path / "packed")]) == 0
-    assert len(files(tmp_path / "packed")) > 6
-    assert leaks(*files(tmp_path / "packed")) == []
+    assert main(["experiment", "pack", str(out), "--out", str(tmp_path / "packed.json.gz")]) == 0
+    unpacked = tmp_path / "packed.json"
+    unpacked.write_bytes(gzip.decompress((tmp_path / "packed.json.gz").read_bytes()))
+    assert b'"finished"' in unpacked.read_bytes()
+    assert leaks(unpacked.read_text()) == []
 
 
 def test_what_the_environment_records_is_a_list_of_names() -> None:
