@@ -106,7 +106,7 @@ def test_a_pack_keeps_none(planted: Path, tmp_path: Path) -> None:
     unpacked = tmp_path / "packed.json"
     unpacked.write_bytes(gzip.decompress((tmp_path / "packed.json.gz").read_bytes()))
     assert b'"finished"' in unpacked.read_bytes()
-    assert leaks(unpacked.read_text()) == []
+    assert leaks(unpacked.read_bytes()) == []
 
 
 def test_what_the_environment_records_is_a_list_of_names() -> None:
