@@ -13,14 +13,14 @@ from harness import Trainer, rows
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
 
+pytestmark = pytest.mark.slow
+
 ON_ONE_RANK = '''
 """The launcher, with a block that gives NaN on rank 1 from its update 6 on."""
 import functools, os, sys
 import torch
 from gptlab.cli.main import guarded
 from gptlab.cli.train import main
-
-pytestmark = pytest.mark.slow
 
 calls = 0
 

@@ -126,7 +126,7 @@ def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
     browser.value("document.querySelector('main').dataset.every = 0.1; renew()")
     run = hostile_experiment / ARM / "seed_1"
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 21, "kind": "train", "loss": 1.0, "tokens": 448}\n')
+        file.write('{"step": 21, "kind": "train", "loss": 1.0, "tokens": 10000000}\n')
     browser.until("document.querySelector('.state').innerText.includes('step 21 of 20')")
     assert browser.value("document.querySelector('details').open")
     assert browser.value("document.querySelectorAll('img, main script').length") == 0
