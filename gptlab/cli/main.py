@@ -1,14 +1,17 @@
-"""The `gptlab` command: finds the subcommand, and turns an error of ours into one line and its exit code."""
+"""The `gptlab` command: its subcommands, their completion, and an error of ours as one line and an exit code."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import json
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gptlab
 from gptlab.cli.console import ReaderLeft, say, standard_streams
@@ -22,7 +25,7 @@ COMMANDS = {
     "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
     "dose_response": "how many times the tokens a known error costs, against theory",
     "noise": "measure whether a signal teaches, or is bias or noise",
-    "sample": "write on from a prompt, each block's guess beside it",
+    "sample": "generate text from a prompt, with each block's best next token",
     "lens": "what every block would say at every position, and what early exit saves",
     "eval": "score a model and its blocks: validation, HellaSwag, LAMBADA, lm-eval's tasks",
     "digest": "SHA-256 over a run's weights, moments, RNG and data cursor",
@@ -35,6 +38,14 @@ COMMANDS = {
     "completion": "print a completion script for bash or zsh",
     "doctor": "what this machine has, and what a run would use and why",
 }
+
+ELSEWHERE = {
+    "digest": "verify:digest",
+    "export": "model:export",
+    "import": "model:import_",
+    "completion": "main:completion",
+}
+"""Commands that are not the function `main` of the module of their own name."""
 
 IN_FILES = frozenset({"train", "experiment", "data"})
 """Commands whose work is kept in files: they continue whatever becomes of the streams that show it."""
@@ -54,9 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if name not in COMMANDS:
             raise UsageError(f"no command {shown(name)}{did_you_mean(name, COMMANDS)}; see `gptlab --help`")
-        return importlib.import_module(f"gptlab.cli.{name}").main(rest)
+        return _command(name)(rest)
 
     return guarded(command, argv[1:], in_files=name in IN_FILES)
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    module, _, function = ELSEWHERE.get(name, f"{name}:main").partition(":")
+    return getattr(importlib.import_module(f"gptlab.cli.{module}"), function)
 
 
 def guarded(command: Callable[[list[str]], int], argv: Sequence[str], *, in_files: bool = True) -> int:
@@ -123,3 +139,75 @@ def _help() -> str:
             "`gptlab COMMAND --help` shows a command's options. Each takes --json and --debug.",
         ]
     )
+
+
+def completion(argv: list[str]) -> int:
+    """Print a script that completes commands, options and their values in a shell.
+
+    shtab writes it from every command's own parser, so that no list is kept twice, and the shell asks no Python when
+    the tab key is pressed.
+    """
+    import shtab
+
+    from gptlab.cli.arguments import Parser
+
+    parser = Parser(
+        prog="gptlab completion",
+        description='Print a completion script: put `eval "$(gptlab completion bash)"` into ~/.bashrc, '
+        'or `eval "$(gptlab completion zsh)"` below `autoload -Uz compinit && compinit` into ~/.zshrc.',
+    )
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="whose script")
+    parser.add_argument("--json", action="store_true", help="print every command's words, options and values instead")
+    options = parser.parse(argv)
+    root = argparse.ArgumentParser(prog="gptlab", description="Train GPT-2 with auxiliary per-block losses.")
+    commands = root.add_subparsers()
+    for name, summary in COMMANDS.items():
+        commands.add_parser(name, help=summary, parents=[_parser_of(name)], add_help=False)
+    print(json.dumps(_known(commands.choices), indent=1) if options.json else shtab.complete(root, options.shell))
+    return 0
+
+
+def _parser_of(name: str) -> argparse.ArgumentParser:
+    """A command's own parser, taken where it would print its help; values of options as choices, else files."""
+    import shtab
+
+    from gptlab.signals.registry import SIGNALS
+    from gptlab.training.presets import PRESETS
+
+    found: list[argparse.ArgumentParser] = []
+    print_help = argparse.ArgumentParser.print_help
+    argparse.ArgumentParser.print_help = lambda self, file=None: found.append(self)
+    try:
+        with contextlib.suppress(SystemExit):
+            _command(name)(["--help"])
+    finally:
+        argparse.ArgumentParser.print_help = print_help
+    (parser,) = found
+    named = {"--preset": (*PRESETS,), "--signal.name": ("none", *SIGNALS)}  # their help is elsewhere
+    for action in parser._actions:
+        words = str(action.metavar or "")
+        action.choices = action.choices or next((named[o] for o in action.option_strings if o in named), None)
+        if not action.choices and _WORDS.fullmatch(words):
+            action.choices = words.split("|")
+        if not action.choices and action.nargs != 0:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return parser
+
+
+_WORDS = re.compile(r"[a-z\d.-]+(\|[a-z\d.-]+)+")
+"""How an option whose values are checked later shows them: on|off, say."""
+
+
+def _known(commands: dict[str, argparse.ArgumentParser]) -> dict[str, Any]:
+    """The words, options and options' values of every command and its subcommands."""
+    known = {}
+    for name, parser in commands.items():
+        actions = list(parser._actions)
+        for inner in (a for a in parser._actions if isinstance(a, argparse._SubParsersAction)):
+            actions += [action for one in inner.choices.values() for action in one._actions]
+        options = {o: list(a.choices or ()) for a in actions for o in a.option_strings if o.startswith("--")}
+        words = [word for a in actions if not a.option_strings for word in a.choices or ()]
+        known[name] = {
+            "words": words, "options": ["--debug", *options], "values": {o: v for o, v in options.items() if v},
+        }  # fmt: skip
+    return known

@@ -1,4 +1,4 @@
-"""The model that a command names, where it computes, its tokenizer, and a corpus of its tokens.
+"""The model that a command names, with its tokenizer and a corpus of its tokens; `gptlab export` and `gptlab import`.
 
 A run has the tokenizer that it was trained with, a Hugging Face folder the one that it brings. Where it brings none,
 text is refused, and token shards are taken as the model's own: the size of a vocabulary says nothing of its tokens.
@@ -6,12 +6,18 @@ text is refused, and token shards are taken as the model's own: the size of a vo
 
 from __future__ import annotations
 
+import contextlib
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.errors import ConfigError, DataError
+import gptlab
+from gptlab.cli.arguments import Parser
+from gptlab.errors import CheckpointError, ConfigError, DataError, UsageError
+from gptlab.parsing import is_number
 
 if TYPE_CHECKING:
     from gptlab.data.corpus import Corpus
@@ -143,3 +149,157 @@ def open_model(source: str, device: str, dtype: str, threads: int = 0, tokenizer
     placement.apply()
     model.to(placement.device).eval()
     return Opened(model, vocabulary, placement, config)
+
+
+def export(argv: list[str]) -> int:
+    """Write the model; raises UsageError where it would overwrite something, CheckpointError where RUN is damaged."""
+    parser = Parser(
+        prog="gptlab export",
+        description="Write a model as a folder that transformers loads as GPT2LMHeadModel, or as a file that llm.c "
+        "reads. A Hugging Face folder gets the model's tokenizer too, and that of a run a README.md.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run, a checkpoint or a Hugging Face GPT-2 folder")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the folder (llm.c: the file) to write, which is not there"
+    )
+    parser.add_argument("--format", choices=["huggingface", "llm.c"], default="huggingface", help="[huggingface]")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of llm.c's weights [fp32]")
+    parser.add_argument(
+        "--json", action="store_true", help='print {"folder", "parameters", "padding", "tokenizer"}; llm.c: "file"'
+    )
+    options = parser.parse(argv)
+    out: Path = options.out
+    huggingface = options.format == "huggingface"
+    if out.exists() and not (huggingface and out.is_dir() and not any(out.iterdir())):
+        kind = "a new or empty folder" if huggingface else "a new file"
+        raise UsageError(f"expected {kind} to export to, found {out} in use; give another one")
+    if huggingface and options.dtype != "fp32":
+        raise UsageError("--dtype: a Hugging Face folder is written in fp32; bf16 is for --format llm.c")
+
+    from gptlab.device import DTYPES
+    from gptlab.model.formats import write_llmc
+    from gptlab.model.huggingface import write_folder
+
+    model, config, vocabulary = open_any(options.run, None)
+    shape, known = model.config, vocabulary.known.name if vocabulary.known else None
+    result = {"parameters": shape.parameters, "padding": shape.vocab_size - shape.tokens}
+    if huggingface:
+        files, special = belongings(None if config else Path(options.run), vocabulary, shape.block_size)
+        if config:
+            files["README.md"] = model_card(Path(options.run), config, shape.parameters).encode()
+        write_folder(model, out, files, special)
+        result = {"folder": str(out), **result, "tokenizer": known}
+    else:
+        write_llmc(model, out, DTYPES[options.dtype])
+        result = {"file": str(out), **result}
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{options.run} exported to {out}")
+    if result["padding"]:
+        print(f"{result['padding']} rows that pad the vocabulary to {shape.vocab_size:,} were cut")
+    if huggingface:
+        print(f"tokenizer: {known}" if known else vocabulary.missing)
+        print(f'load it with: transformers.GPT2LMHeadModel.from_pretrained("{out}")')
+    return 0
+
+
+def model_card(run: Path, config: TrainingConfig, parameters: int) -> str:
+    """README.md of a run's model: what was trained, on what, for how long, to which loss, by which command."""
+    from gptlab.options import flatten
+    from gptlab.runs.folder import RunFolder, newest
+    from gptlab.training.config import TrainingConfig
+    from gptlab.training.presets import PRESETS
+
+    found = newest(run)
+    folder = RunFolder(found.parent.parent if found.parent.name == "checkpoints" else found)
+    step = int(found.name.rpartition("_")[2]) if found.name.startswith("step_") else config.steps
+    loss = "not recorded"
+    with contextlib.suppress(CheckpointError):  # damaged records do not keep weights from being exported
+        for row in folder.rows():
+            if row["kind"] == "val" and row["step"] <= step and is_number(row.get("loss")):
+                loss = f"{row['loss']:.4f} nats a token at step {row['step']:,}"
+    preset = flatten(TrainingConfig(**PRESETS.get(config.preset, {})))
+    free = ("preset", "out", "resume", "also", "log", "device", "threads", "rank_timeout")
+    changed = {key: value for key, value in flatten(config).items() if value != preset[key] and key not in free}
+    command = shlex.join(["gptlab", "train", "--preset", config.preset, *(f"--{k}={v}" for k, v in changed.items())])
+    signals = ", ".join(f"{one.name}, control {one.control}" for one in config.signals) or "none, the true loss alone"
+    shared = " (one block, shared)" if config.share_blocks else ""
+    return f"""# GPT-2, {parameters:,} parameters
+
+Trained with gptlab {gptlab.__version__}; figures are the run's own.
+
+| | |
+|---|---|
+| blocks, heads, width | {config.n_layer}, {config.n_head}, {config.n_embd}{shared} |
+| context | {config.block_size:,} tokens of `{config.tokenizer}` |
+| data | {config.data} |
+| steps | {step:,} updates of {config.total_batch_tokens:,} tokens: {step * config.total_batch_tokens:,} tokens |
+| extra signal | {signals} |
+| validation loss | {loss} |
+| seed | {config.seed} |
+
+```
+{command}
+```
+
+License: not stated. Whoever publishes this model states it here; the data may have terms of its own.
+"""
+
+
+def import_(argv: list[str]) -> int:
+    """Write the folder; raises CheckpointError where SOURCE is no model that is known, UsageError where OUT is used."""
+    parser = Parser(
+        prog="gptlab import",
+        description="Read a GPT-2 of another program and write it as a Hugging Face folder, for sample, eval, export "
+        "and --init_from, with the tokenizer that it brings. SOURCE is a Hugging Face GPT-2 folder, nanoGPT's ckpt.pt "
+        "or out_dir, a build-nanogpt checkpoint or its log folder, or a model file of llm.c (version 3 or 5); which "
+        "one, its content tells. Pickled files are read as tensors and plain values: code in them is refused, never "
+        "run.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="the file or folder to read")
+    parser.add_argument("--out", metavar="FOLDER", type=Path, required=True, help="the folder to write, new or empty")
+    parser.add_argument("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
+    parser.add_argument(
+        "--json", action="store_true", help='print {"folder", "format", "parameters", ..., "padding", "tokenizer"}'
+    )
+    options = parser.parse(argv)
+    out: Path = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"expected a new or empty folder to import to, found {out} in use; give another one")
+
+    from gptlab.data.tokenizers import get_tokenizer
+    from gptlab.model.formats import open_foreign
+    from gptlab.model.huggingface import write_folder
+    from gptlab.runs.initial import tokenizer_of
+
+    found = open_foreign(options.source)
+    shape, folder = found.model.config, found.file if found.file.is_dir() else None
+
+    def own() -> Tokenizer | None:
+        return tokenizer_of(folder, None) if folder else get_tokenizer("gpt2") if found.gpt2 else None
+
+    vocabulary = vocabulary_of(options.source, found.model, own, options.tokenizer)
+    files, special = belongings(folder, vocabulary, shape.block_size)
+    write_folder(found.model, out, files, special)
+    result = {
+        "folder": str(out), "format": found.format, "file": str(found.file), "parameters": shape.parameters,
+        "n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.block_size,
+        "vocab_size": shape.tokens, "padding": shape.vocab_size - shape.tokens,
+        "tokenizer": vocabulary.known.name if vocabulary.known else None,
+    }  # fmt: skip
+    if options.json:
+        print(json.dumps(result))
+        return 0
+    size = f"{shape.parameters:,} parameters, {shape.n_layer} blocks, {shape.n_embd} wide"
+    print(f"{found.file}: {found.format}, {size}, {shape.tokens:,} tokens")
+    if result["padding"]:
+        print(f"{result['padding']} rows that pad {found.format}'s vocabulary to {shape.vocab_size:,} were cut")
+    print(f"imported to {out}")
+    if vocabulary.known:
+        print(f"tokenizer: {vocabulary.known.name}")
+        print(f"try next: gptlab sample --checkpoint {shlex.quote(str(out))}")
+    else:
+        print(vocabulary.missing)
+        print(f"try next: gptlab eval {shlex.quote(str(out))} --data SHARDS")
+    return 0

@@ -1,9 +1,13 @@
-"""`gptlab verify`: whether every file of a run is as it was written. It changes nothing and repairs nothing."""
+"""`gptlab verify` and `gptlab digest`: whether a run's files are as they were written, and one number for its state.
+
+Both only read. Digests compare two runs for equality, never closeness.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +46,25 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def digest(argv: list[str]) -> int:
+    """Print the SHA-256 and the step of a run's newest checkpoint; raises CheckpointError where it is damaged."""
+    parser = Parser(
+        prog="gptlab digest",
+        description="SHA-256 over weights, moments, RNG and data cursor of a run's newest checkpoint. "
+        "Two runs have the same one only if every bit of their states is equal.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--json", action="store_true", help='print {"sha256", "step"}')
+    options = parser.parse(argv)
+
+    from gptlab.runs import checkpoint
+    from gptlab.runs.folder import newest
+
+    sha256, step = checkpoint.digest(newest(options.run))
+    print(json.dumps({"sha256": sha256, "step": step}) if options.json else f"{sha256}  step {step}")
+    return 0
+
+
 def _problems(path: Path) -> Iterator[Problem]:
     from gptlab.runs import checkpoint
     from gptlab.runs.folder import RunFolder
@@ -71,21 +94,18 @@ def _unreadable(folder: RunFolder, needed: dict[str, int]) -> Iterator[Problem]:
     """The records that do not parse, or are shorter than a checkpoint needs to cut them back to."""
     from gptlab.runs.checkpoint import Problem
 
-    try:
-        folder.config()
-    except CheckpointError as error:
-        yield Problem(str(folder.path / "config.json"), str(error))
-    try:
-        folder.recorded("environment.json")
-    except CheckpointError as error:
-        yield Problem(str(folder.path / "environment.json"), str(error))
     for name, length in needed.items():
         path = folder.path / name
         found = path.stat().st_size if path.is_file() else 0
         if found < length:
             yield Problem(str(path), f"expected at least {length} bytes, found {found}")
-    try:
-        for _ in folder.rows():
-            pass
-    except CheckpointError as error:
-        yield Problem(str(folder.path / "metrics.jsonl"), str(error))
+    reads = {
+        "config.json": folder.config,
+        "environment.json": lambda: folder.recorded("environment.json"),
+        "metrics.jsonl": lambda: deque(folder.rows(), maxlen=0),
+    }
+    for name, read in reads.items():
+        try:
+            read()
+        except CheckpointError as error:
+            yield Problem(str(folder.path / name), str(error))
