@@ -32,7 +32,7 @@ from torch import Tensor
 
 from gptlab.analysis.branch import branch_test
 from gptlab.analysis.statistics import binomial_interval
-from gptlab.cli.corpus import open_or_prepare
+from gptlab.cli.data import open_or_prepare
 from gptlab.cli.main import main as gptlab
 from gptlab.data.corpus import Corpus
 from gptlab.device import ComputeConfig, Machine

@@ -1,4 +1,4 @@
-"""The one way to the terminal: standard streams that never end a job, and text, tables and times shown on them.
+"""The one way to the terminal: streams that never end a job, what is shown on them, and Ctrl-C as a request to stop.
 
 A display observes the work. A terminal that goes away, a pipe whose reader has left, a full disk or an encoding that
 lacks a character take the display with them, never the training that it shows.
@@ -10,12 +10,16 @@ import codecs
 import contextlib
 import errno
 import os
+import signal
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
+from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
+
+from gptlab.distributed import launcher_hangs_up
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -266,23 +270,25 @@ class Counter(Observer):
         self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     @observing
-    def count(self, name: str, done: int, total: int, words: str = "") -> None:
+    def count(self, name: str, done: int, total: int | None, words: str = "") -> None:
         """`done` of `total` pieces of the job of that name are finished; what was at its first count cost no time."""
         now = time.monotonic()
+        counted = f"{name} {done:,}" + ("" if total is None else f"/{total:,}")
         if name != self._name:
             self.close()
             self._name, self._started, self._first, self._last = name, now, done, 0.0 if self._quiet else now
             self._line = None if self._quiet else LiveLine(self.console)
             if self._line and not self._line.is_live:
-                self.note(f"{name}: {done:,} of {total:,}")
-        left = (now - self._started) / (done - self._first) * (total - done) if done > self._first else None
-        counted, time_left = f"{name} {done:,}/{total:,}", f"{duration(left)} left"
+                self.note(counted)
+        left = (now - self._started) / (done - self._first) * (total - done) if total and done > self._first else None
+        parts = [Part(counted), Part(words, 1), Part(f"{duration(left)} left")]
+        ended = total is not None and done >= total
         if self._line and self._line.is_live:
-            share = bar(done / max(1, total), self.console)
-            self._line.show([Part(counted), Part(share, 2), Part(words, 1), Part(time_left)], at_once=done >= total)
-        elif now - self._last > COUNT_EVERY or done >= total:
+            drawn = [Part(bar(done / max(1, total), self.console), 2)] if total is not None else []
+            self._line.show([parts[0], *drawn, *parts[1:]], at_once=ended)
+        elif now - self._last > COUNT_EVERY or ended:
             self._last = now
-            self.note("  ".join(filter(None, (counted, words, time_left))))
+            self.note("  ".join(part.text for part in parts if part.text))
 
     def close(self) -> None:
         if self._line:
@@ -346,3 +352,58 @@ def show_table(shown_on: Console, table: Table) -> None:
     for row in rows:
         shown.add_row(*(Text(printable(cell)) for cell in row))
     shown_on.print(shown, "", crop=False)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ECHO = 1.0
+"""Seconds in which a second signal is the first one again: a Ctrl-C reaches torchrun and its workers alike, torchrun
+passes it on to them, and `timeout` signals its command and then the command's group."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A request to stop that came before there was anything to save; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted")
+        self.number = number
+
+
+class StopRequest:
+    """Called, it says whether the process was asked to stop. A second request ends the process at once.
+
+    It listens from entering the `with` block to its end, and then leaves the signals to whom they were before. SIGHUP
+    stays ignored where it was on entry, as nohup asks, unless torchrun, which would end its processes, hears it. It may
+    come several times when a terminal goes, and never is an order.
+
+    raising: whether a request raises Interrupted at once, until `defer` is called.
+    """
+
+    def __init__(self, *, raising: bool = False) -> None:
+        self._raising = raising
+        self._asked: float | None = None
+
+    def __enter__(self) -> StopRequest:
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not launcher_hangs_up()
+        listened = [number for number in SIGNALS if number != signal.SIGHUP or not ignored]
+        self._before = {number: signal.signal(number, self._hear) for number in listened}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From now on a request waits until somebody asks for it."""
+        self._raising = False
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+            if self._raising:
+                raise Interrupted(number)
+        elif number != signal.SIGHUP and now - self._asked >= ECHO:
+            os._exit(128 + number)
+
+    def __call__(self) -> bool:
+        return self._asked is not None

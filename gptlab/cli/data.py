@@ -1,25 +1,43 @@
-"""`gptlab data`: prepare a corpus, or look at one. The work is done in gptlab/data; here are options and words."""
+"""`gptlab data`: prepare a corpus, or look at one; and the corpus that any command names, prepared where it is missing.
+
+The work is done in gptlab/data; here are options and words.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
-
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import printable
+from gptlab.cli.console import Counter, printable
 from gptlab.data import prepare as preparation
-from gptlab.data.corpora import CORPORA, default_tokenizer, is_known
-from gptlab.data.corpus import SPLITS, UNKNOWN, Corpus, holds_corpus, open_corpus
-from gptlab.data.prepare import default_folder
+from gptlab.data.corpora import CORPORA, base_name, default_tokenizer, is_known
+from gptlab.data.corpus import (
+    MANIFEST,
+    PARTIAL_MANIFEST,
+    SPLITS,
+    TOKENIZER_FILE,
+    UNKNOWN,
+    Corpus,
+    holds_corpus,
+    holds_manifest,
+    open_corpus,
+    wait_for_shard,
+)
+from gptlab.data.prepare import corpus_folder, default_folder
 from gptlab.data.shards import check_tokens
+from gptlab.data.synthetic import SYNTHETIC
 from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
-from gptlab.errors import UsageError, did_you_mean, shown
+from gptlab.distributed import World
+from gptlab.errors import ConfigError, DataError, UsageError, did_you_mean, shown
+from gptlab.files import LOCK, is_locked, open_append
+from gptlab.processes import python_command
 
 SUMMARY = "prepare a corpus, or look at one"
 
@@ -41,48 +59,28 @@ def _prepare(options: argparse.Namespace) -> int:
             raise UsageError(f"expected one of {', '.join(known)}, found {shown(given)}{did_you_mean(given, known)}")
     tokenizer = options.tokenizer or default_tokenizer(options.name)
     out = options.out or default_folder(options.name, tokenizer)
-    console = Console(stderr=True)
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=16),
-        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
-        _TokensPerSecond(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as bar:
-        task = bar.add_task(options.name, total=None, documents=0, tokens=0, tokens_before=None)
-
-        def show(progress: preparation.Progress) -> None:
-            # What an earlier preparation had done is no speed of this one's.
-            before = bar.tasks[0].fields["tokens_before"]
-            bar.update(
-                task,
-                total=progress.total_documents,
-                completed=progress.documents,
-                documents=progress.documents,
-                tokens=progress.tokens,
-                tokens_before=progress.tokens if before is None else before,
-            )
-
+    with Counter() as display:
+        counted = partial(_count, display, options.name, time.monotonic(), [])
         corpus = preparation.prepare(
-            options.name,
-            out,
-            tokenizer,
-            inputs=options.input,
-            shard_tokens=options.shard_tokens,
-            val_fraction=options.val_fraction,
-            text_field=options.text_field,
-            skip_null=options.skip_null,
-            workers=options.workers,
-            progress=show,
-        )
+            options.name, out, tokenizer, inputs=options.input, shard_tokens=options.shard_tokens,
+            val_fraction=options.val_fraction, text_field=options.text_field, skip_null=options.skip_null,
+            workers=options.workers, progress=counted,
+        )  # fmt: skip
     if options.json:
         print(json.dumps(_summary(corpus), indent=1))
     else:
         print(_counts(corpus))
         print(*_left_out(corpus), f"look at it with: gptlab data info {corpus.folder}", sep="\n")
     return 0
+
+
+def _count(display: Counter, name: str, began: float, before: list[int], at: preparation.Progress) -> None:
+    """Show how far a preparation is; what one before it had done, `before` has it, is no speed of this one's."""
+    before[:] = before or [at.tokens]
+    speed = (at.tokens - before[0]) / max(1e-9, time.monotonic() - began)
+    display.count(
+        name, at.documents, at.total_documents, f"{at.documents:,} documents, {at.tokens:,} tokens, {speed:,.0f}/s"
+    )
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -160,14 +158,6 @@ def _counts(corpus: Corpus) -> str:
     return f"{corpus.name} in {corpus.folder} (tokenizer {corpus.tokenizer}{state}): {splits}{floor}"
 
 
-class _TokensPerSecond(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        before, seconds = task.fields["tokens_before"], task.elapsed
-        if before is None or not seconds or task.fields["tokens"] == before:
-            return Text("")
-        return Text(f"{(task.fields['tokens'] - before) / seconds:,.0f}/s")
-
-
 def _parser() -> Parser:
     parser = Parser(prog="gptlab data", description=SUMMARY)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -198,3 +188,68 @@ def _parser() -> Parser:
     for command in (prepare, info):
         command.add_argument("--json", action="store_true", help="machine-readable, on standard output")
     return parser
+
+
+SMALL = ("shakespeare", *SYNTHETIC)
+LARGE = ("fineweb-edu",)
+KNOWN = ("shakespeare", "fineweb-edu", *SYNTHETIC)
+
+
+def open_or_prepare(
+    data: str, tokenizer: str, world: World, note: Callable[[str], None]
+) -> tuple[Corpus, Callable[[], bool]]:
+    """The corpus, and whether somebody still prepares it.
+
+    A small known corpus is prepared here, a large one by a process of its own, and this returns as soon as its first
+    shards are there. Every rank may call it: preparation holds a lock. Raises DataError for a corpus that is unknown,
+    ConfigError for one of another tokenizer.
+    """
+    folder = corpus_folder(data, tokenizer)
+    unfinished = (folder / PARTIAL_MANIFEST).exists() or not (folder.is_dir() and holds_corpus(folder))
+    missing = unfinished and not (folder / MANIFEST).exists()
+    alive: Callable[[], bool] = lambda: False  # noqa: E731
+    if base_name(data) in SMALL and missing:
+        note(f"preparing {data} in {folder}")
+        preparation.prepare(data, folder, tokenizer)
+    elif data in LARGE and missing:
+        alive = _start_preparing(data, folder, tokenizer, world, note)
+        wait_for_shard(folder, "val", 0, alive=alive, timeout=3600.0)
+        wait_for_shard(folder, "train", 0, alive=alive, timeout=3600.0)
+    elif not folder.is_dir():
+        raise DataError(
+            f"no corpus {shown(data)}: expected a folder of shards or one of {', '.join(KNOWN)}"
+            f"{did_you_mean(data, KNOWN)}; make one with `gptlab data prepare text --input FILE --out {data}`"
+        )
+    corpus = open_corpus(folder)
+    if corpus.tokenizer != tokenizer:
+        holds, mend = f"{corpus.tokenizer} tokens", f"add --tokenizer {corpus.tokenizer}"
+        if corpus.tokenizer == UNKNOWN:
+            holds = f"tokens of an unknown vocabulary ({corpus.doubt})"
+            mend = (
+                f"tokenise its text with `gptlab data prepare text --input FILE --tokenizer {tokenizer} --out DIR`, or "
+                f"if you know that they are {tokenizer}'s, write {tokenizer} into {folder / TOKENIZER_FILE}"
+            )
+        raise ConfigError(f"{folder} holds {holds}, the run is set for {tokenizer}; {mend}")
+    if corpus.left_out.count and not holds_manifest(folder):
+        note(f"of {folder}, {corpus.left_out}")
+    return corpus, alive
+
+
+def _start_preparing(
+    data: str, folder: Path, tokenizer: str, world: World, note: Callable[[str], None]
+) -> Callable[[], bool]:
+    """Start `gptlab data prepare` next to the run (one process a machine); gives whether it still works."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if world.local_rank == 0:
+        note(f"preparing {data} in {folder}; training starts with the first shard (progress in {folder}/prepare.txt)")
+        words = ["data", "prepare", data, "--tokenizer", tokenizer, "--out", str(folder)]
+        with open_append(folder / "prepare.txt") as log:
+            process = subprocess.Popen(python_command("gptlab.cli.main:main", *words), stdout=log, stderr=log)
+        return lambda: process.poll() is None
+    started = time.monotonic()
+
+    def somebody_works() -> bool:
+        # at first the other rank's process may not have taken the lock yet
+        return time.monotonic() - started < 60 or is_locked(folder / LOCK)
+
+    return somebody_works

@@ -109,8 +109,8 @@ def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from gptlab.cli.console import StopRequest
     from gptlab.cli.experiment_view import Watch, stderr
-    from gptlab.cli.stopping import StopRequest
     from gptlab.runs.experiment_runner import Runner, TunedRunner
 
     experiment, folder = _read(options)
@@ -158,7 +158,7 @@ def _where(options: argparse.Namespace, experiment: Experiment, folder: Path) ->
 
 def _prepare_data(experiment: Experiment) -> None:
     """Prepare the corpora of all arms to their end: a cluster's nodes may not reach what they are made from."""
-    from gptlab.cli.corpus import open_or_prepare
+    from gptlab.cli.data import open_or_prepare
     from gptlab.cli.experiment_view import stderr
     from gptlab.distributed import World
 
@@ -271,8 +271,8 @@ def _unpack(options: argparse.Namespace) -> int:
 
 
 def _smoke(options: argparse.Namespace) -> int:
+    from gptlab.cli.console import StopRequest
     from gptlab.cli.experiment_view import megabytes, minutes, smoke_table, stderr
-    from gptlab.cli.stopping import StopRequest
     from gptlab.runs.scheduling import Packing
     from gptlab.runs.smoke import equal_steps, smoke
     from gptlab.runs.tuning import cells_an_arm

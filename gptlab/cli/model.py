@@ -48,7 +48,7 @@ class Vocabulary:
 
     def corpus(self, data: str, world: World, note: Callable[[str], None]) -> tuple[Corpus, Callable[[], bool]]:
         """The corpus, and whether somebody still prepares it; raises DataError or ConfigError for other tokens."""
-        from gptlab.cli.corpus import open_or_prepare
+        from gptlab.cli.data import open_or_prepare
         from gptlab.data.corpus import TOKENIZER_FILE, holds_corpus, holds_manifest, open_corpus
         from gptlab.data.tokenizers import TOKENIZERS
 

@@ -13,8 +13,7 @@ from socket import gethostname
 from typing import TYPE_CHECKING
 
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import printable
-from gptlab.cli.stopping import StopRequest
+from gptlab.cli.console import StopRequest, printable
 from gptlab.errors import UsageError
 
 if TYPE_CHECKING:

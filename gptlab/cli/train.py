@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser, add_options, file_options, given_options
-from gptlab.cli.stopping import Interrupted, StopRequest
+from gptlab.cli.console import Interrupted, StopRequest
 from gptlab.errors import ConfigError, GptlabError, Stopped, UsageError, did_you_mean, shown
 from gptlab.options import build
 from gptlab.signals.config import SignalConfig
@@ -156,7 +156,7 @@ def _train(
     config: TrainingConfig, machine: Machine, placement: ComputeConfig, world: World, stop: StopRequest, despite: bool
 ) -> dict[str, Any]:
     from gptlab.analysis.report import after_run, lacks_report
-    from gptlab.cli.corpus import open_or_prepare
+    from gptlab.cli.data import open_or_prepare
     from gptlab.cli.progress import Display
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.data.tokenizers import get_tokenizer

@@ -274,7 +274,7 @@ def test_a_counter_is_a_line_now_and_then_and_never_raises(capsys: Capture, monk
         counter.count("rows", 10, 10)
         counter.count("rows", 10, 10)
     err = capsys.readouterr().err.splitlines()
-    assert err[0] == "rows: 3 of 10"
+    assert err[0] == "rows 3/10"
     assert re.fullmatch(r"rows 10/10  accuracy 0\.6  \d:\d\d left", err[1])
     assert err[2].startswith("nothing more is shown here (TypeError")
     assert len(err) == 3

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import printable
+from gptlab.cli.console import StopRequest, printable
 from gptlab.cli.main import COMMANDS, guarded, main
 from gptlab.cli.progress import visible
-from gptlab.cli.stopping import StopRequest
 from gptlab.errors import (
     CheckpointError,
     ConfigError,
