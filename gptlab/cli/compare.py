@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import printable, show_table
+from gptlab.cli.console import printable, show_result
 from gptlab.errors import ConfigError, DataError, UsageError
 from gptlab.files import write_whole
 
@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        _show(result)
+        from gptlab.analysis.tables import remarks, tables
+
+        show_result(tables(result), remarks(result))
     return 0
 
 
@@ -134,19 +136,6 @@ def _placebos(given: list[str]) -> dict[str, str] | None:
     if wrong := [text for text, pair in zip(given, pairs, strict=True) if not pair[2]]:
         raise UsageError(f"--placebo: expected ARM=PLACEBO, found {wrong[0]!r}")
     return {arm: placebo for arm, _, placebo in pairs} or None
-
-
-def _show(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    from gptlab.analysis.tables import remarks, tables
-
-    console = Console(highlight=False)
-    for table in tables(result):
-        show_table(console, table)
-    for line in remarks(result):
-        console.print(Text(printable(line)))
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
 from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
@@ -23,6 +23,8 @@ from gptlab.distributed import launcher_hangs_up
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
 
     from gptlab.analysis.tables import Table
 
@@ -333,6 +335,30 @@ def duration(seconds: float | None) -> str:
         return "–"
     hours, rest = divmod(int(seconds), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], **style: Any) -> RichTable:
+    """A table; columns whose names begin with ">" are aligned to the right. style: of rich's Table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(**{"box": None, "pad_edge": False, "header_style": "dim", **style})
+    for name in columns:
+        shown.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+    for row in rows:
+        shown.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
+    return shown
+
+
+def show_result(tables: Iterable[Table], lines: Iterable[str]) -> None:
+    """Tables and what is to be read with them, on standard output."""
+    from rich.text import Text
+
+    shown_on = console()
+    for table in tables:
+        show_table(shown_on, table)
+    for line in lines:
+        shown_on.print(Text(printable(line)))
 
 
 def show_table(shown_on: Console, table: Table) -> None:

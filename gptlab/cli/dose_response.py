@@ -10,7 +10,7 @@ from typing import Any
 
 from gptlab.analysis.tables import Table, number
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import printable, show_table
+from gptlab.cli.console import show_result
 from gptlab.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        _show(result)
+        show_result(tables(result), (f"left out: {note}" for note in result["notes"]))
     return 0
 
 
@@ -59,17 +59,6 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers such as 0.25,0.5, found {text!r}") from None
-
-
-def _show(result: Mapping[str, Any]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    for table in tables(result):
-        show_table(console, table)
-    for note in result["notes"]:
-        console.print(Text(printable(f"left out: {note}")))
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:

@@ -1,32 +1,44 @@
 """`gptlab experiment`: run an experiment's cells, see how they stand, try every arm first, or pack what came out.
 
 Exit codes of `run`: 0 every cell finished; 3 a cell failed; 4 none failed, but one diverged; 75 stopped, run again.
+A person sees a live table on a terminal, and a line a cell elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import printable
+from gptlab.cli.console import StopRequest, console, duration, grid, printable, say
 from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from gptlab.runs.cells import State
     from gptlab.runs.executor import Executor
-    from gptlab.runs.experiment_runner import Progress, Runner, TunedRunner
+    from gptlab.runs.experiment_runner import Progress, Runner, Snapshot, TunedRunner
     from gptlab.runs.experiment_spec import Experiment
     from gptlab.runs.scheduling import Packing, Queue
     from gptlab.runs.smoke import Trial
 
 ACTIONS = ("run", "status", "smoke", "pack", "unpack")
 EXECUTORS = ("slurm", "local")
-BUDGET = 120.0
+SMOKE_SECONDS = 120.0
+
+STYLE: dict[State, str] = {
+    "waiting": "dim", "running": "cyan", "stopped": "yellow", "finished": "green", "diverged": "red", "failed": "red",
+}  # fmt: skip
+SPOKEN: tuple[State, ...] = ("finished", "diverged", "failed")
 
 
 def main(argv: list[str]) -> int:
@@ -78,7 +90,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
     parser.add_argument(
-        "--seconds", type=_count, default=BUDGET, metavar="N", help=f"time of smoke, about [{BUDGET:.0f}]"
+        "--seconds", type=_count, default=SMOKE_SECONDS, metavar="N", help=f"time of smoke, about [{SMOKE_SECONDS:.0f}]"
     )
     return parser
 
@@ -109,8 +121,6 @@ def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from gptlab.cli.console import StopRequest
-    from gptlab.cli.experiment_view import Watch, stderr
     from gptlab.runs.experiment_runner import Runner, TunedRunner
 
     experiment, folder = _read(options)
@@ -124,7 +134,7 @@ def _run(options: argparse.Namespace) -> int:
     first = f", {trials} of them trials that choose options first" * (trials > 0)
     why = packing.why({cell.n_embd for cell in runner.cells})
     note = f"{experiment.name}: {len(runner.cells)} cells in {folder}{first}; {why}"
-    stderr().print(note, soft_wrap=True, markup=False)
+    say(note)
     with StopRequest() as stop, Watch() as watch:
         try:
             for snapshot in runner.run(stop):
@@ -159,13 +169,12 @@ def _where(options: argparse.Namespace, experiment: Experiment, folder: Path) ->
 def _prepare_data(experiment: Experiment) -> None:
     """Prepare the corpora of all arms to their end: a cluster's nodes may not reach what they are made from."""
     from gptlab.cli.data import open_or_prepare
-    from gptlab.cli.experiment_view import stderr
     from gptlab.distributed import World
 
     keys = ("data", "tokenizer")
     corpora = {tuple(arm.get(k, experiment.preset) for k in keys) for arm in experiment.arms.values() if not arm.patch}
     for data, tokenizer in sorted(corpora):
-        _, preparing = open_or_prepare(data, tokenizer, World(), lambda text: stderr().print(text, markup=False))
+        _, preparing = open_or_prepare(data, tokenizer, World(), say)
         while preparing():
             time.sleep(1.0)
 
@@ -199,26 +208,24 @@ def _as_json(one: Progress) -> dict[str, Any]:
 
 def _close(runner: Runner | TunedRunner) -> int:
     """Say what became of the cells; the exit code. A trial may diverge: finding that out is what it is for."""
-    from gptlab.cli.experiment_view import choices, ended_early, stderr
     from gptlab.runs.tuning_result import read_kept
 
     if runner.experiment.tune and (kept := read_kept(runner.folder)):
-        stderr().print(choices(kept), soft_wrap=True, end="")
+        console(stderr=True).print(choices(kept), soft_wrap=True, end="")
     cells = runner.snapshot().cells
     states = Counter(one.state for one in cells if one.state != "diverged" or not one.cell.arm.trial_of)
     waits = any(one.state == "failed" and one.cell.arm.trial_of for one in cells)
     for state, code in (("failed", 3), ("diverged", 4)):
         if states[state]:
-            stderr().print(ended_early([one for one in cells if one.state == state]), soft_wrap=True)
-            print(
+            console(stderr=True).print(ended_early([one for one in cells if one.state == state]), soft_wrap=True)
+            say(
                 f"gptlab: {states[state]} of {len(runner.cells)} cells {state}; see `gptlab experiment status "
                 f"{runner.folder}`"
                 + "; run again to try them again" * (state == "failed")
-                + ", an arm waits until all its trials have ended" * (state == "failed" and waits),
-                file=sys.stderr,
+                + ", an arm waits until all its trials have ended" * (state == "failed" and waits)
             )
             return code
-    print(f"every cell finished; verdicts: gptlab compare {runner.folder}", file=sys.stderr)
+    say(f"every cell finished; verdicts: gptlab compare {runner.folder}")
     return 0
 
 
@@ -235,14 +242,10 @@ def _status(options: argparse.Namespace) -> int:
         print(json.dumps({**head, "states": states, "cells": cells, "tuning": kept}, indent=1))
         return 0
 
-    from rich.console import Console
-
-    from gptlab.cli.experiment_view import cell_table, choices, reasons, summary
-
-    console = Console(highlight=False)
-    console.print(cell_table(snapshot.cells), "", reasons(snapshot.cells), summary(snapshot), sep="\n")
+    shown_on = console()
+    shown_on.print(cell_table(snapshot.cells), "", reasons(snapshot.cells), summary(snapshot), sep="\n")
     if kept:
-        console.print("", choices(kept), sep="\n", end="")
+        shown_on.print("", choices(kept), sep="\n", end="")
     return 0
 
 
@@ -271,8 +274,6 @@ def _unpack(options: argparse.Namespace) -> int:
 
 
 def _smoke(options: argparse.Namespace) -> int:
-    from gptlab.cli.console import StopRequest
-    from gptlab.cli.experiment_view import megabytes, minutes, smoke_table, stderr
     from gptlab.runs.scheduling import Packing
     from gptlab.runs.smoke import equal_steps, smoke
     from gptlab.runs.tuning import cells_an_arm
@@ -283,8 +284,8 @@ def _smoke(options: argparse.Namespace) -> int:
     cells, trials = cells_an_arm(experiment, seeds), []
     with StopRequest() as stop:
         for trial in smoke(experiment, packing, options.seconds, allow_code=options.allow_code, stop=stop):
-            said = trial.reason or f"{trial.signal}, a cell takes {minutes(trial.seconds)}"
-            stderr().print(f"{trial.arm}: {printable(said)}", markup=False, soft_wrap=True)
+            said = trial.reason or f"{trial.signal}, a cell takes {duration(trial.seconds)}"
+            say(f"{trial.arm}: {said}")
             trials.append(trial)
     total, longer = _total(experiment, trials, cells, packing), equal_steps(experiment, trials)
     tuning = f", {total['cells'] - seeds * len(cells)} of them trials that choose options" if experiment.tune else ""
@@ -292,13 +293,11 @@ def _smoke(options: argparse.Namespace) -> int:
         arms = {t.arm: {**vars(t), "equal_flops_steps": longer.get(t.arm)} for t in trials}
         print(json.dumps({"experiment": experiment.name, "arms": arms, "total": total}))
     else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        console.print(smoke_table(trials, cells, longer), "")
-        console.print(
+        shown_on = console()
+        shown_on.print(smoke_table(trials, cells, longer), "")
+        shown_on.print(
             f"One cell of each is shown; in all {total['cells']} cells{tuning}, {total['at_a_time']} at a time: about "
-            f"{minutes(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"
+            f"{duration(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"
         )
     return 3 if any(trial.reason for trial in trials) else 0
 
@@ -314,3 +313,117 @@ def _total(experiment: Experiment, trials: list[Trial], cells: dict[str, int], p
         "bytes": sum(cells[t.arm] * (t.bytes or 0) for t in trials),
         "flops": sum(cells[t.arm] * (t.flops or 0) for t in trials),
     }
+
+
+class Watch:
+    """Shows snapshots as they come on standard error: a live table on a terminal, else a line a cell."""
+
+    def __init__(self, shown_on: Console | None = None) -> None:
+        self.console = shown_on or console(stderr=True)
+        self._live = Live(console=self.console, auto_refresh=False, transient=True)
+        self._states: dict[str, State] = {}
+
+    def __enter__(self) -> Watch:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def show(self, snapshot: Snapshot) -> None:
+        live, ended = self._live.is_started, [cell for cell in snapshot.cells if cell.state in SPOKEN]
+        for cell in snapshot.cells:
+            before = self._states.get(cell.cell.name)
+            if cell.state != before and (cell.state in SPOKEN or (cell.state == "running" and not live)):
+                count = f"{len(ended)} of {len(snapshot.cells)} cells have ended"
+                where = f"{count}, {duration(snapshot.seconds_left)} left"
+                self.console.print(Text.assemble(*_line(cell), ("  " + where, "dim")), soft_wrap=True)
+            self._states[cell.cell.name] = cell.state
+        if live:
+            running = [cell for cell in snapshot.cells if cell.state == "running"]
+            self._live.update(Group(cell_table(running), summary(snapshot)), refresh=True)
+
+
+def _line(cell: Progress) -> list[Any]:
+    loss = "" if cell.loss is None or cell.state == "running" else f"  loss {cell.loss:.4f}"
+    reason = f"  {printable(cell.reason)}" if cell.reason else ""
+    return [(f"{cell.state:<9}", STYLE[cell.state]), f"{cell.cell.name}  step {cell.step:,}{loss}{reason}"]
+
+
+def cell_table(cells: Sequence[Progress]) -> Table:
+    """A row a cell: arm, seed, state, step, loss, dose, time left."""
+    rows = [
+        (
+            one.cell.arm.name, str(one.cell.seed), Text(one.state, STYLE[one.state]), f"{one.step:,}",
+            f"{one.cell.steps:,}", _figure(one.loss, ".4f"), _figure(one.dose, ".3f"),
+            "" if one.seconds_left is None else duration(one.seconds_left),
+        )
+        for one in cells
+    ]  # fmt: skip
+    return grid(("arm", "seed", "state", ">step", ">of", ">loss", ">dose", ">left"), rows)
+
+
+def ended_early(cells: Sequence[Progress]) -> Table:
+    """A row an arm whose cells ended early in one way: its seeds, how far the first of them came, and why."""
+    groups: dict[tuple[str, str], list[Progress]] = {}
+    for one in cells:
+        groups.setdefault((one.cell.arm.name, one.reason or "no reason given"), []).append(one)
+    rows = [
+        (arm, ", ".join(str(one.cell.seed) for one in found), f"{found[0].step:,}", Text(printable(reason), "red"))
+        for (arm, reason), found in groups.items()
+    ]
+    return grid(("arm", "seeds", "step", "reason"), rows)
+
+
+def reasons(cells: Sequence[Progress]) -> Text:
+    """Why cells ended early, a line each."""
+    return Text("".join(f"{one.cell.name}: {printable(one.reason)}\n" for one in cells if one.reason), "red")
+
+
+def choices(kept: Mapping[str, Any]) -> Text:
+    """What tuning.json says was chosen, a line an arm, with what to know of it."""
+    lines = []
+    for arm, found in kept["arms"].items():
+        options = ", ".join(f"{key} {_short(value)}" for key, value in found["options"].items()) or "as declared"
+        whose = f", the best of {kept['trials']} trials" if found["trial"] else ""
+        whose += f" of {found['follows']}" if found["follows"] else ""
+        lines += [(f"{arm}: {options}{whose}\n", ""), *((f"  {note}\n", "yellow") for note in found["notes"])]
+    return Text.assemble(*lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+def summary(snapshot: Snapshot) -> Text:
+    """How many cells are in which state, and the time left."""
+    counts = Counter(cell.state for cell in snapshot.cells)
+    parts = [(f"{counts[state]} {state}  ", style) for state, style in STYLE.items() if counts[state]]
+    return Text.assemble(*parts, f"{duration(snapshot.seconds_left)} left")
+
+
+def smoke_table(trials: Sequence[Trial], cells: Mapping[str, int], longer: Mapping[str, int]) -> Table:
+    """A row an arm: what a few steps showed, how many `cells` it takes, and what one whole cell would cost.
+
+    longer: updates of its baseline that cost as many FLOPs.
+    """
+    rows = [
+        (
+            one.arm, f"{one.steps:,}", _figure(one.dose, ".3f"),
+            Text(one.signal, "yellow" if one.signal == "inactive so far" else ""), str(cells[one.arm]),
+            duration(one.seconds), megabytes(one.bytes), _figure(one.flops, ".2g", "–"),
+            _figure(longer.get(one.arm), ","),
+        )
+        for one in trials
+    ]  # fmt: skip
+    columns = ("arm", ">steps", ">dose", "signal", ">cells", ">time", ">disk", ">FLOPs", ">as baseline steps")
+    return grid(columns, rows)
+
+
+def _figure(value: float | None, form: str, missing: str = "") -> str:
+    return missing if value is None else format(value, form)
+
+
+def megabytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:,.1f} MB"

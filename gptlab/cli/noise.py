@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.noise.options import NoiseConfig, names_in, own_names, signal_configs, split_name
 from gptlab.cli.arguments import Parser, add_options, given_options
-from gptlab.cli.console import Counter, console, printable, say, show_table
+from gptlab.cli.console import Counter, say, show_result
 from gptlab.cli.train import check_signals
 from gptlab.errors import ConfigError, UsageError
 from gptlab.options import build
@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
     if parsed.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        _show(result)
+        from gptlab.analysis.noise.tables import remarks, tables
+
+        show_result(tables(result), remarks(result))
     return 0
 
 
@@ -108,7 +110,7 @@ def _branches(
     signals: Mapping[str, SignalConfig],
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """What the branch test says of each signal; nothing where it was left out or there are no moments to go on from."""
+    """What the branch test says of each signal; nothing where it was left out or no moments can be continued from."""
     from gptlab.analysis.branch import branch_test
     from gptlab.runs.branch_plan import Plan
 
@@ -120,10 +122,10 @@ def _branches(
     plan = Plan(options.branch_steps, eval_tokens=options.eval_tokens)
     corpus, placement = subject.windows.corpus, subject.placement
 
-    def told(at: Branching) -> None:
+    def shown(at: Branching) -> None:
         progress("branches", at.done, at.total)
 
-    return branch_test(checkpoint, signals, corpus, placement, plan, progress=told)
+    return branch_test(checkpoint, signals, corpus, placement, plan, progress=shown)
 
 
 def _subject(
@@ -143,7 +145,7 @@ def _subject(
 
     shape = state.model.config
     if config is None and options.data is None:
-        raise UsageError("--data: expected a corpus, as a Hugging Face folder tells of none; try --data shakespeare")
+        raise UsageError("--data: expected a corpus, a Hugging Face folder names none; try --data shakespeare")
     vocabulary = vocabulary_of(source, state.model, lambda: tokenizer_of(source, config), options.tokenizer)
     if config is None:
         config = _made_up(state, vocabulary)
@@ -180,15 +182,3 @@ def _made_up(state: TrainingState, vocabulary: Vocabulary) -> TrainingConfig:
         block_size=shape.block_size, total_batch_tokens=shape.block_size, n_layer=shape.n_layer,
         n_head=shape.n_head, n_embd=shape.n_embd, share_blocks=shape.share_blocks,
     )  # fmt: skip
-
-
-def _show(result: dict[str, Any]) -> None:
-    from rich.text import Text
-
-    from gptlab.analysis.noise.tables import remarks, tables
-
-    shown_on = console()
-    for table in tables(result):
-        show_table(shown_on, table)
-    for line in remarks(result):
-        shown_on.print(Text(printable(line)))

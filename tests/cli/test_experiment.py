@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gptlab.cli.experiment_view import Watch
+from gptlab.cli.experiment import Watch
 from gptlab.cli.main import main
 from gptlab.runs.cells import Claim, State, cells_of
 from gptlab.runs.experiment_runner import Progress, Snapshot, standing
