@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from marked import rewrite
 
-from gptlab.benchmark.measure import Timing, interleave
+from gptlab.benchmark.ladder import Timing, interleave
 from gptlab.cli.arguments import Parser
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.device import DTYPES, Machine, choose_compute, keep_freed_memory
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
                 ("products alone", partial(products, weights, batch, options.tokens)),
             ):
                 steps[f"{name} {dtype} {batch}"], written[f"{name} {dtype} {batch}"] = step, batch * options.tokens
-    timings = interleave(steps, options.rounds, told=partial(print, file=sys.stderr, flush=True))
+    timings = interleave(steps, options.rounds, report=partial(print, file=sys.stderr, flush=True))
     rows = [row(name, timing, written[name], timings) for name, timing in timings.items()]
     for found in rows:
         print("{name:<26} {tokens_per_second:8.1f} tokens/s ±{spread:.1%}  {ratio:.2f}x transformers".format(**found))

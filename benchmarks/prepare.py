@@ -24,7 +24,7 @@ from typing import Any
 
 from marked import rewrite
 
-from gptlab.benchmark.measure import interleave
+from gptlab.benchmark.ladder import interleave
 from gptlab.cli.arguments import Parser
 from gptlab.data.shakespeare import Shakespeare
 from gptlab.data.tokenizers import GPT2Tokenizer
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
             "gptlab": lambda: peaks.append(prepared(file, Path(folder))),
             "tiktoken": lambda: encoding.encode_ordinary_batch(texts, num_threads=cores),
         }
-        timings = interleave(steps, options.rounds, told=lambda line: print(line, file=sys.stderr, flush=True))
+        timings = interleave(steps, options.rounds, report=lambda line: print(line, file=sys.stderr, flush=True))
         tokens = sum(map(len, encoding.encode_ordinary_batch(texts, num_threads=cores)))
     found: dict[str, Any] = {
         "command": " ".join(["python benchmarks/prepare.py", *argv]),

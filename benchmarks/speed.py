@@ -23,8 +23,8 @@ from typing import Any
 
 from marked import rewrite
 
-from gptlab.benchmark.sizes import SIZES
-from gptlab.benchmark.weak_scaling import weak_scaling
+from gptlab.benchmark import SIZES
+from gptlab.benchmark.ladder import weak_scaling
 from gptlab.cli.bench import measure
 
 ROOT = Path(__file__).parents[1]

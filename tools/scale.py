@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gptlab.benchmark.sizes import SIZES
+from gptlab.benchmark import SIZES
 from gptlab.model.gpt import GPTConfig
 from gptlab.options import build
 from gptlab.signals.config import SignalConfig

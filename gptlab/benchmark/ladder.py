@@ -1,23 +1,90 @@
-"""The ladder: one small run a core, side by side, as an experiment's cells run; their steps summed.
+"""Steps timed in turn, of one process and of several: the ladder, and weak scaling.
 
-Each run is a process of its own. A round tells all of them to go at once and waits for the last. They may also be the
-processes of one run, which sum their gradients: see weak_scaling.py.
+Interleaved timing: every contender runs once a round, so that a machine's drift falls on all of them alike. The ladder
+is one small run a core, as an experiment's cells run, their steps summed. Weak scaling is as much work a thread, in one
+process and in two that sum their gradients: twice the threads should make twice the tokens.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
-from gptlab.device import ComputeConfig
+import torch
+import torch.distributed as dist
+
+from gptlab.benchmark import SIZES
+from gptlab.benchmark.contenders import Work, ours, placed
+from gptlab.device import ComputeConfig, Machine, choose_compute
+from gptlab.distributed import World
+from gptlab.model.gpt import GPTConfig
 from gptlab.processes import python_command
 
 STEPS = 4
-"""Steps that a run makes before it waits for the others."""
+"""Steps that a run of the ladder makes before it waits for the others."""
+TEAMS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
+"""name -> processes, threads of each. Two processes of one thread are what `torchrun --nproc_per_node=2` starts."""
+
+
+@dataclass
+class Timing:
+    """Seconds of a step in each round."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the range between the quartiles, as a share of the median."""
+        if len(self.seconds) < 3:
+            return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return (high - low) / 2 / self.median
+
+
+def interleave(
+    steps: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    per_round: int = 1,
+    report: Callable[[str], None] = print,
+    also: Callable[[], None] = lambda: None,
+) -> dict[str, Timing]:
+    """Time every step `rounds` times in turn, after one round that warms up; `also` is called once in each.
+
+    Each turn begins with a step that is not timed: the contender before left caches and heap in its own state, for
+    which a run by itself pays once, not in every step.
+    """
+    timings = {name: Timing() for name in steps}
+    for round_ in range(rounds + 1):
+        also()
+        for name, step in steps.items():
+            step()
+            wait()
+            start = time.perf_counter()
+            for _ in range(per_round):
+                step()
+            wait()
+            if round_:
+                timings[name].seconds.append((time.perf_counter() - start) / per_round)
+        report(f"round {round_} of {rounds}" if round_ else "warmed up")
+    return timings
+
+
+def wait() -> None:
+    """Until the GPU, where there is one, has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Ladder:
@@ -27,39 +94,31 @@ class Ladder:
     """
 
     def __init__(
-        self,
-        size: str,
-        placement: ComputeConfig,
-        runs: int,
-        *,
-        threads: int = 1,
-        batch: int = 0,
+        self, size: str, placement: ComputeConfig, runs: int, *, threads: int = 1, batch: int = 0,
         together: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         where = ""
         if together:
-            import torch.distributed as dist
-
             self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             where = f"127.0.0.1:{self._store.port}"
         asked = [size, placement.dtype_name, str(threads), str(batch), where]
-        commands = [python_command("gptlab.benchmark.ladder:main", *asked, f"{k}/{runs}") for k in range(runs)]
+        commands = [python_command("gptlab.benchmark.ladder:run_of_ladder", *asked, f"{k}/{runs}") for k in range(runs)]
         self._runs = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for command in commands
         ]
 
     def __enter__(self) -> Ladder:
         for run in self._runs:
-            _heard(run)
+            _gradient_norm(run)
         return self
 
     def steps(self) -> list[float]:
-        """Every run makes STEPS steps; the length of each one's last gradient."""
+        """Every run makes STEPS steps; the norm of each one's last gradient."""
         for run in self._runs:
             assert run.stdin is not None
             run.stdin.write("1\n")
             run.stdin.flush()
-        return [_heard(run) for run in self._runs]
+        return [_gradient_norm(run) for run in self._runs]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for run in self._runs:
@@ -70,21 +129,15 @@ class Ladder:
             run.stdout.close()
 
 
-def _heard(run: subprocess.Popen[str]) -> float:
+def _gradient_norm(run: subprocess.Popen[str]) -> float:
     assert run.stdout is not None
     line = run.stdout.readline()
     assert line, "a run of the ladder ended early"
     return json.loads(line)
 
 
-def main(words: list[str]) -> None:
+def run_of_ladder(words: list[str]) -> None:
     """One run, or process `place` ("rank/number") of one: some steps for every line on standard input."""
-    from gptlab.benchmark.contenders import Work, ours, placed
-    from gptlab.benchmark.sizes import SIZES
-    from gptlab.device import Machine, choose_compute
-    from gptlab.distributed import World
-    from gptlab.model.gpt import GPTConfig
-
     size, dtype, threads, batch, store, place = words
     sizes: dict[str, Any] = dict(SIZES[size])
     own = sizes.pop("batch")
@@ -102,3 +155,48 @@ def main(words: list[str]) -> None:
             done = step()
         print(json.dumps(done.grad_norm), flush=True)
     world.disconnect()
+
+
+def weak_scaling(size: str, rounds: int, per_round: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure the teams in turn at one size; JSON values."""
+    machine = Machine.probe()
+    placement = choose_compute(machine, n_embd=SIZES[size]["n_embd"], compile="off")
+    batch = SIZES[size]["batch"]
+    with ExitStack() as running:
+        teams = {
+            name: running.enter_context(
+                Ladder(size, placement, processes, threads=threads, batch=batch * threads, together=processes > 1)
+            )
+            for name, (processes, threads) in TEAMS.items()
+        }
+        timings = interleave({name: team.steps for name, team in teams.items()}, rounds, per_round, report)
+    return {
+        "size": size,
+        "batch_per_thread": batch,
+        "dtype": placement.dtype_name,
+        "processor": machine.processor,
+        "bf16": machine.cpu_bf16,
+        "rounds": rounds,
+        "rows": rows(timings, STEPS * batch * SIZES[size]["block_size"]),
+    }
+
+
+def rows(timings: Mapping[str, Timing], tokens: int) -> list[dict[str, Any]]:
+    """A row a team, of `tokens` tokens a thread in each timed step.
+
+    efficiency: the rate a thread over that of one thread alone. ratio_to_one_process: the rate over that of one process
+    with as many threads in all.
+    """
+    rates = {(p, t): tokens * p * t / timings[name].median for name, (p, t) in TEAMS.items()}  # tokens/s
+    return [
+        {
+            "name": name,
+            "processes": processes,
+            "threads": threads,
+            "tokens_per_second": rates[processes, threads],
+            "spread": timings[name].spread,
+            "efficiency": rates[processes, threads] / (processes * threads * rates[1, 1]),
+            "ratio_to_one_process": rates[processes, threads] / rates[1, processes * threads],
+        }
+        for name, (processes, threads) in TEAMS.items()
+    ]

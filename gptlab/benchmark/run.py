@@ -1,22 +1,38 @@
-"""One measurement: which contenders there are for a size, timed in turn, their memory and matmul limits beside them."""
+"""One measurement: the contenders of a size, timed in turn, next to the memory they take and the matmul limit.
+
+The matmul limit is how fast a step would be if it were nothing but its own matmuls, each measured alone: every product
+that a training step needs, forward and both backward ones, in the dtype the step computes in. Attention's own products
+are not among them (they are a few percent of a step at T=256).
+
+The memory of a contender is the most that a process of its own held, above what it held before building it: model,
+gradients, moments and all that a step needs for a while. A process each, since memory that one contender freed would
+else hide what the next one takes.
+"""
 
 from __future__ import annotations
 
+import json
+import resource
+import statistics
+import subprocess
 import sys
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from gptlab.benchmark import contenders, limit, memory
+import torch
+
+from gptlab.benchmark import MODES, SIZES, contenders
 from gptlab.benchmark.contenders import Step, Work, placed
-from gptlab.benchmark.ladder import STEPS, Ladder
-from gptlab.benchmark.measure import Timing, interleave
-from gptlab.benchmark.sizes import MODES, SIZES
+from gptlab.benchmark.ladder import STEPS, Ladder, Timing, interleave, wait
 from gptlab.device import ComputeConfig, Machine, choose_compute
+from gptlab.errors import ConfigError
 from gptlab.model.gpt import GPTConfig
+from gptlab.processes import python_command
 from gptlab.signals.config import SignalConfig
 
 NARROW = 256
@@ -84,23 +100,23 @@ class Bench:
         for name, path in self.peers:
             contenders.check_checkout(name, Path(path))
         placement.apply()
-        tell = partial(print, file=sys.stderr, flush=True)
+        report = partial(print, file=sys.stderr, flush=True)
         peaks = {}
         for name in (*own, *self.theirs()):
-            peaks[name] = memory.peak_bytes(replace(self, ladder=False), name)
-            tell(f"memory of {name}: {peaks[name] / 2**20:,.0f} MiB")
+            peaks[name] = peak_bytes(replace(self, ladder=False), name)
+            report(f"memory of {name}: {peaks[name] / 2**20:,.0f} MiB")
         mine = contenders.ours(work, placement, [self.signal(mode) for mode in own])  # all on one model
         steps: dict[str, Step] = dict(zip(own, mine, strict=True))
         steps |= {name: build() for name, build in self.theirs().items()}
 
-        needed = {mode: limit.products(work.config, work.tokens, self.signal(mode)) for mode in own}
-        times = limit.MatmulTimes(placement)
-        every = sum(needed.values(), start=Counter[limit.Product]())
+        needed = {mode: products(work.config, work.tokens, self.signal(mode)) for mode in own}
+        times = MatmulTimes(placement)
+        every = sum(needed.values(), start=Counter[Product]())
         with Ladder(self.size, placement, self.machine.cores if self.ladder else 0) as ladder:
             if self.ladder:
                 steps["ladder"] = ladder.steps
-            timings = interleave(steps, self.rounds, self.per_round, tell, also=partial(times.measure, every))
-        limits = {mode: times.seconds(products) for mode, products in needed.items()}
+            timings = interleave(steps, self.rounds, self.per_round, report, also=partial(times.measure, every))
+        limits = {mode: times.seconds(of_mode) for mode, of_mode in needed.items()}
 
         def row(name: str, timing: Timing) -> dict[str, Any]:
             rate = work.tokens / timing.median * (self.machine.cores * STEPS if name == "ladder" else 1)
@@ -126,7 +142,7 @@ class Bench:
         }
 
     def profile(self, mode: str) -> str:
-        """PyTorch's own profile of a step of the baseline or a mode, the dearest operations first."""
+        """PyTorch's own profile of a step of the baseline or a mode, the most expensive operations first."""
         from torch.profiler import ProfilerActivity, profile
 
         self.placement.apply()
@@ -138,3 +154,88 @@ class Bench:
             step()
         table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48)
         return f"{mode}, {self.size}, {self.placement.dtype_name}, {self.placement.threads} threads\n{table}"
+
+
+Product = tuple[int, int, int]
+"""(m, k, n): an (m, k) by (k, n) product."""
+
+
+def products(config: GPTConfig, tokens: int, signal: SignalConfig | None = None) -> Counter[Product]:
+    """The matmuls of one step over `tokens` tokens, with how often each is needed.
+
+    A judged block costs its reading (forward and to its input, no weight gradient) and the input gradients of its four
+    linear layers; `rotate` judges one block, `positions` read a share of the tokens.
+    """
+    C, V = config.n_embd, config.vocab_size
+    layers = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+    needed: Counter[Product] = Counter()
+    for k, n in layers:
+        needed[tokens, k, n] += config.n_layer
+        needed[tokens, n, k] += config.n_layer
+        needed[k, tokens, n] += config.n_layer
+    for product in ((tokens, C, V), (tokens, V, C), (C, tokens, V)):
+        needed[product] += 1
+    if signal is not None and signal.name != "none":
+        judges = len(signal.judges_at(0, config.n_layer, 0)[0])
+        read = round(tokens * signal.positions)
+        needed[read, C, V] += judges
+        needed[read, V, C] += judges
+        for k, n in layers:
+            needed[tokens, n, k] += judges
+    return needed
+
+
+class MatmulTimes:
+    """Seconds of single products of one dtype, measured alone, once a call of `measure`."""
+
+    def __init__(self, placement: ComputeConfig) -> None:
+        self.placement, self.dtype = placement, placement.autocast or torch.float32
+        self._times: dict[Product, list[float]] = defaultdict(list)
+
+    def measure(self, needed: Counter[Product], repeats: int = 3) -> None:
+        """Time every product of `needed` some times more."""
+        device = self.placement.device
+        for m, k, n in needed:
+            a = torch.ones(m, k, dtype=self.dtype, device=device)
+            b = torch.ones(n, k, dtype=self.dtype, device=device).t()
+            out = a @ b  # warms up, and takes the memory that the system would else clear within the measurement
+            for _ in range(repeats):
+                wait()
+                start = time.perf_counter()
+                torch.mm(a, b, out=out)
+                wait()
+                self._times[m, k, n].append(time.perf_counter() - start)
+
+    def seconds(self, needed: Counter[Product]) -> float:
+        """The medians of the products of `needed`, summed."""
+        return sum(count * statistics.median(self._times[product]) for product, count in needed.items())
+
+
+def peak_bytes(bench: Bench, contender: str) -> int:
+    """The peak of one contender; raises ConfigError where its process fails."""
+    command = python_command("gptlab.benchmark.run:print_peak", contender, json.dumps(asdict(bench)))
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        killed = "; it was killed, for want of memory perhaps: lower --batch" * (done.returncode < 0)
+        raise ConfigError(f"{contender} failed in a process of its own (exit code {done.returncode}){killed}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _most() -> int:
+    """The most resident memory so far. On Linux from the kernel's own mark: getrusage's starts at the parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def print_peak(words: list[str]) -> None:
+    """Print the peak of a contender: its name, and the Bench as JSON."""
+    contender, bench = words
+    what = Bench(**json.loads(bench))
+    what.placement.apply()
+    before = _most()
+    step = what.build(contender)
+    for _ in range(3):
+        step()
+    print(json.dumps(_most() - before))

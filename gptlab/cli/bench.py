@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from gptlab.benchmark.sizes import MODES, PEERS, SIZES
+from gptlab.benchmark import MODES, PEERS, SIZES
 from gptlab.cli.arguments import Parser
 from gptlab.errors import UsageError, did_you_mean, shown
 

@@ -8,10 +8,8 @@ from dataclasses import replace
 import pytest
 
 from gptlab.benchmark.contenders import ours
-from gptlab.benchmark.ladder import STEPS, Ladder
-from gptlab.benchmark.measure import Timing
+from gptlab.benchmark.ladder import STEPS, TEAMS, Ladder, Timing, rows
 from gptlab.benchmark.run import Bench
-from gptlab.benchmark.weak_scaling import TEAMS, rows
 from gptlab.cli.main import main
 
 

@@ -38,7 +38,7 @@ OPENED = {
     ("gptlab/data/shakespeare.py", ".open"): "an archive in memory",
     ("gptlab/data/shakespeare.py", "os.replace"): "an archive whose checksum was compared, into the user's cache",
     ("gptlab/runs/archive.py", ".open"): "gzip of bytes in memory",
-    ("gptlab/benchmark/memory.py", ".read_text"): "/proc",
+    ("gptlab/benchmark/run.py", ".read_text"): "/proc",
     ("gptlab/distributed.py", ".read_bytes"): "/proc",
     ("gptlab/distributed.py", "os.open"): "in torchrun's own folder, no link followed",
     ("gptlab/cli/console.py", "open"): "/dev/null",
