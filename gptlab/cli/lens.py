@@ -1,6 +1,6 @@
 """`gptlab lens`: what every block would say at every position, raw and tuned; and what early exit would lose and save.
 
-The readings are interpret/lens.py's, the tuned readers signals/tuned_lens.py's, early exit interpret/early_exit.py's.
+Readings and early exit are interpret/lens.py, the tuned readers signals/tuned_lens.py.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _fit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
-    from gptlab.interpret.early_exit import CONFIDENCES, curve
+    from gptlab.interpret.lens import CONFIDENCES, curve
 
     batches = _validation(opened, _corpus(opened, options), options.tokens)
     tuned = _tuned(opened, options.checkpoint)

@@ -1,4 +1,4 @@
-"""A GPT-2 that reads on: keys and values of what it has read are kept, so that a new token costs one row of products.
+"""A GPT-2 with a cache of keys and values, so that a new token costs one row of products.
 
 At one row a product is as fast as its weights come from memory. So on a CPU they are packed once, in the order in
 which oneDNN reads them: the products of a token of 124M then took 11 ms in fp32 where (in, out) had taken 21 and
@@ -7,7 +7,7 @@ price is a copy of the weights. Where oneDNN is not there, products are PyTorch'
 costs ten microseconds whatever it does, its code and its numbers being pushed out of the caches by the weights that
 pass: so there are as few as can be.
 
-What is written with it, and when a block is sure enough, is told in generate.py.
+generate.py draws tokens with it, and decides when a block is sure enough.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Weights:
 
 
 class Decoder:
-    """B rows of text that a model reads on together, all equally long; `length` tokens of each have been read.
+    """B rows of text that a model reads together, all equally long; `length` tokens of each have been read.
 
     Norms, sums and hidden states stay in the parameters' dtype. kept: of every block (B, capacity, 2, H, C/H), keys and
     values as they come side by side.
@@ -145,12 +145,12 @@ class Decoder:
         self.length = 0
 
     def forget(self) -> None:
-        """Begin anew with empty rows."""
+        """Empty all rows."""
         self.length = 0
 
     @torch.no_grad()
     def states(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Read tokens (B, T) on and yield h_1..h_L of the last of them, (B, C) each.
+        """Read tokens (B, T) and yield h_1..h_L of the last of them, (B, C) each.
 
         A single row may be given for all. More than one token at a time only when nothing has been read yet. Who stops
         before h_L calls `skip` with the last state.

@@ -1,13 +1,13 @@
-"""Writing on from a prompt: several texts at a time, a token a step, with what each block would have said if asked for.
+"""Text generated from a prompt: several texts at a time, a token a step, with each block's reading where asked for.
 
 Beyond block_size the last block_size tokens are the context, as in nanoGPT. Positions are learnt and absolute, so every
-token of the window stands at another place than before and its keys and values are of no use: the window is read anew
-for every token, which is slow and exactly what the model was trained to do.
+token of the window stands at another place than before and its keys and values are of no use: the whole window is read
+again for every token, which is slow and exactly what the model was trained to do.
 
 Early exit: a token is taken from the first block whose reading gives its best token at least `exit_confidence` of the
 probability; the blocks above are not computed, and their keys and values made of the state it left with
-(decoder.py's `skip`). The prompt is read by all blocks, but for its last token, which the first written one comes from.
-A confidence of 1 or more never exits. How much is lost and saved by it is early_exit.py's to measure.
+(decoder.py's `skip`). All blocks read the prompt except its last token, from which the first new one comes.
+A confidence of 1 or more never exits. lens.py measures what is lost and saved by it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class Sampling:
 
 PLAIN = Sampling()
 COLDEST = 1e-6
-"""Below this temperature the likeliest token has all the probability that float32 can tell, and division overflows."""
-"""A token as often as the model expects it."""
+"""Below this temperature the likeliest token has all the probability in float32, and division overflows."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,13 @@ def generate_batch(
     exit_confidence: float | None = None,
     reader: TunedLens | None = None,
 ) -> Iterator[list[Step | None]]:
-    """Texts that go on from `prompt`, one for each generator (on the CPU; None: torch's own), a step of all at a time.
+    """Texts that continue `prompt`, one for each generator (on the CPU; None: torch's own), a step of all at a time.
 
     A text ends with its first token `end` and is None from then on; the batch ends when all have, or after
     max_new_tokens. vocab_size: ids the tokenizer knows; rows that only pad the model's vocabulary are never written.
     show_blocks: look at every block's reading. With exit_confidence texts are written one at a time, since rows would
     leave at different blocks: give one generator. reader: what blocks are read with, None = raw. A model's weights are
-    copied for the products (decoder.py): who writes several times, or in another dtype, gives `Weights`.
+    copied for the products (decoder.py): to generate several times, or in another dtype, give `Weights`.
     """
     if exit_confidence is not None and exit_confidence >= 1:
         exit_confidence = None

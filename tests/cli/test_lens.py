@@ -16,7 +16,7 @@ import torch
 from gptlab.cli.main import main
 from gptlab.cli.sample import PLAIN, colour
 from gptlab.data.huggingface_tokenizer import files_of
-from gptlab.interpret.early_exit import CONFIDENCES
+from gptlab.interpret.lens import CONFIDENCES
 from gptlab.model.huggingface import write_folder
 from gptlab.runs.initial import model_of
 from gptlab.signals.tuned_lens import FILE

@@ -176,7 +176,7 @@ def test_a_test_that_was_stopped_goes_on_with_the_portion_it_was_at(
 def test_a_file_that_claims_more_rows_than_it_has_bytes_for_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptlab.evals.files.LARGEST", 2**20)
+    monkeypatch.setattr("gptlab.evals.tasks.LARGEST", 2**20)
     many = pyarrow.table({"text": pyarrow.array(["the same words" * 40]).take(pyarrow.array([0] * 20_000))})
     parquet.write_table(many, tmp_path / "many.parquet")
     assert (tmp_path / "many.parquet").stat().st_size < 5_000

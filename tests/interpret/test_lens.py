@@ -10,8 +10,7 @@ import torch
 
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.interpret.decoder import Decoder, Weights
-from gptlab.interpret.early_exit import curve, leave
-from gptlab.interpret.lens import as_json, look, summary
+from gptlab.interpret.lens import as_json, curve, leave, look, summary
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.signals.tuned_lens import TunedLens
 
