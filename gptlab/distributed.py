@@ -3,6 +3,9 @@
 torchrun's variables are read here and nowhere else. Gradients are summed here too, instead of by
 DistributedDataParallel: the backward pass goes down block by block and visits a judged block more than once, which
 DDP's hooks, made for one backward call a step, do not allow. The sum is the same, once a step, over flat buckets.
+
+Processes find each other, and after a failed call find out who is still there, through the store that lives in torchrun
+itself and so outlives the processes it starts.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,15 +26,20 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from gptlab import errors
 from gptlab.processes import end_with
-from gptlab.rendezvous import absent, meet
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import PrefixStore, TCPStore
 
 _T = TypeVar("_T")
 
 BUCKET_BYTES = 25 * 2**20
 LETTING_GO = 0.1  # s; without it about one of 100 pairs of processes that end right after a collective aborts
+
+ROUND = "gptlab/round"
+PATIENCE, MOMENT = 5.0, 1.0
+"""Seconds in which those that are there answer a roll call. They give up within moments of each other, so where only
+one has not answered after MOMENT seconds, it is not waited for."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class World:
     store: str = ""
     """host:port of the store by which the processes find each other."""
     store_stays: bool = False
-    """Whether that store is torchrun's own, and stays when processes are started anew."""
+    """Whether that store is torchrun's own, and stays when processes are started again."""
 
     @staticmethod
     def from_environment() -> World:
@@ -90,7 +100,7 @@ class World:
         backend, where = "nccl" if cuda else "gloo", device if cuda else None
         with self.collective():
             if self.store_stays:
-                store = meet(self.store, self.rank, self.size, timeout)
+                store = join_store(self.store, self.rank, self.size, timeout)
                 dist.init_process_group(
                     backend, store=store, rank=self.rank, world_size=self.size, timeout=timeout, device_id=where
                 )
@@ -134,7 +144,7 @@ class World:
             dist.all_gather(parts, tensor)
         return parts
 
-    def agree(self, action: Callable[[], Any], device: torch.device) -> Any:
+    def broadcast_from_main(self, action: Callable[[], Any], device: torch.device) -> Any:
         """What `action` gives on rank 0 (JSON values), on every rank; an error of ours there is raised everywhere."""
         if self.size == 1:
             return action()
@@ -175,9 +185,9 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise self._lost(absent(self.store, self.rank, self.size), error) from error
+            raise self._lost(missing_ranks(self.store, self.rank, self.size), error) from error
 
-    def watched(self, records: Iterator[_T]) -> Iterator[_T]:
+    def name_lost_ranks(self, records: Iterator[_T]) -> Iterator[_T]:
         """The same records, made among much else by collectives of PyTorch's own, as FSDP2's are within a pass.
 
         A RuntimeError there is another's only if another process no longer answers; then it is LostProcessError.
@@ -185,7 +195,7 @@ class World:
         try:
             yield from records
         except RuntimeError as error:
-            silent = absent(self.store, self.rank, self.size) if self.size > 1 else None
+            silent = missing_ranks(self.store, self.rank, self.size) if self.size > 1 else None
             if silent:
                 raise self._lost(silent, error) from error
             raise
@@ -203,7 +213,7 @@ def _what_is_lost(silent: list[int] | None, size: int, error: RuntimeError) -> s
     who = f": rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {size}" if silent else ""
     return (
         f"another process of this run has ended or no longer answers{who}; its own message or torchrun's report says "
-        "why; run the same command again to go on from the newest checkpoint"
+        "why; run the same command again to resume from the newest checkpoint"
     )
 
 
@@ -257,7 +267,7 @@ def launcher_hangs_up() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Make this process end when the torchrun that started it is gone, so that no orphan writes on."""
+    """Make this process end when the torchrun that started it is gone, so that no orphan continues to write."""
     parent = os.getppid()
     orphan = parent == 1 and not _is_torchrun(1)  # in a container torchrun itself may be process 1
     end_with(0 if orphan else parent)
@@ -269,3 +279,74 @@ def _is_torchrun(process: int) -> bool:
     except OSError:
         return False
     return b"torchrun" in command or b"torch.distributed" in command or b"torch/distributed" in command
+
+
+def join_store(address: str, rank: int, size: int, timeout: timedelta) -> PrefixStore:
+    """A part of the store at `address` ("host:port") that nobody has used before, the same for all ranks.
+
+    When torchrun starts processes again (`--max-restarts`), its store still holds the addresses of the old ones, and a
+    process group would wait for the dead (pytorch/pytorch#135712). Neither torchrun's count of restarts, which each
+    machine keeps for itself, nor anything else it says tells the rounds apart. So rank 0 names the round, and a rank
+    that is in doubt joins any name it finds, until one answers with this very process in its list. Raises RuntimeError.
+    """
+    from torch.distributed import PrefixStore
+
+    store, me = _client(address, timeout), uuid.uuid4().hex
+    if rank == 0:
+        store.set(ROUND, me)
+        joined = [f"{ROUND}/{me}/{other}" for other in range(1, size)]
+        store.wait(joined, timeout)
+        store.set(f"{ROUND}/{me}", json.dumps([store.get(key).decode() for key in joined]))
+        return PrefixStore(me, store)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        if name := _round(store):
+            store.set(f"{ROUND}/{name}/{rank}", me)
+            if store.check([f"{ROUND}/{name}"]) and me in json.loads(store.get(f"{ROUND}/{name}")):
+                return PrefixStore(name, store)
+        time.sleep(0.02)
+    raise RuntimeError(f"rank 0 has not come within {timeout}")
+
+
+def missing_ranks(address: str, rank: int, size: int, patience: float = PATIENCE) -> list[int] | None:
+    """Answer a roll call as `rank`, and give the ranks that do not in time; None where the store cannot be reached.
+
+    A failed call seldom says because of whom it failed: a stopped process answers nobody, and its neighbours, who then
+    give up, look dead to theirs.
+    """
+    try:
+        _knock(address, patience)
+        store = _client(address, timedelta(seconds=patience))
+        call = f"gptlab/lost/{_round(store)}"
+        store.set(f"{call}/{rank}", "here")
+        missing, began = set(range(size)) - {rank}, time.monotonic()
+        while True:
+            missing -= {other for other in missing if store.check([f"{call}/{other}"])}
+            waited = time.monotonic() - began
+            if not missing or waited > (patience if len(missing) > 1 else min(patience, MOMENT)):
+                return sorted(missing)
+            time.sleep(0.05)
+    except (RuntimeError, ValueError, OSError):  # torch's DistError is a RuntimeError; no address is a ValueError
+        return None
+
+
+def _knock(address: str, patience: float) -> None:
+    """Raise OSError where nobody listens at `address`.
+
+    A store's client would knock again and again until its time is up, and then print a page of frames; where the node
+    that had the store is gone, the others should know at once.
+    """
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=patience).close()
+
+
+def _client(address: str, timeout: timedelta) -> TCPStore:
+    from torch.distributed import TCPStore
+
+    host, _, port = address.rpartition(":")
+    return TCPStore(host, int(port), is_master=False, timeout=timeout)
+
+
+def _round(store: TCPStore) -> str:
+    """The newest round's name, or "" before the first."""
+    return store.get(ROUND).decode() if store.check([ROUND]) else ""

@@ -7,7 +7,7 @@
     ├── CheckpointError     3   a checkpoint or run folder that is missing, damaged or another run's
     ├── LostProcessError    3   another process of the same run that ended or no longer answers
     ├── DivergedError       4   a loss or gradient that is no longer finite
-    └── Stopped            75   a stop that was asked for, with a checkpoint saved: run again to go on
+    └── Stopped            75   a stop that was asked for, with a checkpoint saved: run again to resume
 
 A message is one line: what was expected, what was found, what to do. Our own faults are `assert`s, not these.
 """

@@ -55,8 +55,7 @@ def main(argv: list[str]) -> int:
         opened = _open(options, world, display)
         found: dict[str, Any] = {}
         for name in options.tasks:
-            for task, told in _score(name, opened, options, display):
-                found[task] = told
+            found |= _score(name, opened, options, display)
     finally:
         display.close()
         world.disconnect()
@@ -74,7 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="gptlab eval",
         description="Score a model: loss on the pinned validation tokens, HellaSwag as build-nanogpt scores it, "
         "LAMBADA, and any task of lm-evaluation-harness. Under torchrun, ranks share the work: `torchrun "
-        "--nproc_per_node=2 -m gptlab eval RUN`. Stopped, the same command goes on where it was.",
+        "--nproc_per_node=2 -m gptlab eval RUN`. Stopped, the same command resumes.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a run, a checkpoint or a Hugging Face GPT-2 folder")
@@ -136,35 +135,30 @@ def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened
     return Opened(model, config, vocabulary, placement, world, identity)
 
 
-def _score(
-    name: str, opened: Opened, options: argparse.Namespace, display: Counter
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(task, what is told of it) of one name of --tasks."""
+def _score(name: str, opened: Opened, options: argparse.Namespace, display: Counter) -> dict[str, dict[str, Any]]:
+    """{task: its figures} of one name of --tasks, which may be a group."""
     from gptlab.evals.harness import run_harness
     from gptlab.evals.scoring import Scorer
     from gptlab.evals.tasks import hellaswag, lambada
 
     if name == "val":
-        yield name, _validation(opened, options, display)
-        return
+        return {name: _validation(opened, options, display)}
     scorer = Scorer(
         opened.model, opened.placement, opened.world, batch_size=options.batch_size, every_block=options.blocks
     )
     if name in TASKS:
         read: Callable[..., Task] = {"hellaswag": hellaswag, "lambada": lambada}[name]
         task = read(getattr(options, name), opened.vocabulary.tokenizer, options.limit)
-        yield name, _rows(task, scorer, opened, options, display)
-        return
+        return {name: _rows(task, scorer, opened, options, display)}
     display.note(f"{name}: going through its requests")
     found = run_harness(
         name.removeprefix(HARNESS), scorer, opened.vocabulary.tokenizer, _writer(opened),
         limit=options.limit, include_path=options.include_path,
     )  # fmt: skip
-    for task, blocks in found.items():
-        yield HARNESS + task, _told({}, blocks, options)
+    return {HARNESS + task: _figures({}, blocks, options) for task, blocks in found.items()}
 
 
-def _told(about: Mapping[str, Any], blocks: Figures, options: argparse.Namespace) -> dict[str, Any]:
+def _figures(about: Mapping[str, Any], blocks: Figures, options: argparse.Namespace) -> dict[str, Any]:
     """The last block's figures, what they rest on, and every block's where they were asked for."""
     return {**blocks[-1], **about, **({"blocks": blocks} if options.blocks else {})}
 
@@ -175,7 +169,8 @@ def _rows(task: Task, scorer: Any, opened: Opened, options: argparse.Namespace, 
     identity = {**opened.identity, "rows": task.sha256, "limit": options.limit, "blocks": scorer.blocks}
     world, path = opened.world, Path(options.out or Path(options.run) / "eval") / f"{task.name}.json"
     record = Record(path if world.main else None, identity)
-    record.done = {int(n): done for n, done in world.agree(lambda: record.done, opened.placement.device).items()}
+    known = world.broadcast_from_main(lambda: record.done, opened.placement.device)
+    record.done = {int(n): done for n, done in known.items()}
     if record.done:
         display.note(f"{task.name}: {len(record.done):,} of {len(task.rows):,} rows were finished before")
 
@@ -184,7 +179,7 @@ def _rows(task: Task, scorer: Any, opened: Opened, options: argparse.Namespace, 
 
     progress(len(record.done), {})
     blocks = run_task(task, scorer, record, progress)
-    return _told({"rows": len(task.rows), "source": task.source}, blocks, options)
+    return _figures({"rows": len(task.rows), "source": task.source}, blocks, options)
 
 
 def _validation(opened: Opened, options: argparse.Namespace, display: Counter) -> dict[str, Any]:
@@ -207,18 +202,14 @@ def _validation(opened: Opened, options: argparse.Namespace, display: Counter) -
     bytes_per_token = known.count_bytes(windows.stream) / len(windows.stream) if known else 0
     blocks = [
         {
-            "loss": loss,
-            "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+            "loss": loss, "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
             "perplexity": math.exp(min(loss, 700.0)),
         }
         for loss in (found.by_block or (found.loss,))
-    ]
-    about = {
-        "tokens": len(windows) * shape.block_size,
-        "validation_sha256": windows.sha256,
-        "source": str(corpus.folder),
-    }
-    return _told(about, blocks, options)
+    ]  # fmt: skip
+    tokens = len(windows) * shape.block_size
+    about = {"tokens": tokens, "validation_sha256": windows.sha256, "source": str(corpus.folder)}
+    return _figures(about, blocks, options)
 
 
 def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
@@ -247,10 +238,10 @@ def shown(figures: Mapping[str, Any]) -> str:
 def _print(result: Mapping[str, Any]) -> None:
     """A task a row; with every block's figures, a row a block; under it what the figures rest on."""
     rows: list[tuple[str, ...]] = []
-    for task, told in result["tasks"].items():
-        blocks = told.get("blocks") or [told]
-        numbers = map(str, range(1, len(blocks) + 1)) if "blocks" in told else ["last"]
+    for task, found in result["tasks"].items():
+        blocks = found.get("blocks") or [found]
+        numbers = map(str, range(1, len(blocks) + 1)) if "blocks" in found else ["last"]
         rows += [(task * (k == 0), number, shown(blocks[k])) for k, number in enumerate(numbers)]
-        about = [f"{told[unit]:,} {unit}" for unit in ("tokens", "rows") if unit in told]
-        rows += [("", "", ", ".join([*about, *filter(None, [told.get("source")])]))] if about else []
+        about = [f"{found[unit]:,} {unit}" for unit in ("tokens", "rows") if unit in found]
+        rows += [("", "", ", ".join([*about, *filter(None, [found.get("source")])]))] if about else []
     show_table(console(), Table(f"{result['model']}, {result['dtype']}", ("task", "block", "score"), rows))

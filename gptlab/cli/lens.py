@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 NAMES = {"raw": "raw reading", "tuned": "tuned reading"}
 FRAME = 3
-"""What a column takes beside its text: a line and two blanks."""
+"""Characters of a column besides its text: a line and two blanks."""
 
 
 def main(argv: list[str]) -> int:
@@ -65,8 +65,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="gptlab lens",
         description="What every block would say next at every position of a text (--prompt), through its raw reading "
-        "and a tuned one (--fit trains it once and keeps it beside the run); and what leaving at the first block that "
-        "is sure enough would lose and save (--early_exit).",
+        "and a tuned one (--fit trains it once and keeps it next to the run); and what leaving at the first block "
+        "that is sure enough would lose and save (--early_exit).",
     )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint or a Hugging Face GPT-2 folder")
@@ -156,7 +156,7 @@ def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tuned(opened: Opened, source: str) -> TunedLens | None:
-    """The tuned reader beside the run, if it is there and this model's own."""
+    """The tuned reader next to the run, if it is there and this model's own."""
     from gptlab.signals.tuned_lens import load, path_of
 
     try:

@@ -1,4 +1,4 @@
-"""`gptlab sample`: write on from a prompt, streamed to the terminal. Drawing tokens is interpret/generate.py's."""
+"""`gptlab sample`: generate text from a prompt, streamed to the terminal. interpret/generate.py draws the tokens."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> int:
             _show(number, kept, prompt, opened, options)
     exits = _saved(opened, weights, prompt, samples, clock.seconds, options) if early else {}
     if options.json:
-        told = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
-        print(json.dumps({"samples": told, **exits}))
+        found = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
+        print(json.dumps({"samples": found, **exits}))
     elif exits:
         print("\n" + legend(opened.model.config.n_layer, exits))
     return 0
@@ -86,18 +86,18 @@ def _show(number: int, steps: Iterator[Step], prompt: list[int], opened: Opened,
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="gptlab sample", description="Write on from a prompt.")
+    parser = Parser(prog="gptlab sample", description="Generate text from a prompt.")
     add = parser.add_argument
     add("--checkpoint", metavar="RUN|FOLDER", required=True, help="a run, a checkpoint or a Hugging Face GPT-2 folder")
     add("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
-    add("--prompt", metavar="TEXT", default="\n", help="what to write on from [a line break]")
-    add("--max_new_tokens", metavar="N", type=int, default=200, help="tokens to write, at most [200]")
+    add("--prompt", metavar="TEXT", default="\n", help="the text to continue [a line break]")
+    add("--max_new_tokens", metavar="N", type=int, default=200, help="tokens to generate, at most [200]")
     add("--temperature", metavar="T", type=float, default=0.8, help="0 = always the likeliest token [0.8]")
     add("--top_k", metavar="K", type=int, help="draw from the K likeliest tokens only [all]")
     add("--top_p", metavar="P", type=float, default=1.0, help="from the fewest that hold P of the probability [1.0]")
     add("--seed", metavar="N", type=int, default=1, help="the same seed draws the same text [1]")
-    add("--samples", metavar="N", type=int, default=1, help="how many texts, written side by side [1]")
-    add("--ignore_end", action="store_true", help="write on where a document ends, instead of stopping")
+    add("--samples", metavar="N", type=int, default=1, help="how many texts, generated side by side [1]")
+    add("--ignore_end", action="store_true", help="continue past the end of a document, instead of stopping there")
     add("--exit_confidence", metavar="P", type=float, help="take a token from the first block at least so sure [none]")
     add(
         "--reader",

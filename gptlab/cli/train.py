@@ -44,7 +44,7 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the summary as JSON on standard output")
     parser.add_argument("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
     parser.add_argument(
-        "--despite", action="store_true", help="go on with a run though options, data or code differ; it is recorded"
+        "--despite", action="store_true", help="resume a run although options, data or code differ; it is recorded"
     )
     add_options(parser, TrainingConfig)
     parsed = parser.parse(argv)
@@ -185,7 +185,7 @@ def _train(
 
     with contextlib.ExitStack() as ends:
         ends.callback(display.close)
-        beginning = Beginning(**world.agree(start, placement.device))
+        beginning = Beginning(**world.broadcast_from_main(start, placement.device))
         if folder:
             ends.callback(folder.close)
         if beginning.finished:
@@ -201,9 +201,7 @@ def _train(
         session = Session(config, folder, beginning.checkpoint, placement, corpus.identity(), world)
         display.note(f"  compile {session.compiled}")
         if session.sharded:
-            display.note(
-                "  blocks  cut over the processes; no samples are drawn, gptlab sample writes from a checkpoint"
-            )
+            display.note("  blocks  cut over the processes; no samples are drawn, gptlab sample reads a checkpoint")
         began, first = time.perf_counter(), session.state.step
         track = ends.enter_context(tracking(config, folder.path, first, display.note)) if folder else None
         sample = partial(_sample, config, validation.stream[: max(1, config.block_size // 4)].tolist(), tokenizer)
@@ -222,7 +220,7 @@ def _train(
 
 
 def _sample(config: TrainingConfig, prompt: list[int], tokenizer: Tokenizer, state: TrainingState) -> dict[str, Any]:
-    """Text written on from `prompt` by the model as it is now, with what each block would have said."""
+    """Text generated from `prompt` by the model as it is now, with each block's best next token."""
     from gptlab.interpret.generate import Sampling, as_row, generate
     from gptlab.randomness import torch_generator
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gptlab.lazy import lazy_exports
+from gptlab import lazy_exports
 
 if TYPE_CHECKING:
     from gptlab.model.gpt import GPT, GPTConfig

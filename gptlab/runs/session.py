@@ -94,7 +94,7 @@ class Session:
             peak=peak, bytes_per_token=bytes_per_token, stop=stop,
         )  # fmt: skip
         try:
-            for record in self.world.watched(records):
+            for record in self.world.name_lost_ranks(records):
                 if record.kind == "checkpoint":
                     self._save(record)
                     yield record

@@ -43,7 +43,7 @@ def save(checkpoints: Path | None, state: TrainingState, rest: Mapping[str, Any]
                 raise OSError(failed)
             checkpoint.seal(building, rest)
 
-    building = Path(world.agree(prepare, device))
+    building = Path(world.broadcast_from_main(prepare, device))
     weights, moments = state.tensors()
     writer = HuggingFaceStorageWriter(str(building), save_distributed=True)
     failed = ""
@@ -52,7 +52,7 @@ def save(checkpoints: Path | None, state: TrainingState, rest: Mapping[str, Any]
             save_rows({**weights, **moments}, storage_writer=writer)
         except CheckpointException as error:  # raised by all processes alike
             failed = str(next(iter(error.failures.values()))[0])
-    world.agree(lambda: finish(failed), device)
+    world.broadcast_from_main(lambda: finish(failed), device)
 
 
 def load(folder: Path, shape: GPTConfig, state: TrainingState, world: World) -> None:

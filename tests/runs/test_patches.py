@@ -157,11 +157,11 @@ REFUSED = {
     "binary": ("binary", "found no text: 'gptlab/idea.py'"),
     "escapes": (new("gptlab/idea.py", "# \x1b[2J"), "found no text: 'gptlab/idea.py'"),
     "a link": (new("gptlab/idea.py", "/etc/passwd", mode="120000"), "found a link: 'gptlab/idea.py'"),
-    "removal": ("removal", "it removes 'gptlab/lazy.py'"),
+    "removal": ("removal", "it removes 'gptlab/randomness.py'"),
     "renaming": (
-        "diff --git a/gptlab/lazy.py b/gptlab/idle.py\nsimilarity index 100%\n"
-        "rename from gptlab/lazy.py\nrename to gptlab/idle.py\n",
-        "it removes 'gptlab/lazy.py'",
+        "diff --git a/gptlab/randomness.py b/gptlab/idle.py\nsimilarity index 100%\n"
+        "rename from gptlab/randomness.py\nrename to gptlab/idle.py\n",
+        "it removes 'gptlab/randomness.py'",
     ),
 }  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_a_patch_changes_python_files_of_the_package_and_nothing_else(kind: str,
     text, message = REFUSED[kind]
     patch = tmp_path / "idea.diff"
     if text is not None:
-        made = {"removal": lambda: removal("gptlab/lazy.py"), "binary": binary}
+        made = {"removal": lambda: removal("gptlab/randomness.py"), "binary": binary}
         patch.write_text(made[text]() if text in made else text)
     with pytest.raises(ConfigError, match=message) as caught:
         patched(patch)
