@@ -37,6 +37,13 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
 
+def at_least(least: int, options: argparse.Namespace, *names: str) -> None:
+    """Raise UsageError where one of these options is given and below `least`, or no finite number."""
+    for name in names:
+        if (found := getattr(options, name)) is not None and not least <= found < float("inf"):
+            raise UsageError(f"--{name}: expected a number of at least {least}, found {found}")
+
+
 def _underscored(word: str) -> str:
     if not word.startswith("--"):
         return word

@@ -337,12 +337,12 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], **style: Any) -> RichTable:
-    """A table; columns whose names begin with ">" are aligned to the right. style: of rich's Table."""
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, boxed: bool = False) -> RichTable:
+    """A table; columns whose names begin with ">" are aligned to the right."""
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(**{"box": None, "pad_edge": False, "header_style": "dim", **style})
+    shown = Table() if boxed else Table(box=None, pad_edge=False, header_style="dim")
     for name in columns:
         shown.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
     for row in rows:

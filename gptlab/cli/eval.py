@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptlab.analysis.tables import Table
-from gptlab.cli.arguments import Parser
+from gptlab.cli.arguments import Parser, at_least
 from gptlab.cli.console import Counter, console, show_table
-from gptlab.cli.model import TOKENIZER
+from gptlab.cli.model import add_model_options
 from gptlab.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -85,11 +85,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--limit", metavar="N", type=int, help="the first N rows of a test, for a quick look [all]")
     add("--data", metavar="CORPUS", help="whose validation tokens val reads [the run's]")
     add("--eval_tokens", metavar="N", type=int, help="how many, the first of the pinned set [the run's]")
-    add("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
     add("--batch_size", metavar="N", type=int, default=16, help="rows read at once by a process [16]")
     add("--out", metavar="FOLDER", help="where finished rows are kept [RUN/eval]")
-    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
+    add_model_options(parser)
     add("--threads", metavar="N", type=int, default=0, help="threads a process [its share of the cores]")
     add("--compile", choices=["auto", "on", "off"], default="off", help="torch.compile [off]")
     add("--json", action="store_true", help='print {"model", ..., "tasks": {NAME: {..., "blocks": [..]}}}')
@@ -101,10 +99,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"--tasks: no task {name!r}{hint}; there are {', '.join(TASKS)} and {HARNESS}NAME")
     if not options.tasks:
         raise UsageError(f"--tasks: expected one or more of {', '.join(TASKS)} and {HARNESS}NAME, found none")
-    for name in ("limit", "eval_tokens", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name}: expected a number of at least 1, found {value}")
+    at_least(1, options, "limit", "eval_tokens", "batch_size")
     return options
 
 

@@ -18,9 +18,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.arguments import Parser
-from gptlab.cli.console import console, printable, say
-from gptlab.cli.model import TOKENIZER
+from gptlab.cli.arguments import Parser, at_least
+from gptlab.cli.console import console, grid, printable, say
+from gptlab.cli.model import add_model_options
 from gptlab.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -50,10 +50,8 @@ def main(argv: list[str]) -> int:
         found |= _early_exit(opened, options)
     if options.prompt is not None:
         found |= _look(opened, options)
-    for path, write in ((options.html, _write_page), (options.svg, _write_plot)):
-        if path:
-            write(Path(path), found)
-            say(f"written to {path}")
+    if options.html or options.svg:
+        _write(options, found)
     if options.json:
         print(json.dumps(found))
     else:
@@ -80,17 +78,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--tokens", metavar="N", type=int, default=8192, help="validation tokens that are measured on [8192]")
     add("--svg", metavar="FILE", help="also draw --early_exit")
     add("--data", metavar="NAME|FOLDER", help="corpus for --fit and --early_exit [the run's own, else shakespeare]")
-    add("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
     add("--seed", metavar="N", type=int, default=1, help="decides the windows that the fit reads [1]")
-    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
+    add_model_options(parser)
     add("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse(argv)
     if options.prompt is None and not options.fit and not options.early_exit:
         raise UsageError("expected --prompt TEXT, --fit or --early_exit, found none of them; see `gptlab lens --help`")
-    for name in ("top", "steps", "batch_tokens", "tokens"):
-        if (found := getattr(options, name)) is not None and found < 1:
-            raise UsageError(f"--{name}: expected a number of at least 1, found {found}")
+    at_least(1, options, "top", "steps", "batch_tokens", "tokens")
     if options.html and options.prompt is None:
         raise UsageError("--html shows a text; add --prompt TEXT")
     if options.svg and not options.early_exit:
@@ -101,10 +95,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _look(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     from gptlab.interpret.lens import readings
 
-    tuned = _tuned(opened, options.checkpoint)
-    readers = {"raw": None} if tuned is None else {"raw": None, "tuned": tuned}
-    model, cast = opened.model, opened.placement.autocast
-    found = readings(model, opened.tokenizer, options.prompt, readers, top=options.top or 5, autocast=cast)
+    readers, cast = _readers(opened, options.checkpoint), opened.placement.autocast
+    found = readings(opened.model, opened.tokenizer, options.prompt, readers, top=options.top or 5, autocast=cast)
     return {"prompt": options.prompt, "readers": found}
 
 
@@ -141,29 +133,26 @@ def _early_exit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     from gptlab.interpret.lens import CONFIDENCES, curve
 
     batches = _validation(opened, _corpus(opened, options), options.tokens)
-    tuned = _tuned(opened, options.checkpoint)
-    found = {}
-    for name, reader in (("raw", None), ("tuned", tuned)):
-        if name == "tuned" and tuned is None:
-            continue
-        points = []
-        at, cast = CONFIDENCES, opened.placement.autocast
-        for point in curve(opened.model, batches, at, reader=reader, vocab_size=opened.vocabulary.size, autocast=cast):
-            points.append(asdict(point))
+    model, how = opened.model, {"vocab_size": opened.vocabulary.size, "autocast": opened.placement.autocast}
+    found: dict[str, Any] = {}
+    for name, reader in _readers(opened, options.checkpoint).items():
+        found[name] = []
+        for point in curve(model, batches, CONFIDENCES, reader=reader, **how):
+            found[name].append(asdict(point))
             say(f"{name} reader, confidence {point.confidence:g}: loss {point.loss:.4f}, blocks {point.blocks:.0%}")
-        found[name] = points
     return {"early_exit": found, "tokens": sum(targets.numel() for _, targets in batches)}
 
 
-def _tuned(opened: Opened, source: str) -> TunedLens | None:
-    """The tuned reader next to the run, if it is there and this model's own."""
+def _readers(opened: Opened, source: str) -> dict[str, TunedLens | None]:
+    """The raw reading, and the tuned reader next to the run, if it is there and this model's own."""
     from gptlab.signals.tuned_lens import load, path_of
 
     try:
-        return load(opened.model, path_of(source))
+        tuned = load(opened.model, path_of(source))
     except CheckpointError as error:
         say(f"no tuned reader: {error}")
-        return None
+        tuned = None
+    return {"raw": None} if tuned is None else {"raw": None, "tuned": tuned}
 
 
 def _corpus(opened: Opened, options: argparse.Namespace) -> Corpus:
@@ -183,18 +172,16 @@ def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tenso
     return [(tokens.to(device), targets.to(device)) for tokens, targets in rows]
 
 
-def _write_page(path: Path, found: dict[str, Any]) -> None:
-    from gptlab.analysis.report.lens import page
+def _write(options: argparse.Namespace, found: dict[str, Any]) -> None:
+    from gptlab.analysis.report.lens import exit_plot, page
     from gptlab.analysis.report.page import write
 
-    write(path, page(found))
-
-
-def _write_plot(path: Path, found: dict[str, Any]) -> None:
-    from gptlab.analysis.report.lens import exit_plot
-    from gptlab.analysis.report.page import write
-
-    write(path, exit_plot(found["early_exit"]))
+    if options.html:
+        write(Path(options.html), page(found))
+    if options.svg:
+        write(Path(options.svg), exit_plot(found["early_exit"]))
+    for path in filter(None, (options.html, options.svg)):
+        say(f"written to {path}")
 
 
 def show(found: Mapping[str, Any], top: int = 1) -> None:
@@ -271,34 +258,29 @@ def _width(text: Text) -> int:
 
 
 def _blocks(blocks: Sequence[Mapping[str, float]]) -> Table:
-    table = Table()
-    for column in ("block", "confidence", "entropy, nats", "agrees with the final block"):
-        table.add_column(column, justify="right")
-    for number, block in enumerate(blocks, 1):
-        table.add_row(str(number), f"{block['confidence']:.1%}", f"{block['entropy']:.3f}", f"{block['agreement']:.1%}")
-    return table
+    rows = (
+        (str(number), f"{one['confidence']:.1%}", f"{one['entropy']:.3f}", f"{one['agreement']:.1%}")
+        for number, one in enumerate(blocks, 1)
+    )
+    return grid((">block", ">confidence", ">entropy, nats", ">agrees with the final block"), rows, boxed=True)
 
 
 def _exit_table(points: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table()
-    for column in ("confidence", "loss, nats", "agreement", "blocks", "compute", "left at block 1..L"):
-        table.add_column(column, justify="right")
-    for p in points:
-        exits = " ".join(f"{share:.0%}" for share in p["exits"])
-        table.add_row(
+    rows = (
+        (
             f"{p['confidence']:g}", f"{p['loss']:.4f}", f"{p['agreement']:.1%}", f"{p['blocks']:.1%}",
-            f"{p['compute']:.1%}", exits,
-        )  # fmt: skip
-    return table
+            f"{p['compute']:.1%}", " ".join(f"{share:.0%}" for share in p["exits"]),
+        )
+        for p in points
+    )  # fmt: skip
+    columns = (">confidence", ">loss, nats", ">agreement", ">blocks", ">compute", ">left at block 1..L")
+    return grid(columns, rows, boxed=True)
 
 
 def _divergence_table(found: Mapping[str, list[float]]) -> Table:
-    table = Table()
-    for column in ("block", "raw", "tuned"):
-        table.add_column(column, justify="right")
-    for number, (raw, tuned) in enumerate(zip(found["raw"], found["tuned"], strict=True), 1):
-        table.add_row(str(number), f"{raw:.4f}", f"{tuned:.4f}")
-    return table
+    pairs = enumerate(zip(found["raw"], found["tuned"], strict=True), 1)
+    rows = ((str(number), f"{raw:.4f}", f"{tuned:.4f}") for number, (raw, tuned) in pairs)
+    return grid((">block", ">raw", ">tuned"), rows, boxed=True)
 
 
 def _shown(token: str) -> str:

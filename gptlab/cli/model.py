@@ -31,6 +31,13 @@ TOKENIZER = "bytes or gpt2, for a folder that brings none [the model's own]"
 """The help of --tokenizer."""
 
 
+def add_model_options(parser: Parser) -> None:
+    """The options of what a model is read with."""
+    parser.add_argument("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
+    parser.add_argument("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What a model's tokens stand for. known: its tokenizer; missing: why there is none; size: tokens it may draw."""

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptlab.cli.arguments import Parser
+from gptlab.cli.arguments import Parser, at_least
 from gptlab.cli.console import printable
-from gptlab.cli.model import TOKENIZER
+from gptlab.cli.model import add_model_options
 from gptlab.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ def main(argv: list[str]) -> int:
         _warm_up(opened, weights, prompt, options)
     samples: list[list[Step]] = []
     for number, steps in _texts(opened, weights, prompt, options):
-        samples.append([])
-        kept = _kept(clock.timed(steps), samples[-1])
+        samples.append(kept := [])
+        timed = clock.timed(steps, kept)
         if options.json:
-            list(kept)
+            list(timed)
         else:
-            _show(number, kept, prompt, opened, options)
+            _show(number, timed, prompt, opened, options)
     exits = _saved(opened, weights, prompt, samples, clock.seconds, options) if early else {}
     if options.json:
         found = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
@@ -63,13 +63,15 @@ class _Clock:
 
     seconds = 0.0
 
-    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
+    def timed(self, steps: Iterator[Step], kept: list[Step]) -> Iterator[Step]:
+        """The same steps, which are also added to `kept`."""
         while True:
             started = time.perf_counter()
             step = next(steps, None)
             self.seconds += time.perf_counter() - started
             if step is None:
                 return
+            kept.append(step)
             yield step
 
 
@@ -89,7 +91,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="gptlab sample", description="Generate text from a prompt.")
     add = parser.add_argument
     add("--checkpoint", metavar="RUN|FOLDER", required=True, help="a run, a checkpoint or a Hugging Face GPT-2 folder")
-    add("--tokenizer", choices=["bytes", "gpt2"], help=TOKENIZER)
     add("--prompt", metavar="TEXT", default="\n", help="the text to continue [a line break]")
     add("--max_new_tokens", metavar="N", type=int, default=200, help="tokens to generate, at most [200]")
     add("--temperature", metavar="T", type=float, default=0.8, help="0 = always the likeliest token [0.8]")
@@ -99,21 +100,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--samples", metavar="N", type=int, default=1, help="how many texts, generated side by side [1]")
     add("--ignore_end", action="store_true", help="continue past the end of a document, instead of stopping there")
     add("--exit_confidence", metavar="P", type=float, help="take a token from the first block at least so sure [none]")
-    add(
-        "--reader",
-        choices=["raw", "tuned"],
-        default="raw",
-        help="how --exit_confidence and --show_blocks read blocks; `gptlab lens --fit` makes a tuned one [raw]",
-    )
+    reader = "how --exit_confidence and --show_blocks read blocks; `gptlab lens --fit` makes a tuned one [raw]"
+    add("--reader", choices=["raw", "tuned"], default="raw", help=reader)
     add("--show_blocks", action="store_true", help="a line per token: each block's best next token and its probability")
-    add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matmuls [fp32]")
+    add_model_options(parser)
     add("--json", action="store_true", help='print {"samples": [{"tokens", "text", "exit_blocks"}]}, prompt left out')
     options = parser.parse(argv)
-    for name, least in (("max_new_tokens", 0), ("temperature", 0), ("top_k", 1), ("samples", 1)):
-        found = getattr(options, name)
-        if found is not None and not least <= found < float("inf"):
-            raise UsageError(f"--{name}: expected a number of at least {least}, found {found}")
+    at_least(0, options, "max_new_tokens", "temperature")
+    at_least(1, options, "top_k", "samples")
     for name in ("top_p", "exit_confidence"):
         if (found := getattr(options, name)) is not None and not 0 < found <= 1:
             raise UsageError(f"--{name}: expected a number above 0 and at most 1, found {found}")
@@ -166,12 +160,6 @@ def _drawing(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _kept(steps: Iterator[Step], into: list[Step]) -> Iterator[Step]:
-    for step in steps:
-        into.append(step)
-        yield step
-
-
 def _reader(opened: Opened, options: argparse.Namespace) -> TunedLens | None:
     """The reader that was asked for; raises CheckpointError where a tuned one is missing or another model's."""
     from gptlab.signals.tuned_lens import load, path_of
@@ -189,8 +177,7 @@ def _warm_up(opened: Opened, weights: Weights, prompt: list[int], options: argpa
     from gptlab.interpret.generate import generate
 
     for confidence in (None, LEAVES_AT_ONCE):
-        for _ in generate(weights, prompt, 2, exit_confidence=confidence, **_drawing(opened, options)):
-            pass
+        list(generate(weights, prompt, 2, exit_confidence=confidence, **_drawing(opened, options)))
 
 
 def _saved(
@@ -202,8 +189,7 @@ def _saved(
 
     clock = _Clock()
     for steps in samples:
-        for _ in clock.timed(generate(weights, prompt, len(steps), **_drawing(opened, options))):
-            pass
+        list(clock.timed(generate(weights, prompt, len(steps), **_drawing(opened, options)), []))
     depths = [step.block for steps in samples for step in steps]
     return {
         "exit_confidence": options.exit_confidence,
@@ -216,11 +202,8 @@ def _saved(
 
 def _as_json(steps: list[Step], opened: Opened, *, show_blocks: bool) -> dict[str, Any]:
     decode, tokens = opened.tokenizer.decode, [step.token for step in steps]
-    sample: dict[str, Any] = {
-        "tokens": tokens,
-        "text": decode(tokens),
-        "exit_blocks": [step.block for step in steps],
-    }
+    exits = [step.block for step in steps]
+    sample: dict[str, Any] = {"tokens": tokens, "text": decode(tokens), "exit_blocks": exits}
     if show_blocks:
         sample["blocks"] = [
             [[decode([b]), round(p, 4)] for b, p in zip(step.best, step.probability, strict=True)] for step in steps
