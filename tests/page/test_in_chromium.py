@@ -124,7 +124,7 @@ def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
     assert fits(browser)
     browser.value("document.querySelector('details').open = true")
     browser.value("document.querySelector('main').dataset.every = 0.1; renew()")
-    run = hostile_experiment / ARM / "seed_1"
+    run = hostile_experiment / "baseline" / "seed_1"  # the first of the list
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "kind": "train", "loss": 1.0, "tokens": 10000000}\n')
     browser.until("document.querySelector('.state').innerText.includes('step 21 of 20')")
