@@ -169,7 +169,7 @@ def verify(folder: Path) -> list[Problem]:
 def _difference(file: Path, stated: Mapping[str, Any]) -> str | None:
     """How a file differs from what the manifest states of it, in words."""
     try:
-        found = _fingerprint(file, hash_if_bytes=stated.get("bytes"))
+        found = _fingerprint(file, hash_if_bytes=stated.get("bytes", -1))
     except FileNotFoundError:
         return "missing"
     except CheckpointError as error:
