@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.comparability import COMMON, TUNED, arm_of, own_options, undeclared
-from gptlab.analysis.cost_matched import cost_matched, longer_runs_of
-from gptlab.analysis.logs import SUFFIXES, read_log
-from gptlab.analysis.run import Run, mean_dose, passport, read_run
+from gptlab.analysis.comparability import COMMON, TUNED, arm_of, cost_matched, longer_runs_of, own_options, undeclared
+from gptlab.analysis.run import SUFFIXES, Run, mean_dose, passport, read_log, read_run
 from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack

@@ -184,15 +184,15 @@ def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tenso
 
 
 def _write_page(path: Path, found: dict[str, Any]) -> None:
-    from gptlab.analysis.report.lens import page
     from gptlab.analysis.report.page import write
+    from gptlab.analysis.report.standalone import lens_page
 
-    write(path, page(found))
+    write(path, lens_page(found))
 
 
 def _write_plot(path: Path, found: dict[str, Any]) -> None:
-    from gptlab.analysis.report.lens import exit_plot
     from gptlab.analysis.report.page import write
+    from gptlab.analysis.report.standalone import exit_plot
 
     write(path, exit_plot(found["early_exit"]))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.analysis.noise.options import NoiseConfig, names_in, own_names, signal_configs, split_name
+from gptlab.analysis.noise import NoiseConfig, names_in, own_names, signal_configs, split_name
 from gptlab.cli.arguments import Parser, add_options, given_options
 from gptlab.cli.console import Counter, console, printable, say, show_table
 from gptlab.cli.train import check_signals
@@ -80,8 +80,7 @@ def _check_report(path: str) -> None:
 def _measure(
     parsed: argparse.Namespace, options: NoiseConfig, names: list[str], changes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from gptlab.analysis.noise.history import alignment_history
-    from gptlab.analysis.noise.measure import measure
+    from gptlab.analysis.noise.measure import alignment_history, measure
     from gptlab.runs.initial import any_state
 
     state, config = any_state(parsed.checkpoint)
@@ -185,10 +184,10 @@ def _made_up(state: TrainingState, vocabulary: Vocabulary) -> TrainingConfig:
 def _show(result: dict[str, Any]) -> None:
     from rich.text import Text
 
-    from gptlab.analysis.noise.tables import remarks, tables
+    from gptlab.analysis.tables import noise_remarks, noise_tables
 
     shown_on = console()
-    for table in tables(result):
+    for table in noise_tables(result):
         show_table(shown_on, table)
-    for line in remarks(result):
+    for line in noise_remarks(result):
         shown_on.print(Text(printable(line)))

@@ -33,9 +33,8 @@ from mutations import (  # pyright: ignore[reportMissingImports]
 from pyarrow import parquet
 from safetensors.torch import save
 
-from gptlab.analysis.report.history import FIGURES, binned, read_history
 from gptlab.analysis.report.page import sample
-from gptlab.analysis.report.run import facts
+from gptlab.analysis.report.run import FIGURES, binned, facts, read_history
 from gptlab.analysis.run import read_run
 from gptlab.cli.arguments import file_options
 from gptlab.cli.main import main
