@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from pages import ARM, HOSTILE, IMAGE
+from pages import HOSTILE, IMAGE
 from serving import Served
 
 from gptlab.data.huggingface_tokenizer import files_of
