@@ -38,7 +38,7 @@ CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncat
 
 
 def kill_at(moment: int | str, run: Path, note: Path, number: signal.Signals) -> None:
-    """Send this process a signal at a change in `run`, the k-th from 0 or the first of a name; `note` holds its name."""
+    """Send this process a signal at a change in `run`, the k-th from 0 or the first of a name; `note` gets its name."""
     seen = sent = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
