@@ -18,7 +18,7 @@ from gptlab.errors import ConfigError, DataError
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
 from gptlab.runs.experiment_spec import FILE as EXPERIMENT
 from gptlab.runs.experiment_spec import experiment_from, flat_options, read_experiment
-from gptlab.runs.tuning_result import read_kept
+from gptlab.runs.tuning import read_kept
 
 CODED = {"patch", "signal.name", "also"}
 """Keys of an arm that may bring code of its own, which its runs record."""

@@ -200,7 +200,7 @@ def _as_json(one: Progress) -> dict[str, Any]:
 def _close(runner: Runner | TunedRunner) -> int:
     """Say what became of the cells; the exit code. A trial may diverge: finding that out is what it is for."""
     from gptlab.cli.experiment_view import choices, ended_early, stderr
-    from gptlab.runs.tuning_result import read_kept
+    from gptlab.runs.tuning import read_kept
 
     if runner.experiment.tune and (kept := read_kept(runner.folder)):
         stderr().print(choices(kept), soft_wrap=True, end="")
@@ -224,7 +224,7 @@ def _close(runner: Runner | TunedRunner) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from gptlab.runs.experiment_runner import standing
-    from gptlab.runs.tuning_result import read_kept
+    from gptlab.runs.tuning import read_kept
 
     experiment, folder = _read(options)
     snapshot, kept = standing(experiment, folder), read_kept(folder) if experiment.tune else None

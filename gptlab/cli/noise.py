@@ -109,7 +109,7 @@ def _branches(
 ) -> dict[str, dict[str, Any]]:
     """What the branch test says of each signal; nothing where it was left out or there are no moments to go on from."""
     from gptlab.analysis.branch import branch_test
-    from gptlab.runs.branch_plan import Plan
+    from gptlab.runs.branching import Plan
 
     if not options.branch_steps or not signals:
         return {}
