@@ -18,10 +18,9 @@ from gptlab.cli.console import printable
 from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from gptlab.runs.executor import Executor
+    from gptlab.runs.executor import Executor, Packing, Queue
     from gptlab.runs.experiment_runner import Progress, Runner, TunedRunner
     from gptlab.runs.experiment_spec import Experiment
-    from gptlab.runs.scheduling import Packing, Queue
     from gptlab.runs.smoke import Trial
 
 ACTIONS = ("run", "status", "smoke", "pack", "unpack")
@@ -139,8 +138,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _where(options: argparse.Namespace, experiment: Experiment, folder: Path) -> tuple[Packing | Queue, Executor]:
     """How many cells run at a time, and what runs them."""
-    from gptlab.runs.executor import Children
-    from gptlab.runs.scheduling import Packing, Queue
+    from gptlab.runs.executor import Children, Packing, Queue
 
     if not options.executor:
         return Packing.of_this_machine(options.jobs), Children()
@@ -273,7 +271,7 @@ def _unpack(options: argparse.Namespace) -> int:
 def _smoke(options: argparse.Namespace) -> int:
     from gptlab.cli.experiment_view import megabytes, minutes, smoke_table, stderr
     from gptlab.cli.stopping import StopRequest
-    from gptlab.runs.scheduling import Packing
+    from gptlab.runs.executor import Packing
     from gptlab.runs.smoke import equal_steps, smoke
     from gptlab.runs.tuning import cells_an_arm
 

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.model.formats import open_foreign
     from gptlab.model.huggingface import write_folder
-    from gptlab.runs.initial import tokenizer_of
+    from gptlab.runs.init_weights import tokenizer_of
 
     found = open_foreign(options.source)
     shape, folder = found.model.config, found.file if found.file.is_dir() else None

@@ -106,7 +106,7 @@ def vocabulary_of(source: str, model: GPT, own: Callable[[], Tokenizer | None], 
 
 def open_any(source: str, asked: str | None) -> tuple[GPT, TrainingConfig | None, Vocabulary]:
     """The model in `source`, its run's config where it is one's, and what its tokens stand for."""
-    from gptlab.runs.initial import any_model, tokenizer_of
+    from gptlab.runs.init_weights import any_model, tokenizer_of
 
     model, config = any_model(source)
     return model, config, vocabulary_of(source, model, lambda: tokenizer_of(source, config), asked)

@@ -81,7 +81,7 @@ def _measure(
     parsed: argparse.Namespace, options: NoiseConfig, names: list[str], changes: Mapping[str, Any]
 ) -> dict[str, Any]:
     from gptlab.analysis.noise.measure import alignment_history, measure
-    from gptlab.runs.initial import any_state
+    from gptlab.runs.init_weights import any_state
 
     state, config = any_state(parsed.checkpoint)
     own = config.signals if config else ()
@@ -138,7 +138,7 @@ def _subject(
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.device import Machine, choose_compute
     from gptlab.distributed import World
-    from gptlab.runs.initial import tokenizer_of
+    from gptlab.runs.init_weights import tokenizer_of
 
     shape = state.model.config
     if config is None and options.data is None:

@@ -20,7 +20,7 @@ from gptlab.distributed import World
 from gptlab.errors import ConfigError, DivergedError
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
-from gptlab.runs.initial import model_in
+from gptlab.runs.init_weights import model_in
 from gptlab.signals.config import SignalConfig
 from gptlab.training.block_loss import Batch
 from gptlab.training.config import TrainingConfig

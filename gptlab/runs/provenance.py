@@ -16,8 +16,8 @@ import gptlab
 from gptlab.data.corpus import Corpus
 from gptlab.errors import CheckpointError
 from gptlab.options import flatten
+from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder, differences
-from gptlab.runs.patches import applied
 from gptlab.runs.records import read_config
 from gptlab.signals.user import file_hash
 from gptlab.training.config import TrainingConfig

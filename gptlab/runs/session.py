@@ -16,7 +16,7 @@ from gptlab.model.weights import check_moments, check_stored
 from gptlab.options import flatten
 from gptlab.runs import checkpoint, sharded
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.initial import initial_model, jitter
+from gptlab.runs.init_weights import initial_model, jitter
 from gptlab.training.compilation import compile_blocks
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record, train

@@ -14,7 +14,7 @@ from serving import Served
 
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.model.huggingface import write_folder
-from gptlab.runs.initial import model_of
+from gptlab.runs.init_weights import model_of
 
 Serve = Callable[..., Served]
 PROMPT = "<b>9\u202e"

@@ -19,11 +19,10 @@ from gptlab.cli.arguments import file_options
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import CLAIM, Claim, Rows, cells_of
+from gptlab.runs.executor import Packing, package
 from gptlab.runs.experiment_runner import Runner, standing
 from gptlab.runs.experiment_spec import options_file, options_text, read_experiment
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.patches import package
-from gptlab.runs.scheduling import Packing
 from gptlab.training.config import TrainingConfig
 
 Start = Callable[..., RunnerProcess]

@@ -55,7 +55,7 @@ from gptlab.runs.cells import Cell, Rows
 from gptlab.runs.checkpoint import OFFSETS, WHERE
 from gptlab.runs.experiment_spec import Arm
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.initial import model_in
+from gptlab.runs.init_weights import model_in
 from gptlab.signals import tuned_lens
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
