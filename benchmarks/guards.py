@@ -151,7 +151,7 @@ GUARDS = (
           behind=("stated sizes fit the file",)),
     Guard("an llm.c model is as long as it says", "model/formats.py", "if room != expected:", "if False:",
           ("tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line",)),
-    Guard("a hidden file is no input", "data/input_files.py",
+    Guard("a hidden file is no input", "data/text_files.py",
           'if path.name.startswith("."):\n                left_out.add', "if False:\n                left_out.add",
           ("tests/data/test_input_files.py::test_names_that_begin_with_a_dot_are_no_input",)),
     Guard("what unpacks to too much is not read on", "data/text_files.py", "if self.left < 0:", "if False:",

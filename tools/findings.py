@@ -40,7 +40,7 @@ from gptlab.analysis.report.standalone import PANEL, STYLE, draw
 from gptlab.analysis.run import Run
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
-from gptlab.data.shakespeare import Shakespeare
+from gptlab.data.corpora import Shakespeare
 from gptlab.runs.archive import SUFFIX
 from gptlab.runs.records import read_rows
 

@@ -115,7 +115,7 @@ def test_nobody_else_starts_python() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable":
                 where[path.relative_to(ROOT).as_posix()] = node.lineno
-    with_safe_path = {"gptlab/runs/cluster.py", "gptlab/data/shakespeare.py"}  # submitit and pip, each with -P
+    with_safe_path = {"gptlab/runs/cluster.py", "gptlab/data/corpora.py"}  # submitit and pip, each with -P
     assert set(where) == {"gptlab/processes.py", *with_safe_path}
 
 
