@@ -146,7 +146,7 @@ GUARDS = (
     Guard("moments are those of the weights", "model/weights.py",
           "if of not in weights or not _is_weight(found, expected):", "if False:",
           ("tests/security/test_sizes.py::test_moments_are_those_of_the_weights",)),
-    Guard("so many blocks and no more", "model/config.py", "if self.n_layer > MOST_BLOCKS:", "if False:",
+    Guard("sizes have an end", "options.py", "if not 1 <= found <= most:", "if found < 1:",
           (SIZES, "tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line"),
           behind=("stated sizes fit the file",)),
     Guard("an llm.c model is as long as it says", "model/formats.py", "if room != expected:", "if False:",

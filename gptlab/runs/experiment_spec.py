@@ -34,7 +34,7 @@ from typing import Any
 
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.files import MB, read_text
-from gptlab.options import build, flatten, flatten_table, options_of, table_options, typed
+from gptlab.options import LARGEST_SIZES, build, check_size, flatten, flatten_table, options_of, table_options, typed
 from gptlab.parsing import is_count, is_number, parse_toml
 from gptlab.processes import package
 from gptlab.signals.user import next_to
@@ -314,9 +314,12 @@ def _untyped(table: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise ConfigError(f"[{where}] {key}: expected text, a number or a list of such, found {shown(value)}")
     counts = {option.key: option for option in options_of(TrainingConfig) if option.key in COUNTS}
     try:
-        return found | {key: typed(counts[key], found[key]) for key in counts if key in found}
+        known = {key: typed(counts[key], found[key]) for key in counts if key in found}
+        for key in known.keys() & LARGEST_SIZES.keys():
+            check_size(key, known[key])
     except ConfigError as error:
         raise ConfigError(f"[{where}] {error}") from None
+    return found | known
 
 
 def _check_twins(arms: Mapping[str, Arm]) -> None:
