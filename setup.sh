@@ -44,9 +44,10 @@ read_lock() {
             -e 's/^(torch==[^+ ]*).*/\1/' -e "/$cuda/d" -e '/^[[:space:]]*(#|$)/d'
 }
 
-# All that an environment depends on, to be compared with what it was installed from.
+# All that an environment depends on, to be compared with what it was installed from. Hashes are no part of it: pip asks
+# for them only of what it downloads, and `pip freeze -l` writes none.
 fingerprint() {
-    printf '%s\n' "$root" "GPU: $gpu" "$(.venv/bin/python -VV 2>&1)" "$lock"
+    printf '%s\n' "$root" "GPU: $gpu" "$(.venv/bin/python -VV 2>&1)" "$(sed -E 's/ --hash=[^ ]*//g' <<<"$lock")"
     cat setup.sh pyproject.toml
 }
 

@@ -38,7 +38,7 @@ from gptlab.data.corpus import Corpus
 from gptlab.device import ComputeConfig, Machine
 from gptlab.distributed import World
 from gptlab.randomness import torch_generator
-from gptlab.runs.branch_plan import Arm, GradientBias, GradientNoise, Plan
+from gptlab.runs.branching import Arm, GradientBias, GradientNoise, Plan
 from gptlab.signals import SIGNALS, Signal, SignalConfig
 
 ROOT = Path(__file__).parent.parent

@@ -26,7 +26,7 @@ from marked import rewrite
 
 from gptlab.benchmark.ladder import interleave
 from gptlab.cli.arguments import Parser
-from gptlab.data.shakespeare import Shakespeare
+from gptlab.data.corpora import Shakespeare
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.device import Machine
 

@@ -20,8 +20,7 @@ import numpy as np
 
 from gptlab.analysis import compare
 from gptlab.analysis.power import seeds_for_difference
-from gptlab.analysis.sequential import level
-from gptlab.analysis.statistics import binomial_interval
+from gptlab.analysis.statistics import binomial_interval, look_level
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "rigor.json"
@@ -116,7 +115,7 @@ def planned(effect: float, looks: Callable[[int], tuple[int, ...]]) -> tuple[int
     n = 6
     while True:
         seeds = looks(n)
-        strictest = level(0.05 / 4, seeds if len(seeds) > 1 else None, n)
+        strictest = look_level(0.05 / 4, seeds if len(seeds) > 1 else None, n)
         needed = seeds_for_difference(effect, 1.0, strictest, power=0.9)
         if needed is not None and needed <= n:
             return seeds
@@ -239,7 +238,7 @@ def _planted(name: str, pairs: np.ndarray, draws: int, generator: np.random.Gene
     """How often as many seeds as the planner asks for, power 0.9, find what all the seeds together show."""
     differences = pairs[:, 1] - pairs[:, 0]
     mean, spread = float(differences.mean()), float(np.std(differences, ddof=1))
-    needed = seeds_for_difference(mean, spread, level(0.05, None, 0), power=0.9) or len(pairs)
+    needed = seeds_for_difference(mean, spread, look_level(0.05, None, 0), power=0.9) or len(pairs)
     n = min(max(3, needed), len(pairs))
     scenario = Drawn(name, (mean / SIGMA,), (n,), spread / 1000, draw_from=_drawn(pairs, n, swap=False))
     known = {"available_seeds": len(pairs), "effect": mean, "spread_of_differences": spread, "tails": "real"}

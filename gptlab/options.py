@@ -15,6 +15,29 @@ from typing import Any
 
 from gptlab.errors import ConfigError, did_you_mean, shown
 
+MOST_BLOCKS = 10_000
+"""The largest n_layer. No file's length bounds it: a shared block is stored once, and lists of n_layer are made."""
+
+LARGEST_SIZES = {
+    "n_layer": MOST_BLOCKS, "n_head": 2**20, "n_embd": 2**20, "block_size": 2**24, "vocab_size": 2**24,
+    "batch_size": 2**20, "total_batch_tokens": 2**40, "eval_tokens": 2**40, "steps": 10**12, "rank_timeout": 10**9,
+}  # fmt: skip
+"""Of sizes, which are at least 1: above what anyone trains, and small enough to be counted, listed and waited for."""
+
+
+def check_sizes(config: object, *names: str) -> None:
+    """Raise ConfigError where a size that a config holds is not from 1 to the largest."""
+    for name in names:
+        check_size(name, getattr(config, name))
+
+
+def check_size(name: str, found: int) -> None:
+    """Raise ConfigError where a size is not from 1 to the largest."""
+    most = LARGEST_SIZES[name]
+    if not 1 <= found <= most:
+        bound = f"at most {most}" if found > most else "at least 1"
+        raise ConfigError(f"{name} must be {bound}, found {found}")
+
 
 def option(
     default: Any, help: str, *, unit: str = "", choices: Sequence[str] = (), shown: str = "", group: str = ""

@@ -13,8 +13,6 @@ from typing import Any
 
 DEEPEST = 64
 """Levels of objects and lists, one within the other; nothing of ours has more than 6."""
-MOST_BLOCKS = 10_000
-"""The largest n_layer. No file's length bounds it: a shared block is stored once, and lists of n_layer are made."""
 
 
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:

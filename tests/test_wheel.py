@@ -155,13 +155,15 @@ def test_the_page_opens(installed: Installed, runs: list[str]) -> None:
         page.communicate()
 
 
-def test_an_export_works_or_says_what_to_type_and_then_works(installed: Installed, runs: list[str]) -> None:
-    if FOR_REAL:
-        _, err = installed.run(f"gptlab export {runs[0]} exported", code=3)
-        assert err.count("\n") == 1
-        command = err.partition("not installed; ")[2].strip()
-        assert command.startswith("pip install 'transformers>=")
-        installed.run(command)
+def test_an_export_works_and_what_is_missing_is_named_with_what_to_type(installed: Installed, runs: list[str]) -> None:
     installed.run(f"gptlab export {runs[0]} exported")
     assert json.loads((installed.folder / "exported/config.json").read_text())["model_type"] == "gpt2"
     installed.run(f"gptlab export {runs[0]} llm.bin --format llm.c")
+    (installed.folder / "table.parquet").write_bytes(b"PAR1")
+    if FOR_REAL:
+        _, err = installed.run("gptlab data prepare table.parquet --out corpus --tokenizer bytes", code=3)
+        assert err.splitlines()[-1].partition("not installed; ")[2].startswith("pip install 'pyarrow>=")
+        installed.run(err.splitlines()[-1].partition("not installed; ")[2])
+    _, err = installed.run("gptlab data prepare table.parquet --out corpus --tokenizer bytes", code=3)
+    assert "table.parquet" in err.splitlines()[-1]
+    assert "not installed" not in err

@@ -34,13 +34,13 @@ from matplotlib.figure import Figure
 
 from gptlab.analysis.dose_response_runs import SHARES, Target, dose_response
 from gptlab.analysis.load import read
-from gptlab.analysis.noise.labels import THRESHOLDS
+from gptlab.analysis.noise import THRESHOLDS
 from gptlab.analysis.report.comparison import write_forest
-from gptlab.analysis.report.response import PANEL, STYLE, draw
+from gptlab.analysis.report.standalone import PANEL, STYLE, draw
 from gptlab.analysis.run import Run
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
-from gptlab.data.shakespeare import Shakespeare
+from gptlab.data.corpora import Shakespeare
 from gptlab.runs.archive import SUFFIX
 from gptlab.runs.records import read_rows
 

@@ -21,7 +21,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers import JsonlReader, ParquetReader
 
-from gptlab.data.merge_shards import merge_parts, write_part
+from gptlab.data.prepare import merge_parts, write_part
 
 
 class WriteShards(PipelineStep):

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from gptlab.data.corpus import Corpus
     from gptlab.device import ComputeConfig
     from gptlab.distributed import World
-    from gptlab.runs.branch_plan import Arm, Plan
-    from gptlab.runs.branching import Branched, Progress
+    from gptlab.runs.branching import Arm, Branched, Plan, Progress
 
 DELTA = 0.001
 """Nats below which an effect of a branch counts as none."""
@@ -167,8 +166,7 @@ def branch_test(
     run: a run (its newest checkpoint) or the folder of a checkpoint. See `runs.branching.branch` for what is raised
     and for `progress`, whose first call gives the cost, and `runs.branch_plan.arms_named` for signals by name.
     """
-    from gptlab.runs.branch_plan import Plan
-    from gptlab.runs.branching import branch
+    from gptlab.runs.branching import Plan, branch
 
     plan = plan or Plan()
     found = branch(run, signals, corpus, placement, plan, world=world, progress=progress)

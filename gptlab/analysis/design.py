@@ -7,8 +7,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptlab.analysis.sequential import check, level, reached
-from gptlab.analysis.statistics import PairedT, correlation, paired_t
+from gptlab.analysis.statistics import PairedT, check_looks, correlation, last_look, look_level, paired_t
 from gptlab.errors import ConfigError, did_you_mean, shown
 
 Seed = Hashable
@@ -37,7 +36,7 @@ class Design:
 
     def level(self, alpha: float, look: int | None) -> float:
         """a_k(alpha) at a look; at the first one where none is reached yet."""
-        return level(alpha, self.looks, look or (self.looks[0] if self.looks else 0))
+        return look_level(alpha, self.looks, look or (self.looks[0] if self.looks else 0))
 
 
 def declare(
@@ -69,7 +68,7 @@ def declare(
     for what, names in named.items():
         _known(what, names, losses)
     if looks:
-        check(looks)
+        check_looks(looks)
     if delta is not None and not (isinstance(delta, int | float) and 0 <= delta < math.inf):
         raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
     baselines = _baselines(list(losses), baseline, groups)
@@ -165,7 +164,7 @@ def pair(
     wanted = sorted((s for s in mine if s in theirs), key=order) if seeds is None else list(seeds)
     shared = [seed for seed in wanted if seed in mine and seed in theirs]
     leading = next((k for k, seed in enumerate(wanted) if seed not in shared), len(wanted))
-    look = reached(looks, leading) if looks else len(shared)
+    look = last_look(looks, leading) if looks else len(shared)
     used = shared[: look or (0 if looks else None)]
     next_look = wanted if not looks else wanted[:look] if look else wanted[: looks[0]]
     whole = [seed for seed in used if finite(mine[seed]) and finite(theirs[seed])]

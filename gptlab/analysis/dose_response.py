@@ -1,7 +1,7 @@
 """Dose and response: how many times the tokens a known error costs, against theory, and whether errors compound.
 
 Pure functions of numbers, in logarithms, since costs multiply: a multiplier's mean over seeds is geometric. Which runs
-belong together is in series.py.
+belong together is in dose_response_runs.py.
 """
 
 from __future__ import annotations

@@ -11,16 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.comparability import COMMON, TUNED, arm_of, own_options, undeclared
-from gptlab.analysis.cost_matched import cost_matched, longer_runs_of
-from gptlab.analysis.logs import SUFFIXES, read_log
-from gptlab.analysis.run import Run, mean_dose, passport, read_run
+from gptlab.analysis.comparability import COMMON, TUNED, arm_of, cost_matched, longer_runs_of, own_options, undeclared
+from gptlab.analysis.run import SUFFIXES, Run, mean_dose, passport, read_log, read_run
 from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
 from gptlab.runs.experiment_spec import FILE as EXPERIMENT
 from gptlab.runs.experiment_spec import experiment_from, flat_options, read_experiment
-from gptlab.runs.tuning_result import read_kept
+from gptlab.runs.tuning import read_kept
 
 CODED = {"patch", "signal.name", "also"}
 """Keys of an arm that may bring code of its own, which its runs record."""

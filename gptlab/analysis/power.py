@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.analysis.sequential import ALPHA, EQUIVALENCE, level
-from gptlab.analysis.statistics import critical_t
+from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, critical_t, look_level
 
 POWER = 0.8
 MOST_SEEDS = 10_000
@@ -41,7 +40,7 @@ def plan(
     difference, delta in nats; without a delta nothing is planned for it.
     """
     last = looks[-1] if looks else 0
-    strict, equivalence = level(ALPHA / arms, looks, last), level(EQUIVALENCE, looks, last)
+    strict, equivalence = look_level(ALPHA / arms, looks, last), look_level(EQUIVALENCE, looks, last)
     return {
         "sigma": sigma,
         "difference": difference,

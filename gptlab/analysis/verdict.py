@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis import power
 from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order, pair
-from gptlab.analysis.sequential import ALPHA, EQUIVALENCE
-from gptlab.analysis.statistics import by_size, equivalent, holm, spread, wilcoxon_p
+from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, by_size, equivalent, holm, spread, wilcoxon_p
 
 LEAST_DOSE = 0.01
 TWO_SEED_FACTOR = 3.0

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     levels = [Target(level=level) for level in options.levels or ()]
     result = dose_response(options.experiment, levels or [Target(share) for share in options.shares or SHARES])
     if options.svg:
-        from gptlab.analysis.report.response import draw
+        from gptlab.analysis.report.standalone import draw
 
         try:
             draw(result, options.svg)

@@ -107,7 +107,7 @@ def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened
     from gptlab.cli.model import open_any
     from gptlab.device import Machine, choose_compute
     from gptlab.model.fast_cpu import install
-    from gptlab.runs.initial import weights_digest
+    from gptlab.runs.init_weights import weights_digest
     from gptlab.training.compilation import compile_blocks
 
     model, config, vocabulary = open_any(options.run, options.tokenizer)

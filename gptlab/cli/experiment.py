@@ -25,10 +25,9 @@ from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from gptlab.runs.cells import State
-    from gptlab.runs.executor import Executor
+    from gptlab.runs.executor import Executor, Packing, Queue
     from gptlab.runs.experiment_runner import Progress, Runner, Snapshot, TunedRunner
     from gptlab.runs.experiment_spec import Experiment
-    from gptlab.runs.scheduling import Packing, Queue
     from gptlab.runs.smoke import Trial
 
 ACTIONS = ("run", "status", "smoke", "pack", "unpack")
@@ -149,8 +148,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _where(options: argparse.Namespace, experiment: Experiment, folder: Path) -> tuple[Packing | Queue, Executor]:
     """How many cells run at a time, and what runs them."""
-    from gptlab.runs.executor import Children
-    from gptlab.runs.scheduling import Packing, Queue
+    from gptlab.runs.executor import Children, Packing, Queue
 
     if not options.executor:
         return Packing.of_this_machine(options.jobs), Children()
@@ -208,7 +206,7 @@ def _as_json(one: Progress) -> dict[str, Any]:
 
 def _close(runner: Runner | TunedRunner) -> int:
     """Say what became of the cells; the exit code. A trial may diverge: finding that out is what it is for."""
-    from gptlab.runs.tuning_result import read_kept
+    from gptlab.runs.tuning import read_kept
 
     if runner.experiment.tune and (kept := read_kept(runner.folder)):
         console(stderr=True).print(choices(kept), soft_wrap=True, end="")
@@ -231,7 +229,7 @@ def _close(runner: Runner | TunedRunner) -> int:
 
 def _status(options: argparse.Namespace) -> int:
     from gptlab.runs.experiment_runner import standing
-    from gptlab.runs.tuning_result import read_kept
+    from gptlab.runs.tuning import read_kept
 
     experiment, folder = _read(options)
     snapshot, kept = standing(experiment, folder), read_kept(folder) if experiment.tune else None
@@ -274,7 +272,7 @@ def _unpack(options: argparse.Namespace) -> int:
 
 
 def _smoke(options: argparse.Namespace) -> int:
-    from gptlab.runs.scheduling import Packing
+    from gptlab.runs.executor import Packing
     from gptlab.runs.smoke import equal_steps, smoke
     from gptlab.runs.tuning import cells_an_arm
 

@@ -173,11 +173,11 @@ def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tenso
 
 
 def _write(options: argparse.Namespace, found: dict[str, Any]) -> None:
-    from gptlab.analysis.report.lens import exit_plot, page
     from gptlab.analysis.report.page import write
+    from gptlab.analysis.report.standalone import exit_plot, lens_page
 
     if options.html:
-        write(Path(options.html), page(found))
+        write(Path(options.html), lens_page(found))
     if options.svg:
         write(Path(options.svg), exit_plot(found["early_exit"]))
     for path in filter(None, (options.html, options.svg)):

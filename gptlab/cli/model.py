@@ -119,7 +119,7 @@ def vocabulary_of(source: str, model: GPT, own: Callable[[], Tokenizer | None], 
 
 def open_any(source: str, asked: str | None) -> tuple[GPT, TrainingConfig | None, Vocabulary]:
     """The model in `source`, its run's config where it is one's, and what its tokens stand for."""
-    from gptlab.runs.initial import any_model, tokenizer_of
+    from gptlab.runs.init_weights import any_model, tokenizer_of
 
     model, config = any_model(source)
     return model, config, vocabulary_of(source, model, lambda: tokenizer_of(source, config), asked)
@@ -278,7 +278,7 @@ def import_(argv: list[str]) -> int:
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.model.formats import open_foreign
     from gptlab.model.huggingface import write_folder
-    from gptlab.runs.initial import tokenizer_of
+    from gptlab.runs.init_weights import tokenizer_of
 
     found = open_foreign(options.source)
     shape, folder = found.model.config, found.file if found.file.is_dir() else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.analysis.noise.options import NoiseConfig, names_in, own_names, signal_configs, split_name
+from gptlab.analysis.noise import NoiseConfig, names_in, own_names, signal_configs, split_name
 from gptlab.cli.arguments import Parser, add_options, given_options
 from gptlab.cli.console import Counter, say, show_result
 from gptlab.cli.train import check_signals
@@ -52,9 +52,9 @@ def main(argv: list[str]) -> int:
     if parsed.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        from gptlab.analysis.noise.tables import remarks, tables
+        from gptlab.analysis.tables import noise_remarks, noise_tables
 
-        show_result(tables(result), remarks(result))
+        show_result(noise_tables(result), noise_remarks(result))
     return 0
 
 
@@ -82,9 +82,8 @@ def _check_report(path: str) -> None:
 def _measure(
     parsed: argparse.Namespace, options: NoiseConfig, names: list[str], changes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from gptlab.analysis.noise.history import alignment_history
-    from gptlab.analysis.noise.measure import measure
-    from gptlab.runs.initial import any_state
+    from gptlab.analysis.noise.measure import alignment_history, measure
+    from gptlab.runs.init_weights import any_state
 
     state, config = any_state(parsed.checkpoint)
     own = config.signals if config else ()
@@ -112,7 +111,7 @@ def _branches(
 ) -> dict[str, dict[str, Any]]:
     """What the branch test says of each signal; nothing where it was left out or no moments can be continued from."""
     from gptlab.analysis.branch import branch_test
-    from gptlab.runs.branch_plan import Plan
+    from gptlab.runs.branching import Plan
 
     if not options.branch_steps or not signals:
         return {}
@@ -141,7 +140,7 @@ def _subject(
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.device import Machine, choose_compute
     from gptlab.distributed import World
-    from gptlab.runs.initial import tokenizer_of
+    from gptlab.runs.init_weights import tokenizer_of
 
     shape = state.model.config
     if config is None and options.data is None:

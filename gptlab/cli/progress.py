@@ -18,7 +18,7 @@ from gptlab.cli.console import console as terminal
 from gptlab.data.corpus import Corpus
 from gptlab.device import ComputeConfig
 from gptlab.options import build, flatten
-from gptlab.runs.resume import Beginning
+from gptlab.runs.session import Beginning
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record, due
 from gptlab.training.presets import PRESETS

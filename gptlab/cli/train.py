@@ -162,8 +162,7 @@ def _train(
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.device import environment, matmul_peak
     from gptlab.runs.folder import RunFolder
-    from gptlab.runs.resume import Beginning, as_json, begin
-    from gptlab.runs.session import Session
+    from gptlab.runs.session import Beginning, Session, as_json, begin
     from gptlab.runs.trackers import check_installed, tracking
 
     check_installed(config)

@@ -3,7 +3,7 @@
 A corpus is named with its parameters, `markov:order=3,symbols=8`; what is not named has its default. Each character is
 one token of the bytes tokenizer, all are printable but the end of a line. Everything is drawn from keys that name the
 source: the same documents on every machine, and the same beginning however many tokens are asked for. What a floor is
-the floor of stands in source.py.
+the floor of stands in corpus.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gptlab.data.source import Documents, EntropyFloor, Position, Source
+from gptlab.data.corpus import Documents, EntropyFloor, Position, Source
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option, options_of, typed
 from gptlab.randomness import key_bits, permutation

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from gptlab.data.tokenizers import PADDING
 from gptlab.errors import ConfigError
-from gptlab.parsing import MOST_BLOCKS
+from gptlab.options import check_sizes
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,11 @@ class GPTConfig:
     """Last rows of the vocabulary that are no tokens; None: by how many rows a tokenizer of ours is padded to it."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
+        check_sizes(self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         if not 0 <= (self.padding or 0) < self.vocab_size:
             raise ConfigError(
                 f"padding must be at least 0 and below vocab_size {self.vocab_size}, found {self.padding}"
             )
-        if self.n_layer > MOST_BLOCKS:
-            raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd must be a multiple of n_head, found n_embd {self.n_embd} and n_head {self.n_head}; "

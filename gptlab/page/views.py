@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from gptlab.analysis.listing import Listed, differing, figures_of, ordered
 from gptlab.analysis.load import read
 from gptlab.analysis.report import comparison, run, theme
-from gptlab.analysis.report.history import Band, Recorder, read_history
 from gptlab.analysis.report.page import render, stylesheet
-from gptlab.analysis.report.plots import Line, curves
+from gptlab.analysis.report.plots import Band, Line, curves
+from gptlab.analysis.report.run import Recorder, read_history
 from gptlab.analysis.run import read_run
 from gptlab.errors import ConfigError, GptlabError
 from gptlab.files import LOCK, is_locked

@@ -34,9 +34,8 @@ from gptlab.runs.records import (
     read_environment,
     read_rows,
 )
-from gptlab.runs.tuning import trial_experiment, trials_folder
-from gptlab.runs.tuning_result import FILE as CHOICE
-from gptlab.runs.tuning_result import accepted, read_kept
+from gptlab.runs.tuning import FILE as CHOICE
+from gptlab.runs.tuning import accepted, read_kept, trial_experiment, trials_folder
 
 SUFFIX = ".json.gz"
 VERSION = 1

@@ -169,7 +169,7 @@ def verify(folder: Path) -> list[Problem]:
 def _difference(file: Path, stated: Mapping[str, Any]) -> str | None:
     """How a file differs from what the manifest states of it, in words."""
     try:
-        found = _fingerprint(file)
+        found = _fingerprint(file, hash_if_bytes=stated.get("bytes", -1))
     except FileNotFoundError:
         return "missing"
     except CheckpointError as error:
@@ -247,9 +247,13 @@ def _canonical(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False, indent=1) + "\n"
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def _fingerprint(path: Path, hash_if_bytes: object = None) -> dict[str, Any]:
+    """A file's size and SHA-256; of one that has another size than `hash_if_bytes` the size alone: it may be huge."""
     with open_regular(path, inside=path.parent, error=CheckpointError) as file:
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        size = os.fstat(file.fileno()).st_size
+        if hash_if_bytes not in (None, size):
+            return {"bytes": size}
+        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _flush(path: Path) -> None:

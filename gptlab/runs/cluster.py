@@ -32,8 +32,7 @@ from gptlab.files import open_regular, write_whole
 from gptlab.options import option, options_of, typed
 from gptlab.processes import end_with
 from gptlab.runs.cells import OUTPUT, Cell, Claim, claimed, lease, leased, revoke, saved_step
-from gptlab.runs.executor import Child
-from gptlab.runs.patches import PatchedPackage
+from gptlab.runs.executor import Child, PatchedPackage
 
 if TYPE_CHECKING:
     import submitit

@@ -18,12 +18,9 @@ from gptlab.errors import ConfigError, Stopped
 from gptlab.files import MB, open_append, read_toml, refuse_links, write_whole
 from gptlab.processes import how_it_ended, python_command
 from gptlab.runs.cells import CLAIM, ENDED, OUTPUT, Cell, Claim, Results, Rows, State, cells_of, claimed
-from gptlab.runs.executor import Children, Executor, Worker
+from gptlab.runs.executor import Children, Executor, Packing, PatchedPackage, Queue, Worker, patched
 from gptlab.runs.experiment_spec import FILE, Arm, Experiment, options_file, options_text
-from gptlab.runs.patches import PatchedPackage, patched
-from gptlab.runs.scheduling import Packing, Queue
-from gptlab.runs.tuning import trial_experiment, trials_folder
-from gptlab.runs.tuning_result import Choice, choices, chosen, keep
+from gptlab.runs.tuning import Choice, choices, chosen, keep, trial_experiment, trials_folder
 
 LOOK_EVERY = 0.5
 """Seconds between two looks at the cells."""

@@ -22,19 +22,21 @@ dose = [0.5, 1, 2]                    factors of its signal.dose, or weight; [1]
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.files import MB, read_text
-from gptlab.options import build, flatten, flatten_table, options_of, table_options, typed
+from gptlab.options import LARGEST_SIZES, build, check_size, flatten, flatten_table, options_of, table_options, typed
 from gptlab.parsing import is_count, is_number, parse_toml
 from gptlab.processes import package
 from gptlab.signals.user import next_to
@@ -73,7 +75,6 @@ CLOSEST_FACTORS, LARGEST_FACTOR, MOST_FACTORS = 1.01, 1e6, 50
 """Of [tune]. Factors with a smaller ratio to the next one would be the same trial."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
-_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -197,42 +198,47 @@ def read_experiment(path: str | Path, *, copy: bool = False) -> Experiment:
 def experiment_from(text: str, path: Path, folder: Path | None = None) -> Experiment:
     """The experiment that a text declares, which `path` holds; folder: where its patches lie, None for a copy."""
     try:
-        return _experiment(parse_toml(text), text, folder)
+        table = parse_toml(text)
     except ValueError as error:
         raise ConfigError(f"{path} is not a TOML file that can be read: {error}") from None
+    with _named(f"{path}:"):
+        return _experiment(table, text, folder)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Inside, a ConfigError says where in the file it is."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{where} {error}") from None
 
 
 def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Experiment:
     for key in table:
-        if key not in KEYS:
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, KEYS)}; there are {', '.join(KEYS)}")
+        _check_known("unknown key", key, KEYS)
     name, preset = _text(table, "name", None if folder else NAMELESS), _text(table, "preset", "shakespeare-tiny")
     if not _is_name(name):
         raise ConfigError(f"name: expected a name for a folder, of letters, digits and . _ + = -, found {shown(name)}")
-    if preset not in PRESETS:
-        raise ConfigError(
-            f"preset: unknown preset {preset!r}{did_you_mean(preset, PRESETS)}; presets are {', '.join(PRESETS)}"
-        )
+    _check_known("preset: unknown preset", preset, PRESETS)
     seeds, looks = _seeds(table)
-    tune = read_tune(_table(table, "tune"), seeds) if "tune" in table else None
+    trials, tune = _table(table, "tune"), None
+    if "tune" in table:
+        with _named("[tune]"):
+            tune = _tune(trials, seeds)
     own = _table(table, "arms")
-    cells = len(own) * (len(seeds) + (tune.trials * len(tune.seeds) if tune else 0))
-    if len(own) > MOST_ARMS or cells > MOST_CELLS:
-        raise ConfigError(
-            f"expected at most {MOST_ARMS:,} arms and {MOST_CELLS:,} cells, which are arms times seeds and trials, "
-            f"found {len(own):,} and {cells:,}"
-        )
-    common = _options(_table(table, "options"), "options")
+    _check_count(len(own), len(seeds) + (tune.trials * len(tune.seeds) if tune else 0))
+    with _named("[options]"):
+        common = _options(_table(table, "options"))
     arms = {arm: _arm(arm, options, preset, common, folder) for arm, options in own.items()}
     if len(arms) < 2:
         raise ConfigError(f"expected a baseline and at least one other arm as [arms.NAME], found {len(arms)}")
     baseline = _text(table, "baseline")
-    if baseline not in arms:
-        raise ConfigError(f"baseline: no arm {baseline!r}{did_you_mean(baseline, arms)}; there are {', '.join(arms)}")
+    _check_known("baseline: no arm", baseline, arms)
     _check_twins(arms)
-    _check_groups(_table(table, "groups"), arms, baseline)
+    groups = _table(table, "groups")
+    with _named("[groups]"):
+        _check_groups(groups, arms, baseline)
     delta = table.get("delta")
     if delta is not None and not (is_number(delta) and 0 <= delta <= LARGEST_DELTA):
         raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
@@ -240,9 +246,22 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     return Experiment(name, preset, baseline, seeds, looks, nats, arms, table, text, tune)
 
 
+def _check_known(what: str, found: object, known: Collection[str]) -> None:
+    if found not in known:
+        raise ConfigError(f"{what} {found!r}{did_you_mean(str(found), known)}; there are {', '.join(known)}")
+
+
+def _check_count(arms: int, cells_an_arm: int) -> None:
+    if arms > MOST_ARMS or arms * cells_an_arm > MOST_CELLS:
+        raise ConfigError(
+            f"expected at most {MOST_ARMS:,} arms and {MOST_CELLS:,} cells, which are arms times seeds and trials, "
+            f"found {arms:,} and {arms * cells_an_arm:,}"
+        )
+
+
 def _is_name(name: str) -> bool:
     """Whether it can be a folder's."""
-    return bool(_NAME.fullmatch(name)) and len(name) <= _LONGEST_NAME
+    return bool(_NAME.fullmatch(name)) and len(name) <= 100
 
 
 def _text(table: Mapping[str, Any], key: str, default: str | None = None) -> str:
@@ -259,38 +278,31 @@ def _table(table: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _options(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _options(table: Mapping[str, Any]) -> dict[str, Any]:
     """A table's options, typed; raises ConfigError for one that is unknown or not an arm's to set."""
     for key, instead in NOT_AN_ARMS.items():
         if key in table:
-            raise ConfigError(f"[{where}] {key} is the experiment's to set: {instead}")
-    try:
-        return table_options(table, TrainingConfig)
-    except ConfigError as error:
-        raise ConfigError(f"[{where}] {error}") from None
+            raise ConfigError(f"{key} is the experiment's to set: {instead}")
+    return table_options(table, TrainingConfig)
 
 
 def _arm(name: str, own: Any, preset: str, common: Mapping[str, Any], folder: Path | None) -> Arm:
     """folder: where patches and signal files lie, None where nobody asks."""
-    where = f"arms.{name}"
     if not _is_name(name) or not isinstance(own, Mapping):
         raise ConfigError(
             f"arms: expected [arms.NAME] of letters, digits and . _ + = -, found {shown(name)} = {shown(own)}"
         )
-    patch = _text(own, "patch", "")
-    own = {key: value for key, value in own.items() if key != "patch"}
-    options = {**common, **(_untyped(own, where) if patch else _options(own, where))}
-    if folder:
-        options = next_to(folder, options)
-    if patch:
-        if folder and not (folder / patch).is_file():
-            raise ConfigError(f"[{where}] patch: expected a file at {folder / patch}, found none")
-        return Arm(name, options, (folder or Path()) / patch)
-    try:
-        build(TrainingConfig, {**PRESETS[preset], **options})
-    except ConfigError as error:
-        raise ConfigError(f"[{where}] {error}") from None
-    return Arm(name, options)
+    with _named(f"[arms.{name}]"):
+        patch = _text(own, "patch", "")
+        own = {key: value for key, value in own.items() if key != "patch"}
+        options = {**common, **(_untyped(own) if patch else _options(own))}
+        if folder:
+            options = next_to(folder, options)
+        if not patch:
+            build(TrainingConfig, {**PRESETS[preset], **options})
+        elif folder and not (folder / patch).is_file():
+            raise ConfigError(f"patch: expected a file at {folder / patch}, found none")
+    return Arm(name, options, (folder or Path()) / patch if patch else None)
 
 
 def flat_options(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,50 +313,46 @@ def flat_options(table: Mapping[str, Any]) -> dict[str, Any]:
     return {**flatten_table(table), **({"also": tuple(also)} if also else {})}
 
 
-def _untyped(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _untyped(table: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a patched arm; raises ConfigError for what no option can be, and for a count that is none."""
     found = flat_options(table)
     also = found.get("also", ())
     if not all(isinstance(one, Mapping) for one in also):
-        raise ConfigError(f"[{where}] signal: expected tables [[signal]], found {shown(also)}")
-    single = [(key, value) for key, value in found.items() if key != "also"]
-    for key, value in [*single, *(pair for one in also for pair in one.items())]:
+        raise ConfigError(f"signal: expected tables [[signal]], found {shown(also)}")
+    single = {key: value for key, value in found.items() if key != "also"}
+    for key, value in (pair for one in (single, *also) for pair in one.items()):
         values = value if isinstance(value, list) else [value]
         if not all(is_number(one) or isinstance(one, str | bool) for one in values):
-            raise ConfigError(f"[{where}] {key}: expected text, a number or a list of such, found {shown(value)}")
-    counts = {option.key: option for option in options_of(TrainingConfig) if option.key in COUNTS}
-    try:
-        return found | {key: typed(counts[key], found[key]) for key in counts if key in found}
-    except ConfigError as error:
-        raise ConfigError(f"[{where}] {error}") from None
+            raise ConfigError(f"{key}: expected text, a number or a list of such, found {shown(value)}")
+    for option in options_of(TrainingConfig):
+        if option.key in COUNTS and option.key in found:
+            found[option.key] = typed(option, found[option.key])
+            if option.key in LARGEST_SIZES:
+                check_size(option.key, found[option.key])
+    return found
 
 
 def _check_twins(arms: Mapping[str, Arm]) -> None:
-    seen: list[Arm] = []
-    for arm in arms.values():
-        for other in seen:
-            if (other.options, other.patch) == (arm.options, arm.patch):
-                raise ConfigError(
-                    f"arms: {other.name!r} and {arm.name!r} are the same; let them differ in something, for a twin in "
-                    "init_jitter = 1e-6"
-                )
-        seen.append(arm)
+    for arm, other in combinations(arms.values(), 2):
+        if (arm.options, arm.patch) == (other.options, other.patch):
+            raise ConfigError(
+                f"arms: {arm.name!r} and {other.name!r} are the same; let them differ in something, for a twin in "
+                "init_jitter = 1e-6"
+            )
 
 
 def _check_groups(groups: Mapping[str, Any], arms: Mapping[str, Arm], baseline: str) -> None:
     for name, group in groups.items():
         if not isinstance(group, list) or len(group) < 2 or not all(isinstance(arm, str) for arm in group):
-            raise ConfigError(f"[groups] {name}: expected a list of at least two arms, found {shown(group)}")
-    members = [arm for group in groups.values() for arm in group]
-    for arm in members:
-        if arm not in arms:
-            raise ConfigError(f"[groups] no arm {arm!r}{did_you_mean(str(arm), arms)}; there are {', '.join(arms)}")
-    for arm in arms if groups else ():
-        if members.count(arm) != 1:
-            raise ConfigError(f"[groups] expected every arm in one group, found {arm!r} in {members.count(arm)}")
-    for name, group in groups.items():
+            raise ConfigError(f"{name}: expected a list of at least two arms, found {shown(group)}")
+        for arm in group:
+            _check_known("no arm", arm, arms)
         if baseline in group and group[0] != baseline:
-            raise ConfigError(f"[groups] {name}: expected the baseline {baseline!r} first, found {group[0]!r}")
+            raise ConfigError(f"{name}: expected the baseline {baseline!r} first, found {group[0]!r}")
+    members = Counter(arm for group in groups.values() for arm in group)
+    for arm in arms if groups else ():
+        if members[arm] != 1:
+            raise ConfigError(f"expected every arm in one group, found {arm!r} in {members[arm]}")
 
 
 def _counts(table: Mapping[str, Any], key: str, example: str) -> list[int]:
@@ -375,18 +383,10 @@ def _seeds(table: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] |
     return tuple(range(1, numbers[-1] + 1)), tuple(numbers)
 
 
-def read_tune(table: Mapping[str, Any], verdict: Collection[int]) -> Tune:
-    """The table [tune]; raises ConfigError for what cannot be tried, and for seeds that the verdict uses too."""
-    try:
-        return _tune(table, verdict)
-    except ConfigError as error:
-        raise ConfigError(f"[tune] {error}") from None
-
-
 def _tune(table: Mapping[str, Any], verdict: Collection[int]) -> Tune:
+    """The table [tune]; raises ConfigError for what cannot be tried, and for seeds that the verdict uses too."""
     for key in table:
-        if key not in TUNE_KEYS:
-            raise ConfigError(f"unknown key {key!r}{did_you_mean(key, TUNE_KEYS)}; there are {', '.join(TUNE_KEYS)}")
+        _check_known("unknown key", key, TUNE_KEYS)
     seeds = _counts(table, "seeds", "[101, 102]")
     if shared := sorted(set(seeds) & set(verdict)):
         raise ConfigError(

@@ -17,11 +17,10 @@ from typing import Any, BinaryIO
 
 from gptlab.errors import CheckpointError, ConfigError, UsageError
 from gptlab.files import KB, LOCK, open_append, read_text, refuse_links, take_lock, write_json
-from gptlab.options import flatten, recorded
+from gptlab.options import recorded
 from gptlab.runs import checkpoint
 from gptlab.runs.records import last_row, read_record, read_rows
-from gptlab.signals.user import without_folders
-from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
+from gptlab.training.config import TrainingConfig
 
 LOCK_PATIENCE = 30.0
 WRITTEN = ("config.json", "environment.json", "metrics.jsonl", "log.txt", "report.html", "checkpoints", LOCK)
@@ -206,18 +205,6 @@ def _open_at(path: Path, length: int) -> BinaryIO:
     file.truncate(length)
     file.seek(0, os.SEEK_END)
     return file
-
-
-def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
-    """What makes `now` another run than `before`, a line an option; more steps and FREE_ON_RESUME are no difference."""
-    old, new = without_folders(flatten(before)), without_folders(flatten(now))
-    free = FREE_ON_RESUME - (FIXED_IF_DETERMINISTIC if before.deterministic else frozenset())
-    lines = []
-    for key in old:
-        if key in free or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
-            continue
-        lines.append(f"{key}: the run has {old[key]!r}, you ask for {new[key]!r}")
-    return lines
 
 
 def newest(run: str | Path) -> Path:

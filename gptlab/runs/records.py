@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 
 from gptlab.errors import CheckpointError, ConfigError, shown
 from gptlab.files import KB, MB, open_regular, read_json
-from gptlab.options import Option, describe, options_of, typed
-from gptlab.parsing import MOST_BLOCKS, is_count, is_number, parse_json
+from gptlab.options import LARGEST_SIZES, MOST_BLOCKS, Option, describe, options_of, typed
+from gptlab.parsing import is_count, is_number, parse_json
 from gptlab.training.config import TrainingConfig
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
@@ -299,8 +299,8 @@ def _unplain(value: Any, where: str = "") -> Iterator[str]:
         yield f"expected a number that 64 bits hold as {shown(where, 60)}, found {shown(value, 30)}"
 
 
-SIZES = {"n_layer": MOST_BLOCKS, "n_head": 2**20, "n_embd": 2**24, "block_size": 2**40, "total_batch_tokens": 2**50}
-"""Options that a run's arithmetic is counted with, each from 1 to this."""
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_tokens", "steps")
+"""Options that a run's arithmetic is counted with."""
 
 
 def read_config(run: Source) -> dict[str, Any]:
@@ -327,9 +327,9 @@ def read_config(run: Source) -> dict[str, Any]:
         for key, value in table.items():
             if key in options_there and not _fits(options_there[key], value):
                 refuse(_expected(options_there[key]), key, value)
-    for key, most in SIZES.items():
-        if not 1 <= options.get(key, 1) <= most:
-            refuse(f"a number from 1 to {most:,}", key, options[key])
+    for key in SIZES:
+        if not 1 <= options.get(key, 1) <= LARGEST_SIZES[key]:
+            refuse(f"a number from 1 to {LARGEST_SIZES[key]:,}", key, options[key])
     if not isinstance(data, dict):
         refuse("what data the run had", "data", data)
     for split in ("train", "val"):

@@ -1,28 +1,242 @@
-"""One session of a run: a model built or restored, the loop's records written as they come, checkpoints saved."""
+"""One session of a run: where it begins, a model built or restored, records written as they come, checkpoints saved.
+
+A run begins in a new folder, where it was stopped, or not at all because it is finished or another run's. With other
+options, data or code it is no longer the run that it says it is, and is refused with the difference, a line each; with
+`--despite` it continues, and the difference stands in config.json from then on, so that `gptlab compare` shows it too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gptlab
 from gptlab.data.batches import TrainingWindows, ValidationWindows
+from gptlab.data.corpus import Corpus
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
-from gptlab.errors import GptlabError
+from gptlab.errors import CheckpointError, GptlabError
 from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.options import flatten
 from gptlab.runs import checkpoint, sharded
+from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.initial import initial_model, jitter
+from gptlab.runs.init_weights import initial_model, jitter
+from gptlab.runs.records import read_config
+from gptlab.signals.user import file_hash, without_folders
 from gptlab.training.compilation import compile_blocks
-from gptlab.training.config import TrainingConfig
+from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 from gptlab.training.loop import Record, train
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.sharding import shard_blocks
 from gptlab.training.state import TrainingState
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """folder: the run's; checkpoint: where to continue from; finished: the summary of a run that needs nothing more."""
+
+    folder: str
+    checkpoint: str | None = None
+    finished: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def begin(
+    config: TrainingConfig, corpus: Corpus, environment: Mapping[str, Any], *, despite: bool = False, attempt: int = 0
+) -> tuple[RunFolder, Beginning]:
+    """Take the run's folder as its only writer and find where to start.
+
+    despite: continue a run of other options, data or code, and record what differs. attempt: how often torchrun has
+    restarted this command. Raises CheckpointError if the folder holds another run (with the difference) or what is no
+    run's, if `--resume must` finds nothing to continue, if no checkpoint of it is whole, or if it finished before and
+    its checkpoints are gone.
+    """
+    launch = environment.get("launch") if attempt else None
+    folder = RunFolder(_free(Path(config.folder), launch) if config.resume == "never" else config.folder)
+    if config.resume == "must" and not folder.exists():
+        raise CheckpointError(f"--resume must: expected a run in {folder.path}, found none; check --out")
+    if summary := _finished(folder, config, corpus, despite):
+        return folder, Beginning(str(folder.path), finished=summary)
+    folder.refuse_foreign()
+    folder.lock()
+    try:
+        if summary := _finished(folder, config, corpus, despite):  # by the process that the lock was waited for
+            folder.close()
+            return folder, Beginning(str(folder.path), finished=summary)
+        checkpoint.remove_debris(folder.checkpoints)
+        changed = changes(folder, config, corpus) if folder.begun() else []
+        found, notes = _where_to_continue(folder, config)
+        if found is None and folder.begun() and (step := folder.finished_at()):
+            raise CheckpointError(
+                f"{folder.path} finished at step {step} and has no checkpoint to continue from; "
+                "give another --out, or --resume never for a new folder"
+            )
+        made_of = made_of_what(config, corpus)
+        step = found.step if found else 0
+        if history := recorded(folder, changed, step):
+            made_of["despite"] = history
+        environment = {**environment, **made_elsewhere(folder, environment, step)}
+        if environment.get("earlier", [{}])[-1].get("until_step") == step > 0:
+            notes.append("until here it was made by other software or elsewhere; environment.json keeps both")
+        folder.record("config.json", made_of)
+        folder.record("environment.json", environment)
+        folder.open_records(**(found.state["records"] if found else {}))
+        if changed:
+            folder.write("event", step, {"event": "despite", "differences": changed})
+            notes.append("continuing despite:" + "".join(f"\n  {line}" for line in changed))
+    except BaseException:
+        folder.close()
+        raise
+    return folder, Beginning(str(folder.path), str(found.folder) if found else None, notes=tuple(notes))
+
+
+def _where_to_continue(folder: RunFolder, config: TrainingConfig) -> tuple[checkpoint.Verified | None, list[str]]:
+    """The checkpoint and notes of `RunFolder.newest_whole`; where that fails the run's last row says why."""
+    try:
+        found, notes = folder.newest_whole()
+        if config.resume == "must" and found is None:
+            raise CheckpointError(
+                f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it again"
+            )
+    except CheckpointError as error:
+        folder.append_event({"event": type(error).__name__, "text": str(error)})
+        raise
+    return found, notes
+
+
+def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> dict[str, Any] | None:
+    """The summary if the folder's run is the one asked for and finished, None if there is none or not so far.
+
+    Raises CheckpointError with the difference if it is another. A run that never made a step can be any.
+    """
+    if not folder.begun():
+        return None
+    refuse(folder, config, corpus, despite)
+    return folder.finished(config.steps)
+
+
+def _free(path: Path, launch: str | None) -> Path:
+    """`path`, or with -2, -3, ... the first that holds no run.
+
+    launch: torchrun's name for this start, where it has restarted the command; the unfinished run of that name,
+    which is the newest there is, then continues.
+    """
+    candidate, n, last = path, 1, None
+    while RunFolder(candidate).exists():
+        n, last = n + 1, candidate
+        candidate = path.with_name(f"{path.name}-{n}")
+    if launch and last:
+        run = RunFolder(last)
+        if run.recorded("environment.json").get("launch") == launch and not run.finished(run.config().steps):
+            return last
+    return candidate
+
+
+def as_json(beginning: Beginning) -> dict[str, Any]:
+    return dataclasses.asdict(beginning)
+
+
+FIXED = ("tokenizer", "block_size", "n_layer", "n_embd", "share_blocks", "optimizer")
+"""Options that decide which tensors there are: with another of these a checkpoint does not fit."""
+PASSING = ("launch", "reasons", "earlier")
+"""What environment.json says of a session alone."""
+
+
+def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
+    """What config.json records of a run."""
+    found: dict[str, Any] = {"gptlab": gptlab.__version__, "options": flatten(config), "data": corpus.identity()}
+    if code := _code(config):
+        found["code"] = code
+    if patch := applied():
+        found["patch"] = patch
+    return found
+
+
+def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[str]:
+    """What makes of the folder's run another than the one asked for, one line each."""
+    lines = differences(folder.config(), config)
+    before = read_config(folder.path)
+    files = {os.path.basename(str(name)): file for name, file in (before.get("code") or {}).items()}
+    if files != {os.path.basename(name): file for name, file in _code(config).items()}:
+        lines.append("code: a signal's file has changed since the run began")
+    if before.get("patch") != applied():
+        lines.append("patch: the run was made by this code under another patch, or under none")
+    return lines + [f"data: {line}" for line in corpus.grew_from(before["data"])]
+
+
+def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
+    """What makes `now` another run than `before`, a line an option; more steps and FREE_ON_RESUME are no difference."""
+    old, new = without_folders(flatten(before)), without_folders(flatten(now))
+    free = FREE_ON_RESUME - (FIXED_IF_DETERMINISTIC if before.deterministic else frozenset())
+    lines = []
+    for key in old:
+        if key in free or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
+            continue
+        lines.append(f"{key}: the run has {old[key]!r}, you ask for {new[key]!r}")
+    return lines
+
+
+def refuse(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> None:
+    """Raise CheckpointError with the difference if the folder's run is another; despite: only what cannot fit."""
+    lines = changes(folder, config, corpus)
+    if not lines:
+        return
+    listed = "\n  ".join(lines)
+    if not despite:
+        raise CheckpointError(
+            f"{folder.path} holds another run; use --resume never for a new folder, give --out, or continue it "
+            f"--despite:\n  {listed}"
+        )
+    old, new = flatten(folder.config()), flatten(config)
+    if unfit := [key for key in FIXED if old[key] != new[key]]:
+        raise CheckpointError(
+            f"--despite: a checkpoint of {folder.path} does not fit another {', '.join(unfit)}; "
+            f"use --resume never for a new folder, or give --out:\n  {listed}"
+        )
+
+
+def recorded(folder: RunFolder, changed: list[str], step: int) -> list[dict[str, Any]]:
+    """All that the run was resumed despite of: what config.json says, and what has changed now, at `step`."""
+    before = read_config(folder.path).get("despite", []) if folder.begun() else []
+    return [*before, {"step": step, "differences": changed}] if changed else before
+
+
+def sessions_before(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What environment.json says of earlier sessions, as far as it is objects."""
+    earlier = environment.get("earlier")
+    return [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
+
+
+def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """{"earlier": what environment.json said of each session before, up to its last step}, where those differ from now.
+
+    A run that is resumed after an update, or on another machine, was made by both.
+    """
+    if not step:
+        return {}
+    before: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):  # nothing hangs on it
+        before = folder.recorded("environment.json")
+    earlier = sessions_before(before)
+    before.pop("earlier", None)
+    before["gptlab"] = folder.recorded("config.json").get("gptlab")
+    if any(before.get(key) != value for key, value in {**environment, "gptlab": gptlab.__version__}.items()
+           if key not in PASSING):  # fmt: skip
+        earlier = [*earlier, {"until_step": step, **before}]
+    return {"earlier": earlier} if earlier else {}
+
+
+def _code(config: TrainingConfig) -> dict[str, str]:
+    """SHA-256 of the file of every signal that is a user's own."""
+    return {signal.name: file_hash(signal.name) for signal in config.signals if signal.is_code}
 
 
 class Session:

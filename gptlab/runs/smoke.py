@@ -17,11 +17,10 @@ from gptlab.errors import Stopped
 from gptlab.options import build
 from gptlab.processes import how_it_ended
 from gptlab.runs.cells import Cell, Claim, Rows
-from gptlab.runs.executor import Child
+from gptlab.runs.executor import Child, Packing, Queue
 from gptlab.runs.experiment_runner import Runner
 from gptlab.runs.experiment_spec import Arm, Experiment
 from gptlab.runs.records import read_rows
-from gptlab.runs.scheduling import Packing, Queue
 from gptlab.training.config import TrainingConfig, run_flops
 from gptlab.training.presets import PRESETS
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gptlab.errors import ConfigError, did_you_mean, shown
-from gptlab.options import option
-from gptlab.parsing import MOST_BLOCKS
+from gptlab.options import check_sizes, option
 from gptlab.signals.config import SignalConfig
 
 if TYPE_CHECKING:
@@ -102,14 +101,10 @@ class TrainingConfig:
 
     def _check_each(self) -> None:
         """Raise ConfigError for an option that is out of its own range."""
-        for name in (
-            "block_size", "batch_size", "total_batch_tokens", "n_layer", "n_head", "n_embd", "steps", "eval_tokens",
-            "rank_timeout",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.n_layer > MOST_BLOCKS:
-            raise ConfigError(f"n_layer must be at most {MOST_BLOCKS}, found {self.n_layer}")
+        check_sizes(
+            self, "block_size", "batch_size", "total_batch_tokens", "n_layer", "n_head", "n_embd", "steps",
+            "eval_tokens", "rank_timeout",
+        )  # fmt: skip
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every", "checkpoint_every", "sample_every",
             "dose_every", "noise_every", "threads", "learning_rate", "min_lr", "gradient_noise", "gradient_bias",

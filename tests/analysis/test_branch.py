@@ -9,8 +9,7 @@ import pytest
 
 from gptlab.analysis.branch import BranchTest, as_json, judge
 from gptlab.analysis.statistics import paired_t
-from gptlab.runs.branch_plan import Plan
-from gptlab.runs.branching import Branched
+from gptlab.runs.branching import Branched, Plan
 
 AVERAGES = (1, 4, 16)
 SEEDS = (1, 2, 3, 4)

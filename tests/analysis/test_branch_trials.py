@@ -10,7 +10,7 @@ import pytest
 from scripts import load_script
 
 from gptlab.data.corpus import open_corpus
-from gptlab.runs.branch_plan import Plan
+from gptlab.runs.branching import Plan
 from gptlab.signals import SIGNALS
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptlab.analysis.cost_matched import COST_TOLERANCE
+from gptlab.analysis.comparability import COST_TOLERANCE
 from gptlab.analysis.load import read
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gptlab.analysis.corruption import corruptions
 from gptlab.analysis.dose_response import (
     THEORIES,
     Multiplier,
@@ -23,6 +22,7 @@ from gptlab.analysis.dose_response import (
     multiplier,
     tokens_to_reach,
 )
+from gptlab.analysis.dose_response_runs import corruptions
 from gptlab.analysis.statistics import critical_t
 from gptlab.cli.main import main
 from gptlab.options import build, flatten, table_options

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptlab.analysis.noise.labels import QUANTILES, Readings, collapse, quality, token_figures
+from gptlab.analysis.noise.estimators import QUANTILES, Readings, collapse, quality, token_figures
 from gptlab.device import ComputeConfig
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals.readout import Readout

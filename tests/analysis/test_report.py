@@ -19,9 +19,8 @@ from pages import ARM, HOSTILE, IMAGE, Page
 from gptlab.analysis import report
 from gptlab.analysis.load import read
 from gptlab.analysis.report.comparison import write_comparison
-from gptlab.analysis.report.history import Points, binned, over_seeds, read_history
 from gptlab.analysis.report.plots import Line, Row, curves, forest
-from gptlab.analysis.report.run import flat, write_run
+from gptlab.analysis.report.run import Points, binned, flat, over_seeds, read_history, write_run
 from gptlab.analysis.report.theme import CSS_COLOURS
 from gptlab.cli.compare import main as compare
 from gptlab.cli.main import guarded, main

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scripts import load_script
 
-from gptlab.analysis.sequential import levels
+from gptlab.analysis.statistics import levels
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlab.analysis.sequential import level, levels, reached, spent
+from gptlab.analysis.statistics import last_look, levels, look_level, spent
 from gptlab.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ def test_looking_at_every_look_keeps_the_error_with_few_seeds(looks: tuple[int, 
 def test_the_first_look_spends_by_its_share_and_one_look_spends_all() -> None:
     assert levels(0.05, (5, 20))[0] == pytest.approx(0.05 * math.log(1 + (math.e - 1) / 4))
     assert levels(0.05, (8,)) == pytest.approx((0.05,))
-    assert level(0.0125) == 0.0125
+    assert look_level(0.0125) == 0.0125
 
 
 def test_levels_are_the_same_every_time() -> None:
@@ -65,7 +65,7 @@ def test_levels_are_the_same_every_time() -> None:
 
 @pytest.mark.parametrize(("n", "look"), [(2, None), (5, 5), (9, 5), (10, 10), (30, 20)])
 def test_seeds_between_looks_wait(n: int, look: int | None) -> None:
-    assert reached((5, 10, 20), n) == look
+    assert last_look((5, 10, 20), n) == look
 
 
 @pytest.mark.parametrize("looks", [(), (1, 5), (5, 5), (10, 5), (2.5, 5), (True, 5)])

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from gptlab.analysis import compare
-from gptlab.analysis.sequential import level
+from gptlab.analysis.statistics import look_level
 from gptlab.errors import ConfigError
 
 SPREAD = [0.0, 0.02, -0.01, 0.03, -0.02]  # over seeds, common to all arms
@@ -172,7 +172,7 @@ def test_an_arm_without_seeds_keeps_its_place_in_the_family() -> None:
 
 def test_each_look_has_its_own_level_and_seeds_between_looks_wait() -> None:
     looks = [5, 10, 20]
-    levels = [level(0.05, looks, n) for n in looks]
+    levels = [look_level(0.05, looks, n) for n in looks]
     for n, nominal in zip(looks, levels, strict=True):
         assert verdict(with_p(nominal * 1.01, n), delta=0, looks=looks)["verdict"] == "undecided"
         assert verdict(with_p(nominal * 0.99, n), delta=0, looks=looks)["verdict"] == "worse"

@@ -191,7 +191,7 @@ def test_smoke_tells_of_every_arm_and_leaves_nothing(file: Path, capsys: Capture
 
 def test_smoke_stops_when_asked(file: Path) -> None:
     from gptlab.errors import Stopped
-    from gptlab.runs.scheduling import Packing
+    from gptlab.runs.executor import Packing
 
     asked: Callable[[], bool] = lambda: True  # noqa: E731
     with pytest.raises(Stopped, match="nothing was kept"):

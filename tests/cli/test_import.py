@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gptlab.cli.main import main
-from gptlab.runs.initial import any_model, initial_model
+from gptlab.runs.init_weights import any_model, initial_model
 
 Capture = pytest.CaptureFixture[str]
 

@@ -18,7 +18,7 @@ from gptlab.cli.sample import PLAIN, colour
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.interpret.lens import CONFIDENCES
 from gptlab.model.huggingface import write_folder
-from gptlab.runs.initial import model_of
+from gptlab.runs.init_weights import model_of
 from gptlab.signals.tuned_lens import FILE
 
 Capture = pytest.CaptureFixture[str]

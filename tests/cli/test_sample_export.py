@@ -22,7 +22,7 @@ from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.shards import write_shard
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.model.huggingface import write_folder
-from gptlab.runs.initial import model_of
+from gptlab.runs.init_weights import model_of
 
 Capture = pytest.CaptureFixture[str]
 

@@ -340,6 +340,8 @@ def test_the_shortest_context_has_a_prompt_for_its_samples(tiny: Words, tmp_path
         ({"block_size": 5000, "total_batch_tokens": 5000, "eval_tokens": 5000}, "has no training window"),
         ({"total_batch_tokens": 65}, "must be a multiple of block_size 16, found 65; try 64"),
         ({"n_head": 5}, "n_embd must be a multiple of n_head 5, found 32"),
+        ({"n_embd": 10**12}, "n_embd must be at most 1048576, found 1000000000000"),
+        ({"steps": 10**18}, "steps must be at most 1000000000000, found 1000000000000000000"),
         ({"device": "cuda:99"}, "device cuda:99 is not there: this machine has"),
         ({"min_lr": -1}, "min_lr must be at least 0, found -1.0"),
         ({"threads": 100_000}, r"threads must be from 0 \(a share of the cores\) to 1024, found 100000"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.data.input_files import LeftOut, find_files, text_kind
+from gptlab.data.text_files import LeftOut, find_files, text_kind
 from gptlab.errors import DataError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gptlab.cli.main import main
 from gptlab.data.corpus import open_corpus
-from gptlab.data.merge_shards import merge_parts, write_part
+from gptlab.data.prepare import merge_parts, write_part
 from gptlab.data.shards import HEADER_BYTES, MAGIC, VERSION, sha256_of
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError, DataError

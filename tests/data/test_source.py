@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptlab.data.source import EntropyFloor
+from gptlab.data.corpus import EntropyFloor
 from gptlab.errors import ConfigError
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -36,20 +37,21 @@ from gptlab.runs import checkpoint
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
 
-def kill_at(k: int, run: Path, told: Path, number: signal.Signals) -> None:
-    """Send this process a signal at the k-th (from 0) change in `run`; `told` says which it was."""
-    seen = 0
+def kill_at(moment: int | str, run: Path, note: Path, number: signal.Signals) -> None:
+    """Send this process a signal at a change in `run`, the k-th from 0 or the first of a name; `note` gets its name."""
+    seen = sent = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event not in CHANGES or not isinstance(arguments[0], str | os.PathLike):
+        nonlocal seen, sent
+        if sent or event not in CHANGES or not isinstance(arguments[0], str | os.PathLike):
             return
         path = os.fspath(arguments[0])
         if not path.startswith(str(run)) and "/" in path:  # removals go by names inside an open folder
             return
-        if seen == k:
-            seen += 1  # the next line opens a file too
-            told.write_text(f"{event} {Path(path).name}")
+        name = re.sub(r"\.[0-9a-f]{16}\.tmp$", ".tmp", f"{event} {Path(path).name}")
+        if moment in (seen, name):
+            sent = 1  # the next line opens a file too
+            note.write_text(name)
             os.kill(os.getpid(), number)
             time.sleep(60 if number == signal.SIGKILL else 0)
         seen += 1
@@ -89,7 +91,7 @@ def start_in_child(options: list[str], before: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def trial(run: Path, options: list[str], before: Callable[[], None], told: Path) -> dict[str, Any]:
+def trial(run: Path, options: list[str], before: Callable[[], None], note: Path) -> dict[str, Any]:
     """Kill the run inside, look at what it left, start it again."""
     options = [*options, "--out", str(run)]
     died = train_in_child(options, before)
@@ -97,28 +99,29 @@ def trial(run: Path, options: list[str], before: Callable[[], None], told: Path)
     damaged = [f"{p.file}: {p.problem}" for folder in left for p in checkpoint.verify(folder)]
     ended = train_in_child(options, lambda: None)
     debris = sorted(p.name for p in run.rglob(".*") if p.name != ".lock")
-    where = told.read_text() if told.exists() else ""
-    told.unlink(missing_ok=True)
+    where = note.read_text() if note.exists() else ""
+    note.unlink(missing_ok=True)
     return {"run": str(run), "died": died, "where": where, "damaged": damaged, "ended": ended, "debris": debris}
 
 
 def all_trials(argv: list[str]) -> None:
     parser = ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--at", type=int, nargs="*", help="which changes; without it, every one", default=None)
+    parser.add_argument("--at", nargs="*", help="which changes, by number or name; without it, every one", default=None)
     parser.add_argument("--signal", default="SIGKILL")
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="file-size limits in bytes")
     ours, options = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     chosen = parser.parse_args(ours)
-    told, number = chosen.folder / "told", signal.Signals[chosen.signal]
-    for k in range(10_000) if chosen.at is None else chosen.at:
-        run = chosen.folder / f"at_{k}"
-        result = trial(run, options, partial(kill_at, k, run, told, number), told)
-        print(json.dumps({"k": k, **result}), flush=True)
+    note, number = chosen.folder / "note", signal.Signals[chosen.signal]
+    moments = range(10_000) if chosen.at is None else [int(word) if word.isdigit() else word for word in chosen.at]
+    for moment in moments:
+        run = chosen.folder / f"at_{moment}".replace(" ", "_")
+        result = trial(run, options, partial(kill_at, moment, run, note, number), note)
+        print(json.dumps({"k": moment, **result}), flush=True)
         if not result["where"]:  # the run has no k-th change
             break
     for size in chosen.sizes:
-        result = trial(chosen.folder / f"size_{size}", options, partial(kill_at_size, size), told)
+        result = trial(chosen.folder / f"size_{size}", options, partial(kill_at_size, size), note)
         print(json.dumps({"size": size, **result}), flush=True)
 
 

@@ -70,7 +70,7 @@ def test_training_falls_back_and_says_so(
     said = "".join(ended.err.split())  # as the terminal may break it
     assert f"{newest / name}:" in said
     assert "fallingbacktothecheckpointbeforeit" in said
-    assert f"goingonfrom{before}" in said
+    assert f"resumingfrom{before}" in said
     assert outcome(run) == outcome(uninterrupted)
 
 

@@ -246,7 +246,7 @@ def header(path: Path, index: int, value: int) -> None:
         (lambda p: p.write_bytes(p.read_bytes() + b"x"), "expected 30,256 bytes, found 30,257"),
         (lambda p: p.write_bytes(p.read_bytes()[:900]), "expected the header of an llm.c model"),
         (lambda p: header(p, 1, 1), "expected version 3 .* found 1"),
-        (lambda p: header(p, 6, 2**30), "expected at least .* bytes for .*n_embd 1073741824"),
+        (lambda p: header(p, 6, 2**20), "expected at least .* bytes for .*n_embd 1048576"),
         (lambda p: header(p, 6, -12), "n_embd must be at least 1, found -12"),
         (lambda p: header(p, 4, 9_999), "expected at least .* bytes"),
         (lambda p: header(p, 4, 2**31 - 1), "n_layer must be at most 10000, found 2147483647"),
@@ -279,7 +279,7 @@ def nanogpt(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (nanogpt(n_embd=2**30), "expected at least .* bytes for .*n_embd 1073741824"),
+        (nanogpt(n_embd=2**20), "expected at least .* bytes for .*n_embd 1048576"),
         (nanogpt(n_embd="12"), "expected a whole number for n_embd, found '12'"),
         (nanogpt(n_layer=True), "expected a whole number for n_layer"),
         (nanogpt(n_layer=2), "expected the weights of a GPT-2, found 'transformer.h.2.ln_1.weight'"),
@@ -333,8 +333,8 @@ def test_an_archive_that_would_grow_is_refused_unread(tmp_path: Path) -> None:
 def test_sizes_of_a_hugging_face_folder_are_checked_before_there_is_a_model(tmp_path: Path) -> None:
     to_huggingface(MODEL).save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
-    (tmp_path / "config.json").write_text(text.replace('"n_embd": 12', '"n_embd": 1073741824'))
-    with pytest.raises(CheckpointError, match=r"expected at least .* bytes for .*n_embd 1073741824"):
+    (tmp_path / "config.json").write_text(text.replace('"n_embd": 12', '"n_embd": 1048576'))
+    with pytest.raises(CheckpointError, match=r"expected at least .* bytes for .*n_embd 1048576"):
         from_huggingface(tmp_path)
 
 

@@ -14,7 +14,7 @@ from gptlab.errors import CheckpointError
 from gptlab.model import GPT, GPTConfig, from_huggingface, to_huggingface
 from gptlab.model.formats import open_foreign
 from gptlab.model.huggingface import ARITHMETIC, GELU, SIZES, SPECIAL, write_folder
-from gptlab.runs.initial import any_model
+from gptlab.runs.init_weights import any_model
 
 SHAPES = [
     GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16),

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from pages import ARM, HOSTILE, IMAGE
+from pages import HOSTILE, IMAGE
 from serving import Served
 
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.model.huggingface import write_folder
-from gptlab.runs.initial import model_of
+from gptlab.runs.init_weights import model_of
 
 Serve = Callable[..., Served]
 PROMPT = "<b>9\u202e"
@@ -124,7 +124,7 @@ def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
     assert fits(browser)
     browser.value("document.querySelector('details').open = true")
     browser.value("document.querySelector('main').dataset.every = 0.1; renew()")
-    run = hostile_experiment / ARM / "seed_1"
+    run = hostile_experiment / "baseline" / "seed_1"  # the first of the list
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "kind": "train", "loss": 1.0, "tokens": 10000000}\n')
     browser.until("document.querySelector('.state').innerText.includes('step 21 of 20')")

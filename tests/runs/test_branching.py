@@ -15,8 +15,7 @@ from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs import branching
-from gptlab.runs.branch_plan import Arm, GradientBias, GradientNoise, Plan, arms_named
-from gptlab.runs.branching import Branched, Progress, branch
+from gptlab.runs.branching import Arm, Branched, GradientBias, GradientNoise, Plan, Progress, arms_named, branch
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig

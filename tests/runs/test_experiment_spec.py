@@ -12,9 +12,9 @@ import pytest
 
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError
-from gptlab.options import build
+from gptlab.options import LARGEST_SIZES, build, check_size
 from gptlab.runs.cells import cells_of
-from gptlab.runs.experiment_spec import Arm, Experiment, as_toml, find_experiment, read_experiment
+from gptlab.runs.experiment_spec import COUNTS, Arm, Experiment, as_toml, find_experiment, read_experiment
 from gptlab.training.config import TrainingConfig, flops_per_token
 
 READY = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
@@ -135,6 +135,35 @@ def test_a_file_that_cannot_be_run_is_refused(tmp_path: Path, old: str, new: str
         read(tmp_path, GOOD.replace(old, new, 1))
     assert str(raised.value).startswith(str(tmp_path / "x.toml"))
     assert "\n" not in str(raised.value).partition(" is not a TOML file")[0]
+
+
+TOO_LARGE = [
+    *((key, most + 1) for key, most in LARGEST_SIZES.items() if key != "vocab_size"),
+    ("n_embd", 10**12), ("n_head", 10**12), ("block_size", 10**12), ("steps", 10**18), ("n_layer", 2**63 - 1),
+]  # fmt: skip
+PATCHED = 'patch = "idea.diff"\n'
+"""What only the patched code knows is not bounded; what is counted with here is."""
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [(where, *too_large) for where in ("[options]", "[arms.plain]") for too_large in TOO_LARGE]
+    + [(f"[arms.idea]\n{PATCHED}", key, value) for key, value in TOO_LARGE if key in COUNTS],
+)
+def test_a_size_that_nobody_can_train_is_refused_in_one_line(tmp_path: Path, where: str, key: str, value: int) -> None:
+    (tmp_path / "idea.diff").write_text("")
+    text = GOOD.replace("steps = 20\n", "") + f"[arms.idea]\n{PATCHED}"
+    with pytest.raises(ConfigError, match=rf"{key} must be at most {LARGEST_SIZES[key]}, found {value}$") as raised:
+        read(tmp_path, text.replace(where, f"{where}\n{key} = {value}\n", 1))
+    assert "\n" not in str(raised.value)
+
+
+def test_the_largest_sizes_are_options_and_may_be_asked_for() -> None:
+    config = TrainingConfig()
+    for key, most in LARGEST_SIZES.items():
+        if key != "vocab_size":
+            check_size(key, most)
+            assert getattr(config, key) <= most
 
 
 def test_a_file_with_one_arm_or_none_is_refused(tmp_path: Path) -> None:

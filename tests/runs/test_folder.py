@@ -15,7 +15,8 @@ import pytest
 
 from gptlab.errors import CheckpointError
 from gptlab.options import flatten
-from gptlab.runs.folder import RunFolder, differences, newest
+from gptlab.runs.folder import RunFolder, newest
+from gptlab.runs.session import differences
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
 
 

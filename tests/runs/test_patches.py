@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.errors import ConfigError
-from gptlab.runs.patches import MARK, PatchedPackage, applied, package, patched
+from gptlab.runs.executor import MARK, PatchedPackage, applied, package, patched
 
 Diff = Callable[[str, str, str], Path]
 Unpack = Callable[[PatchedPackage], Path]
@@ -59,7 +59,7 @@ def test_only_a_private_copy_is_changed_and_it_knows_its_patch(diff: Diff, unpac
     assert (package() / "randomness.py").read_bytes() == before
     assert applied() is None
     assert copy.stat().st_mode & 0o077 == 0, "nobody else can put anything into it"
-    said = "import sys; sys.path.insert(0, sys.argv[1]); from gptlab.runs import patches as p; print(p.applied())"
+    said = "import sys; sys.path.insert(0, sys.argv[1]); from gptlab.runs import executor as p; print(p.applied())"
     done = subprocess.run([sys.executable, "-c", said, str(copy)], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == hashlib.sha256(patch.read_bytes()).hexdigest()
 

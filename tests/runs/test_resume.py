@@ -15,7 +15,7 @@ from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.errors import CheckpointError
 from gptlab.runs import folder as run_folder
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.resume import begin
+from gptlab.runs.session import begin
 from gptlab.training.config import TrainingConfig
 
 
@@ -150,12 +150,12 @@ def test_a_folder_that_is_no_runs_is_left_as_it_is(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
-def test_a_finished_run_without_checkpoints_does_not_begin_anew(run: Path, corpus: Corpus) -> None:
+def test_a_finished_run_without_checkpoints_does_not_begin_again(run: Path, corpus: Corpus) -> None:
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_bytes()
     longer = replace(config_of(run), steps=9)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"finished at step 6 and has no checkpoint to go on from; "):
+        with pytest.raises(CheckpointError, match=r"finished at step 6 and has no checkpoint to continue from; "):
             begin(longer, corpus, {})
         assert (run / "metrics.jsonl").read_bytes() == before
     _, beginning = begin(config_of(run), corpus, {})

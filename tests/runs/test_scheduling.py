@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gptlab.runs.scheduling import SIDE_BY_SIDE, Packing
+from gptlab.runs.executor import SIDE_BY_SIDE, Packing
 
 
 @pytest.mark.parametrize(

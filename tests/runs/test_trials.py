@@ -11,8 +11,19 @@ import pytest
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import cells_of
 from gptlab.runs.experiment_spec import Experiment, finer, read_experiment
-from gptlab.runs.tuning import Trial, all_trials, cells_an_arm, leaders, trial_experiment
-from gptlab.runs.tuning_result import Choice, choices, choose, chosen, keep, read_kept
+from gptlab.runs.tuning import (
+    Choice,
+    Trial,
+    all_trials,
+    cells_an_arm,
+    choices,
+    choose,
+    chosen,
+    keep,
+    leaders,
+    read_kept,
+    trial_experiment,
+)
 
 HEAD = """
 name = "tried"

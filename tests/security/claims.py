@@ -23,7 +23,7 @@ from gptlab.model.formats import open_foreign
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
 from gptlab.runs import checkpoint
-from gptlab.runs.initial import any_model, any_state
+from gptlab.runs.init_weights import any_model, any_state
 from gptlab.signals import tuned_lens
 
 ROOM = 2**28

@@ -33,9 +33,8 @@ from mutations import (  # pyright: ignore[reportMissingImports]
 from pyarrow import parquet
 from safetensors.torch import save
 
-from gptlab.analysis.report.history import FIGURES, binned, read_history
 from gptlab.analysis.report.page import sample
-from gptlab.analysis.report.run import facts
+from gptlab.analysis.report.run import FIGURES, binned, facts, read_history
 from gptlab.analysis.run import read_run
 from gptlab.cli.arguments import file_options
 from gptlab.cli.main import main
@@ -56,7 +55,7 @@ from gptlab.runs.cells import Cell, Rows
 from gptlab.runs.checkpoint import OFFSETS, WHERE
 from gptlab.runs.experiment_spec import Arm
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.initial import model_in
+from gptlab.runs.init_weights import model_in
 from gptlab.signals import tuned_lens
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS

@@ -17,12 +17,10 @@ from gptlab.data.corpus import read_manifest
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.runs import checkpoint
 from gptlab.runs.cells import Claim, lease
-from gptlab.runs.executor import Child
+from gptlab.runs.executor import Child, Packing, patched
 from gptlab.runs.experiment_runner import Runner
 from gptlab.runs.experiment_spec import read_experiment
 from gptlab.runs.folder import WRITTEN, move_to_trash
-from gptlab.runs.patches import patched
-from gptlab.runs.scheduling import Packing
 
 CHECKPOINT = ("MANIFEST.json", "state.json", "model.safetensors", "optimizer.safetensors")
 Capture = pytest.CaptureFixture[str]

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from gptlab.errors import CheckpointError
 from gptlab.runs import checkpoint
-from gptlab.runs.initial import any_model, any_state
+from gptlab.runs.init_weights import any_model, any_state
 
 HERE = Path(__file__).parent
 

@@ -1,1 +1,88 @@
-"""Is a signal bias or noise: measures on gradients, on labels and on what collapses, of one model as it stands."""
+"""Bias or noise: every option of the measures, with default and unit, and the signals that a list of names asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from gptlab.errors import ConfigError
+from gptlab.options import option
+from gptlab.signals.config import SignalConfig
+
+CONTROLS = ("placebo", "shuffled", "flipped")
+TRUE_LOSS = "true_loss"
+THRESHOLDS = (*(round(0.05 * k, 2) for k in range(20)), 0.99)
+"""The τ at which coverage and precision are given."""
+LEAST_GROUPS = 32
+"""Fewer make intervals wide, and the jackknife too sure of them."""
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """What is measured, on what. The signal's options stand over those of a run that was trained with it."""
+
+    signals: str = option(
+        "", "names such as confidence,placebo:confidence; none: the true loss alone", shown="the run's own",
+        group="Gradients",
+    )  # fmt: skip
+    groups: int = option(LEAST_GROUPS, f"groups whose gradients are compared, at least {LEAST_GROUPS}")
+    group: int = option(1, "size of a group", unit="sequences")
+    batch_size: int = option(16, "the most that are computed at once", unit="sequences")
+    seed: int | None = option(None, "decides which sequences are read, and every draw", shown="the run's")
+    branch_steps: int = option(20, "length of the branch test, 0 leaves it out", unit="updates")
+    eval_tokens: int = option(65536, "validation tokens for labels and collapse", unit="tokens", group="Labels")
+    reader_tokens: int = option(65536, "training tokens for the tuned affine readers, 0: none", unit="tokens")
+    data: str | None = option(None, "a corpus by name, or a folder of shards", shown="the run's", group="Data")
+    tokenizer: Literal["bytes", "gpt2"] | None = option(None, "of the corpus", shown="the run's")
+    block_size: int | None = option(None, "length of a sequence", unit="tokens", shown="the model's")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", group="Machine")
+    dtype: Literal["fp32", "bf16"] = option("fp32", "of the matmuls")
+    threads: int = option(0, "threads of the process", unit="threads", shown="all cores")
+    signal: SignalConfig = field(default_factory=SignalConfig)
+
+    def __post_init__(self) -> None:
+        least = {"groups": LEAST_GROUPS, "group": 1, "batch_size": 1, "eval_tokens": 1, "block_size": 1}
+        for name in ("groups", "group", "batch_size", "branch_steps", "eval_tokens", "reader_tokens", "block_size"):
+            found = getattr(self, name)
+            if found is not None and found < least.get(name, 0):
+                raise ConfigError(f"{name} must be at least {least.get(name, 0)}, found {found}")
+
+
+def own_names(signals: Sequence[SignalConfig]) -> list[str]:
+    """The signals of a run as they are asked for."""
+    return [s.name if s.control == "none" else f"{s.control}:{s.name}" for s in signals]
+
+
+def split_name(name: str) -> tuple[str, Any]:
+    """(the signal, its control) of a name such as placebo:confidence.
+
+    >>> split_name("placebo:confidence"), split_name("idea.py:mine")
+    (('confidence', 'placebo'), ('idea.py:mine', 'none'))
+    """
+    control, colon, rest = name.partition(":")
+    return (rest, control) if colon and control in CONTROLS else (name, "none")
+
+
+def names_in(text: str) -> list[str]:
+    """The names of a list, each once; the true loss is always measured and need not be asked for."""
+    names = [name.strip() for name in text.split(",")]
+    return [name for name in dict.fromkeys(names) if name not in ("", "none", TRUE_LOSS)]
+
+
+def signal_configs(
+    names: Sequence[str], own: Sequence[SignalConfig], changes: Mapping[str, Any]
+) -> dict[str, SignalConfig]:
+    """The config of every name: the run's own for its signals, the defaults for others, and `changes` over both.
+
+    changes: options of a signal by the fields' names. Raises ConfigError for an unknown signal.
+    """
+    known = {field.name for field in fields(SignalConfig)}
+    assert changes.keys() <= known, changes
+    mine = {signal.name: signal for signal in own}
+    configs = {}
+    for name in names:
+        signal, control = split_name(name)
+        base = mine.get(signal, SignalConfig(signal))
+        configs[name] = replace(base, control=control, dose=None, **changes)
+    return configs

@@ -1,23 +1,28 @@
 """Everything that is measured on one model as it stands: gradients of groups, labels, collapse; as JSON values.
 
+`probe` does so for anybody's torch model and losses; `alignment_history` reads what a run logged while it was trained.
 A figure that means nothing is null, never NaN. What each means is in docs/noise.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from gptlab.analysis.noise.estimators import figures
-from gptlab.analysis.noise.labels import Readings, collapse, quality, token_figures
-from gptlab.analysis.noise.options import TRUE_LOSS, NoiseConfig
+from gptlab.analysis.noise import TRUE_LOSS, NoiseConfig
+from gptlab.analysis.noise.estimators import Readings, collapse, figures, quality, token_figures
 from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError, DivergedError
+from gptlab.runs.folder import RunFolder
 from gptlab.signals import tuned_lens
 from gptlab.signals.config import SignalConfig
 from gptlab.signals.readout import Readout
@@ -25,6 +30,7 @@ from gptlab.training.block_loss import ActiveSignal
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import SHAPE, hidden_states
 from gptlab.training.gradient_noise import (
+    Gradients,
     GroupGradients,
     Groups,
     InnerProducts,
@@ -207,3 +213,119 @@ def _reader_batches(subject: Subject, first: int) -> Iterator[tuple[Tensor, Tens
         tokens, targets = subject.windows.rows(first, count)
         yield tokens.to(device), targets.to(device)
         first += count
+
+
+_BLOCK = re.compile(r"(?:.*\.)?(?:h|layers|blocks|layer)\.(\d+)\.")
+"""Names of parameters that belong to a numbered block, as GPT-2, Llama, BERT and most others write them."""
+
+
+def probe(
+    model: nn.Module,
+    losses: Mapping[str, Callable[[Any, Any], Tensor]],
+    batches: Iterable[Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Any]:
+    """How each loss's gradient stands to the first one's, the true loss: noise, alignment, progress, variance.
+
+    losses: name -> function of (model, batch) that gives a scalar, auxiliary ones times their weight. batches: groups,
+    each a batch of what the functions take; at least 3, and 32 or more for intervals to be trusted. optimizer: an Adam
+    after some steps, for the preconditioned alignment. Gives {"signals": {name: {"total", "blocks"}}} as `gptlab noise
+    --json` does (docs/noise.md); blocks are the model's numbered ones by its parameters' names. The model is put into
+    evaluation mode meanwhile; weights and `.grad` stay as they are. Raises ConfigError for what cannot be measured.
+
+    >>> point = nn.Linear(2, 1, bias=False)
+    >>> data = [torch.tensor([[1.0, 0.1 * k]]) for k in range(32)]
+    >>> def true(model, x):
+    ...     return model(x).mean()
+    >>> def against(model, x):
+    ...     return -0.5 * model(x).mean()
+    >>> found = probe(point, {"true": true, "against": against}, data)["signals"]["against"]["total"]
+    >>> round(found["alignment"]["value"], 6), round(found["progress"], 6), round(found["variance"], 6)
+    (-1.0, 0.5, 0.25)
+    """
+    groups = list(batches)
+    if len(groups) < 3 or not losses:
+        raise ConfigError(
+            f"probe needs a loss and at least 3 groups, better 32; found {len(losses)} and {len(groups)}; "
+            "cut the batch into smaller ones"
+        )
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    if not parameters:
+        raise ConfigError("probe needs a model with parameters that take gradient, found none; see requires_grad_")
+    parts, blocks = _parts([name for name, _ in named])
+    metric = None if optimizer is None else adam_metric(parameters, optimizer)
+
+    def gather(i: int) -> list[Gradients]:
+        return [_gradient(name, loss, model, groups[i], parameters) for name, loss in losses.items()]
+
+    with _evaluating(model):
+        measured = inner_products(gather, len(groups), parts, [None] if metric is None else [None, metric])
+    return {
+        "groups": len(groups),
+        "preconditioned": metric is not None,
+        "signals": {name: entry(measured, blocks, source, name) for source, name in enumerate(losses)},
+    }
+
+
+def _gradient(
+    name: str, loss: Callable[[Any, Any], Tensor], model: nn.Module, batch: Any, parameters: Sequence[Tensor]
+) -> Gradients:
+    with torch.enable_grad():
+        value = loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ConfigError(f"the loss {name!r} must give a scalar tensor, found {found}; take its mean")
+        if not value.requires_grad:  # a gate that let nothing by
+            return [torch.zeros_like(p) for p in parameters]
+        found = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def _parts(names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """(for each parameter its part, for each block its part): the numbered blocks, and one more part for the rest."""
+    numbers = [int(match[1]) if (match := _BLOCK.match(name)) else None for name in names]
+    known = sorted({number for number in numbers if number is not None})
+    part = {number: index for index, number in enumerate(known)}
+    return [len(known) if number is None else part[number] for number in numbers], list(range(len(known)))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no module draws (dropout) or counts: a group's gradient is the same whenever it is asked for."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+
+
+def alignment_history(source: Path) -> dict[str, Any] | None:
+    """{"steps", "noise_scale", "signals": [{"total", "blocks"}]} over training; None where nothing was logged.
+
+    source: a run's folder, or one of its checkpoints. Each list has one value a step; blocks[j] is of block j + 1.
+    """
+    folders = (RunFolder(path) for path in (source, source.resolve().parent.parent))
+    folder = next((folder for folder in folders if folder.exists() and folder.path.is_dir()), None)
+    if folder is None:
+        return None
+    rows = [row for row in folder.rows() if row["kind"] == "train" and "noise_scale" in row]
+    if not rows:
+        return None
+    signals = range(len(rows[0]["alignment"]))
+    return {
+        "steps": [row["step"] for row in rows],
+        "noise_scale": [row["noise_scale"] for row in rows],
+        "signals": [
+            {
+                "total": [row["alignment"][k] for row in rows],
+                "blocks": [
+                    list(values) for values in zip(*(row["alignment_by_block"][k] for row in rows), strict=True)
+                ],
+            }
+            for k in signals
+        ],
+    }

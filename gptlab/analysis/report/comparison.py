@@ -12,11 +12,23 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis.load import Outcomes
 from gptlab.analysis.report import theme
-from gptlab.analysis.report.history import COARSE, Band, Curve, History, binned, blocks_shown, over_seeds, read_history
 from gptlab.analysis.report.page import Panel, arm_class, render, sample, stylesheet, write
 from gptlab.analysis.report.plots import Line, Row, curves, forest
-from gptlab.analysis.report.run import block_legend, changes, duration, flat
-from gptlab.analysis.report.svg import standalone
+from gptlab.analysis.report.run import (
+    COARSE,
+    Band,
+    Curve,
+    History,
+    binned,
+    block_legend,
+    blocks_shown,
+    changes,
+    duration,
+    flat,
+    over_seeds,
+    read_history,
+)
+from gptlab.analysis.report.theme import standalone
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import NO_DELTA, interval, number, tables
 

@@ -6,15 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.noise.labels import THRESHOLDS
-from gptlab.analysis.noise.options import TRUE_LOSS
-from gptlab.analysis.noise.tables import remarks, tables
+from gptlab.analysis.noise import THRESHOLDS, TRUE_LOSS
 from gptlab.analysis.report import theme
-from gptlab.analysis.report.history import Band
-from gptlab.analysis.report.noise_plots import Series, averages, over_blocks, shares
 from gptlab.analysis.report.page import Panel, arm_class, figure, render, write
-from gptlab.analysis.report.plots import Line, curves
+from gptlab.analysis.report.plots import Band, Line, Series, averages, curves, over_blocks, shares
 from gptlab.analysis.report.run import block_legend
+from gptlab.analysis.tables import noise_remarks, noise_tables
 
 
 def write_noise(result: Mapping[str, Any], path: Path) -> None:
@@ -28,13 +25,13 @@ def page(result: Mapping[str, Any]) -> str:
     return render(
         "noise.html",
         title=f"Signal, bias or noise: {Path(result['source']).resolve().name}",
-        lead=remarks(result),
+        lead=noise_remarks(result),
         facts=list(facts(result)),
         branches=list(branches(others)),
         alignment=list(alignment(result, others)),
         labels=list(labels(result)),
         collapse=list(collapse(result)),
-        tables=list(tables(result)),
+        tables=list(noise_tables(result)),
     )
 
 

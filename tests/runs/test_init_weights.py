@@ -10,7 +10,7 @@ import torch
 
 from gptlab.cli.main import main
 from gptlab.model.gpt import GPT, GPTConfig
-from gptlab.runs.initial import jitter, model_of
+from gptlab.runs.init_weights import jitter, model_of
 
 SHAPE = GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32)
 

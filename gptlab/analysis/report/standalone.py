@@ -1,0 +1,127 @@
+"""Figures that stand alone as SVG files: multipliers over doses, and early exit; and the page of a lens."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from gptlab.analysis.report.page import render
+from gptlab.analysis.report.plots import shortened
+from gptlab.analysis.report.theme import settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#9ecbff", "#1f6feb", "#0b3d91", "#8250df", "#cf222e")
+"""Of levels, early to late."""
+
+STYLE: Any = {"svg.hashsalt": "gptlab", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0,
+              "axes.spines.top": False, "axes.spines.right": False, "path.simplify": False}  # fmt: skip
+PANEL = (3.4, 2.7)
+"""Inches."""
+TITLE = 44
+"""Characters of a line of a panel's title, of which there are two at most."""
+
+
+def draw(result: Mapping[str, Any], path: str | Path) -> None:
+    """Write the SVG of a result of `dose_response`: equal bytes for equal figures and matplotlib."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    series = result["series"]
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, one in zip(panels, series, strict=False):
+            _panel(axes, one)
+        for axes in panels[len(series) :]:
+            axes.set_axis_off()
+        panels[0].legend(frameon=False, title="level of the clean run", fontsize=8, title_fontsize=8)
+        figure.savefig(path, metadata={"Date": None}, format="svg")
+
+
+def _label(level: Mapping[str, Any]) -> str:
+    return f"{level['level']:g}" if level["share"] is None else f"after {level['share']:g}"
+
+
+def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    axes.axhline(1.0, color="#8c959f", linewidth=0.6)
+    for i, level in enumerate(series["levels"]):
+        colour = COLOURS[i % len(COLOURS)]
+        found = [row for row in level["doses"] if row["multiplier"] is not None]
+        doses, ratios = [row["dose"] for row in found], [row["multiplier"] for row in found]
+        axes.plot([0.0, *doses], [1.0, *ratios], color=colour, linewidth=1.3, label=_label(level))
+        for row in found:
+            marker = "^" if row["censored"] else "o"  # an arrow up: at least so much
+            axes.plot([row["dose"]], [row["multiplier"]], marker, color=colour, markersize=4)
+            if row["interval"]:
+                axes.plot([row["dose"]] * 2, row["interval"], color=colour, linewidth=0.9)
+        fitted = [(row["dose"], row["fitted"]) for row in found if row["fitted"] is not None]
+        if fitted:
+            axes.plot(*zip((0.0, 1.0), *fitted, strict=True), "--", color=colour, linewidth=0.8)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_title(fill(shortened(series["name"], 2 * TITLE), TITLE), fontsize=9)
+    axes.set_xlabel("dose")
+
+
+LENS_TITLES = {"raw": "Raw reading", "tuned": "Tuned reading"}
+LENS_COLOURS = {"raw": "#0b6fc2", "tuned": "#c2410c"}
+
+
+def lens_page(found: Mapping[str, Any]) -> str:
+    """The lens as HTML: for each reader a heat map block by position, and every position's likeliest tokens."""
+    readers = [(LENS_TITLES[name], lens) for name, lens in found["readers"].items()]
+    return render("lens.html", title="Lens", source=found["checkpoint"], prompt=found["prompt"], readers=readers)
+
+
+def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Loss and agreement against compute, a line for each reader and a mark for each confidence, as an SVG file."""
+    from matplotlib.figure import Figure
+
+    with settings({"svg.hashsalt": "gptlab"}):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        for axes, key, label in zip(
+            figure.subplots(1, 2), ("loss", "agreement"), ("loss, nats a token", "agreement with the full model"),
+            strict=True,
+        ):  # fmt: skip
+            for name, points in found.items():
+                early = [point for point in points if point["confidence"] < 1]
+                x, y = ([point[what] for point in early] for what in ("compute", key))
+                axes.plot(x, y, "o-", color=LENS_COLOURS[name], markersize=4, linewidth=1.4, label=LENS_TITLES[name])
+                for point in _apart(early, key):
+                    axes.annotate(
+                        f"{point['confidence']:g}", (point["compute"], point[key]), textcoords="offset points",
+                        xytext=(4, 4), fontsize=8, color=LENS_COLOURS[name],
+                    )  # fmt: skip
+            full = next(iter(found.values()))[-1]
+            axes.plot([full["compute"]], [full[key]], "s", color="#4a4d52", markersize=6, label="Full model")
+            axes.axvline(1, color="#8c959f", linewidth=0.8)
+            axes.set_xlabel("compute, full model = 1")
+            axes.set_ylabel(label)
+            axes.grid(color="#dcdddf", linewidth=0.6)
+            axes.margins(0.08)
+            if key == "loss":
+                axes.legend(frameon=False)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    return drawn.getvalue()
+
+
+def _apart(points: Sequence[Mapping[str, Any]], key: str, least: float = 0.06) -> list[Mapping[str, Any]]:
+    """The points whose labels have room: each at least a share of both ranges from the one before it."""
+    kept = list(points[:1])
+    room = {what: least * (max(p[what] for p in points) - min(p[what] for p in points)) for what in ("compute", key)}
+    for point in points[1:]:
+        if any(abs(point[what] - kept[-1][what]) > room[what] for what in room):
+            kept.append(point)
+    return kept
