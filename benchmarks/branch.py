@@ -8,9 +8,9 @@ Every branch is of ordinary updates: AdamW with the checkpoint's moments, clippe
 - gradient noise: such a direction, fresh each step;
 - signal bias: a direction at the judge's logits that is fixed for the trial; what of its gradient hangs on the batch is
   noise after all, so that where its mean does little, both may be there;
-- signal noise: a direction at the logits that is drawn anew for every sequence, with mean 0.
+- signal noise: a direction at the logits that is drawn again for every sequence, with mean 0.
 
-A trial has its own direction, data seeds and, with the others of its turn, checkpoint. It goes on with the trials and
+A trial has its own direction, data seeds and, with the others of its turn, checkpoint. It adds to the trials and
 arms that the file of results already holds. The signals are registered in this process only.
 """
 
@@ -110,8 +110,8 @@ def trial_of(
     arms = {name: arm for name, arm in arms_of(number).items() if name not in known}
     found = branch_test(run, arms, corpus, ComputeConfig(torch.device("cpu"), None, 1, False, {}), plan)
     kept = ("verdict", "bias", "noise", "weight", "dose")
-    told = {**known, **{name: {key: result[key] for key in kept} for name, result in found.items()}}
-    return {"trial": number, "arms": {name: told[name] for name in EXPECTED}}
+    arms = {**known, **{name: {key: result[key] for key in kept} for name, result in found.items()}}
+    return {"trial": number, "arms": {name: arms[name] for name in EXPECTED}}
 
 
 def trial_in_its_process(number: int, run: Path, known: Mapping[str, Any], data: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from gptlab.device import Machine  # noqa: E402
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "reliability.md"
 
 FAULTS = {
-    1: "Stopped and gone on with: identical at every later step",
+    1: "Stopped and resumed: identical at every later step",
     2: "SIGKILL of a worker, of torchrun, of both, at any moment",
     3: "SIGKILL in each phase of a save, and within writes",
     4: "Disk full in a save or in a row of metrics",
@@ -110,8 +110,8 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for number, name in FAULTS.items():
         row = results.get(str(number))
-        told = f"{row['survived']} | {row['tried']} | {row['date']}" if row else "| | not yet"
-        rows.append(f"| {number} | {name} | {told} |")
+        figures = f"{row['survived']} | {row['tried']} | {row['date']}" if row else "| | not yet"
+        rows.append(f"| {number} | {name} | {figures} |")
     failures = [f"- {number}: {text}" for number, row in results.items() for text in row["failures"]]
     made_on = sorted({f"- {r['machine']}; Python {r['python']}, torch {r['torch']}" for r in results.values()})
     fill = {

@@ -39,7 +39,7 @@ ROOM = 2**30
 TABLE = ("<!-- fuzz: python benchmarks/fuzz.py -->", "<!-- end of fuzz -->")
 GUIDED = ("<!-- fuzz: python benchmarks/fuzz_guided.py -->", "<!-- end of guided -->")
 KEPT = 10
-"""Faults of a reader that are told whole."""
+"""Faults of a reader that are reported whole."""
 
 
 def fuzz(reader: Reader, inputs: int, seed: int, folder: Path) -> dict[str, Any]:
@@ -60,11 +60,11 @@ def fuzz(reader: Reader, inputs: int, seed: int, folder: Path) -> dict[str, Any]
             counts["others"] += 1
             if len(faults) < KEPT:
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                told = f"{type(error).__name__}: {error}"[:200]
+                said = f"{type(error).__name__}: {error}"[:200]
                 faults.append(
-                    {"error": told, "at": f"{Path(where.filename).name}:{where.lineno}", "input": content[:400].hex()}
+                    {"error": said, "at": f"{Path(where.filename).name}:{where.lineno}", "input": content[:400].hex()}
                 )
-                print(f"\n{reader.name}: {told} ({where.filename}:{where.lineno})", file=sys.stderr)
+                print(f"\n{reader.name}: {said} ({where.filename}:{where.lineno})", file=sys.stderr)
         slowest = max(slowest, time.monotonic() - start)
         if number % 1000 == 999:
             print(f"\r{reader.name}  {number + 1}/{inputs}  {counts['others']} others", end="", file=sys.stderr)

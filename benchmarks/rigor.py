@@ -3,7 +3,7 @@
 python benchmarks/rigor.py [--experiments 10000]   simulated ones; about 20 minutes
 python benchmarks/rigor.py --real FOLDER           drawn from a real experiment of twins (experiments/aa.toml)
 
-Each keeps the other's part of benchmarks/results/rigor.json, and writes the table in docs/verdicts.md anew.
+Each keeps the other's part of benchmarks/results/rigor.json, and renews the table in docs/verdicts.md.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def page() -> str:
-    """What is told of all results there are."""
+    """The tables and lines of all results there are."""
     kept = {size: path for size in (*SIZES, WEAK, HELP) if (path := RESULTS / f"speed_{size}.json").exists()}
     found = {size: json.loads(path.read_text(encoding="utf-8")) for size, path in kept.items()}
     sizes = [found[size] for size in SIZES if size in found]
@@ -144,9 +144,9 @@ def alone_line(found: list[dict[str, Any]]) -> str:
     """How the ladder stands against the best peer, here and in the run in which peers were fastest."""
     before = json.loads((RESULTS / "speed_small_peers_in_bf16.json").read_text(encoding="utf-8"))
     now = [one for one in found if one["size"] == before["size"]]
-    told = [f"{rate:,.0f} tokens/s and the ladder {ratio:.2f}x" for rate, ratio in map(against_best, (*now, before))]
+    said = [f"{rate:,.0f} tokens/s and the ladder {ratio:.2f}x" for rate, ratio in map(against_best, (*now, before))]
     return (
-        f"At the {before['size']} size the best peer made {told[0]} of it here, but {told[1]} in an earlier run of "
+        f"At the {before['size']} size the best peer made {said[0]} of it here, but {said[1]} in an earlier run of "
         f"peers in bf16 alone ([figures](../benchmarks/results/speed_small_peers_in_bf16.json), {before['date']}); "
         "[another such run](../benchmarks/results/speed_small_again.json) was like the one here. "
         "Take the lower ratio.\n\n"

@@ -1,4 +1,4 @@
-"""What training sends: bytes over the loopback in an update, as the kernel counts them, beside tools/scale.py.
+"""What training sends: bytes over the loopback in an update, as the kernel counts them, next to tools/scale.py.
 
     unshare -rn sh -c 'ip link set lo up && python benchmarks/traffic.py'     in a network of its own
     python benchmarks/traffic.py                                              where nothing else uses the loopback
@@ -25,7 +25,7 @@ import numpy as np
 from marked import rewrite
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "docs"))  # for scale.py, a script beside its page and no package: so imports follow
+sys.path.append(str(ROOT / "tools"))  # for scale.py, a script and no package: so imports follow
 
 import scale  # noqa: E402  # pyright: ignore[reportMissingImports]
 
@@ -67,7 +67,7 @@ def main() -> int:
                 few, more = (sent(launcher, parallel, processes, steps, corpus) for steps in (FEW, MORE))
                 row = {"run": name, "processes": processes, **computed(processes, parallel, judges)}
                 rows.append(row | {"measured": (more - few) / (MORE - FEW) / processes})
-                print(told({"rows": rows[-1:]}).splitlines()[2], flush=True)
+                print(table({"rows": rows[-1:]}).splitlines()[2], flush=True)
     found = {
         "command": "python benchmarks/traffic.py",
         "date": date.today().isoformat(),
@@ -78,11 +78,11 @@ def main() -> int:
         "rows": rows,
     }
     RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    rewrite(PAGE, START, END, told(found))
+    rewrite(PAGE, START, END, table(found))
     return 0
 
 
-def told(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """The figures as a table of Markdown."""
     lines = [
         "| run | processes | ring, MB | gloo, MB | measured, MB | measured / gloo |",

@@ -1,1 +1,1 @@
-"""What a trained model scores on tests that others made, each block's reading beside the last one's."""
+"""What a trained model scores on tests that others made, each block's reading next to the last one's."""

@@ -61,7 +61,7 @@ class Scorer:
         """The scores of requests, in their order; every rank calls it with the same ones and gets all of them.
 
         A continuation that is longer than the model reads at once is scored in stretches, as a text is in validation;
-        a context is cut at its beginning. progress: told how many batches this rank has finished.
+        a context is cut at its beginning. progress: called with how many batches this rank has finished.
         """
         block_size = self.model.config.block_size
         windows = [w for n, request in enumerate(requests) for w in _windows(n, request, block_size)]
