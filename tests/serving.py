@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from gptlab.cli.model import open_model
-from gptlab.page.app import READ, create_app
+from gptlab.page.app import READ, create_app, listen, serve
 from gptlab.page.guard import AccessPolicy
-from gptlab.page.server import listen, serve
 
 TOKEN = "the-token-of-the-test"
 

@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Print the link and serve it until Ctrl-C, which is 0; raises UsageError, and ConfigError for a port in use."""
     options = _parse(argv)
-    from gptlab.page.app import READ, create_app
+    from gptlab.page.app import READ, create_app, listen, serve
     from gptlab.page.guard import AccessPolicy
-    from gptlab.page.server import listen, serve
 
     with listen(options.host, options.port) as listening:
         policy = AccessPolicy(options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ}))

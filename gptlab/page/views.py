@@ -1,15 +1,17 @@
 """The pages as HTML: the list of runs, a run, a comparison and the lens's form, each redrawn when it has changed.
 
-A run and a comparison are shown as their reports show them, by the same templates. Reads only.
+A run and a comparison are shown as their reports show them, by the same templates. The lens answers with a text read by
+every block of a model that was asked for, of which a few are kept open. Reads only.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gptlab.analysis.listing import Listed, differing, figures_of, ordered
 from gptlab.analysis.load import read
@@ -18,11 +20,17 @@ from gptlab.analysis.report.page import render, stylesheet
 from gptlab.analysis.report.plots import Band, Line, curves
 from gptlab.analysis.report.run import Recorder, read_history
 from gptlab.analysis.run import read_run
-from gptlab.errors import ConfigError, GptlabError
+from gptlab.errors import CheckpointError, ConfigError, GptlabError
 from gptlab.files import LOCK, is_locked
-from gptlab.page.run_index import SHARE, Indexed, RunIndex, mark_of
+from gptlab.page.run_index import SHARE, Indexed, RunIndex, mark_of, stamp
 from gptlab.page.worker_queue import Cache
 from gptlab.runs.records import SlowReadError
+
+if TYPE_CHECKING:
+    from gptlab.data.tokenizers import Tokenizer
+    from gptlab.device import ComputeConfig
+    from gptlab.model.gpt import GPT
+    from gptlab.signals.tuned_lens import TunedLens
 
 HERE = Path(__file__).parent
 TEMPLATES, STATIC = HERE / "templates", HERE / "static"
@@ -30,8 +38,8 @@ TEMPLATES, STATIC = HERE / "templates", HERE / "static"
 SECONDS_RUNNING, SECONDS_IDLE = 2, 10
 """After which a page asks whether there is something new: while a run of it is running, and else."""
 
-MOST_PAGES = 64
-"""Pages that are kept."""
+MOST_PAGES, MOST_MODELS = 64, 2
+"""Pages that are kept, and models that stay in memory."""
 
 DRAWING_SECONDS = 3.0
 """CPU seconds that a page's runs may take to read; what is drawn of them is bounded by itself, and takes about one."""
@@ -182,3 +190,55 @@ def _has_weights(run: Path) -> bool:
     from gptlab.runs import checkpoint  # torch comes with it: the link is printed before
 
     return bool(checkpoint.complete(run / "checkpoints"))
+
+
+class Opened(Protocol):
+    """A model in evaluation mode where it computes, and its tokenizer."""
+
+    @property
+    def model(self) -> GPT: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def placement(self) -> ComputeConfig: ...
+
+
+class Models:
+    """Models by where they lie, opened when they are asked for. Used by one thread, so that one computes at a time."""
+
+    def __init__(self, open_model: Callable[[str], Opened]) -> None:
+        self._open_model = open_model
+        self._opened = Cache(MOST_MODELS)
+
+    def read(self, source: Path, prompt: str) -> dict[str, Any]:
+        """What `gptlab lens --json` says of a prompt, and `note`, why there is no tuned reading.
+
+        Raises CheckpointError where there is no model, DataError for text that its tokenizer cannot hold, ConfigError
+        for more than its block_size tokens.
+        """
+        from gptlab.interpret.lens import readings
+
+        opened, tuned, note = self._opened.get(source, _model_mark(source), lambda: self._open(source))[0]
+        readers = {"raw": None} if tuned is None else {"raw": None, "tuned": tuned}
+        found = readings(opened.model, opened.tokenizer, prompt, readers, autocast=opened.placement.autocast)
+        return {"prompt": prompt, "readers": found, "note": note}
+
+    def _open(self, source: Path) -> tuple[Opened, TunedLens | None, str]:
+        from gptlab.signals.tuned_lens import load, path_of
+
+        opened = self._open_model(str(source))
+        try:
+            return opened, load(opened.model, path_of(source)), ""
+        except CheckpointError as error:
+            return opened, None, f"no tuned reader: {error}"
+
+
+def _model_mark(source: Path) -> Hashable:
+    """Another one when the model has changed: a run has a newer checkpoint, or a folder's files are others."""
+    from gptlab.runs import checkpoint
+    from gptlab.signals.tuned_lens import path_of
+
+    if newest := checkpoint.complete(source / "checkpoints")[:1]:
+        return newest[0], stamp(path_of(source))
+    files = sorted(entry.path for entry in os.scandir(source) if entry.is_file())
+    return tuple((file, stamp(Path(file))) for file in [*files, path_of(source)])

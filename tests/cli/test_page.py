@@ -106,13 +106,13 @@ def test_a_host_that_others_reach_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     """Not really listened at: the test stays on loopback."""
-    from gptlab.page import server
+    from gptlab.page import app
 
-    def listen_on_loopback(host: str, port: int, listen: Callable[..., socket.socket] = server.listen) -> socket.socket:
+    def listen_on_loopback(host: str, port: int, listen: Callable[..., socket.socket] = app.listen) -> socket.socket:
         return listen("127.0.0.1", port)
 
-    monkeypatch.setattr(server, "listen", listen_on_loopback)
-    monkeypatch.setattr(server, "serve", lambda app, listening, asked_to_stop: None)
+    monkeypatch.setattr(app, "listen", listen_on_loopback)
+    monkeypatch.setattr(app, "serve", lambda app, listening, asked_to_stop: None)
     assert main(["page", str(tmp_path), "--host", "0.0.0.0"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"http://{socket.gethostname()}:")

@@ -16,7 +16,7 @@ from browser import wait
 from pages import Page
 from serving import TOKEN, Served
 
-from gptlab.page import run_index, server, views
+from gptlab.page import app, run_index, views
 from gptlab.page.worker_queue import Cache
 
 Serve = Callable[..., Served]
@@ -43,7 +43,7 @@ def all_of(connection: socket.socket) -> bytes:
 def test_a_head_that_does_not_end_is_not_waited_for(
     head: bytes, served: Serve, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(app, "HEAD_SECONDS", 1.0)
     page = served(run)
     with connected(page) as connection:
         connection.sendall(head)
@@ -64,7 +64,7 @@ def test_a_head_that_does_not_end_is_not_waited_for(
 def test_a_second_request_on_a_connection_is_not_waited_for_either(
     served: Serve, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(app, "HEAD_SECONDS", 1.0)
     page = served(run)
     with connected(page) as connection:
         connection.sendall(f"GET /{TOKEN}/style.css HTTP/1.1\r\nHost: {page.host}\r\n\r\nGET /".encode())
@@ -74,7 +74,7 @@ def test_a_second_request_on_a_connection_is_not_waited_for_either(
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(served: Serve, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(app, "ANSWER_SECONDS", 1.0)
     page = served(run)
     with connected(page) as connection:
         head = f"POST /{TOKEN}/read HTTP/1.1\r\nHost: {page.host}\r\nContent-Type: application/json\r\n"
@@ -86,8 +86,8 @@ def test_a_body_that_does_not_come_is_not_waited_for(served: Serve, run: Path, m
 def test_more_connections_than_may_be_are_closed_and_none_stays_half_open(
     served: Serve, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 5)
-    monkeypatch.setattr(server, "HEAD_SECONDS", 4.0)
+    monkeypatch.setattr(app, "MOST_CONNECTIONS", 5)
+    monkeypatch.setattr(app, "HEAD_SECONDS", 4.0)
     page = served(run)
     idle = [connected(page) for _ in range(5)]
     time.sleep(0.3)
