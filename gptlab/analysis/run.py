@@ -22,6 +22,7 @@ from gptlab.files import open_regular
 from gptlab.options import flatten
 from gptlab.parsing import is_count, parse_json
 from gptlab.runs.records import Clock, Row, Source, path_of, read_config, read_environment, read_rows
+from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 
 
@@ -48,7 +49,9 @@ class Run:
     @cached_property
     def options(self) -> Mapping[str, Any]:
         """The recorded options; one that came into being after the run has its default, which is how it was then."""
-        return {**flatten(TrainingConfig()), **self.config["options"]}
+        found, usual = self.config["options"], flatten(TrainingConfig())
+        usual_signal = flatten(SignalConfig())
+        return {**usual, **found, "also": [{**usual_signal, **signal} for signal in found.get("also", [])]}
 
     @property
     def seed(self) -> int:

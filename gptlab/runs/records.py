@@ -112,7 +112,8 @@ _BLOCKS: Check = ("a number for each block", partial(_all, is_figure))
 
 ROWS: Mapping[str, Mapping[str, Check]] = {
     "train": {
-        **dict.fromkeys(("loss", "signal_loss", "grad_norm", "lr", "mfu", "dose", "weight", "noise_scale"), _FIGURE),
+        **dict.fromkeys(("loss", "signal_loss", "grad_norm", "lr", "mfu", "dose", "weight", "noise_scale",
+                        "signal_norm", "step_change"), _FIGURE),
         **dict.fromkeys(("signal_by_judge", "doses", "weights", "alignment"), _LIST),
         **dict.fromkeys(("signals_by_judge", "alignment_by_block"), _LISTS),
         "clipped": _BOOL, "tokens": _COUNT, "tokens_per_second": _SPEED,
@@ -216,6 +217,26 @@ def new_rows(path: Path, offset: int) -> Iterator[tuple[Row, int]]:
                 yield parse_row(line), offset
             except ValueError as error:
                 raise CheckpointError(f"{path}, before byte {offset}: {error}") from None
+
+
+def replayed_norms(config: TrainingConfig) -> dict[int, float]:
+    """{finished updates: norm} that the run named by `signal.placebo_of` recorded of its signal; {} without one.
+
+    Raises CheckpointError where it lacks one of the updates that the placebo is to make.
+    """
+    if not config.signal.placebo_of:
+        return {}
+    name = "signal_norm" if config.signal.placebo_match == "gradient" else "step_change"
+    rows = (row for row in read_rows(config.signal.placebo_of) if row["kind"] == "train")
+    norms = {row["step"]: float(row[name]) for row in rows if row.get(name) is not None}
+    needed = [k + 1 for k in range(config.steps) if config.signal.weight_at(k, config.n_layer)]
+    if missing := [step for step in needed if step not in norms]:
+        raise CheckpointError(
+            f"signal.placebo_of {config.signal.placebo_of}: expected {name} of each of the {len(needed):,} updates "
+            f"with the signal, found none of update {missing[0]:,} and {len(missing) - 1:,} more; train that run to "
+            "its end, with --dose_every 1"
+        )
+    return norms
 
 
 def last_row(run: str | Path) -> tuple[Row | None, int]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from gptlab.runs import checkpoint, sharded
 from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import initial_model, jitter
-from gptlab.runs.records import read_config
+from gptlab.runs.records import read_config, replayed_norms
 from gptlab.signals.user import file_hash, without_folders
 from gptlab.training.compilation import compile_blocks
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
@@ -166,7 +168,7 @@ def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[s
     before = read_config(folder.path)
     files = {os.path.basename(str(name)): file for name, file in (before.get("code") or {}).items()}
     if files != {os.path.basename(name): file for name, file in _code(config).items()}:
-        lines.append("code: a signal's file has changed since the run began")
+        lines.append("code: a signal's file has changed since the run began, or the run in signal.placebo_of")
     if before.get("patch") != applied():
         lines.append("patch: the run was made by this code under another patch, or under none")
     return lines + [f"data: {line}" for line in corpus.grew_from(before["data"])]
@@ -235,8 +237,12 @@ def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int)
 
 
 def _code(config: TrainingConfig) -> dict[str, str]:
-    """SHA-256 of the file of every signal that is a user's own."""
-    return {signal.name: file_hash(signal.name) for signal in config.signals if signal.is_code}
+    """SHA-256 of what a run reads besides its corpus: the files of users' own signals, the norms of another run."""
+    code = {signal.name: file_hash(signal.name) for signal in config.signals if signal.is_code}
+    if config.signal.placebo_of:
+        norms = json.dumps(replayed_norms(config))
+        code[f"norms of {config.signal.placebo_of}"] = hashlib.sha256(norms.encode()).hexdigest()
+    return code
 
 
 class Session:
@@ -256,6 +262,7 @@ class Session:
     ) -> None:
         self.config, self.folder, self.compute, self.data, self.world = config, folder, compute, data, world
         shape = config.shape
+        self._replayed = replayed_norms(config)
         drawn = checkpoint_path or not config.init_from  # a resumed run no longer needs its source
         try:
             source = None if drawn else str(config.init_from)
@@ -305,7 +312,7 @@ class Session:
         """
         records = train(
             self.state, self.config, windows, validation, self.world, self.compute,
-            peak=peak, bytes_per_token=bytes_per_token, stop=stop,
+            peak=peak, bytes_per_token=bytes_per_token, replayed=self._replayed, stop=stop,
         )  # fmt: skip
         try:
             for record in self.world.name_lost_ranks(records):

@@ -31,6 +31,12 @@ class SignalConfig:
     start: int = option(0, "the signal's first step", unit="steps")
     anneal: int | None = option(None, "the weight falls to 0 over so many steps after start", unit="steps", shown="off")
     control: Literal["none", "placebo", "shuffled", "flipped"] = option("none", "turn the signal into its own control")
+    placebo_of: str | None = option(
+        None, "a run, of whose signal the placebo takes the norm of every update", shown="its own signal's norm"
+    )
+    placebo_match: Literal["gradient", "update"] = option(
+        "gradient", "that norm is the gradient's, or that of what the signal changes in Adam's step"
+    )
     flip: float = option(1.0, "share of wrong targets that the control flipped shows the signal")
     flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is: any, or the likeliest")
 
@@ -58,6 +64,15 @@ class SignalConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"signal.{name} must be at least 0, found {value}")
+        if self.placebo_of and self.control != "placebo":
+            raise ConfigError(
+                f"signal.placebo_of is for signal.control placebo, found control {self.control}; leave one out"
+            )
+        if self.placebo_match != "gradient" and not self.placebo_of:
+            raise ConfigError(
+                f"signal.placebo_match {self.placebo_match} needs a run whose steps the placebo takes after; "
+                "add --signal.placebo_of RUN"
+            )
         if self.weight == 0 and self.dose:
             raise ConfigError(
                 f"signal.weight 0 takes the signal out, signal.dose {self.dose} asks for some; leave one out"

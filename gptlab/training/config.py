@@ -158,6 +158,15 @@ class TrainingConfig:
             raise ConfigError(
                 f"signal.start must be below steps {self.steps}, found {signal.start}: {signal.name} would never begin"
             )
+        if signal.placebo_of and len(self.signals) > 1:
+            raise ConfigError(
+                f"signal.placebo_of is for a run with one signal, whose norms it takes, found {len(self.signals)}"
+            )
+        if signal.placebo_match == "update" and self.optimizer != "adamw":
+            raise ConfigError(
+                f"signal.placebo_match update compares steps of adamw, found optimizer {self.optimizer}; "
+                "use --signal.placebo_match gradient"
+            )
         if signal.control != "flipped" and (signal.flip, signal.flip_to) != (1.0, "uniform"):
             raise ConfigError(
                 f"signal.flip and signal.flip_to are for signal.control flipped, found control {signal.control}; "

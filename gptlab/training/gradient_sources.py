@@ -18,6 +18,7 @@ from gptlab.model.gpt import GPT
 from gptlab.signals.config import SignalConfig
 from gptlab.training.block_loss import ActiveSignal, Batch, Losses, Source, accumulate, active_signals
 from gptlab.training.controls import permuted
+from gptlab.training.optimizer import AdamStep
 from gptlab.training.sharding import full_tensor, global_norm, local_shards, shard_like
 
 Gradients = list[Tensor]
@@ -84,15 +85,28 @@ class GradientSources:
             return self.taught[k]
         return [taught + own for taught, own in zip(self.taught[k], self.judges[k], strict=True)]
 
-    def scale_placebos(self) -> None:
-        """Make the parts, once the whole batch (and every rank) is in."""
+    def scale_placebos(self, replayed: float | None = None, step: AdamStep | None = None) -> None:
+        """Make the parts, once the whole batch (and every rank) is in.
+
+        replayed: the norm that a placebo takes from another run's signal instead of its own; with `step`, of what it
+        changes there.
+        """
         for k in range(len(self.signals)):
             part = self.unscaled(k)
             if self._is_placebo(k):
-                wanted, found = global_norm(self.reference(k)), global_norm(part)
+                wanted, found = global_norm(self.reference(k)) if replayed is None else replayed, global_norm(part)
+                factor = step.factor_for(wanted, self.true, part) if step else wanted / found if found else 0.0
                 for g in part:
-                    g.mul_(wanted / found if found else 0.0)
+                    g.mul_(factor)
             self.parts.append(part)
+
+    def norm(self, factors: Sequence[float]) -> float:
+        """|weight·g_signal| of all signals together, each times its factor."""
+        return global_norm(self._sum(factors))
+
+    def change(self, factors: Sequence[float], step: AdamStep) -> float:
+        """The norm of what all signals together change in Adam's step."""
+        return step.change(self.true, self._sum(factors))
 
     def doses(self) -> list[float]:
         """|weight·g_signal| / |g_CE| of every signal, after `scale_placebos`."""
@@ -101,7 +115,7 @@ class GradientSources:
 
     def dose(self, factors: Sequence[float]) -> float:
         """The same of all signals together, each times its factor."""
-        return global_norm(self._sum(factors)) / global_norm(self.true)
+        return self.norm(factors) / global_norm(self.true)
 
     def _sum(self, factors: Sequence[float]) -> Gradients:
         total = self._zeros()

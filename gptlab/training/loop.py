@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 from gptlab.data.batches import TrainingWindows, ValidationWindows
@@ -42,11 +43,13 @@ def train(
     *,
     peak: float,
     bytes_per_token: float,
+    replayed: Mapping[int, float] = MappingProxyType({}),
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Record]:
     """Train from `state.step` to `config.steps`.
 
-    peak: the process's matmul rate in FLOP/s, for MFU. stop: asked between updates and validation batches; when it
+    peak: the process's matmul rate in FLOP/s, for MFU. replayed: by finished updates, what another run recorded of its
+    signal, for a placebo to have too (`signal.placebo_of`). stop: asked between updates and validation batches; when it
     says yes on any rank, a checkpoint is due on all and Stopped is raised after it.
     """
 
@@ -81,7 +84,10 @@ def train(
         if due(config.noise_every, step, False, first=True):
             noise = quick_noise(state, config, windows, world, compute)
         measure = due(config.dose_every, step, False, first=True)
-        done = update(state, config, batches.of(step), world, compute, measure_dose=measure, stop=stop())
+        done = update(
+            state, config, batches.of(step), world, compute,
+            measure_dose=measure, replayed=replayed.get(step + 1), stop=stop(),
+        )  # fmt: skip
         row = _train_row(state, config, done, time.perf_counter() - start, flops_per_token / (peak * world.size))
         yield Record("train", state.step, row | (noise or {}))
         if done.stop:
@@ -124,7 +130,7 @@ def _train_row(
         "mfu": speed * mfu_per_speed,
     }
     if done.dose is not None:
-        row["dose"] = done.dose
+        row |= {"dose": done.dose, "signal_norm": done.signal_norm, "step_change": done.step_change}
         if len(done.weights) == 1:
             row |= {"weight": done.weights[0], "signal_by_judge": done.by_judge[0]}
         else:

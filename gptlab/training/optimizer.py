@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
-from gptlab.training.sharding import is_sharded
+from gptlab.training.sharding import global_norm, is_sharded
 
 
 class Optimizer(Protocol):
@@ -97,3 +97,53 @@ def adam_metric(parameters: Sequence[Tensor], optimizer: Optimizer) -> list[Tens
         corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
         metric.append(1 / (corrected.sqrt() + group["eps"]))
     return metric
+
+
+class AdamStep:
+    """Adam's next step, without its learning rate, from a gradient: what another gradient would change in it.
+
+    Of the moments as they stand, which stay so. clip: the gradient's norm before the step is cut to this; 0 = never.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], optimizer: Optimizer, clip: float) -> None:
+        self._options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._parameters, self._state, self._clip = list(parameters), optimizer.state, clip
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether every parameter's step is Adam's; Muon's matrices take another."""
+        return all("betas" in self._options[id(p)] for p in self._parameters)
+
+    def change(self, gradient: Sequence[Tensor], added: Sequence[Tensor], factor: float = 1.0) -> float:
+        """The norm, over all parameters, of what `added` times `factor` changes in the step from `gradient`."""
+        total = [g + factor * a for g, a in zip(gradient, added, strict=True)]
+        pairs = zip(self._direction(total), self._direction(gradient), strict=True)
+        return global_norm([a - b for a, b in pairs])
+
+    def _direction(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        norm = global_norm(gradient)
+        cut = self._clip / norm if self._clip and norm > self._clip else 1.0
+        return [self._step(p, cut * g) for p, g in zip(self._parameters, gradient, strict=True)]
+
+    def _step(self, p: Tensor, g: Tensor) -> Tensor:
+        group, state = self._options[id(p)], self._state.get(p, {})
+        (b1, b2), made = group["betas"], float(state.get("step", 0)) + 1
+        mean = (1 - b1) * g + (b1 * state["exp_avg"] if state else 0)
+        square = (1 - b2) * g * g + (b2 * state["exp_avg_sq"] if state else 0)
+        return mean / (1 - b1**made) / ((square / (1 - b2**made)).sqrt() + group["eps"])
+
+    def factor_for(self, wanted: float, gradient: Sequence[Tensor], added: Sequence[Tensor]) -> float:
+        """The factor at which `added` changes the step from `gradient` by `wanted`, to 0.1%, by halving an interval.
+
+        The change grows with the factor until the added gradient drowns the other; where it never is so large, the
+        largest factor that is tried.
+        """
+        if not wanted or not any(bool(a.any()) for a in added):
+            return 0.0
+        low, high = 0.0, 1.0
+        while high < 2.0**30 and self.change(gradient, added, high) < wanted:
+            low, high = high, 2 * high
+        while high - low > 1e-3 * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.change(gradient, added, middle) < wanted else (low, middle)
+        return high

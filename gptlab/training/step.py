@@ -24,6 +24,7 @@ from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import TargetFlip, add_drawn
 from gptlab.training.divergence import describe_divergence
 from gptlab.training.gradient_sources import GradientSources
+from gptlab.training.optimizer import AdamStep
 from gptlab.training.reduction import Reducer
 from gptlab.training.sharding import global_norm, local_shards
 from gptlab.training.state import TrainingState
@@ -41,6 +42,8 @@ class Update:
     stop: whether any rank was asked to stop
     by_judge: for every signal of the config, the mean of each judge, lowest first; None of one that did not read
     dose, doses: |weight·g_signal| / |g_CE| of all signals together and of each, where it was measured in this update
+    signal_norm, step_change: |weight·g_signal| of all signals together, and the norm of what they change in Adam's step
+    before its learning rate (None with another optimizer), where the dose was measured
     weights: of every signal of the config, as used; 0 of one that is out of the graph
     """
 
@@ -54,6 +57,8 @@ class Update:
     weights: list[float]
     dose: float | None = None
     doses: list[float] | None = None
+    signal_norm: float | None = None
+    step_change: float | None = None
 
 
 def update(
@@ -64,10 +69,12 @@ def update(
     compute: ComputeConfig,
     *,
     measure_dose: bool = False,
+    replayed: float | None = None,
     stop: bool = False,
 ) -> Update:
     """Make update number `state.step` from this rank's micro-batches of it (see `MicroBatches`, and `Batch.part`).
 
+    replayed: what the run named by `signal.placebo_of` recorded for this update, for the placebo to have too.
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
     model, signals = state.model, signals_at(state, config)
@@ -96,7 +103,7 @@ def update(
         reducer.reduce(world)
 
     # Combine: scale placebos and held doses, and write their sum with the true loss's gradient to `.grad`.
-    weights = _weigh(state, config, sources, metrics) if sources else Weights([s.weight for s in signals])
+    weights = _weigh(state, config, sources, metrics, replayed) if sources else Weights([s.weight for s in signals])
     if sources and by_source:
         sources.write_total(weights.factors)
 
@@ -196,17 +203,29 @@ class Weights(NamedTuple):
     factors: Sequence[float] = ()
     dose: float | None = None
     doses: list[float] | None = None
+    signal_norm: float | None = None
+    step_change: float | None = None
 
 
-def _weigh(state: TrainingState, config: TrainingConfig, sources: GradientSources, metrics: MetricSums) -> Weights:
+def _weigh(
+    state: TrainingState,
+    config: TrainingConfig,
+    sources: GradientSources,
+    metrics: MetricSums,
+    replayed: float | None,
+) -> Weights:
     """Scale placebos, measure doses, and find the factors of signals whose dose is held."""
-    sources.scale_placebos()
+    step = AdamStep(sources.parameters, state.optimizer, config.grad_clip)
+    sources.scale_placebos(replayed, step if config.signal.placebo_match == "update" else None)
     doses = sources.doses()
-    factors = _hold_doses(state, config, sources.signals, doses)
+    held = replayed is None  # another run's norm holds the dose that it had there
+    factors = _hold_doses(state, config, sources.signals, doses) if held else [1.0] * len(doses)
     used = [signal.weight * factor for signal, factor in zip(sources.signals, factors, strict=True)]
     if any(signal.config.dose is not None for signal in sources.signals):
         metrics.signal.fill_(sum(w * s for w, s in zip(used, metrics.unweighted(sources.signals), strict=True)))
-    return Weights(used, factors, sources.dose(factors), [d * f for d, f in zip(doses, factors, strict=True)])
+    scaled = [d * f for d, f in zip(doses, factors, strict=True)]
+    change = sources.change(factors, step) if step.is_adam else None
+    return Weights(used, factors, sources.dose(factors), scaled, sources.norm(factors), change)
 
 
 def _hold_doses(
@@ -299,4 +318,6 @@ def _as_update(
         weights=fill_inactive(config, signals, weights.used, 0.0),
         dose=weights.dose,
         doses=None if weights.doses is None else fill_inactive(config, signals, weights.doses, 0.0),
+        signal_norm=weights.signal_norm,
+        step_change=weights.step_change,
     )

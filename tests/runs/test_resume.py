@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gptlab.cli.main import main
 from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.errors import CheckpointError
 from gptlab.runs import folder as run_folder
+from gptlab.runs.checkpoint import digest
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.session import begin
 from gptlab.training.config import TrainingConfig
@@ -181,3 +185,66 @@ def test_what_made_a_run_before_stands_beside_what_goes_on(run: Path, corpus: Co
     (run / "environment.json").unlink()
     lost, _ = go_on(torch="y")
     assert lost["earlier"] == [{"until_step": 6, "gptlab": version}]
+
+
+def train_rows(run: Path) -> list[dict[str, Any]]:
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def arm(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a signal, with the norm of every update on record."""
+    out = tmp_path_factory.mktemp("arm") / "run"
+    assert main(tiny(out, signal_name="confidence", dose_every=1, signal_start=1)) == 0
+    return out
+
+
+def test_a_placebo_replays_the_norms_of_its_arm_also_when_it_is_resumed(
+    arm: Path, tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"signal_name": "confidence", "signal_start": 1, "signal_control": "placebo",
+                               "signal_placebo_of": arm, "checkpoint_every": 2}  # fmt: skip
+    wanted = [row.get("signal_norm") for row in train_rows(arm)]
+    assert wanted[0] is None
+    for name in ("whole", "resumed"):
+        assert main(tiny(tmp_path / name, **options)) == 0
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_00000006")
+    without_summary(tmp_path / "resumed")
+    assert main(tiny(tmp_path / "resumed", **options)) == 0
+    for name in ("whole", "resumed"):
+        found = [row.get("signal_norm") for row in train_rows(tmp_path / name)]
+        assert found[0] is None
+        assert found[1:] == pytest.approx(wanted[1:], rel=1e-4)
+    ends = [RunFolder(tmp_path / name).newest_whole()[0] for name in ("whole", "resumed")]
+    assert len({digest(end.folder) for end in ends if end}) == 1
+    capsys.readouterr()
+    norms = (arm / "metrics.jsonl").read_text()
+    (arm / "metrics.jsonl").write_text(norms.replace('"signal_norm": ', '"signal_norm": 1'))
+    try:
+        assert main(tiny(tmp_path / "resumed", **options)) == 3
+    finally:
+        (arm / "metrics.jsonl").write_text(norms)
+    assert "or the run in signal.placebo_of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("of", "found"),
+    [("baseline", "found none of update 1 and 5 more"), ("shorter", "found none of update 5 and 1 more"),
+     ("nothing", "found none of update 1 and 5 more")],
+)  # fmt: skip
+def test_a_placebo_of_a_run_that_lacks_norms_does_not_begin(
+    of: str, found: str, arm: Path, finished_run: Path, tiny: Callable[..., list[str]], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = {"baseline": tmp_path / "baseline", "shorter": tmp_path / "arm", "nothing": tmp_path / "none"}[of]
+    if of == "baseline":
+        assert main(tiny(source)) == 0
+    if of == "shorter":
+        assert main(tiny(source, signal_name="confidence", dose_every=1, steps=4)) == 0
+    capsys.readouterr()
+    options = {"signal_name": "confidence", "signal_control": "placebo", "signal_placebo_of": source}
+    assert main(tiny(tmp_path / "placebo", **options)) == 3
+    err = capsys.readouterr().err
+    assert found in err
+    assert "--dose_every 1" in err
+    assert not list(tmp_path.glob("placebo/checkpoints/*"))

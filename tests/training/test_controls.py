@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from small_run import SEQUENCES, WINDOWS, Run, T, V, make_run
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from gptlab.errors import ConfigError
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
 from gptlab.training.block_loss import accumulate, active_signals
 from gptlab.training.controls import flipped, named, permuted, rotated, rotation, shuffled
@@ -112,6 +115,69 @@ def test_a_placebos_direction_is_fixed_for_the_run_and_another_for_every_seed() 
     assert length(minus(placebo(step=3), once)) < 1e-12 * length(once), "the same windows come again in step 3"
     assert length(minus(placebo(step=1), once)) > 0.1 * length(once)
     assert length(minus(placebo(seed=2), once)) > 0.1 * length(once)
+
+
+REPLAYS = ({"match": "gradient"}, {"match": "gradient", "dose": 0.5}, {"match": "update"})
+
+
+@pytest.mark.parametrize("options", REPLAYS, ids=str)
+def test_a_placebo_replays_its_arms_norms_while_their_models_part(options: dict[str, Any]) -> None:
+    """Scaled on its own model it strays, already in the first updates."""
+    match, dose = options["match"], options.get("dose")
+    name = "signal_norm" if match == "gradient" else "step_change"
+    run = {"grad_clip": 1.0, "learning_rate": 0.02}
+    arm = make_run(signal=SignalConfig("confidence", dose=dose), **run)
+    own = make_run(signal=SignalConfig("confidence", dose=dose, control="placebo"), **run)
+    replaying = SignalConfig("confidence", dose=dose, control="placebo", placebo_of="arm", placebo_match=match)
+    placebo = make_run(signal=replaying, **run)
+    strayed = []
+    for _ in range(8):
+        wanted = getattr(arm.update(measure_dose=True), name)
+        assert getattr(placebo.update((5, 7), replayed=wanted), name) == pytest.approx(wanted, rel=2e-3)
+        strayed.append(abs(getattr(own.update(), name) / wanted - 1))
+    assert max(strayed) > 0.02
+
+
+def test_what_a_signal_changes_in_adams_step_is_the_difference_of_two_real_steps() -> None:
+    """Of the very optimizer, with clipping, in the fourth update."""
+    options: dict[str, Any] = {"grad_clip": 0.5, "weight_decay": 0.0, "learning_rate": 0.01}
+    moves = {}
+    for weight in (0.0, 0.25):
+        run = make_run(signal=SignalConfig("confidence", weight=0.0), **options)
+        for _ in range(3):
+            run.update()
+        run.config = dataclasses.replace(run.config, signal=SignalConfig("confidence", weight=weight))
+        before, done = run.weights, run.update(measure_dose=True)
+        assert done.clipped
+        moves[weight] = {name: (p - before[name]) / done.learning_rate for name, p in run.weights.items()}
+    assert done.step_change == pytest.approx(length(minus(moves[0.25], moves[0.0])), rel=1e-6)
+
+
+def test_a_placebo_has_no_step_of_adam_to_match_under_muon() -> None:
+    run = make_run(signal=SignalConfig("confidence"), optimizer="muon")
+    done = run.update(measure_dose=True)
+    assert done.step_change is None
+    assert done.signal_norm
+    with pytest.raises(ConfigError, match="placebo_match update compares steps of adamw, found optimizer muon"):
+        make_run(
+            signal=SignalConfig("brier", control="placebo", placebo_of="x", placebo_match="update"), optimizer="muon"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"placebo_of": "run"}, "placebo_of is for signal.control placebo, found control none"),
+        (
+            {"placebo_of": "run", "control": "shuffled"},
+            "placebo_of is for signal.control placebo, found control shuffled",
+        ),
+        ({"control": "placebo", "placebo_match": "update"}, "add --signal.placebo_of RUN"),
+    ],
+)
+def test_what_only_a_replaying_placebo_has_is_refused_elsewhere(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SignalConfig("brier", **options)
 
 
 def test_a_live_judges_own_gradient_is_permuted_within_each_parameter() -> None:
