@@ -78,6 +78,12 @@ class ComputeConfig:
         """Whether the modules of model/fast_cpu.py serve."""
         return self.autocast is not None and self.device.type == "cpu" and not self.compile
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "device": str(self.device), "dtype": self.dtype_name, "threads": self.threads, "compile": self.compile,
+            "reasons": self.reasons,
+        }  # fmt: skip
+
     def apply(self) -> None:
         """Make this process compute so."""
         torch.set_num_threads(self.threads)
@@ -194,9 +200,5 @@ def environment(compute: ComputeConfig, machine: Machine) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "device": str(compute.device),
-        "dtype": compute.dtype_name,
-        "threads": compute.threads,
-        "compile": compute.compile,
-        "reasons": compute.reasons,
+        **compute.as_json(),
     }

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.benchmark import MODES, PEERS, SIZES
 from gptlab.cli.arguments import Parser
+from gptlab.cli.console import console, grid
 from gptlab.errors import UsageError, did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -78,20 +79,15 @@ def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    title = "{size}: batch {batch}, {dtype}, {threads} threads, {rounds} rounds".format(**result)
-    table = Table(title=title, caption=f"matmul limit {result['matmul_limit_tokens_per_second']:,.0f} tokens/s")
-    for column in ("step", "tokens/s", "±", "of its matmul limit", "time over baseline", "peak memory"):
-        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
-    for row in result["rows"]:
-        table.add_row(
-            row["name"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['spread']:.1%}",
-            f"{row['share_of_limit']:.0%}" if row["share_of_limit"] else "",
-            f"{row['ratio_to_baseline']:.2f}x",
+    rows = [
+        (
+            row["name"], f"{row['tokens_per_second']:,.0f}", f"{row['spread']:.1%}",
+            f"{row['share_of_limit']:.0%}" if row["share_of_limit"] else "", f"{row['ratio_to_baseline']:.2f}x",
             f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB" if row["peak_memory_bytes"] else "",
         )
-    Console().print(table)
+        for row in result["rows"]
+    ]  # fmt: skip
+    print("{size}: batch {batch}, {dtype}, {threads} threads, {rounds} rounds".format(**result))
+    columns = ("step", ">tokens/s", ">±", ">of its matmul limit", ">time over baseline", ">peak memory")
+    console().print(grid(columns, rows, boxed=True))
+    print(f"matmul limit {result['matmul_limit_tokens_per_second']:,.0f} tokens/s")

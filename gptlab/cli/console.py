@@ -344,7 +344,10 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, boxed:
 
     shown = Table() if boxed else Table(box=None, pad_edge=False, header_style="dim")
     for name in columns:
-        shown.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left")
+        right = name.startswith(">")
+        shown.add_column(
+            name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right and not boxed
+        )
     for row in rows:
         shown.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
     return shown

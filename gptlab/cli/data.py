@@ -123,23 +123,17 @@ def _excerpt(corpus: Corpus, split: str) -> str:
 
 def _summary(corpus: Corpus) -> dict[str, Any]:
     return {
-        "folder": str(corpus.folder),
-        "name": corpus.name,
-        "tokenizer": corpus.tokenizer,
-        "vocab_size": corpus.vocab_size,
-        "complete": corpus.complete,
+        "folder": str(corpus.folder), "name": corpus.name, "tokenizer": corpus.tokenizer,
+        "vocab_size": corpus.vocab_size, "complete": corpus.complete,
         **({"floor": corpus.floor.as_json()} if corpus.floor else {}),
         **({"doubt": corpus.doubt} if corpus.doubt else {}),
         "left_out": corpus.left_out.as_json(),
         "nulls": corpus.nulls,
         "splits": {
-            split: {
-                "tokens": corpus.tokens(split),
-                "shards": [shard.as_json() for shard in corpus.splits[split]],
-            }
+            split: {"tokens": corpus.tokens(split), "shards": [shard.as_json() for shard in corpus.splits[split]]}
             for split in SPLITS
         },
-    }
+    }  # fmt: skip
 
 
 def _left_out(corpus: Corpus) -> list[str]:
@@ -164,24 +158,19 @@ def _parser() -> Parser:
     prepare = commands.add_parser("prepare", help="make a corpus, or continue making it")
     prepare.set_defaults(run=_prepare)
     prepare.add_argument("name", metavar="NAME", help="; ".join(f"{name}: {what}" for name, what in CORPORA.items()))
-    prepare.add_argument(
-        "--input", metavar="PATH", action="append", default=[],
-        help="a file or folder, repeatable; of a folder all .txt, .jsonl, .json and .parquet are read, .gz and .zst of "
-        "them too, but nothing whose name begins with a dot",
-    )  # fmt: skip
-    prepare.add_argument(
-        "--text_field", metavar="NAME", default="text", help="of objects and rows of corpus text (default: text)"
+    add = prepare.add_argument
+    inputs = (
+        "a file or folder, repeatable; of a folder all .txt, .jsonl, .json and .parquet are read, .gz and .zst of them "
+        "too, but nothing whose name begins with a dot"
     )
-    prepare.add_argument(
-        "--skip_null", action="store_true", help="leave out documents whose text is null, and count them"
-    )
-    prepare.add_argument(
-        "--tokenizer", metavar="NAME", help="bytes or gpt2 (default: gpt2 for text and fineweb-edu, else bytes)"
-    )
-    prepare.add_argument("--out", metavar="DIR", type=Path, help="default: data/NAME-TOKENIZER")
-    prepare.add_argument("--workers", metavar="N", type=int, help="tokenising threads (default: all processors)")
-    prepare.add_argument("--shard_tokens", metavar="N", type=int, default=100_000_000, help="default: 100000000")
-    prepare.add_argument("--val_fraction", metavar="F", type=float, default=0.05, help="of corpus text (default: 0.05)")
+    add("--input", metavar="PATH", action="append", default=[], help=inputs)
+    add("--text_field", metavar="NAME", default="text", help="of objects and rows of corpus text [text]")
+    add("--skip_null", action="store_true", help="leave out documents whose text is null, and count them")
+    add("--tokenizer", metavar="NAME", help="bytes or gpt2 [gpt2 for text and fineweb-edu, else bytes]")
+    add("--out", metavar="DIR", type=Path, help="[data/NAME-TOKENIZER]")
+    add("--workers", metavar="N", type=int, help="tokenising threads [all processors]")
+    add("--shard_tokens", metavar="N", type=int, default=100_000_000, help="[100000000]")
+    add("--val_fraction", metavar="F", type=float, default=0.05, help="of corpus text [0.05]")
     info = commands.add_parser("info", help="counts, hashes and an excerpt of a corpus")
     info.set_defaults(run=_info)
     info.add_argument("corpus", metavar="FOLDER|NAME", help="a folder of shards, or the name of a corpus made here")

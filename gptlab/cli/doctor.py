@@ -7,13 +7,10 @@ import json
 import platform
 import shutil
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gptlab
 from gptlab.cli.arguments import Parser
-
-if TYPE_CHECKING:
-    from gptlab.device import ComputeConfig
 
 PACKAGES = ("numpy", "safetensors", "tiktoken", "rich", "transformers", "datasets", "pyarrow", "scipy", "matplotlib",
             "jinja2")  # fmt: skip
@@ -53,20 +50,10 @@ def examine() -> dict[str, Any]:
         "cpu_bf16": machine.cpu_bf16,
         "gpus": list(machine.gpus),
         "matmul_peak": {name: matmul_peak(replace(largest, autocast=cast)) for name, cast in casts.items()},
-        "runs": {name: _used(placement) for name, placement in placements.items()},
+        "runs": {name: placement.as_json() for name, placement in placements.items()},
         "preset": "gpt2-124m" if machine.gpus else "shakespeare-tiny",
         "programs": {name: shutil.which(name) for name in PROGRAMS},
         "packages": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _used(placement: ComputeConfig) -> dict[str, Any]:
-    return {
-        "device": str(placement.device),
-        "dtype": placement.dtype_name,
-        "threads": placement.threads,
-        "compile": placement.compile,
-        "reasons": placement.reasons,
     }
 
 
@@ -88,14 +75,10 @@ def _as_text(found: dict[str, Any]) -> str:
         f"a run without --preset is {found['preset']}; what a run would use:",
     ]
     for name, used in found["runs"].items():
-        why = used["reasons"]
-        lines += [
-            f"  {name}",
-            f"    device   {used['device']} ({why['device']})",
-            f"    dtype    {used['dtype']} ({why['dtype']})",
-            f"    threads  {used['threads']} ({why['threads']})",
-            f"    compile  {'on' if used['compile'] else 'off'} ({why['compile']})",
-        ]
-    lines += ["", "programs   " + ", ".join(f"{n} {p or 'not installed'}" for n, p in found["programs"].items())]
-    lines += ["packages   " + ", ".join(f"{n} {v or 'not installed'}" for n, v in found["packages"].items())]
+        shown = {**used, "compile": "on" if used["compile"] else "off"}
+        keys = ("device", "dtype", "threads", "compile")
+        lines += [f"  {name}", *(f"    {key:<8} {shown[key]} ({used['reasons'][key]})" for key in keys)]
+    lines.append("")
+    for kind in ("programs", "packages"):
+        lines.append(f"{kind}   " + ", ".join(f"{n} {v or 'not installed'}" for n, v in found[kind].items()))
     return "\n".join(lines)

@@ -66,31 +66,20 @@ def _parser() -> Parser:
         epilog="A file declares arms, seeds and delta (ready: first_look, 1_noise); `gptlab compare` gives "
         "verdicts. Exit codes of run: 0 every cell finished, 3 a cell failed, 4 one diverged, 75 stopped: run again.",
     )
-    parser.add_argument("action", choices=ACTIONS)
-    parser.add_argument(
-        "file",
-        metavar="FILE",
-        help="an experiment file, or the name of a ready one; for status and pack its folder too",
-    )
-    parser.add_argument("--out", metavar="DIR", help="the experiment's folder [log/<name>]; for pack a file")
-    parser.add_argument("--json", action="store_true", help="print JSON on standard output")
-    parser.add_argument("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
-    parser.add_argument("--jobs", type=_count, metavar="N", help="cells at a time, at most [what suits the machine]")
-    parser.add_argument(
-        "--executor",
-        choices=EXECUTORS,
-        help="run: submit each cell as a job through submitit [processes of this machine]",
-    )
-    parser.add_argument(
-        "--slurm",
-        action="append",
-        metavar="KEY=VALUE",
-        help="what each job asks of the cluster, as in --slurm partition=gpu; may be repeated",
-    )
-    parser.add_argument("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
-    parser.add_argument(
-        "--seconds", type=_count, default=SMOKE_SECONDS, metavar="N", help=f"time of smoke, about [{SMOKE_SECONDS:.0f}]"
-    )
+    add = parser.add_argument
+    file = "an experiment file, or the name of a ready one; for status and pack its folder too"
+    executor = "run: submit each cell as a job through submitit [processes of this machine]"
+    slurm = "what each job asks of the cluster, as in --slurm partition=gpu; may be repeated"
+    add("action", choices=ACTIONS)
+    add("file", metavar="FILE", help=file)
+    add("--out", metavar="DIR", help="the experiment's folder [log/<name>]; for pack a file")
+    add("--json", action="store_true", help="print JSON on standard output")
+    add("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
+    add("--jobs", type=_count, metavar="N", help="cells at a time, at most [what suits the machine]")
+    add("--executor", choices=EXECUTORS, help=executor)
+    add("--slurm", action="append", metavar="KEY=VALUE", help=slurm)
+    add("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
+    add("--seconds", type=_count, default=SMOKE_SECONDS, metavar="N", help=f"time of smoke [{SMOKE_SECONDS:.0f}]")
     return parser
 
 
@@ -191,17 +180,10 @@ def _summary(runner: Runner | TunedRunner) -> dict[str, Any]:
 
 def _as_json(one: Progress) -> dict[str, Any]:
     return {
-        "arm": one.cell.arm.name,
-        "trial_of": one.cell.arm.trial_of,
-        "seed": one.cell.seed,
-        "state": one.state,
-        "step": one.step,
-        "steps": one.cell.steps,
-        "loss": one.loss,
-        "dose": one.dose,
-        "reason": one.reason,
+        "arm": one.cell.arm.name, "trial_of": one.cell.arm.trial_of, "seed": one.cell.seed, "state": one.state,
+        "step": one.step, "steps": one.cell.steps, "loss": one.loss, "dose": one.dose, "reason": one.reason,
         "seconds_left": one.seconds_left,
-    }
+    }  # fmt: skip
 
 
 def _close(runner: Runner | TunedRunner) -> int:

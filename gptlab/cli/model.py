@@ -177,9 +177,7 @@ def export(argv: list[str]) -> int:
     options = parser.parse(argv)
     out: Path = options.out
     huggingface = options.format == "huggingface"
-    if out.exists() and not (huggingface and out.is_dir() and not any(out.iterdir())):
-        kind = "a new or empty folder" if huggingface else "a new file"
-        raise UsageError(f"expected {kind} to export to, found {out} in use; give another one")
+    _refuse_used(out, "export to", folder=huggingface)
     if huggingface and options.dtype != "fp32":
         raise UsageError("--dtype: a Hugging Face folder is written in fp32; bf16 is for --format llm.c")
 
@@ -209,6 +207,12 @@ def export(argv: list[str]) -> int:
         print(f"tokenizer: {known}" if known else vocabulary.missing)
         print(f'load it with: transformers.GPT2LMHeadModel.from_pretrained("{out}")')
     return 0
+
+
+def _refuse_used(out: Path, what: str, *, folder: bool) -> None:
+    if out.exists() and not (folder and out.is_dir() and not any(out.iterdir())):
+        kind = "a new or empty folder" if folder else "a new file"
+        raise UsageError(f"expected {kind} to {what}, found {out} in use; give another one")
 
 
 def model_card(run: Path, config: TrainingConfig, parameters: int) -> str:
@@ -272,8 +276,7 @@ def import_(argv: list[str]) -> int:
     )
     options = parser.parse(argv)
     out: Path = options.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"expected a new or empty folder to import to, found {out} in use; give another one")
+    _refuse_used(out, "import to", folder=True)
 
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.model.formats import open_foreign

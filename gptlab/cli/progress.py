@@ -32,13 +32,9 @@ class Display(Observer):
     """Shows records on standard error, or on a console of the caller's; `quiet` shows nothing. clock: in seconds."""
 
     def __init__(
-        self,
-        config: TrainingConfig,
-        *,
-        quiet: bool = False,
-        console: Console | None = None,
+        self, config: TrainingConfig, *, quiet: bool = False, console: Console | None = None,
         clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.config, self.quiet, self._clock = config, quiet, clock
         self.console = console or terminal(stderr=True, quiet=quiet)
         self._dose: float | None = None
@@ -57,12 +53,11 @@ class Display(Observer):
         """Say what is about to run, and where."""
         signal = config.signal
         judged = "the plain baseline" if signal.name == "none" else f"block loss {signal.name}: {signal.signal.formula}"
-        parameters = _model_size(config)
         verb = f"resuming from {beginning.checkpoint}" if beginning.checkpoint else "starting"
         for text in (
             Text.assemble(("gptlab ", "bold"), f"{config.preset}, {judged}"),
-            f"  model   {parameters / 1e6:.1f}M parameters, {config.n_layer} blocks, {config.n_embd} wide, "
-            f"reads {config.block_size} tokens",
+            f"  model   {config.shape.parameters / 1e6:.1f}M parameters, {config.n_layer} blocks, "
+            f"{config.n_embd} wide, reads {config.block_size} tokens",
             f"  data    {corpus.folder}: {corpus.tokens('train'):,} training tokens"
             f"{'' if corpus.complete else ' so far'}",
             f"  machine {placement.device}, {placement.threads} thread{'s' * (placement.threads > 1)} a process, "
@@ -101,12 +96,8 @@ class Display(Observer):
         """What the loop does after a record, "" for an update: validation, a sample and a save come in this order."""
         config, step, last = self.config, record.step, record.step == self.config.steps
         after = ("train", "val", "sample", "checkpoint").index(record.kind)
-        stages = (
-            ("validating", config.eval_every),
-            ("sampling", config.sample_every),
-            ("saving", config.checkpoint_every),
-        )
-        return next((stage for stage, every in stages[after:] if due(every, step, last)), "")
+        every = {"validating": config.eval_every, "sampling": config.sample_every, "saving": config.checkpoint_every}
+        return next((stage for stage in list(every)[after:] if due(every[stage], step, last)), "")
 
     @observing
     def stage(self, name: str) -> None:
@@ -164,10 +155,8 @@ class Display(Observer):
             table.add_row("validation loss", f"{loss:.4f} nats a token, {summary['bits_per_byte']:.4f} bits a byte")
         if "excess_loss" in summary:
             table.add_row("over the floor", f"{summary['excess_loss']:+.4f} nats a token")
-        if summary["tokens_per_second"]:
-            table.add_row(
-                "speed", f"{summary['tokens_per_second']:,.0f} tokens/s, {summary['mfu']:.0%} of the matmul peak"
-            )
+        if rate := summary["tokens_per_second"]:
+            table.add_row("speed", f"{rate:,.0f} tokens/s, {summary['mfu']:.0%} of the matmul peak")
         table.add_row("clipped", f"{summary['clipped_share']:.0%} of the updates")
         table.add_row("run folder", Text(folder))
         title = f"step {summary['step']}: " + ("this run was finished before" if again else "finished")
@@ -219,10 +208,7 @@ def sample_panel(step: int, sample: dict[str, Any], width: int) -> Panel:
     if steps:
         longest = max(len(word) for blocks in steps for word, _ in blocks)
         shown = evenly(len(steps[0]), (width - 16) // (max(longest, 3) + 7))
-        table = Table(box=None, padding=(0, 1), header_style="dim")
-        table.add_column("written")
-        for j in shown:
-            table.add_column(f"block {j}")
+        table = Table("written", *(f"block {j}" for j in shown), box=None, padding=(0, 1), header_style="dim")
         for written, blocks in zip(sample["written"], steps, strict=False):
             guesses = [blocks[j - 1] for j in shown]
             cells = [Text(f"{word:<{max(longest, 3)}} {p:4.0%}", style=_shade(p)) for word, p in guesses]
@@ -251,11 +237,3 @@ def visible(token: str) -> str:
 
 def _shade(p: float) -> str:
     return "green" if p >= 0.9 else "yellow" if p >= 0.5 else "dim"
-
-
-def _model_size(config: TrainingConfig) -> int:
-    from gptlab.model.gpt import GPTConfig
-
-    return GPTConfig(
-        config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
-    ).parameters

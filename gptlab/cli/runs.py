@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gptlab.analysis.tables import number
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import printable
+from gptlab.cli.console import console, grid, printable
 from gptlab.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,26 +83,14 @@ def _delete(root: Path, options: argparse.Namespace) -> int:
 
 
 def _show(runs: list[Listed], keys: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "state", "step", "loss", "bits/byte", "dose", "differs in"):
-        numeric = name in ("step", "loss", "bits/byte", "dose")
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
+    rows = []
     for run in runs:
         f = run.figures
         step = f"{f['step']}/{f['steps']}" if f["step"] is not None else "–"
         words = " ".join(f"{key}={_word(run.options.get(key))}" for key in keys) if run.options else run.problem
-        cells = (f["run"], f["state"], step, _number(f["loss"]), _number(f["bits_per_byte"]), _number(f["dose"]), words)
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    console.print(table)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+        figures = (number(f[key], ".4f") for key in ("loss", "bits_per_byte", "dose"))
+        rows.append((f["run"], f["state"], step, *figures, words))
+    console().print(grid(("run", "state", ">step", ">loss", ">bits/byte", ">dose", "differs in"), rows))
 
 
 def _word(value: Any) -> str:

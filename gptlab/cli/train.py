@@ -132,15 +132,9 @@ def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite
     machine = Machine.probe()
     config = resolve(values, len(machine.gpus))
     placement = choose_compute(
-        machine,
-        device=config.device,
-        dtype=config.dtype,
-        threads=config.threads,
-        compile=config.compile,
-        n_embd=config.n_embd,
-        local_rank=world.local_rank,
-        local_size=world.local_size,
-    )
+        machine, device=config.device, dtype=config.dtype, threads=config.threads, compile=config.compile,
+        n_embd=config.n_embd, local_rank=world.local_rank, local_size=world.local_size,
+    )  # fmt: skip
     placement.apply()
     config.micro_batch(world.size)  # refuses what cannot be shared, before any waiting
     try:
