@@ -86,11 +86,7 @@ def _open_inside(path: Path, folder: Path, error: type[GptlabError]) -> int:
 
 
 def read_bytes(
-    path: str | Path,
-    *,
-    limit: int = SMALL,
-    inside: str | Path | None = None,
-    error: type[GptlabError] = DataError,
+    path: str | Path, *, limit: int = SMALL, inside: str | Path | None = None, error: type[GptlabError] = DataError
 ) -> bytes:
     """The whole content of a regular file of at most `limit` bytes; raises as open_regular does."""
     with open_regular(path, inside=inside, error=error) as file:
@@ -105,11 +101,7 @@ def read_bytes(
 
 
 def read_text(
-    path: str | Path,
-    *,
-    limit: int = SMALL,
-    inside: str | Path | None = None,
-    error: type[GptlabError] = DataError,
+    path: str | Path, *, limit: int = SMALL, inside: str | Path | None = None, error: type[GptlabError] = DataError
 ) -> str:
     """The whole text of a UTF-8 file, line ends made \\n, without a mark before it; `error` for other bytes."""
     content = read_bytes(path, limit=limit, inside=inside, error=error)
@@ -121,11 +113,7 @@ def read_text(
 
 
 def read_json(
-    path: str | Path,
-    *,
-    limit: int = SMALL,
-    inside: str | Path | None = None,
-    error: type[GptlabError] = DataError,
+    path: str | Path, *, limit: int = SMALL, inside: str | Path | None = None, error: type[GptlabError] = DataError
 ) -> Any:
     """The value of a JSON file; raises as read_text does, and `error` for what is no JSON."""
     text = read_text(path, limit=limit, inside=inside, error=error)
@@ -136,11 +124,7 @@ def read_json(
 
 
 def read_toml(
-    path: str | Path,
-    *,
-    limit: int = SMALL,
-    inside: str | Path | None = None,
-    error: type[GptlabError] = DataError,
+    path: str | Path, *, limit: int = SMALL, inside: str | Path | None = None, error: type[GptlabError] = DataError
 ) -> dict[str, Any]:
     """The table of a TOML file; raises as read_text does, and `error` for what is no TOML."""
     text = read_text(path, limit=limit, inside=inside, error=error)

@@ -64,14 +64,9 @@ def ours(
     """
     c = work.config
     plain = TrainingConfig(
-        block_size=c.block_size,
-        batch_size=work.batch,
-        total_batch_tokens=work.tokens * world.size,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        n_embd=c.n_embd,
-        learning_rate=1e-5,
-    )
+        block_size=c.block_size, batch_size=work.batch, total_batch_tokens=work.tokens * world.size,
+        n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd, learning_rate=1e-5,
+    )  # fmt: skip
     model = GPT(c).to(placement.device)
     install(model, placement)
     state = TrainingState(model, build_optimizer(model, plain))
@@ -91,16 +86,9 @@ def transformers_step(work: Work, placement: ComputeConfig) -> Step:
 
     c = work.config
     peer = transformers.GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        n_embd=c.n_embd,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-    )
+        vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
     with placement.device:
         model = transformers.GPT2LMHeadModel(peer)
     model.set_attn_implementation("sdpa")
@@ -116,43 +104,34 @@ def transformers_step(work: Work, placement: ComputeConfig) -> Step:
 def nanogpt_step(work: Work, placement: ComputeConfig, checkout: Path) -> Step:
     """A step of nanoGPT's model.py, its optimizer as it configures it (on a CPU: not fused)."""
     module = _module(checkout / "model.py", "nanogpt_model")
-    c = work.config
-    model = module.GPT(
-        module.GPTConfig(
-            block_size=c.block_size,
-            vocab_size=c.vocab_size,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            n_embd=c.n_embd,
-            dropout=0.0,
-            bias=True,
-        )
-    ).to(placement.device)
-    optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), placement.device.type)
-    tokens, targets = work.data(placement.device)
-    return _plain_step(model, optimizer, lambda: model(tokens, targets)[1], placement)
+    return _checkout_step(work, placement, module, (0.1, 1e-5, (0.9, 0.95)), dropout=0.0, bias=True)
 
 
 def build_nanogpt_step(work: Work, placement: ComputeConfig, checkout: Path) -> Step:
     """A step of build-nanogpt's model: its file is a script, so only its definitions are executed."""
     module = _definitions(checkout / "train_gpt2.py", "build_nanogpt_model")
-    c = work.config
-    model = module.GPT(
-        module.GPTConfig(
-            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd
-        )
-    ).to(placement.device)
-    optimizer = model.configure_optimizers(0.1, 1e-5, placement.device.type)
+    return _checkout_step(work, placement, module, (0.1, 1e-5))
+
+
+def _checkout_step(
+    work: Work, placement: ComputeConfig, module: ModuleType, optimizer: tuple[Any, ...], **options: Any
+) -> Step:
+    """A step of a checkout's own GPT; optimizer: what its configure_optimizers takes before the device."""
+    model = module.GPT(module.GPTConfig(**_sizes(work.config), **options)).to(placement.device)
+    configured = model.configure_optimizers(*optimizer, placement.device.type)
     tokens, targets = work.data(placement.device)
-    return _plain_step(model, optimizer, lambda: model(tokens, targets)[1], placement)
+    return _plain_step(model, configured, lambda: model(tokens, targets)[1], placement)
+
+
+def _sizes(c: GPTConfig) -> dict[str, int]:
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    return {name: getattr(c, name) for name in names}
 
 
 PEERS: dict[str, Callable[[Work, ComputeConfig, Path], Step]] = {
     "nanogpt": nanogpt_step,
     "build-nanogpt": build_nanogpt_step,
 }
-
-
 FILES = {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py"}
 
 

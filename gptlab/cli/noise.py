@@ -128,11 +128,7 @@ def _branches(
 
 
 def _subject(
-    source: str,
-    state: TrainingState,
-    config: TrainingConfig | None,
-    options: NoiseConfig,
-    note: Callable[[str], None],
+    source: str, state: TrainingState, config: TrainingConfig | None, options: NoiseConfig, note: Callable[[str], None]
 ) -> Subject:
     """The model where it is computed, with its run's data or the data asked for."""
     from gptlab.analysis.noise.measure import Subject

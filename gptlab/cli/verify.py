@@ -5,6 +5,7 @@ Both only read. Digests compare two runs for equality, never closeness.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections import deque
@@ -22,15 +23,11 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Print what is damaged and return 3 if anything is; raises CheckpointError where there is no run."""
-    parser = Parser(
-        prog="gptlab verify",
-        description="Check every checkpoint of a run against its checksums, and that its records can be read. "
-        "Training falls back to the newest checkpoint that is whole. Exit code 3 if anything is damaged.",
+    description = (
+        "Check every checkpoint of a run against its checksums, and that its records can be read. Training falls back "
+        "to the newest checkpoint that is whole. Exit code 3 if anything is damaged."
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("--json", action="store_true", help='print {"ok", "problems": [{"file", "problem"}]}')
-    options = parser.parse(argv)
-
+    options = _parse(argv, "verify", description, 'print {"ok", "problems": [{"file", "problem"}]}')
     problems = list(_problems(Path(options.run)))
     if options.json:
         print(json.dumps({"ok": not problems, "problems": [dataclasses.asdict(p) for p in problems]}, indent=1))
@@ -48,21 +45,24 @@ def main(argv: list[str]) -> int:
 
 def digest(argv: list[str]) -> int:
     """Print the SHA-256 and the step of a run's newest checkpoint; raises CheckpointError where it is damaged."""
-    parser = Parser(
-        prog="gptlab digest",
-        description="SHA-256 over weights, moments, RNG and data cursor of a run's newest checkpoint. "
-        "Two runs have the same one only if every bit of their states is equal.",
+    description = (
+        "SHA-256 over weights, moments, RNG and data cursor of a run's newest checkpoint. Two runs have the same one "
+        "only if every bit of their states is equal."
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("--json", action="store_true", help='print {"sha256", "step"}')
-    options = parser.parse(argv)
-
+    options = _parse(argv, "digest", description, 'print {"sha256", "step"}')
     from gptlab.runs import checkpoint
     from gptlab.runs.folder import newest
 
     sha256, step = checkpoint.digest(newest(options.run))
     print(json.dumps({"sha256": sha256, "step": step}) if options.json else f"{sha256}  step {step}")
     return 0
+
+
+def _parse(argv: list[str], name: str, description: str, json_help: str) -> argparse.Namespace:
+    parser = Parser(prog=f"gptlab {name}", description=description)
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument("--json", action="store_true", help=json_help)
+    return parser.parse(argv)
 
 
 def _problems(path: Path) -> Iterator[Problem]:
