@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from itertools import combinations, product
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from gptlab.errors import ConfigError
 from gptlab.options import Option, build, flatten, flatten_table, option, options_of, typed
-from gptlab.training.config import TrainingConfig
+from gptlab.runs.archive import read_pack
+from gptlab.runs.experiment_spec import experiment_from
+from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
+from gptlab.training.presets import PRESETS
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def test_tables_become_dotted_keys_and_dashes_underscores() -> None:
     assert flatten_table({"a-b": {"c-d": 1, "e": {"f": 2}}, "g": [1]}) == {"a_b.c_d": 1, "a_b.e.f": 2, "g": [1]}
 
 
-BASE = {"signal.name": "deep_supervision"}
+BASE = {**PRESETS["shakespeare-tiny-v1"], "signal.name": "deep_supervision"}
 OTHERS: dict[str, tuple[Any, ...]] = {
     "preset": ("gpt2-124m",), "out": ("x",), "seed": (0, 7), "resume": ("never", "must"), "init_from": ("x",),
     "init_jitter": (0.1,), "data": ("x",), "tokenizer": ("gpt2",), "block_size": (1, 48, 4096), "batch_size": (1, 999),
@@ -230,3 +235,30 @@ def test_what_was_found_is_quoted_in_few_words(key: str) -> None:
 
 
 OPTIONS_OF_RUNS = {o.key: o for o in options_of(TrainingConfig)}
+
+
+def test_the_recipe_of_the_findings_stays_as_it_was() -> None:
+    usual = flatten(build(TrainingConfig, PRESETS["shakespeare-tiny-v1"]))
+    found = {key: usual[key] for key in usual if not key.startswith("signal.")}
+    assert found == {
+        "preset": "shakespeare-tiny", "out": None, "seed": 1, "resume": "auto", "init_from": None, "init_jitter": 0.0,
+        "data": "shakespeare", "tokenizer": "bytes", "block_size": 128, "batch_size": 16, "total_batch_tokens": 2048,
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "share_blocks": False, "steps": 700, "optimizer": "adamw",
+        "learning_rate": 1e-3, "min_lr": None, "warmup_steps": 50, "schedule": "cosine", "weight_decay": 0.1,
+        "grad_clip": 1.0, "gradient_noise": 0.0, "gradient_bias": 0.0, "target_flip": 0.0, "target_flip_to": "uniform",
+        "also": [], "log_every": 10, "eval_every": 100, "eval_tokens": 131072, "checkpoint_every": 100,
+        "sample_every": 350, "dose_every": 50, "log": "none", "noise_every": 0, "device": "auto", "dtype": "auto",
+        "threads": 0, "compile": "auto", "parallel": "ddp", "activation_checkpointing": False, "deterministic": False,
+        "rank_timeout": 600,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pack", sorted((Path(__file__).parents[1] / "docs" / "findings").glob("*.json.gz")), ids=str)
+def test_what_a_pack_was_made_with_is_what_its_preset_says_now(pack: Path) -> None:
+    packed = read_pack(pack)
+    experiment = experiment_from(packed.text, pack)
+    for cell in packed.cells:
+        usual = flatten(build(TrainingConfig, {**PRESETS[experiment.preset], **experiment.arms[cell.arm].options}))
+        made = cell.run.config["options"]
+        differ = {key for key in usual.keys() & made.keys() if json.loads(json.dumps(usual[key])) != made[key]}
+        assert differ <= FREE_ON_RESUME | {"preset", "seed", "also"}, f"{cell.name}: {differ}"

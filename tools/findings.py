@@ -5,8 +5,9 @@
 
 What stands between <!-- compare: NAME --> and <!-- end of NAME --> is what `gptlab compare docs/findings/NAME.json.gz`
 prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, with <!-- dose_response: NAME -->
-what `gptlab dose_response` finds there. Each pack gets a NAME.svg. With <!-- branches: NAME --> it is the branch
-tests in NAME.json, which `gptlab noise --json` printed. A figure within a
+what `gptlab dose_response` finds there. Each pack gets a NAME.svg; those of tune_*, whose arms end at other steps and
+are not compared, have only <!-- losses: NAME -->, the last validation losses by arm. With <!-- branches: NAME --> it
+is the branch tests in NAME.json, which `gptlab noise --json` printed. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
 arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
 benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
@@ -37,20 +38,23 @@ from gptlab.analysis.load import read
 from gptlab.analysis.noise import THRESHOLDS
 from gptlab.analysis.report.comparison import write_forest
 from gptlab.analysis.report.standalone import PANEL, STYLE, draw
-from gptlab.analysis.run import Run
+from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
 from gptlab.data.corpora import Shakespeare
-from gptlab.runs.archive import SUFFIX
+from gptlab.runs.archive import SUFFIX, read_pack
 from gptlab.runs.records import read_rows
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
-RESPONSE = "dose_response"
+RESPONSE, TUNING = "dose_response", "tune_"
 LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 """What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
 
-MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
+RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "learning_rate", "steps")
+"""Options in which the arms of tune_* differ."""
+
+MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches|losses): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
 
@@ -70,6 +74,8 @@ def _filled(what: str, name: str) -> str:
     result = _result(name)
     if what == "branches":
         tables = _branches(result)
+    elif what == "losses":
+        tables = _losses(result)
     elif what == "dose_response":
         tables = "\n\n".join(map(table_in_markdown, response_tables(result))) + "\n"
     else:
@@ -89,8 +95,32 @@ def _result(name: str) -> dict[str, Any]:
     packed = FINDINGS / f"{name}{SUFFIX}"
     if name.startswith(RESPONSE):
         return dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES))))
+    if name.startswith(TUNING):
+        return _last_losses(packed)
     outcomes = read([packed])
     return {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
+
+
+def _last_losses(packed: Path) -> dict[str, Any]:
+    """{arm: its recipe and the last validation losses of its seeds} of arms that end at other steps."""
+    found: dict[str, Any] = {}
+    for cell in read_pack(packed).cells:
+        run = read_run(cell.run)
+        recipe = {key: run.options[key] for key in RECIPE}
+        arm = found.setdefault(cell.arm, {**recipe, "tokens": run.last_step * recipe["total_batch_tokens"], "loss": []})
+        arm["loss"].append(run.losses[run.last_step])
+    return found
+
+
+def _losses(result: Mapping[str, Any]) -> str:
+    head = "| arm | optimizer | window | batch, tokens | width | rate | updates | tokens | loss, nats a byte | seeds |"
+    lines = [head, "|---" * 10 + "|"]
+    for name, arm in result.items():
+        recipe = " | ".join(f"{arm[key]:,}" if isinstance(arm[key], int) else str(arm[key]) for key in RECIPE)
+        spread = f" ± {statistics.stdev(arm['loss']):.3f}" if len(arm["loss"]) > 1 else ""
+        loss = f"{statistics.fmean(arm['loss']):.3f}{spread}"
+        lines.append(f"| {name} | {recipe} | {arm['tokens']:,} | {loss} | {len(arm['loss'])} |")
+    return "\n".join(lines) + "\n"
 
 
 def _blocks(runs: Sequence[Run]) -> dict[str, list[list[float]]]:
@@ -270,7 +300,8 @@ def main() -> None:
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
         picture = draw if name.startswith(RESPONSE) else write_forest
-        picture(_result(name), FINDINGS / f"{name}.svg")
+        if not name.startswith(TUNING):
+            picture(_result(name), FINDINGS / f"{name}.svg")
     draw_pictures()
 
 

@@ -19,7 +19,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A run. The defaults are the preset shakespeare-tiny's; other presets are in training/presets.py."""
+    """A run. The defaults are the preset shakespeare-tiny's but for min_lr; training/presets.py has the presets."""
 
     preset: str = option(
         "shakespeare-tiny",
@@ -37,22 +37,22 @@ class TrainingConfig:
 
     data: str = option("shakespeare", "a corpus by name, or a folder of shards", group="Data")
     tokenizer: Literal["bytes", "gpt2"] = option("bytes", "how text becomes tokens")
-    block_size: int = option(128, "length of a training window", unit="tokens")
+    block_size: int = option(64, "length of a training window", unit="tokens")
     batch_size: int = option(16, "the most sequences per micro-batch and process", unit="sequences")
-    total_batch_tokens: int = option(2048, "one update's batch over all processes and micro-batches", unit="tokens")
+    total_batch_tokens: int = option(1024, "one update's batch over all processes and micro-batches", unit="tokens")
 
     n_layer: int = option(4, "blocks", group="Model")
     n_head: int = option(4, "attention heads a block")
     n_embd: int = option(128, "width of the hidden states", unit="channels")
     share_blocks: bool = option(False, "use one block n_layer times over")
 
-    steps: int = option(700, "updates to make", unit="updates", group="Optimisation")
+    steps: int = option(1500, "updates to make", unit="updates", group="Optimisation")
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "AdamW with betas 0.9 and 0.95, or Muon for the blocks' matrices and AdamW for the rest"
     )
-    learning_rate: float = option(1e-3, "the peak, after warmup")
+    learning_rate: float = option(5e-3, "the peak, after warmup")
     min_lr: float | None = option(None, "where the schedule ends", shown="learning_rate/10")
-    warmup_steps: int = option(50, "linear rise of the learning rate; may exceed steps", unit="updates")
+    warmup_steps: int = option(100, "linear rise of the learning rate; may exceed steps", unit="updates")
     schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "fall of the learning rate after warmup")
     weight_decay: float = option(0.1, "on matrices only")
     grad_clip: float = option(1.0, "longest gradient, over all parameters; 0 = never clipped")
@@ -65,12 +65,12 @@ class TrainingConfig:
     also: tuple[SignalConfig, ...] = ()
     """Further signals, each with its own weight: the second and later [[signal]] tables of a TOML file."""
 
-    log_every: int = option(10, "print a line; 0 = never, as for all intervals", unit="updates", group="Records")
-    eval_every: int = option(100, "validation loss; also after the last step", unit="updates")
+    log_every: int = option(20, "print a line; 0 = never, as for all intervals", unit="updates", group="Records")
+    eval_every: int = option(500, "validation loss; also after the last step", unit="updates")
     eval_tokens: int = option(131072, "validation tokens that are read, the first of the pinned set", unit="tokens")
-    checkpoint_every: int = option(100, "save; also after the last step", unit="updates")
-    sample_every: int = option(350, "write a sample, with each block's best next token", unit="updates")
-    dose_every: int = option(50, "measure the signal's dose", unit="updates")
+    checkpoint_every: int = option(500, "save; also after the last step", unit="updates")
+    sample_every: int = option(750, "write a sample, with each block's best next token", unit="updates")
+    dose_every: int = option(100, "measure the signal's dose", unit="updates")
     log: str = option("none", "also log figures with tensorboard, wandb or trackio; several with commas")
     noise_every: int = option(0, "log noise scale and alignment, from 32 sequences", unit="updates")
 

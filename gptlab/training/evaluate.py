@@ -116,15 +116,18 @@ def tempered(
     count = max(1, min(len(windows), most // windows.block_size))
     inverse, loss = 1.0, float("inf")
     batches = range(0, count, SHAPE)
+    read: list[tuple[int, Tensor, Tensor]] = []  # kept for every step: (batch, hidden states (n, C), targets (n,))
+    for k, mine in share_of(range(len(batches)), model, world):
+        first = batches[k]
+        rows = min(SHAPE, count - first)
+        tokens, targets = (t.to(compute.device) for t in windows.rows(first, SHAPE))
+        h = hidden_states(model, tokens, compute)[-1][:rows].flatten(0, 1)
+        if mine:
+            read.append((k, h.clone(), targets[:rows].flatten()))
     for _ in range(NEWTON_STEPS):
         sums = torch.zeros(len(batches), 3, dtype=torch.float64, device=compute.device)
-        for k, mine in share_of(range(len(batches)), model, world):
-            first = batches[k]
-            rows = min(SHAPE, count - first)
-            tokens, targets = (t.to(compute.device) for t in windows.rows(first, SHAPE))
-            h, y = hidden_states(model, tokens, compute)[-1][:rows].flatten(0, 1), targets[:rows].flatten()
-            if mine:
-                sums[k] = readout.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
+        for k, h, y in read:
+            sums[k] = readout.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
         world.sum_([sums])
         total = list(accumulate(sums))[-1]  # in the order of batches, whichever rank read them
         loss, slope, curvature = (total / (count * windows.block_size)).tolist()

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-_FINEWEB: dict[str, Any] = {  # build-nanogpt's recipe: one pass over 10B tokens
+_V1: dict[str, Any] = {  # what shakespeare-tiny was when the findings were made; larger presets build on it
+    "block_size": 128,
+    "batch_size": 16,
+    "total_batch_tokens": 2048,
+    "steps": 700,
+    "learning_rate": 1e-3,
+    "warmup_steps": 50,
+    "log_every": 10,
+    "eval_every": 100,
+    "checkpoint_every": 100,
+    "sample_every": 350,
+    "dose_every": 50,
+}
+
+_TINY: dict[str, Any] = {"min_lr": 0.0}  # the rest are defaults: docs/options.md says how they were tuned
+
+_FINEWEB: dict[str, Any] = _V1 | {  # build-nanogpt's recipe: one pass over 10B tokens
     "data": "fineweb-edu",
     "tokenizer": "gpt2",
     "block_size": 1024,
@@ -21,8 +37,10 @@ _FINEWEB: dict[str, Any] = {  # build-nanogpt's recipe: one pass over 10B tokens
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "shakespeare-tiny": {},
-    "shakespeare-gpt2": {
+    "shakespeare-tiny": _TINY,
+    "shakespeare-tiny-v1": _V1,
+    "shakespeare-gpt2": _V1
+    | {
         "tokenizer": "gpt2",
         "block_size": 256,
         "batch_size": 4,

@@ -1,4 +1,4 @@
-"""Twenty losses of the tiny preset with the block loss, kept: a change of any number in training shows here.
+"""Twenty losses of shakespeare-tiny-v1 with the block loss, kept: a change of any number in training shows here.
 
 python tests/training/test_golden.py    writes tests/golden/shakespeare_tiny.json anew, after a change that is meant
 """
@@ -19,6 +19,7 @@ from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig
 from gptlab.training.block_loss import Batch
 from gptlab.training.optimizer import build_optimizer
+from gptlab.training.presets import PRESETS
 from gptlab.training.state import TrainingState
 from gptlab.training.step import update
 
@@ -42,7 +43,7 @@ def text() -> torch.Tensor:
 
 def losses() -> dict[str, Any]:
     """The preset's own config but for its length; the text's windows in their order."""
-    config = TrainingConfig(signal=SignalConfig("confidence"))
+    config = TrainingConfig(**PRESETS["shakespeare-tiny-v1"], signal=SignalConfig("confidence"))
     shape = GPTConfig(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd)
     model = GPT(shape, config.seed)
     state = TrainingState(model, build_optimizer(model, config))
