@@ -26,7 +26,7 @@ from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.options import flatten
-from gptlab.runs import checkpoint, sharded
+from gptlab.runs import checkpoint
 from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import initial_model, jitter
@@ -276,7 +276,7 @@ class Session:
     def _restore(self, path: Path, shape: GPTConfig) -> None:
         """Take over the checkpoint that rank 0 chose; where blocks are sharded, each process reads its own rows."""
         if self.sharded:
-            sharded.load(path, shape, self.state, self.world)
+            checkpoint.load_sharded(path, shape, self.state, self.world)
             return
         found = checkpoint.load(path)
         check_stored(shape, found.weights, found.folder / checkpoint.WEIGHTS)
@@ -332,7 +332,7 @@ class Session:
         checkpoints = self.folder.checkpoints if self.folder else None
         rest = self._state_json(self.folder, record) if self.folder else {}
         if self.sharded:
-            sharded.save(checkpoints, self.state, rest, self.world)
+            checkpoint.save_sharded(checkpoints, self.state, rest, self.world)
         elif checkpoints:
             checkpoint.save(checkpoints, *self.state.tensors(), rest)
         self._saved = record.step

@@ -21,7 +21,7 @@ from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import CheckpointError
 from gptlab.model import GPT, GPTConfig
-from gptlab.runs import checkpoint, sharded
+from gptlab.runs import checkpoint
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.sharding import full_tensor, shard_blocks, shard_like
@@ -48,7 +48,7 @@ def main(world: World, source: str, out: Path, full: bool) -> None:
     state = moved_on(model, 5)
     if source != "-":
         state = moved_on(model, 6)
-        sharded.load(Path(source), SHAPE, state, world)
+        checkpoint.load_sharded(Path(source), SHAPE, state, world)
         saved = checkpoint.load(Path(source))
         for mine, theirs in zip(state.tensors(), (saved.weights, saved.moments), strict=True):
             assert mine.keys() == theirs.keys()
@@ -61,7 +61,7 @@ def main(world: World, source: str, out: Path, full: bool) -> None:
     rest = {**REST, "scalars": state.scalars()}
     told = f"could not save {out.resolve()}/step_00000005"
     with pytest.raises(CheckpointError, match=told) if full else nullcontext():
-        sharded.save(out if world.main else None, state, rest if world.main else {}, world)
+        checkpoint.save_sharded(out if world.main else None, state, rest if world.main else {}, world)
 
 
 if __name__ == "__main__":
