@@ -150,7 +150,7 @@ class PatchedPackage:
         return cls(json.loads(archive))
 
     def unpack(self) -> Path:
-        """A fresh folder that holds the package and that nobody else can write: what goes on sys.path."""
+        """A fresh folder that holds the package and that nobody else can write: to be put on sys.path."""
         folder = Path(tempfile.mkdtemp(prefix="gptlab_code_"))
         _write(folder, self.files)
         return folder

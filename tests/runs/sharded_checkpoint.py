@@ -2,7 +2,7 @@
 
 `python sharded_checkpoint.py FROM TO [FROM TO ...] [full]`; FROM is a checkpoint's folder, or - for a state after one
 update. The state is restored over one that has moved on, compared with what was saved, bit for bit, and saved into the
-folder TO. full: the last rank finds no room to write, and every rank is told so.
+folder TO. full: the last rank finds no room to write, and every rank says so.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def main(world: World, source: str, out: Path, full: bool) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     rest = {**REST, "scalars": state.scalars()}
-    told = f"could not save {out.resolve()}/step_00000005"
-    with pytest.raises(CheckpointError, match=told) if full else nullcontext():
+    refusal = f"could not save {out.resolve()}/step_00000005"
+    with pytest.raises(CheckpointError, match=refusal) if full else nullcontext():
         checkpoint.save_sharded(out if world.main else None, state, rest if world.main else {}, world)
 
 
