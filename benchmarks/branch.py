@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from gptlab.analysis.branch import branch_test
-from gptlab.analysis.statistics import binomial_interval
 from gptlab.cli.data import open_or_prepare
 from gptlab.cli.main import main as gptlab
 from gptlab.data.corpus import Corpus
@@ -132,7 +132,7 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
             "right": right,
             "of": len(said),
             "rate": right / len(said),
-            "interval": binomial_interval(right, len(said)),
+            "interval": binomtest(right, len(said)).proportion_ci(),
             "verdicts": {verdict: said.count(verdict) for verdict in sorted(set(said))},
         }
     return arms

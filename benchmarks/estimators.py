@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from gptlab.analysis.noise import estimators
-from gptlab.analysis.statistics import Interval, binomial_interval
+from gptlab.analysis.statistics import Interval
 from gptlab.training.gradient_noise import InnerProducts
 
 RESULTS = Path(__file__).parent / "results" / "estimators.json"
@@ -105,7 +106,7 @@ def missed(scenario: Scenario, trials: int, generator: np.random.Generator) -> d
                 "truth": truth[name],
                 "given": given[name],
                 "missed": misses[name],
-                "miss_rate_interval": binomial_interval(misses[name], trials),
+                "miss_rate_interval": binomtest(misses[name], trials).proportion_ci(),
             }
             for name in truth
         },

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from gptlab.analysis import compare
 from gptlab.analysis.power import seeds_for_difference
-from gptlab.analysis.statistics import binomial_interval, look_level
+from gptlab.analysis.statistics import look_level
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "rigor.json"
@@ -171,7 +172,7 @@ def _described(scenario: Scenario) -> dict[str, Any]:
 
 def rate(hits: int, trials: int) -> dict[str, Any]:
     """A rate with its exact 95% binomial interval."""
-    return {"hits": hits, "of": trials, "rate": hits / trials, "interval": binomial_interval(hits, trials)}
+    return {"hits": hits, "of": trials, "rate": hits / trials, "interval": binomtest(hits, trials).proportion_ci()}
 
 
 def simulated(experiments: int) -> dict[str, Any]:

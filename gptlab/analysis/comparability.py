@@ -22,14 +22,10 @@ from gptlab.training.config import FREE_ON_RESUME, TrainingConfig, run_flops
 
 FREE = FREE_ON_RESUME | {"seed", "preset"}
 """Options that make no other experiment of a run."""
-
 COMMON = frozenset({"data", "tokenizer", "block_size", "eval_tokens", "n_layer", "n_head", "n_embd", "share_blocks"})
 """Options of data and model: runs that are compared by themselves, without an experiment file, share them."""
-
 TUNED = frozenset({"learning_rate", "min_lr", "signal.dose", "signal.weight", "also"})
 """What [tune] may set for each arm."""
-
-
 LONGEST_NAME = 1000
 """Characters of an arm's name that is made from its options."""
 
@@ -55,7 +51,6 @@ def undeclared(run: Run, reference: Run, declared: frozenset[str], sibling: Run)
 def _facts(run: Run) -> dict[tuple[str, str], Any]:
     """{(what it is, key): value} of everything that must be declared to differ."""
     data, environment = run.config.get("data", {}), run.environment
-    machine = environment.get("machine", {})
     facts: dict[tuple[str, str], Any] = {("option", key): value for key, value in own_options(run).items()}
     facts |= {("data shards", key): data.get(key) for key in ("train", "val")}
     facts["data", "tokenizer"] = data.get("tokenizer")
@@ -69,13 +64,11 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
     sessions = [_versions(before) for before in environment.get("earlier", [])]
     facts["software", "earlier"] = [before for before in sessions if before != now]
     facts["machine", "device"] = str(environment.get("device", "")).partition(":")[0]
-    facts["machine", "processor"] = machine.get("processor")
-    facts["machine", "gpus"] = sorted(set(machine.get("gpus", [])))
-    return facts
+    return facts | {("machine", key): now[key] for key in ("processor", "gpus")}
 
 
 def _versions(before: Mapping[str, Any]) -> dict[str, Any]:
-    """What made a session before the last one."""
+    """What made a session."""
     machine = before.get("machine", {})
     facts = {key: before.get(key) for key in ("gptlab", "python", "torch", "compile", "platform", "dtype")}
     return {**facts, "processor": machine.get("processor"), "gpus": sorted(set(machine.get("gpus", [])))}
@@ -136,20 +129,17 @@ def cost_matched(
     Each is None where there is nothing to compare; else its difference, 95% interval and n, for equal cost also
     `against`, the arm that cost as much, and `ratio`, its cost over this arm's.
     """
-    found: dict[str, dict[str, Any] | None] = {
-        "tempered": _paired(_tempered(runs.get(arm, ())), _tempered(runs.get(baseline, ())), looks)
-    }
-    costs: tuple[tuple[str, Callable[[Run], float | None]], ...] = (("equal_flops", _flops), ("equal_time", _seconds))
-    for name, cost in costs:
+    tempered = {name: {run.seed: run.tempered for run in runs.get(name, ())} for name in (arm, baseline)}
+    found: dict[str, dict[str, Any] | None] = {"tempered": _paired(tempered[arm], tempered[baseline], looks)}
+    for name, cost in (("equal_flops", _flops), ("equal_time", lambda run: run.seconds)):
         found[name] = None
-        own = _mean_cost(runs.get(arm, ()), cost)
-        ratios = {
-            other: theirs / own for other in (baseline, *longer) if own and (theirs := _mean_cost(runs[other], cost))
-        }
+        costs = {other: _mean_cost(runs.get(other, ()), cost) for other in (arm, baseline, *longer)}
+        ratios = {other: costs[other] / costs[arm] for other in (baseline, *longer) if costs[arm] and costs[other]}
         nearest = min(ratios, key=lambda other: abs(ratios[other] - 1), default=None)
         if nearest is None or abs(ratios[nearest] - 1) > COST_TOLERANCE[name]:
             continue
-        if paired := _paired(_last(runs[arm]), _last(runs[nearest]), looks):
+        last = {of: {run.seed: run.losses[max(run.losses)] for run in runs[of] if run.losses} for of in (arm, nearest)}
+        if paired := _paired(last[arm], last[nearest], looks):
             found[name] = {**paired, "against": nearest, "ratio": ratios[nearest]}
     return found
 
@@ -157,39 +147,21 @@ def cost_matched(
 def _paired(
     own: Mapping[int, float | None], other: Mapping[int, float | None], looks: Sequence[int] | None
 ) -> dict[str, Any] | None:
-    pairing = pair({"own": own, "other": other}, "own", "other", looks)
-    if not pairing.n:
-        return None
-    test = pairing.test
-    return {
-        "difference": sum(pairing.differences) / pairing.n,
-        "interval": list(test.interval()) if test else [None, None],
-        "n": pairing.n,
-    }
+    """The effect over the seeds at which both have a figure; None where there are none."""
+    known = {name: {k: x for k, x in of.items() if x is not None} for name, of in (("own", own), ("other", other))}
+    pairing = pair(known, "own", "other", looks)
+    return pairing.effect if pairing.n else None
 
 
-def _tempered(runs: Sequence[Run]) -> dict[int, float | None]:
-    return {run.seed: run.tempered for run in runs if run.tempered is not None}
-
-
-def _last(runs: Sequence[Run]) -> dict[int, float | None]:
-    return {run.seed: run.losses[max(run.losses)] for run in runs if run.losses}
-
-
-def _mean_cost(runs: Sequence[Run], cost: Callable[[Run], float | None]) -> float | None:
+def _mean_cost(runs: Sequence[Run], cost: Callable[[Run], float]) -> float:
+    """Of runs, 0 where that of any is not known."""
     costs = [cost(run) for run in runs]
-    return sum(c for c in costs if c) / len(costs) if costs and all(costs) else None
+    return sum(costs) / len(costs) if costs and all(costs) else 0.0
 
 
-def _seconds(run: Run) -> float | None:
-    return run.seconds or None
-
-
-def _flops(run: Run) -> float | None:
-    """Of its updates; None for a run of patched code, which may do anything and know other options."""
-    if run.config.get("patch"):
-        return None
+def _flops(run: Run) -> float:
+    """Of its updates; 0 for a run of patched code, which may do anything and know other options."""
     try:
-        return run_flops(build(TrainingConfig, dict(run.options)))
+        return 0.0 if run.config.get("patch") else run_flops(build(TrainingConfig, dict(run.options)))
     except ConfigError:
-        return None
+        return 0.0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptlab.analysis.statistics import PairedT, check_looks, correlation, last_look, look_level, paired_t
+from gptlab.analysis.statistics import PairedT, check_looks, last_look, look_level, paired_t
 from gptlab.errors import ConfigError, did_you_mean, shown
 
 Seed = Hashable
@@ -40,19 +40,11 @@ class Design:
 
 
 def declare(
-    losses: Losses,
-    *,
-    baseline: str | None,
-    delta: float | None,
-    looks: Sequence[int] | None,
-    seeds: Collection[Seed] | None,
-    planned: int | None,
-    placebos: Mapping[str, str] | None,
-    controls: Collection[str],
-    signals: Collection[str] | None,
-    doses: Mapping[str, float | None] | None,
+    losses: Losses, baseline: str | None, delta: float | None, looks: Sequence[int] | None,
+    seeds: Collection[Seed] | None, planned: int | None, placebos: Mapping[str, str] | None, controls: Collection[str],
+    signals: Collection[str] | None, doses: Mapping[str, float | None] | None,
     groups: Mapping[str, Sequence[str]] | None,
-) -> Design:
+) -> Design:  # fmt: skip
     """Check `compare`'s arguments against the arms that there are; raises ConfigError for what does not fit."""
     if not isinstance(losses, Mapping) or not all(isinstance(of_arm, Mapping) for of_arm in losses.values()):
         raise ConfigError("losses: expected {arm: {seed: loss}}, found something else")
@@ -65,15 +57,15 @@ def declare(
         "doses": doses,
         "groups": [arm for members in groups.values() for arm in members],
     }
-    for what, names in named.items():
-        _known(what, names, losses)
+    for what, name in ((what, name) for what, names in named.items() for name in names):
+        if name not in losses:
+            raise ConfigError(f"{what}: no arm {name!r}{did_you_mean(name, losses)}; there are {', '.join(losses)}")
     if looks:
         check_looks(looks)
     if delta is not None and not (isinstance(delta, int | float) and 0 <= delta < math.inf):
         raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
     baselines = _baselines(list(losses), baseline, groups)
-    all_controls = frozenset(controls) | frozenset(placebos.values())
-    carriers = frozenset([*doses, *placebos] if signals is None else signals)
+    all_controls = frozenset([*controls, *placebos.values()])
     return Design(
         baselines=baselines,
         groups={arm: group for group, members in groups.items() for arm in members if arm in baselines},
@@ -83,15 +75,9 @@ def declare(
         planned=planned,
         placebos=placebos,
         controls=all_controls & frozenset(baselines),
-        signals=carriers - all_controls,
+        signals=frozenset([*doses, *placebos] if signals is None else signals) - all_controls,
         doses=doses,
     )
-
-
-def _known(what: str, names: Iterable[str], losses: Losses) -> None:
-    for name in names:
-        if name not in losses:
-            raise ConfigError(f"{what}: no arm {name!r}{did_you_mean(name, losses)}; there are {', '.join(losses)}")
 
 
 def _baselines(arms: list[str], baseline: str | None, groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -148,8 +134,10 @@ class Pairing:
         return paired_t(self.differences) if self.n > 1 else None
 
     @property
-    def correlation(self) -> float | None:
-        return correlation(self.own, self.other)
+    def effect(self) -> dict[str, Any]:
+        """JSON-ready: the mean difference, its 95% interval and n, None where there are too few pairs."""
+        mean = sum(self.differences) / self.n if self.n else None
+        return {"difference": mean, "interval": list(self.test.interval()) if self.test else [None, None], "n": self.n}
 
 
 def pair(

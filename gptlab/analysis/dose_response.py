@@ -37,10 +37,9 @@ def _log(x: float) -> float:
 def tokens_to_reach(
     tokens: Sequence[float], values: Sequence[float], level: float, *, rising: bool = False
 ) -> float | None:
-    """Tokens at which a validated figure first reaches `level`, linear between rows; None where it never does.
+    """Tokens at which a validated figure first falls (or rises) to `level`, linear between rows; None where never.
 
-    tokens: rising, (n,); values: (n,), which fall to the level, or rise to it. At the first row, which nothing is known
-    before, its own tokens: they are an upper bound.
+    At the first row, before which nothing is known, its own tokens: they are an upper bound.
 
     >>> tokens_to_reach([10, 20, 30], [3.0, 2.0, 1.5], 1.75)
     25.0
@@ -57,11 +56,10 @@ def tokens_to_reach(
 
 @dataclass(frozen=True)
 class Multiplier:
-    """Tokens with an error over tokens without, paired by seed.
+    """Tokens with an error over tokens without, paired by seed: the geometric mean over n seeds, its 95% interval.
 
-    ratio: the geometric mean over n seeds; where some are censored (did not arrive within their run) it takes them as
-    arriving at its end, so that it is a lower bound, and there is no interval. interval: 95%, paired t of logarithms.
-    logs: of the seeds that arrived. bounds: of all seeds, censored ones as if arriving at their end. None: no pair.
+    Censored seeds (which did not arrive within their run) count as arriving at its end: the ratio is then a lower bound
+    without an interval. logs: of the seeds that arrived; bounds: of all seeds. None: no pair.
     """
 
     n: int
@@ -89,18 +87,15 @@ def multiplier(
     logs = {seed: math.log(own / base) for seed, base in paired.items() if (own := reached[seed]) is not None}
     censored = len(paired) - len(logs)
     bounds = {seed: logs.get(seed, math.log(ends[seed] / base)) for seed, base in paired.items()}
-    interval = None
-    if not censored and len(logs) > 1:
-        low, high = paired_t(list(logs.values())).interval()
-        interval = math.exp(low), math.exp(high)
+    interval = None if censored else _ratio_interval(list(logs.values()), [0.0] * len(logs))
     return Multiplier(len(paired), censored, math.exp(sum(bounds.values()) / len(bounds)), interval, logs, bounds)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The exponent a of a theory, fitted to logarithms through multiplier 1 at dose 0, one fit a seed.
+    """The exponent a of a theory, fitted to logarithms through multiplier 1 at dose 0, one fit a seed; 95% interval.
 
-    interval: 95% over seeds, None below two. worst: the largest factor between a dose's mean multiplier and the fit's.
+    worst: the largest factor between a dose's mean multiplier and the fit's.
     """
 
     exponent: float
@@ -128,13 +123,11 @@ def fit_exponent(found: Sequence[tuple[float, LogRatios]]) -> Fit | None:
 
 @dataclass(frozen=True)
 class Compounding:
-    """Noise at every block against noise at each block alone.
+    """Noise at every block against noise at each block alone: multipliers, geometric means over seeds.
 
-    everywhere, product, sum: multipliers, geometric means over seeds; the sum is of what each costs beyond 1. against:
-    95% intervals of everywhere over the product and over the sum. verdict: product, sum, both (they cannot
-    be distinguished), neither, or undecided: below two seeds, or where censored runs leave it open. Where single blocks
-    are censored, the product and the sum are lower bounds, and `neither` still holds of an everywhere below both; where
-    everywhere is, of one above both. bounds: what is only a lower bound, "singles", "everywhere", "all" or "".
+    sum: of what each costs beyond 1. against: 95% intervals of everywhere over the product and over the sum. bounds:
+    what is only a lower bound, since runs are censored: "singles" (so the product and the sum too), "everywhere", "all"
+    or "". verdict: product, sum, both (they cannot be distinguished), neither, or undecided.
     """
 
     n: int
@@ -160,9 +153,9 @@ def compounding(singles: Sequence[Multiplier], everywhere: Multiplier) -> Compou
     every = [everywhere.bounds[seed] for seed in seeds]
     products = [sum(single.bounds[seed] for single in singles) for seed in seeds]
     added = [math.log(sums[seed]) for seed in seeds]
-    against = {"product": _ratio(every, products), "sum": _ratio(every, added)}
-    censored = any(single.censored for single in singles), everywhere.censored > 0
-    bounds = {(False, False): "", (True, False): "singles", (False, True): "everywhere", (True, True): "all"}[censored]
+    against = {"product": _ratio_interval(every, products), "sum": _ratio_interval(every, added)}
+    of_singles = any(single.censored for single in singles)
+    bounds = ("all" if of_singles else "everywhere") if everywhere.censored else "singles" if of_singles else ""
     mean, product, total = (math.exp(sum(logs) / len(seeds)) for logs in (every, products, added))
     verdict = _compounds(against, bounds)
     return Compounding(len(seeds), mean, product, total, against["product"], against["sum"], verdict, bounds)
@@ -189,10 +182,10 @@ def growth(early: LogRatios, late: LogRatios) -> tuple[float, Interval | None] |
     if not seeds:
         return None
     a, b = [late[seed] for seed in seeds], [early[seed] for seed in seeds]
-    return math.exp((sum(a) - sum(b)) / len(seeds)), _ratio(a, b)
+    return math.exp((sum(a) - sum(b)) / len(seeds)), _ratio_interval(a, b)
 
 
-def _ratio(logs: Sequence[float], others: Sequence[float]) -> Interval | None:
+def _ratio_interval(logs: Sequence[float], others: Sequence[float]) -> Interval | None:
     """The 95% interval of a ratio of multipliers, paired by seed; None below two seeds."""
     if len(logs) < 2:
         return None

@@ -40,8 +40,7 @@ _FLIPS = ("control", "flip", "flip_to")
 class Corruption:
     """kind: what is wrong, in words; judges: where, of a signal's flips, lowest first; dose: the share or size.
 
-    figure: of validation rows, the one that shows what was learnt of the truth despite it. theory: a key of
-    dose_response.THEORIES.
+    figure: of validation rows, the one that shows what was learnt of the truth despite it. theory: a key of THEORIES.
     """
 
     kind: str
@@ -55,6 +54,11 @@ class Corruption:
         """The name of what differs from it in dose alone."""
         return f"{self.kind} at judge {','.join(map(str, self.judges))}" if self.judges else self.kind
 
+    @property
+    def figures(self) -> tuple[str, str]:
+        """The figure of a clean arm's rows, which has nothing to undo, and of the arm's with the error."""
+        return ("loss" if self.figure == "clean_loss" else self.figure), self.figure
+
 
 def corruptions(options: Mapping[str, Any]) -> tuple[Clean, list[Corruption]]:
     """The run without its errors, and its errors; `options` are all of a run's, under dotted keys."""
@@ -66,28 +70,24 @@ def corruptions(options: Mapping[str, Any]) -> tuple[Clean, list[Corruption]]:
     if options["gradient_noise"]:
         found.append(Corruption("gradient noise", (), options["gradient_noise"], "loss", "gaussian"))
     flips: dict[tuple[str, str, float], list[int]] = {}
-    lessons: list[Clean] = []
-    for signal in _signals(options):
+    clean: list[Clean] = []
+    first = {key.removeprefix("signal."): value for key, value in options.items() if key.startswith("signal.")}
+    for signal in (one for one in (first, *options["also"]) if one["name"] != "none"):
         judges = range(1, options["n_layer"]) if signal["layers"] == "all" else signal["layers"]
         if signal["control"] == "flipped" and signal["flip"]:
             if isinstance(judges, str):  # rotate: one place in turn is no place
                 judges = range(1, options["n_layer"])
             flips.setdefault((signal["flip_to"], signal["name"], signal["flip"]), []).extend(judges)
-        lessons += [_lesson(signal, judge, options["n_layer"]) for judge in judges]
+        clean += [_without_flips(signal, judge, options["n_layer"]) for judge in judges]
     for (to, name, dose), judges in flips.items():
         theory = "uniform" if to == "uniform" else "parity"
         found.append(Corruption(f"{to} flips in {name}", tuple(sorted(judges)), dose, "loss", theory))
     rest = {k: v for k, v in options.items() if k not in _ERRORS and k.partition(".")[0] not in ("signal", "also")}
-    return (tuple(sorted((k, repr(v)) for k, v in rest.items())), tuple(sorted(lessons))), found
+    return (tuple(sorted((k, repr(v)) for k, v in rest.items())), tuple(sorted(clean))), found
 
 
-def _signals(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    first = {key.removeprefix("signal."): value for key, value in options.items() if key.startswith("signal.")}
-    return [signal for signal in (first, *options["also"]) if signal["name"] != "none"]
-
-
-def _lesson(signal: Mapping[str, Any], judge: int | str, n_layer: int) -> Clean:
-    """What one judge says without its errors: several signals that share a job are as one that does it all."""
+def _without_flips(signal: Mapping[str, Any], judge: int | str, n_layer: int) -> Clean:
+    """A signal at one judge without its errors: several that share the judges are as one that has them all."""
     control = "none" if signal["control"] == "flipped" else signal["control"]
     weight = 1 / n_layer if signal["weight"] is None else signal["weight"]
     kept = {k: v for k, v in signal.items() if k not in (*_FLIPS, "layers", "weight")}
@@ -155,12 +155,8 @@ def dose_response(folder: str | Path, targets: Sequence[Target] = tuple(map(Targ
             f"{folder}: expected arms that differ in one known error from a clean arm, found none; "
             "experiments/dose_response.toml has some"
         )
-    return {
-        "experiment": outcomes.name,
-        "series": series,
-        "compounding": list(_compounding(arms, targets)),
-        "notes": [*outcomes.notes, *notes],
-    }
+    compounds = list(_compounding(arms, targets))
+    return {"experiment": outcomes.name, "series": series, "compounding": compounds, "notes": [*outcomes.notes, *notes]}
 
 
 def _arms(runs: Mapping[str, Sequence[Run]]) -> tuple[list[Arm], list[str]]:
@@ -190,18 +186,12 @@ def _sorted(arms: Sequence[Arm]) -> Iterator[tuple[str, Arm, list[Arm]]]:
             yield name, reference, sorted(members, key=lambda arm: arm.error.dose if arm.error else 0.0)
 
 
-def _figures(error: Corruption) -> tuple[str, str]:
-    """The figure of a clean arm's rows, which has nothing to undo, and of the arm's with the error."""
-    return ("loss", error.figure) if error.figure == "clean_loss" else (error.figure, error.figure)
-
-
 def _level(reference: Arm, figure: str, target: Target) -> float:
     """The level itself, or the clean arm's mean over seeds after a share of its tokens, linear between validations."""
     if target.level is not None:
         return target.level
-    share = target.share or 1.0
-    at = [np.interp(share * reference.ends[seed], *reference.curve(seed, figure)) for seed in reference.runs]
-    return float(np.mean(at))
+    tokens = {seed: (target.share or 1.0) * end for seed, end in reference.ends.items()}
+    return float(np.mean([np.interp(tokens[seed], *reference.curve(seed, figure)) for seed in reference.runs]))
 
 
 def _series(name: str, reference: Arm, members: Sequence[Arm], targets: Sequence[Target]) -> dict[str, Any]:
@@ -226,7 +216,8 @@ def _series(name: str, reference: Arm, members: Sequence[Arm], targets: Sequence
             "level": level,
             "reference_tokens": float(np.mean(arrived)) if arrived else None,
             "doses": [
-                {"arm": arm.name, "dose": dose, **_row(m), "fitted": expected}
+                {"arm": arm.name, "dose": dose, "n": m.n, "censored": m.censored, "multiplier": m.ratio,
+                 "interval": m.interval, "fitted": expected}
                 for arm, dose, m, expected in zip(members, doses, found, fitted, strict=True)
             ],
             "fit": asdict(fit) if fit else None,
@@ -247,14 +238,10 @@ def _at(
     reference: Arm, members: Sequence[Arm], error: Corruption, target: Target
 ) -> tuple[float, dict[int, float | None], list[Multiplier]]:
     """The level of a target, the clean arm's tokens to it, and each arm's multiplier."""
-    plain, own = _figures(error)
+    plain, own = error.figures
     level = _level(reference, plain, target)
     base = reference.reached(plain, level)
     return level, base, [multiplier(arm.reached(own, level), base, arm.ends) for arm in members]
-
-
-def _row(m: Multiplier) -> dict[str, Any]:
-    return {"n": m.n, "censored": m.censored, "multiplier": m.ratio, "interval": m.interval}
 
 
 def _compounding(arms: Sequence[Arm], targets: Sequence[Target]) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,8 @@ from gptlab.files import LOCK, is_locked
 FIGURES = ("run", "state", "step", "steps", "loss", "bits_per_byte", "dose", "clipped_share", "finished_at")
 NO_DIFFERENCE = frozenset({"out", "resume"})
 """Options that name a run and do not make it."""
+STATES = {"finished": "finished", "Stopped": "stopped", "DivergedError": "diverged", None: "unfinished"}
+"""By a run's last event; failed with another error of ours, unfinished (killed) without any."""
 _CONDITION = re.compile(r"([\w.]+)(<=|>=|!=|=|<|>)(.*)")
 
 
@@ -58,43 +60,26 @@ def listed(root: Path, path: Path, until: float = math.inf) -> Listed:
 
 def figures_of(run: Run, name: str) -> dict[str, Any]:
     """The FIGURES of a run that was read."""
-    last = max(run.losses, default=None)
+    last, rows = max(run.losses, default=None), run.path / "metrics.jsonl"
+    written = datetime.fromtimestamp(rows.stat().st_mtime, UTC) if rows.exists() else None
     return {
         "run": name,
-        "state": _state(run),
+        "state": "running" if is_locked(run.path / LOCK) else STATES.get(run.ended.get("event"), "failed"),
         "step": run.last_step,
         "steps": run.options["steps"],
         "loss": run.losses[last] if last is not None else None,
         "bits_per_byte": run.ended.get("bits_per_byte", run.bits_per_byte),
         "dose": run.dose if run.has_signal else None,
         "clipped_share": run.ended.get("clipped_share"),
-        "finished_at": _time(run.path / "metrics.jsonl"),
+        "finished_at": f"{written:%Y-%m-%d %H:%M:%S}" if written else None,
     }
-
-
-def _state(run: Run) -> str:
-    """finished, running, stopped, diverged, failed (with another error of ours) or unfinished (killed)."""
-    if is_locked(run.path / LOCK):
-        return "running"
-    event = run.ended.get("event")
-    named = {"finished": "finished", "Stopped": "stopped", "DivergedError": "diverged", None: "unfinished"}
-    return named.get(event, "failed")
-
-
-def _time(path: Path) -> str | None:
-    """When a file was last written, UTC."""
-    if not path.exists():
-        return None
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def differing(runs: Sequence[Listed]) -> list[str]:
     """The options in which these runs are not all alike, in the config's order."""
     read = [run for run in runs if run.options]
-    keys = dict.fromkeys(key for run in read for key in run.options)
-    return [
-        key for key in keys if key not in NO_DIFFERENCE and len({repr(run.options.get(key)) for run in read}) > 1
-    ]  # fmt: skip
+    keys = [key for key in dict.fromkeys(key for run in read for key in run.options) if key not in NO_DIFFERENCE]
+    return [key for key in keys if len({repr(run.options.get(key)) for run in read}) > 1]
 
 
 def where(runs: Sequence[Listed], conditions: Sequence[str]) -> list[Listed]:
@@ -107,8 +92,8 @@ def ordered(runs: Sequence[Listed], key: str, *, reverse: bool = False) -> list[
     """Sorted by a figure or an option; runs without it come last either way. Raises UsageError."""
     _check(key, runs)
     having = [run for run in runs if run.value(key) is not None]
-    rank = (lambda run: float(run.value(key))) if all(_is_number(run.value(key)) for run in having) else None
-    having.sort(key=rank or (lambda run: str(run.value(key))), reverse=reverse)
+    kind = float if all(isinstance(run.value(key), int | float) for run in having) else str
+    having.sort(key=lambda run: kind(run.value(key)), reverse=reverse)
     return having + [run for run in runs if run.value(key) is None]
 
 
@@ -136,7 +121,3 @@ def _meets(found: Any, sign: str, wanted: str) -> bool:
         text = "none" if found is None else str(found).lower() if isinstance(found, bool) else str(found)
         return (text == wanted) == (sign == "=")
     return {"=": a == b, "!=": a != b, "<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[sign]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)

@@ -68,27 +68,22 @@ class Outcomes:
         """`compare`'s result with each arm's passport and changes; `given` arguments override the declared ones."""
         _refuse_equal_losses(self.losses)
         arguments = {**self.arguments, **{key: value for key, value in given.items() if value is not None}}
-        result = compare(self.losses, **arguments)
+        result = {"experiment": self.name, "step": self.step, **compare(self.losses, **arguments)}
         for arm, found in result["arms"].items():
             found["changes"] = dict(self.changes.get(arm, {}))
-            figures = ("noise_floor", "seed_correlation", "smallest_difference")
             longer = [name for name, of in self.longer.items() if of == found["baseline"]]
             if all(max(run.losses) == self.step for run in self.runs.get(arm, ())):
                 found |= cost_matched(arm, found["baseline"], longer, self.runs, result["looks"])
+            figures = ("noise_floor", "seed_correlation", "smallest_difference")
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
-        head = {"experiment": self.name, "step": self.step}
-        tail = {"tuning": self.tuning.as_json(), "undeclared": list(self.undeclared), "notes": list(self.notes)}
-        return {**head, **result, **tail}
+        tuning = self.tuning.as_json()
+        return {**result, "tuning": tuning, "undeclared": list(self.undeclared), "notes": list(self.notes)}
 
 
 def read(
-    sources: Sequence[str | Path],
-    *,
-    step: int | None = None,
-    baseline: str | None = None,
-    seeds: Sequence[int] | None = None,
-    until: float = math.inf,
-) -> Outcomes:
+    sources: Sequence[str | Path], *, step: int | None = None, baseline: str | None = None,
+    seeds: Sequence[int] | None = None, until: float = math.inf,
+) -> Outcomes:  # fmt: skip
     """The outcomes in one experiment folder, one log (.csv, .jsonl), or any number of run folders.
 
     step: of the losses; by default the last one at which every finished run was validated. baseline: an arm's name,
@@ -122,32 +117,24 @@ def _only(sources: Sequence[str | Path]) -> Path:
 
 def _of_log(path: Path, step: int | None, baseline: str | None, seeds: Sequence[int] | None) -> Outcomes:
     logged = read_log(path)
-    notes = [] if seeds is None else [
-        f"{arm}: seed {seed} was not declared" for arm, found in logged.items() for seed in found if seed not in seeds
-    ]  # fmt: skip
-    if seeds is not None:
-        logged = {arm: {seed: found[seed] for seed in found if seed in seeds} for arm, found in logged.items()}
-    runs = {f"{arm}, seed {seed}": steps for arm, found in logged.items() for seed, steps in found.items()}
-    whole = {name: steps for name, steps in runs.items() if all(map(math.isfinite, steps.values()))}
-    step = _common_step(whole, step)
-    losses = {
-        arm: {seed: steps[step] if f"{arm}, seed {seed}" in whole else None for seed, steps in found.items()}
-        for arm, found in logged.items()
-    }
-    notes += [f"{name} has no finite loss" for name in runs if name not in whole]
-    curves = {
-        arm: {seed: found[seed] for seed in sorted(found) if f"{arm}, seed {seed}" in whole}
-        for arm, found in logged.items()
-    }
+    every = [(arm, seed) for arm, found in logged.items() for seed in found]
+    notes = [f"{arm}: seed {seed} was not declared" for arm, seed in every if seeds is not None and seed not in seeds]
+    every = [(arm, seed) for arm, seed in every if seeds is None or seed in seeds]
+    whole = [(arm, seed) for arm, seed in every if all(map(math.isfinite, logged[arm][seed].values()))]
+    step = _common_step({f"{arm}, seed {seed}": logged[arm][seed] for arm, seed in whole}, step)
+    losses: dict[str, dict[int, float | None]] = {arm: {} for arm in logged}
+    curves: dict[str, dict[int, Mapping[int, float]]] = {arm: {} for arm in logged}
+    for arm, seed in every:
+        losses[arm][seed] = logged[arm][seed][step] if (arm, seed) in whole else None
+    for arm, seed in sorted(whole, key=lambda run: run[1]):
+        curves[arm][seed] = logged[arm][seed]
+    notes += [f"{arm}, seed {seed} has no finite loss" for arm, seed in every if (arm, seed) not in whole]
     arguments = {"baseline": baseline, "seeds": _all_seeds(losses.values()) if seeds is None else seeds}
     return Outcomes(path.stem, step, losses, arguments, notes=tuple(notes), curves=curves)
 
 
 def _refuse_equal_losses(losses: Mapping[str, Mapping[int, float | None]]) -> None:
-    """Raise ConfigError for an arm of four seeds or more whose losses are all equal: that is one run counted as many.
-
-    Of fewer seeds a log's rounding may be the cause; they get no verdict (verdict.decide).
-    """
+    """Raise ConfigError for an arm of four seeds or more (fewer get no verdict) whose losses are all equal: one run."""
     for arm, found in losses.items():
         if len(found) > 3 and len(set(found.values())) == 1 and None not in found.values():
             raise ConfigError(
@@ -156,7 +143,7 @@ def _refuse_equal_losses(losses: Mapping[str, Mapping[int, float | None]]) -> No
             )
 
 
-def _all_seeds(losses: Iterable[Mapping[int, Any]]) -> list[int]:
+def _all_seeds(losses: Iterable[Iterable[int]]) -> list[int]:
     return sorted({seed for found in losses for seed in found})
 
 
@@ -178,20 +165,19 @@ def _of_runs(runs: list[Run], step: int | None, baseline: str | None, seeds: Seq
     differ = frozenset(key for run in runs for key in own_options(run)) - COMMON | {"code"}
     declared = {arm: own_options(members[0]) for arm, members in arms.items()}
     arguments = {"baseline": "baseline", "seeds": seeds}
-    return _outcomes("runs", arms, declared, step, arguments, dict.fromkeys(arms, differ), notes=notes)
+    return _outcomes("runs", arms, declared, step, arguments, dict.fromkeys(arms, differ), Tuning(), notes)
 
 
 def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
     """An experiment's cells <arm>/seed_<n>/, or those of a packed one, with what its file declared."""
     packed = read_pack(folder) if is_pack(folder) else None
-    if packed:
-        experiment = experiment_from(packed.text, folder)
-        found = {arm: [read_run(c.run, until) for c in packed.cells if c.arm == arm] for arm in experiment.arms}
-    else:
-        experiment = read_experiment(folder / EXPERIMENT, copy=True)
-        found = {arm: [read_run(cell, until) for cell in _cells(folder / arm)] for arm in experiment.arms}
+    experiment = experiment_from(packed.text, folder) if packed else read_experiment(folder / EXPERIMENT, copy=True)
+    found: dict[str, list[Run]] = {}
+    for arm in experiment.arms:
+        cells = sorted(path for path in (folder / arm).glob("seed_*") if (path / "config.json").is_file())
+        sources = [cell.run for cell in packed.cells if cell.arm == arm] if packed else cells
+        found[arm] = [read_run(source, until) for source in sources]
     arms = {arm: [run for run in runs if run.seed in experiment.seeds] for arm, runs in found.items()}
-    extra = [run for arm, runs in found.items() for run in runs if run not in arms[arm]]
     own = {arm: flat_options(table) for arm, table in experiment.table["arms"].items()}
     allowed = {
         arm: frozenset(options) | (TUNED if experiment.tune else set())
@@ -199,54 +185,39 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
         for arm, options in own.items()
     }  # fmt: skip
     arguments = {
-        "baseline": experiment.baseline,
-        "delta": experiment.delta,
-        "looks": experiment.looks,
-        "seeds": experiment.seeds,
-        "planned": None if experiment.looks else len(experiment.seeds),
+        "baseline": experiment.baseline, "delta": experiment.delta, "looks": experiment.looks,
+        "seeds": experiment.seeds, "planned": None if experiment.looks else len(experiment.seeds),
         "groups": experiment.table.get("groups"),
-    }
+    }  # fmt: skip
     common = flat_options(experiment.table.get("options", {}))
     declared = {arm: {**common, **own[arm]} for arm in arms}
+    extra = [run for runs in found.values() for run in runs if run.seed not in experiment.seeds]
     notes = [f"{run.path}: seed {run.seed} was not declared" for run in extra]
     kept = packed.tuning if packed else read_kept(folder) if experiment.tune else None
     tuning = Tuning(experiment.tune is not None, kept or {})
     name = experiment.table.get("name", folder.name)
-    return _outcomes(name, arms, declared, step, arguments, allowed, tuning=tuning, notes=notes)
-
-
-def _cells(arm: Path) -> list[Path]:
-    return sorted(path for path in arm.glob("seed_*") if (path / "config.json").is_file())
+    return _outcomes(name, arms, declared, step, arguments, allowed, tuning, notes)
 
 
 def _outcomes(
-    name: str,
-    arms: Mapping[str, list[Run]],
-    declared: Mapping[str, Mapping[str, Any]],
-    step: int | None,
-    arguments: dict[str, Any],
-    allowed: Mapping[str, frozenset[str]],
-    *,
-    tuning: Tuning | None = None,
-    notes: Sequence[str] = (),
-) -> Outcomes:
+    name: str, arms: Mapping[str, list[Run]], declared: Mapping[str, Mapping[str, Any]], step: int | None,
+    arguments: dict[str, Any], allowed: Mapping[str, frozenset[str]], tuning: Tuning, notes: Sequence[str],
+) -> Outcomes:  # fmt: skip
     """declared: {arm: options that were set}; allowed: {arm: keys in which its runs may differ from its baseline's}."""
     for of_arm, members in arms.items():
         _refuse_copies(of_arm, members)
-    tuning = tuning or Tuning()
-    runs = [run for members in arms.values() for run in members]
     ended = {arm: [run for run in members if run.finished or run.diverged] for arm, members in arms.items()}
-    left = [run for run in runs if not (run.finished or run.diverged)]
-    whole = {arm: [run for run in members if run.finished] for arm, members in ended.items()}
-    whole = {arm: sorted(members, key=lambda run: run.seed) for arm, members in whole.items()}
-    of_all: str = arguments["baseline"]
-    baselines = dict.fromkeys(arms, of_all)
-    for members in (arguments.get("groups") or {}).values():
+    left = [run for members in arms.values() for run in members if not (run.finished or run.diverged)]
+    by_seed = {arm: sorted(members, key=lambda run: run.seed) for arm, members in ended.items()}
+    whole = {arm: [run for run in members if run.finished] for arm, members in by_seed.items()}
+    groups: Mapping[str, list[str]] = arguments.get("groups") or {}
+    baselines: dict[str, str] = dict.fromkeys(arms, str(arguments["baseline"]))
+    for members in groups.values():
         baselines |= dict.fromkeys(members, members[0])
     longer = longer_runs_of(whole, baselines)
     judged = {arm: members for arm, members in ended.items() if arm not in longer}
     if arguments["seeds"] is None:
-        arguments["seeds"] = _all_seeds({run.seed: run for run in arms[arm]} for arm in judged)
+        arguments["seeds"] = _all_seeds([run.seed for run in arms[arm]] for arm in judged)
     step = _common_step({str(run.path): run.losses for of in judged.values() for run in of if run.finished}, step)
     losses = {
         arm: {run.seed: run.losses[step] if run.finished else None for run in members}
@@ -258,17 +229,21 @@ def _outcomes(
         may_differ = allowed[arm] | allowed[baselines[arm]] if arm != baselines[arm] else frozenset()
         for run in members:
             differences += undeclared(run, references[0], may_differ, members[0])
-    controls = {arm: control for arm in arms if (control := _control(declared[arm])) != "none"}
-    signals = [arm for arm in arms if arm not in controls and _differs_by_signal(declared, arm, baselines[arm])]
+    has_signal = [arm for arm in arms if declared[arm].get("signal.name", "none") != "none"]
+    controls = [arm for arm in has_signal if declared[arm].get("signal.control", "none") != "none"]
+    signals = [
+        arm for arm in has_signal
+        if arm not in controls and arm != (of := baselines[arm]) and _signal(declared[arm]) != _signal(declared[of])
+    ]  # fmt: skip
     return Outcomes(
         name=name,
         step=step,
         losses=losses,
         arguments={
             **arguments,
-            "groups": _without(longer, arguments.get("groups")),
+            "groups": {g: [arm for arm in members if arm not in longer] for g, members in groups.items()} or None,
             "placebos": {arm: placebo for arm in signals if (placebo := _placebo_of(arm, declared, controls))},
-            "controls": list(controls),
+            "controls": controls,
             "signals": signals,
             "doses": {arm: mean_dose(ended[arm]) for arm in [*signals, *controls]},
         },
@@ -296,12 +271,6 @@ def _refuse_copies(arm: str, members: Sequence[Run]) -> None:
         seen[mark] = run.path
 
 
-def _without(arms: Mapping[str, str], groups: Mapping[str, list[str]] | None) -> dict[str, list[str]] | None:
-    if not groups:
-        return None
-    return {name: [arm for arm in members if arm not in arms] for name, members in groups.items()}
-
-
 def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -> int:
     """The step asked for, or the last at which all were validated; raises DataError where there is none."""
     if not losses:
@@ -317,20 +286,11 @@ def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -
     return max(shared) if asked is None else asked
 
 
-def _control(options: Mapping[str, Any]) -> str:
-    return options.get("signal.control", "none") if options.get("signal.name", "none") != "none" else "none"
-
-
 def _signal(options: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key.partition(".")[0] in ("signal", "also")}
 
 
-def _differs_by_signal(declared: Mapping[str, Mapping[str, Any]], arm: str, baseline: str) -> bool:
-    has = declared[arm].get("signal.name", "none") != "none"
-    return has and arm != baseline and _signal(declared[arm]) != _signal(declared[baseline])
-
-
-def _placebo_of(arm: str, declared: Mapping[str, Mapping[str, Any]], controls: Mapping[str, str]) -> str | None:
+def _placebo_of(arm: str, declared: Mapping[str, Mapping[str, Any]], controls: Sequence[str]) -> str | None:
     """The arm that differs from `arm` only in `signal.control`, which is placebo."""
     wanted = {**declared[arm], "signal.control": "placebo"}
     return next((other for other in controls if declared[other] == wanted), None)

@@ -15,25 +15,16 @@ import numpy as np
 
 from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, critical_t, look_level
 
-POWER = 0.8
-MOST_SEEDS = 10_000
-"""Where a search for a number of seeds gives up."""
-
+POWER, MOST_SEEDS, _QUANTILES = 0.8, 10_000, 512
+"""What is aimed for; where a search for a number of seeds gives up; how finely a distribution is averaged over."""
 COMMON = (3, 5, 8, 10, 15, 20, 30)
 """Numbers of seeds whose smallest difference a plan shows."""
 
-_QUANTILES = 512
-
 
 def plan(
-    sigma: float,
-    difference: float,
-    *,
-    delta: float | None = None,
-    arms: int = 1,
-    power: float = POWER,
+    sigma: float, difference: float, *, delta: float | None = None, arms: int = 1, power: float = POWER,
     looks: Sequence[int] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """What `gptlab compare --plan` prints: seeds for a question, and what common numbers of seeds can show.
 
     It plans for the strictest level that Holm may ask of one of `arms`, with looks for the last one's. sigma,
@@ -41,40 +32,37 @@ def plan(
     """
     last = looks[-1] if looks else 0
     strict, equivalence = look_level(ALPHA / arms, looks, last), look_level(EQUIVALENCE, looks, last)
+    for_none = None if delta is None else seeds_for_equivalence(delta, sigma, 0.0, equivalence, power)
+    shown = [{"n": n, "smallest_difference": smallest_difference(sigma, n, strict, power)} for n in looks or COMMON]
     return {
-        "sigma": sigma,
-        "difference": difference,
-        "delta": delta,
-        "arms": arms,
-        "power": power,
+        "sigma": sigma, "difference": difference, "delta": delta, "arms": arms, "power": power,
         "looks": list(looks) if looks else None,
         "level": strict,
         "seeds_for_difference": seeds_for_difference(difference, sigma, strict, power),
-        "seeds_for_no_difference": None
-        if delta is None
-        else seeds_for_equivalence(delta, sigma, 0.0, equivalence, power),
-        "seeds": [
-            {"n": n, "smallest_difference": smallest_difference(sigma, n, strict, power)} for n in looks or COMMON
-        ],
-    }
+        "seeds_for_no_difference": for_none,
+        "seeds": shown,
+    }  # fmt: skip
 
 
 def power_of_difference(difference: float, sigma: float, n: int, level: float = 0.05) -> float:
     """The probability that n seeds show a true `difference` (nats): that the paired t test's p is below `level`."""
+    from scipy.special import ndtr
+
     if sigma == 0:
         return float(difference != 0)
-    scale, t = _spreads(n), critical_t(level, n - 1)
-    shift = abs(difference) * math.sqrt(n) / sigma
-    return float(np.mean(_normal(shift - t * scale) + _normal(-shift - t * scale)))
+    bound, shift = critical_t(level, n - 1) * _spreads(n), abs(difference) * math.sqrt(n) / sigma
+    return float(np.mean(ndtr(shift - bound) + ndtr(-shift - bound)))
 
 
 def power_of_equivalence(difference: float, sigma: float, n: int, delta: float, level: float = 0.10) -> float:
     """The probability that the interval of level 1 - `level` of n seeds lies within ±delta, at a true `difference`."""
+    from scipy.special import ndtr
+
     if sigma == 0:
         return float(abs(difference) <= delta)
-    scale, t = _spreads(n), critical_t(level, n - 1)
-    room, shift = delta * math.sqrt(n) / sigma - t * scale, difference * math.sqrt(n) / sigma
-    return float(np.mean(np.where(room > 0, _normal(room - shift) - _normal(-room - shift), 0.0)))
+    bound, shift = critical_t(level, n - 1) * _spreads(n), difference * math.sqrt(n) / sigma
+    room = delta * math.sqrt(n) / sigma - bound
+    return float(np.mean(np.where(room > 0, ndtr(room - shift) - ndtr(-room - shift), 0.0)))
 
 
 def seeds_for_difference(difference: float, sigma: float, level: float = 0.05, power: float = POWER) -> int | None:
@@ -85,11 +73,9 @@ def seeds_for_difference(difference: float, sigma: float, level: float = 0.05, p
 def seeds_for_equivalence(
     delta: float, sigma: float, difference: float = 0.0, level: float = 0.10, power: float = POWER
 ) -> int | None:
-    """The fewest seeds that show a true `difference` to lie within ±delta with probability `power`; None above
-    MOST_SEEDS, or where it does not lie there."""
-    if abs(difference) > delta:
-        return None
-    return _fewest(lambda n: power_of_equivalence(difference, sigma, n, delta, level) >= power)
+    """The fewest seeds that show a true `difference` to lie within ±delta; None above MOST_SEEDS, or outside it."""
+    within = abs(difference) <= delta
+    return _fewest(lambda n: power_of_equivalence(difference, sigma, n, delta, level) >= power) if within else None
 
 
 def smallest_difference(sigma: float, n: int, level: float = 0.05, power: float = POWER) -> float:
@@ -131,9 +117,3 @@ def _spreads(n: int) -> np.ndarray:
 
     middle = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     return np.sqrt(2 * gammaincinv((n - 1) / 2, middle) / (n - 1))
-
-
-def _normal(z: np.ndarray) -> np.ndarray:
-    from scipy.special import ndtr
-
-    return ndtr(z)

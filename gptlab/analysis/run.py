@@ -85,9 +85,7 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
     config = read_config(source)
     losses: dict[int, float] = {}
     doses: list[float] = []
-    ended: Mapping[str, Any] = {}
-    last: Mapping[str, Any] = {}
-    step, clock = 0, Clock()
+    ended, last, step, clock = {}, {}, 0, Clock()
     for row in read_rows(source, blocks=blocks_of(config), until=until):
         each(row)
         step = row["step"]
@@ -97,11 +95,11 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
             clock.tick(row)
             doses += [row["dose"]] if row.get("dose") is not None else []
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that was resumed
+    tempered, bits = last.get("tempered_loss"), last.get("bits_per_byte")
     environment = read_environment(source)
     return Run(
-        path_of(source), config, environment, losses, step, ended, tuple(doses), tempered=last.get("tempered_loss"),
-        bits_per_byte=last.get("bits_per_byte"), seconds=clock.seconds, source=source,
-    )  # fmt: skip
+        path_of(source), config, environment, losses, step, ended, tuple(doses), tempered, bits, clock.seconds, source
+    )
 
 
 def blocks_of(config: Mapping[str, Any]) -> int | None:
@@ -112,8 +110,11 @@ def blocks_of(config: Mapping[str, Any]) -> int | None:
 def passport(runs: list[Run], step: int) -> dict[str, Any]:
     """What an arm's figures rest on, from its runs at `step`; None for what the folders do not hold."""
     options = runs[0].options
-    tokens = step * options["total_batch_tokens"]
-    vocabulary = count_vocabulary(options)
+    tokens, trained, vocabulary = (
+        step * options["total_batch_tokens"],
+        _training_tokens(runs[0]),
+        count_vocabulary(options),
+    )
     parameters = count_parameters(options, vocabulary) if vocabulary else None
     trained = _training_tokens(runs[0])
     clipped = [c for run in runs if (c := run.ended.get("clipped_share")) is not None]
@@ -208,16 +209,15 @@ def _rows(path: Path, file: Iterable[str]) -> Iterable[tuple[int, Mapping[str, A
 
 
 def _typed(path: Path, number: int, row: Mapping[str, Any]) -> tuple[str, int, int, float]:
-    missing = [column for column in COLUMNS if column not in row]
-    if missing:
-        have = ", ".join(str(key) for key in row)
+    if missing := [column for column in COLUMNS if column not in row]:
+        have = ", ".join(map(str, row))
         raise DataError(f"{path}, line {number}: expected {', '.join(COLUMNS)}, found no {missing[0]} among {have}")
     try:
         loss = float("nan") if row["loss"] in ("", None) else float(row["loss"])
         seed, step = int(row["seed"]), int(row["step"])
-        if not (is_count(seed) and is_count(step)):
-            raise ValueError
-        return str(row["arm"]), seed, step, loss if math.isfinite(loss) else math.nan
+        if is_count(seed) and is_count(step):
+            return str(row["arm"]), seed, step, loss if math.isfinite(loss) else math.nan
     except (ValueError, TypeError, OverflowError):
-        shown = ", ".join(f"{column}={row[column]!r:.60}" for column in COLUMNS)
-        raise DataError(f"{path}, line {number}: expected numbers in step, loss and seed, found {shown}") from None
+        pass
+    shown = ", ".join(f"{column}={row[column]!r:.60}" for column in COLUMNS)
+    raise DataError(f"{path}, line {number}: expected numbers in step, loss and seed, found {shown}")

@@ -94,8 +94,7 @@ def holm(p: Sequence[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    adjusted = [1.0] * len(p)
-    worst = 0.0
+    adjusted, worst = [1.0] * len(p), 0.0
     for rank, i in enumerate(by_size(p)):
         worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = worst
@@ -108,10 +107,7 @@ def by_size(p: Sequence[float]) -> list[int]:
 
 
 def equivalent(test: PairedT, delta: float, level: float = 0.10) -> bool:
-    """Whether the interval of level 1 - `level` lies within ±delta.
-
-    That is to pass two one-sided t tests of `level`/2 (Schuirmann 1987).
-    """
+    """Whether the interval of level 1 - `level` lies within ±delta: two one-sided tests (Schuirmann 1987)."""
     low, high = test.interval(1 - level)
     return -delta <= low and high <= delta
 
@@ -125,23 +121,11 @@ def jackknife(estimate: float, left_out: Sequence[float], level: float = 0.95) -
     >>> round(low, 3), round(high, 3)
     (-0.484, 4.484)
     """
-    x = np.asarray(left_out, dtype=np.float64)
-    n = len(x)
+    x, n = np.asarray(left_out, dtype=np.float64), len(left_out)
     if n < 2:
         raise ValueError(f"a jackknife needs at least 2 groups, found {n}")
-    error = math.sqrt((n - 1) / n * float(((x - x.mean()) ** 2).sum()))
-    half = critical_t(1 - level, n - 1) * error
+    half = critical_t(1 - level, n - 1) * math.sqrt((n - 1) / n * float(((x - x.mean()) ** 2).sum()))
     return estimate - half, estimate + half
-
-
-def binomial_interval(hits: int, trials: int, level: float = 0.95) -> Interval:
-    """The exact interval of a rate from `hits` of `trials` (Clopper and Pearson 1934)."""
-    from scipy.special import betaincinv
-
-    outside = (1 - level) / 2
-    low = float(betaincinv(hits, trials - hits + 1, outside)) if hits else 0.0
-    high = float(betaincinv(hits + 1, trials - hits, 1 - outside)) if hits < trials else 1.0
-    return low, high
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -158,25 +142,17 @@ def spread(x: Sequence[float]) -> float | None:
 
 ALPHA = 0.05
 """The rate of 'better' or 'worse', over all arms and looks of an experiment, where there is nothing to find."""
-
 EQUIVALENCE = 0.10
 """Two one-sided tests of 5% each: at a difference of exactly delta, 'no difference' is said in 5%."""
-
-PATHS = 2**21
+PATHS, _CHUNK, _SEED = 2**21, 2**18, 20_000
 """Simulated experiments: levels are then known to about 2% of themselves for alpha = 0.05/4."""
-
 MOST_ALPHA = 0.2
 """Levels never exceed alpha, so that experiments whose every p is above this need not be kept."""
-
-_CHUNK = 2**18
-_SEED = 20_000
 
 
 def look_level(alpha: float, looks: Sequence[int] | None = None, n: int = 0) -> float:
     """The nominal two-sided level a_k(alpha) at the look of n seeds; without looks it is alpha itself."""
-    if looks is None:
-        return alpha
-    return levels(alpha, tuple(looks))[tuple(looks).index(n)]
+    return alpha if looks is None else levels(alpha, tuple(looks))[tuple(looks).index(n)]
 
 
 def last_look(looks: Sequence[int], n: int) -> int | None:
@@ -198,9 +174,7 @@ def levels(alpha: float, looks: tuple[int, ...]) -> tuple[float, ...]:
     """
     check_looks(looks)
     assert 0 < alpha <= MOST_ALPHA, alpha
-    t = _extremes(looks)
-    found = []
-    before = 0.0
+    t, found, before = _extremes(looks), [], 0.0
     for k, n in enumerate(looks):
         total = spent(alpha, n / looks[-1])
         if k == 0:

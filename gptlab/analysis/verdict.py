@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis import power
 from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order, pair
-from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, by_size, equivalent, holm, spread, wilcoxon_p
+from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, by_size, correlation, equivalent, holm, spread, wilcoxon_p
 
 LEAST_DOSE = 0.01
 TWO_SEED_FACTOR = 3.0
@@ -57,19 +57,7 @@ def compare(
     'better'
     """
     losses = losses_by_arm_and_seed
-    design = declare(
-        losses,
-        baseline=baseline,
-        delta=delta,
-        looks=looks,
-        seeds=seeds,
-        planned=planned,
-        placebos=placebos,
-        controls=controls,
-        signals=signals,
-        doses=doses,
-        groups=groups,
-    )
+    design = declare(losses, baseline, delta, looks, seeds, planned, placebos, controls, signals, doses, groups)
     pairings = {arm: _pair(losses, design, arm, design.baselines[arm]) for arm in design.baselines}
     tests = step_down(design, {arm: pairing for arm, pairing in pairings.items() if arm not in design.controls})
     for arm in sorted(design.controls):
@@ -77,7 +65,7 @@ def compare(
     first = baseline or next(iter(design.baselines.values()))
     return {
         "baseline": first,
-        "noise_floor": _floor(losses, first),
+        "noise_floor": _seed_spread(losses, first),
         "delta": design.delta,
         "looks": list(design.looks) if design.looks else None,
         "planned": planned,
@@ -90,35 +78,33 @@ def _pair(losses: Losses, design: Design, arm: str, other: str) -> Pairing:
 
 
 def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> dict[str, Any]:
-    test, differences = pairing.test, pairing.differences
+    test = pairing.test
     decision = decide(losses, design, arm, pairing, in_family)
     equivalence = test.interval(1 - design.level(EQUIVALENCE, pairing.look)) if test else (None, None)
     return {
         "verdict": decision.verdict,
         "reason": decision.reason,
-        "difference": _mean(differences),
-        "interval": list(test.interval()) if test else [None, None],
-        "n": pairing.n,
+        **pairing.effect,
         "p_holm": in_family.p_holm,
         "more_seeds": decision.more_seeds,
         "dose": design.doses.get(arm),
         "p": in_family.p,
         "level": in_family.level,
-        "wilcoxon_p": wilcoxon_p(differences) if test else None,
+        "wilcoxon_p": wilcoxon_p(pairing.differences) if test else None,
         "equivalence_interval": list(equivalence),
         "baseline": design.baselines[arm],
         "group": design.groups.get(arm),
         "control": arm in design.controls,
         "placebo": _placebo(losses, design, arm),
-        "loss": _mean(pairing.own),
-        "baseline_loss": _mean(pairing.other),
+        "loss": sum(pairing.own) / pairing.n if pairing.n else None,
+        "baseline_loss": sum(pairing.other) / pairing.n if pairing.n else None,
         "seeds": list(pairing.seeds),
         "seeds_found": pairing.found,
         "seeds_missing": sorted({*pairing.missing[0], *pairing.missing[1]}, key=order),
-        "differences": differences,
-        "noise_floor": _floor(losses, design.baselines[arm]),
+        "differences": pairing.differences,
+        "noise_floor": _seed_spread(losses, design.baselines[arm]),
         "sigma": test.deviation if test else None,
-        "seed_correlation": pairing.correlation,
+        "seed_correlation": correlation(pairing.own, pairing.other),
         "smallest_difference": power.smallest_difference(test.deviation, test.n, in_family.strictest) if test else None,
     }
 
@@ -128,24 +114,13 @@ def _placebo(losses: Losses, design: Design, arm: str) -> dict[str, Any] | None:
     if arm not in design.placebos:
         return None
     pairing = _pair(losses, design, arm, design.placebos[arm])
-    test = pairing.test
-    return {
-        "arm": design.placebos[arm],
-        "n": pairing.n,
-        "difference": _mean(pairing.differences),
-        "interval": list(test.interval()) if test else [None, None],
-        "p": test.p if test else None,
-        "level": design.level(ALPHA, pairing.look),
-    }
+    p = pairing.test.p if pairing.test else None
+    return {"arm": design.placebos[arm], **pairing.effect, "p": p, "level": design.level(ALPHA, pairing.look)}
 
 
-def _floor(losses: Losses, arm: str) -> float | None:
+def _seed_spread(losses: Losses, arm: str) -> float | None:
     """How far seeds alone move an arm's loss: its standard deviation over seeds, nats."""
     return spread([float(x) for x in losses[arm].values() if x is not None and finite(x)])
-
-
-def _mean(x: Sequence[float]) -> float | None:
-    return sum(x) / len(x) if x else None
 
 
 class Decision(NamedTuple):
@@ -198,12 +173,12 @@ def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family
         return early
     if n and not any(pairing.differences):
         return Decision("no difference", f"the difference is exactly 0 on {'all ' * (n > 1)}{_seeds(n)}")
-    if same := next((whose for whose, x in (("its", pairing.own), ("its baseline's", pairing.other)) if _equal(x)), ""):
-        return _undecided(f"{same} losses are equal on all {_seeds(n)}: one run more than once, it seems", None)
+    for whose, own in (("its", pairing.own), ("its baseline's", pairing.other)):
+        if n > 1 and len(set(own)) == 1:
+            return _undecided(f"{whose} losses are equal on all {_seeds(n)}: one run more than once, it seems", None)
     if test is None:
-        return _undecided(
-            f"{_seeds(n)}: a spread takes at least 2, a verdict about {SEEDS_FOR_A_SPREAD}", SEEDS_FOR_A_SPREAD - n
-        )
+        reason = f"{_seeds(n)}: a spread takes at least 2, a verdict about {SEEDS_FOR_A_SPREAD}"
+        return _undecided(reason, SEEDS_FOR_A_SPREAD - n)
     level = design.level(EQUIVALENCE, pairing.look)
     low, high = test.interval(1 - level)
     interval = f"{100 * (1 - level):.3g}% interval [{low:.3g}, {high:.3g}]"
@@ -213,9 +188,9 @@ def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family
     if not in_family.rejected:
         near = "no delta was declared" if design.delta is None else f"the {interval} is not within ±{design.delta:g}"
         return _undecided(f"{compared}, and {near}", _more(design, pairing, in_family))
-    floor = max(spread(pairing.own) or 0.0, spread(pairing.other) or 0.0)
-    if n == 2 and abs(test.mean) <= TWO_SEED_FACTOR * floor:
-        chance = f"{abs(test.mean):.3g} is not above {TWO_SEED_FACTOR:g} times their own spread {floor:.3g}"
+    own_spread = max(spread(pairing.own) or 0.0, spread(pairing.other) or 0.0)
+    if n == 2 and abs(test.mean) <= TWO_SEED_FACTOR * own_spread:
+        chance = f"{abs(test.mean):.3g} is not above {TWO_SEED_FACTOR:g} times their own spread {own_spread:.3g}"
         return _undecided(f"two seeds can agree by chance: {chance}", _until(design, n, SEEDS_FOR_A_SPREAD))
     if test.mean > 0:
         return Decision("worse", f"{test.mean:.3g} above its baseline ({compared})")
@@ -223,27 +198,22 @@ def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family
     return _against_placebo(losses, design, arm, n, better) if arm in design.signals else better
 
 
-def _equal(losses: Sequence[float]) -> bool:
-    return len(losses) > 1 and len(set(losses)) == 1
-
-
 def _too_early(design: Design, pairing: Pairing) -> Decision | None:
     """Undecided, where a seed was lost or the declared seeds are not there yet."""
-    if pairing.diverged:
-        listed = _listed(pairing.diverged)
-        return _undecided(f"no finite loss of it or of its baseline on {listed}: leaving seeds out is bias", None)
+    if lost := pairing.diverged:
+        return _undecided(
+            f"no finite loss of it or of its baseline on {_listed(lost)}: leaving seeds out is bias", None
+        )
     if design.looks and pairing.look is None:
         wait = design.looks[0] - pairing.found
         missing = f"; {_missing(pairing)}" * (not pairing.whole)
         reason = f"{_seeds(pairing.found)}, and the first declared look is at {design.looks[0]}{missing}"
         return _undecided(reason, max(wait, 1))
-    if design.looks:
-        return None
-    if not pairing.whole:
+    if not (design.looks or pairing.whole):
         finished = f"{pairing.found} of the {len(design.seeds or ())} declared seeds are there, {_missing(pairing)}"
         more = len({*pairing.missing[0], *pairing.missing[1]})
         return _undecided(f"{finished}; a verdict on the others would be a choice of seeds", more)
-    if design.planned and pairing.n < design.planned:
+    if design.planned and not design.looks and pairing.n < design.planned:
         finished = f"{pairing.n} of the {design.planned} declared seeds are there"
         return _undecided(f"{finished}; a verdict now would be an undeclared look", design.planned - pairing.n)
     return None

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from gptlab.analysis import statistics
-from gptlab.analysis.statistics import PairedT, binomial_interval, equivalent, holm, jackknife, paired_t, wilcoxon_p
+from gptlab.analysis.statistics import PairedT, equivalent, holm, jackknife, paired_t, wilcoxon_p
 
 SAMPLES = {
     "two": [0.01, 0.03],
@@ -80,12 +80,6 @@ def test_equivalence_is_two_one_sided_tests(mean: float, expected: bool) -> None
     below, above = ((s * mean + 0.01) / (0.0085 / 10**0.5) for s in (1, -1))
     assert equivalent(test, 0.01) is expected
     assert bool(max(stats.t.sf(below, 9), stats.t.sf(above, 9)) <= 0.05) is expected
-
-
-@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (10, 10), (3, 10), (512, 10_000)])
-def test_the_binomial_interval_is_clopper_and_pearsons(hits: int, trials: int) -> None:
-    expected = stats.binomtest(hits, trials).proportion_ci(method="exact")
-    assert binomial_interval(hits, trials) == pytest.approx((expected.low, expected.high))
 
 
 def test_correlation_and_spread_are_none_where_they_mean_nothing() -> None:
