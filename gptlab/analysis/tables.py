@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptlab.analysis.noise import THRESHOLDS, TRUE_LOSS
@@ -27,44 +27,41 @@ class Table(NamedTuple):
     rows: list[tuple[str, ...]]
 
 
+def _table(title: str, first: str, named: Mapping[str, Any], columns: Mapping[str, Callable[[Any], str]]) -> Table:
+    """A row for each name, a column for each function of what it names."""
+    rows = [(name, *(column(one) for column in columns.values())) for name, one in named.items()]
+    return Table(title, (first, *columns), rows)
+
+
+VERDICT_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "verdict": lambda arm: arm["verdict"],
+    "difference": lambda arm: number(arm["difference"], "+z.4f"),
+    "95% interval": lambda arm: interval(arm["interval"]),
+    "n": lambda arm: str(arm["n"]),
+    "p (Holm)": lambda arm: number(arm["p_holm"], ".2g"),
+    "more seeds": lambda arm: number(arm["more_seeds"], "d"),
+    "dose": lambda arm: number(arm["dose"], ".3f"),
+}
+
+
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The verdicts, their reasons, other differences and the passports, where there are any."""
     arms = result["arms"]
-    yield Table(
-        f"{result['experiment']} at step {result['step']:,}: loss minus its baseline's, nats, paired by seed",
-        ("arm", "verdict", "difference", "95% interval", "n", "p (Holm)", "more seeds", "dose"),
-        [
-            (
-                name + (" (control)" if arm["control"] else ""),
-                arm["verdict"],
-                number(arm["difference"], "+z.4f"),
-                interval(arm["interval"]),
-                str(arm["n"]),
-                number(arm["p_holm"], ".2g"),
-                number(arm["more_seeds"], "d"),
-                number(arm["dose"], ".3f"),
-            )
-            for name, arm in arms.items()
-        ],
-    )
-    yield Table("Why", ("arm", "against", "reason"), [(n, a["baseline"], a["reason"]) for n, a in arms.items()])
-    rows = [(name, *(_difference(arm.get(key)) for key in ALSO_SHOWN)) for name, arm in arms.items()]
+    title = f"{result['experiment']} at step {result['step']:,}: loss minus its baseline's, nats, paired by seed"
+    marked = {name + (" (control)" if arm["control"] else ""): arm for name, arm in arms.items()}
+    yield _table(title, "arm", marked, VERDICT_COLUMNS)
+    yield _table("Why", "arm", arms, {"against": lambda arm: arm["baseline"], "reason": lambda arm: arm["reason"]})
     if any(arm.get(key) for arm in arms.values() for key in ALSO_SHOWN):
-        yield Table(
-            "At equal cost, and against the placebo: difference and 95% interval, nats",
-            ("arm", *ALSO_SHOWN.values()),
-            rows,
-        )
+        title = "At equal cost, and against the placebo: difference and 95% interval, nats"
+        rows = [(name, *(_difference(arm.get(key)) for key in ALSO_SHOWN)) for name, arm in arms.items()]
+        yield Table(title, ("arm", *ALSO_SHOWN.values()), rows)
     if any("parameters" in arm["passport"] for arm in arms.values()):
-        rows = [(name, _passport(arm["passport"])) for name, arm in arms.items()]
-        yield Table("How far to trust it", ("arm", "passport"), rows)
+        yield _table("How far to trust it", "arm", arms, {"passport": lambda arm: _passport(arm["passport"])})
     if tuning := result.get("tuning"):
         seeds = ", ".join(map(str, tuning["seeds"] or ())) or "–"
-        yield Table(
-            f"What {number(tuning['trials'], 'd')} trials an arm chose, on seeds {seeds}",
-            ("arm", "options", "factors", "loss", "note"),
-            [(name, *_choice(arm)) for name, arm in tuning["arms"].items()],
-        )
+        title = f"What {number(tuning['trials'], 'd')} trials an arm chose, on seeds {seeds}"
+        rows = [(name, *_choice(arm)) for name, arm in tuning["arms"].items()]
+        yield Table(title, ("arm", "options", "factors", "loss", "note"), rows)
 
 
 def _choice(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -111,10 +108,10 @@ def _passport(found: Mapping[str, Any]) -> str:
 
 def remarks(result: Mapping[str, Any]) -> list[str]:
     """What must be read with the tables: differences that were overridden, runs that were left out."""
-    floor = number(result["noise_floor"], ".4f")
+    deviation = number(result["noise_floor"], ".4f")
     looks = f"; looks at {', '.join(map(str, result['looks']))} seeds" if result["looks"] else ""
     declared = NO_DELTA if result["delta"] is None else f"delta {result['delta']:g}"
-    lines = [f"{declared}; seed-to-seed SD of {result['baseline']}: {floor}{looks}"]
+    lines = [f"{declared}; seed-to-seed SD of {result['baseline']}: {deviation}{looks}"]
     lines += [f"COMPARED DESPITE: {line}" for line in result["undeclared"]]
     return lines + [f"left out: {line}" for line in result["notes"]]
 
@@ -155,50 +152,48 @@ def interval(bounds: Sequence[float | None]) -> str:
 SHOWN = (0.5, 0.9)
 """The τ of the table of labels."""
 
+COLLAPSE_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "entropy": lambda block: f"{block['entropy']:.3f}",
+    "p_m 5%": lambda block: f"{block['p_max']['0.05']:.3f}",
+    "p_m 50%": lambda block: f"{block['p_max']['0.5']:.3f}",
+    "p_m 95%": lambda block: f"{block['p_max']['0.95']:.3f}",
+    "logit RMS": lambda block: f"{block['logit_rms']:.3g}",
+    "argmax entropy": lambda block: f"{block['argmax_entropy']:.3f}",
+}
+
 
 def noise_tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The branch test, gradients in total and by block, labels by block, collapse by block."""
     signals = result["signals"]
-    tested = {name: signal["branch"] for name, signal in signals.items() if "branch" in signal}
-    if tested:
+    if tested := {name: signal["branch"] for name, signal in signals.items() if "branch" in signal}:
         plan = next(iter(tested.values()))
-        yield Table(
-            f"Bias or noise, by branches of {plan['steps']} updates over {len(plan['seeds'])} data seeds, nats",
-            ("signal", "verdict", "bias", "noise", "dose"),
-            [(name, *_branched(branch)) for name, branch in tested.items()],
-        )
-        yield Table("Why", ("signal", "reason"), [(name, branch["reason"]) for name, branch in tested.items()])
-    yield Table(
-        f"Gradients of {result['groups']} groups of {result['group']} sequence(s), against the true loss",
-        ("signal", "alignment", "under Adam's moment", "noise scale"),
-        [(name, *_directions(signal["total"])) for name, signal in signals.items()],
-    )
-    others = {name: signal for name, signal in signals.items() if name != TRUE_LOSS}
-    if others:
-        yield Table(
-            "What adding it does to the true loss's gradient",
-            ("signal", "progress left", "variance, times", "dose"),
-            [(name, *_effects(signal["total"])) for name, signal in others.items()],
-        )
-        yield Table(
-            "Alignment by block",
-            ("block", *others),
-            [
-                (f"block {j + 1}", *(aligned(signal["blocks"][j]["alignment"]) for signal in others.values()))
-                for j in range(result["n_layer"])
-            ],
-        )
+        title = f"Bias or noise, by branches of {plan['steps']} updates over {len(plan['seeds'])} data seeds, nats"
+        rows = [(name, *_branched(branch)) for name, branch in tested.items()]
+        yield Table(title, ("signal", "verdict", "bias", "noise", "dose"), rows)
+        yield _table("Why", "signal", tested, {"reason": lambda branch: branch["reason"]})
+    title = f"Gradients of {result['groups']} groups of {result['group']} sequence(s), against the true loss"
+    totals = {name: signal["total"] for name, signal in signals.items()}
+    yield _table(title, "signal", totals, {
+        "alignment": lambda total: aligned(total["alignment"]),
+        "under Adam's moment": lambda total: aligned(total["preconditioned_alignment"]),
+        "noise scale": lambda total: _with_interval(total, "noise_scale", ",.3g"),
+    })  # fmt: skip
+    if others := {name: total for name, total in totals.items() if name != TRUE_LOSS}:
+        yield _table("What adding it does to the true loss's gradient", "signal", others, {
+            "progress left": lambda total: _with_interval(total, "progress"),
+            "variance, times": lambda total: _with_interval(total, "variance"),
+            "dose": lambda total: number(total["dose"], ".3f"),
+        })  # fmt: skip
+        by_block = zip(*(signals[name]["blocks"] for name in others), strict=True)
+        rows = [(f"block {j}", *(aligned(of["alignment"]) for of in block)) for j, block in enumerate(by_block, 1)]
+        yield Table("Alignment by block", ("block", *others), rows)
     quality = result["label_quality"]
-    yield Table(
-        f"Verdicts as labels, on {quality['tokens']:,} validation tokens; at τ, how many and how many right",
-        ("block", "loss", "right", "mean p_m", *_headers(), "ECE"),
-        [row for j, block in enumerate(quality["blocks"], 1) for row in _labels(j, block)],
-    )
-    yield Table(
-        "Collapse",
-        ("block", "entropy", "p_m 5%", "p_m 50%", "p_m 95%", "logit RMS", "argmax entropy"),
-        [(f"block {j}", *_collapse(block)) for j, block in enumerate(result["collapse"], 1)],
-    )
+    title = f"Readings as labels, on {quality['tokens']:,} validation tokens; coverage and precision at τ"
+    by_threshold = (word for threshold in SHOWN for word in (f"τ {threshold:g}", "precision"))
+    rows = [row for j, block in enumerate(quality["blocks"], 1) for row in _labels(j, block)]
+    yield Table(title, ("block", "loss", "accuracy", "mean p_m", *by_threshold, "ECE"), rows)
+    blocks = {f"block {j}": block for j, block in enumerate(result["collapse"], 1)}
+    yield _table("Collapse", "block", blocks, COLLAPSE_COLUMNS)
 
 
 def _branched(branch: Mapping[str, Any]) -> tuple[str, ...]:
@@ -221,61 +216,30 @@ def aligned(alignment: Mapping[str, Any] | None) -> str:
 
 
 def noise_remarks(result: Mapping[str, Any]) -> list[str]:
-    """What must be read beside the tables."""
+    """What must be read with the tables."""
     first, last = result["sequences"]
-    lines = [
+    return [
         f"step {result['step']:,}, seed {result['seed']}, {result['dtype']}; gradients of sequences {first:,} to "
         f"{last - 1:,} of {result['block_size']} tokens; noise scale in sequences",
         "– means nothing can be said; ~ an alignment whose lengths are not resolved: more --groups would",
+        *([] if result["preconditioned"] else ["no second moments here, so nothing under Adam"]),
     ]
-    if not result["preconditioned"]:
-        lines.append("no second moments here, so nothing under Adam")
-    return lines
 
 
-def _directions(total: Mapping[str, Any]) -> Iterator[str]:
-    yield aligned(total["alignment"])
-    yield aligned(total["preconditioned_alignment"])
-    yield _with_interval(total["noise_scale"], total["noise_scale_interval"], ",.3g")
-
-
-def _effects(total: Mapping[str, Any]) -> Iterator[str]:
-    yield _with_interval(total["progress"], total["progress_interval"])
-    yield _with_interval(total["variance"], total["variance_interval"])
-    yield number(total["dose"], ".3f")
-
-
-def _with_interval(value: float | None, bounds: list[float] | None, form: str = ".2f") -> str:
+def _with_interval(total: Mapping[str, Any], name: str, form: str = ".2f") -> str:
     """A figure with its interval, where it has one.
 
-    >>> _with_interval(1.5, [1.25, 1.75]), _with_interval(1.0, None), _with_interval(None, None)
-    ('1.50 [1.25, 1.75]', '1.00', '–')
+    >>> _with_interval({"progress": 1.5, "progress_interval": [1.25, 1.75]}, "progress")
+    '1.50 [1.25, 1.75]'
     """
-    ends = f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else ""
-    return number(value, form) + ends
-
-
-def _headers() -> Iterator[str]:
-    for threshold in SHOWN:
-        yield f"τ {threshold:g}"
-        yield "right"
+    bounds = total[f"{name}_interval"]
+    return number(total[name], form) + (f" [{bounds[0]:{form}}, {bounds[1]:{form}}]" if bounds else "")
 
 
 def _labels(j: int, block: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, found in ((f"block {j}", block["raw"]), ("  tuned reader", block["tuned"])):
         if found is None:
             continue
-        by_threshold = []
-        for threshold in SHOWN:
-            at = THRESHOLDS.index(threshold)
-            by_threshold += [number(found["coverage"][at], ".1%"), number(found["precision"][at], ".1%")]
-        shares = (f"{found[key]:.1%}" for key in ("accuracy", "confidence"))
-        yield name, f"{found['loss']:.3f}", *shares, *by_threshold, f"{found['calibration_error']:.3f}"
-
-
-def _collapse(block: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{block['entropy']:.3f}"
-    for quantile in ("0.05", "0.5", "0.95"):
-        yield f"{block['p_max'][quantile]:.3f}"
-    yield f"{block['logit_rms']:.3g}"
-    yield f"{block['argmax_entropy']:.3f}"
+        at = [found[key][THRESHOLDS.index(threshold)] for threshold in SHOWN for key in ("coverage", "precision")]
+        shares = (number(share, ".1%") for share in (found["accuracy"], found["confidence"], *at))
+        yield name, f"{found['loss']:.3f}", *shares, f"{found['calibration_error']:.3f}"

@@ -42,10 +42,6 @@ class Estimate:
         """The 95% jackknife interval, with t of n - 1 degrees of freedom."""
         return jackknife(self.value, self.left_out.tolist())
 
-    def constant(self, value: float) -> Estimate:
-        """A number that no group changes."""
-        return Estimate(value, np.full_like(self.left_out, value))
-
 
 def combined(function: Callable[..., Any], *estimates: Estimate) -> Estimate:
     """A function of figures, left-out groups and all.
@@ -79,8 +75,7 @@ def noise_scale(products: InnerProducts, x: int) -> tuple[float, Interval] | Non
     None where the interval of |G|² reaches 0; 0 where all groups agree. The interval is that of |G|²/tr Σ, turned over:
     it is |G|² that is hard to know, and as a divisor it would make the jackknife's straight line a bad one.
     """
-    squared = mean_product(products, x, x)
-    trace = covariance_trace(products, x, x)
+    squared, trace = mean_product(products, x, x), covariance_trace(products, x, x)
     if squared.interval[0] <= 0:
         return None
     if _is_rounding(trace, products, x):
@@ -97,10 +92,10 @@ def _is_rounding(trace: Estimate, products: InnerProducts, x: int) -> bool:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The cosine between two mean gradients; estimate is None where one of them is 0 as far as can be seen.
+    """The cosine between two mean gradients; estimate is None where one of them may well be 0.
 
-    resolved: whether both lengths are known to be above 0. Where one is not, its upper end stands in for it, so that
-    the cosine is rather too near 0.
+    resolved: whether both norms are known to be above 0. Where one is not, the upper end of its interval is used, so
+    that the cosine errs towards 0.
     """
 
     estimate: Estimate | None
@@ -115,18 +110,18 @@ class Alignment:
 def alignment(products: InnerProducts, x: int, y: int) -> Alignment:
     """N/sqrt(D_x·D_y), of N the mean of <x_i, y_k> and D the same of one source with itself, over pairs i≠k.
 
-    It lies between -1 and 1 up to its own error: an unbiased length may be too short.
+    It lies between -1 and 1 up to its own error: an unbiased norm may be too small.
     """
-    lengths, resolved = [], True
+    norms, resolved = [], True
     for source in (x, y):
         squared = mean_product(products, source, source)
         low, high = squared.interval
         if high <= 0:
             return Alignment(None, False)
-        lengths.append(squared if low > 0 else squared.constant(high))
+        norms.append(squared if low > 0 else Estimate(high, np.full_like(squared.left_out, high)))
         resolved = resolved and low > 0
     product = mean_product(products, x, y)
-    return Alignment(combined(lambda n, a, b: n / np.sqrt(a * b), product, *lengths), resolved)
+    return Alignment(combined(lambda n, a, b: n / np.sqrt(a * b), product, *norms), resolved)
 
 
 def progress(products: InnerProducts, true: int, signal: int) -> Estimate | None:
@@ -142,15 +137,10 @@ def progress(products: InnerProducts, true: int, signal: int) -> Estimate | None
 
 def variance_ratio(products: InnerProducts, true: int, signal: int) -> Estimate | None:
     """tr Σ_total/tr Σ_CE of the gradients with the weighted signal and without; None where there is no variance."""
-    own = covariance_trace(products, true, true)
+    own, added, both = (covariance_trace(products, x, y) for x, y in ((true, true), (signal, signal), (true, signal)))
     if _is_rounding(own, products, true):
         return None
-    return combined(
-        lambda a, b, ab: (a + b + 2 * ab) / a,
-        own,
-        covariance_trace(products, signal, signal),
-        covariance_trace(products, true, signal),
-    )
+    return combined(lambda a, b, ab: (a + b + 2 * ab) / a, own, added, both)
 
 
 def dose(products: InnerProducts, true: int, signal: int) -> float | None:
@@ -165,12 +155,12 @@ def figures(products: InnerProducts, source: int, true: int = 0) -> dict[str, An
     The true loss itself adds nothing to itself: its progress and variance are 1.
     """
     itself = source == true
-    scale = noise_scale(products, source)
+    scale, scale_interval = noise_scale(products, source) or (None, None)
     left = None if itself else progress(products, true, source)
     ratio = None if itself else variance_ratio(products, true, source)
     return {
-        "noise_scale": None if scale is None else scale[0],
-        "noise_scale_interval": None if scale is None else list(scale[1]),
+        "noise_scale": scale,
+        "noise_scale_interval": scale_interval and list(scale_interval),
         "alignment": alignment(products, true, source).as_json(),
         "progress": 1.0 if itself else None if left is None else left.value,
         "progress_interval": None if left is None else list(left.interval),
@@ -182,7 +172,6 @@ def figures(products: InnerProducts, source: int, true: int = 0) -> dict[str, An
 
 BINS = 15
 """Equally wide bins of p_m, for the calibration error (Guo 2017, 1706.04599)."""
-
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -190,14 +179,8 @@ def token_figures(logits: Tensor, targets: Tensor, other: Tensor | None = None) 
     """(n, 6) of logits (n, V): CE, p_m, m, whether m = y, entropy in nats, mean squared logit. In float64."""
     log_p = F.log_softmax(logits, 1)
     top, argmax = log_p.max(1)
-    columns = (
-        -log_p.gather(1, targets[:, None])[:, 0],
-        top.exp(),
-        argmax,
-        argmax == targets,
-        -(log_p.exp() * log_p).sum(1),
-        logits.square().mean(1),
-    )
+    loss, entropy = -log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    columns = (loss, top.exp(), argmax, argmax == targets, entropy, logits.square().mean(1))
     return torch.stack([column.double() for column in columns], 1)
 
 
@@ -219,10 +202,7 @@ class Readings:
 
 
 def quality(readings: Readings, thresholds: Sequence[float] = THRESHOLDS, bins: int = BINS) -> dict[str, Any]:
-    """Coverage and precision at every τ, the calibration error and the bins it is made of, as JSON values.
-
-    precision is null where no token is covered, and so are the means of an empty bin.
-    """
+    """Coverage and precision (null without a token) at every τ, the calibration error and its bins, as JSON values."""
     covered = [readings.top >= threshold for threshold in thresholds]
     diagram = _reliability(readings, bins)
     gaps = [b["count"] * abs(b["confidence"] - b["accuracy"]) for b in diagram if b["count"]]
@@ -249,10 +229,10 @@ def _reliability(readings: Readings, bins: int) -> list[dict[str, Any]]:
 
 
 def collapse(readings: Readings) -> dict[str, Any]:
-    """What tells of collapse: mean entropy, quantiles of p_m, RMS of the logits, entropy of the argmax's marginal.
+    """Signs of collapse: mean entropy (nats), quantiles of p_m, RMS of the logits, entropy of the argmax's marginal.
 
-    A block that says the same of every token has an argmax entropy of 0; entropies are in nats. The last one is of the
-    frequencies as found, which is too low by about (values - 1)/(2·tokens).
+    A block that predicts the same token everywhere has an argmax entropy of 0. It is that of the frequencies as found,
+    which is too low by about (values - 1)/(2·tokens).
     """
     frequency = np.unique(readings.argmax, return_counts=True)[1] / len(readings.argmax)
     return {

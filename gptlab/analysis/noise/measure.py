@@ -42,7 +42,7 @@ from gptlab.training.optimizer import adam_metric
 from gptlab.training.state import TrainingState
 
 Progress = Callable[[str, int, int], None]
-"""(what, done, of): told while something long is under way."""
+"""(what, done, of): called while something long is under way."""
 
 READER_BATCH = 512
 """Tokens of a batch that the tuned lens is fitted on, or one window where that is longer."""
@@ -58,11 +58,6 @@ class Subject:
     validation: ValidationWindows
     placement: ComputeConfig
 
-    @property
-    def next_sequence(self) -> int:
-        """The first sequence that the run has not been trained on yet."""
-        return self.state.step * self.config.sequences
-
 
 def measure(
     subject: Subject,
@@ -73,12 +68,14 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of the model, its true loss and the signals asked for.
 
-    branches: what the branch test says of a signal; it stands beside the signal's other figures, under "branch".
+    branches: what the branch test says of a signal, which goes under "branch".
     """
     seed, step = subject.windows.seed, subject.state.step
-    groups = Groups(subject.next_sequence, options.groups, options.group, options.batch_size, step, seed)
+    first = step * subject.config.sequences  # that the run has not been trained on yet
+    groups = Groups(first, options.groups, options.group, options.batch_size, step, seed)
+    unread = first + groups.count * groups.size
     active = {name: _at_full_weight(subject, config) for name, config in signals.items()}
-    found = gradient_figures(subject, groups, active, progress)
+    found = _gradient_figures(subject, groups, active, progress)
     for name, branch in (branches or {}).items():
         found["signals"][name]["branch"] = branch
     return {
@@ -86,12 +83,12 @@ def measure(
         "seed": seed,
         "groups": groups.count,
         "group": groups.size,
-        "sequences": [groups.first, groups.first + groups.count * groups.size],
+        "sequences": [first, unread],
         "block_size": subject.windows.block_size,
         "n_layer": subject.state.model.config.n_layer,
         "dtype": subject.placement.dtype_name,
         **found,
-        **reading_figures(subject, options, groups.first + groups.count * groups.size, progress),
+        **_reading_figures(subject, options, unread, progress),
     }
 
 
@@ -107,28 +104,26 @@ def _at_full_weight(subject: Subject, config: SignalConfig) -> ActiveSignal:
     return ActiveSignal(config, 1 / n_layer if config.weight is None else config.weight)
 
 
-def gradient_figures(
+def _gradient_figures(
     subject: Subject, groups: Groups, active: Mapping[str, ActiveSignal], progress: Progress
 ) -> dict[str, Any]:
     """{"signals": {name: {"total", "blocks"}}} of the true loss and every signal, and whether Adam's moments are there.
 
     Raises DivergedError where a gradient is not finite.
     """
-    model, placement = subject.state.model, subject.placement
-    rows = rows_of(subject.windows)
+    model, placement, rows = subject.state.model, subject.placement, rows_of(subject.windows)
     gather = GroupGradients(model, list(active.values()), groups, rows, placement.device, placement.autocast)
     parts, blocks = parts_by_block(model)
     metric = adam_metric(list(model.parameters()), subject.state.optimizer)
     metrics = [None] if metric is None else [None, metric]
-
-    def told(done: int) -> None:
-        progress("gradients", done, 2 * groups.count)
-
-    measured = inner_products(gather, groups.count, parts, metrics, progress=told)
-    factors = gather.factors(over_all(measured[0]).cross.sum(0))
+    measured = inner_products(
+        gather, groups.count, parts, metrics, progress=lambda done: progress("gradients", done, 2 * groups.count)
+    )
+    plain = measured[0]
+    factors = gather.factors(sum(plain[1:], plain[0]).cross.sum(0))
     scaled = [[part.scaled(factors) for part in of_metric] for of_metric in measured]
     tokens = groups.size * subject.windows.block_size
-    signals = {}
+    signals: dict[str, dict[str, Any]] = {}
     for source, name in enumerate((TRUE_LOSS, *active)):
         signals[name] = entry(scaled, blocks, source, name)
         for one in (signals[name]["total"], *signals[name]["blocks"]):
@@ -149,35 +144,23 @@ def entry(measured: list[list[InnerProducts]], blocks: list[int], source: int, n
         adam = figures(sections[1], source)["alignment"] if len(sections) > 1 else None
         return {**figures(sections[0], source), "preconditioned_alignment": adam}
 
-    total = [over_all(of_metric) for of_metric in measured]
-    return {
-        "total": both(total),
-        "blocks": [both([of_metric[part] for of_metric in measured]) for part in blocks],
-    }
+    total = [sum(of_metric[1:], of_metric[0]) for of_metric in measured]
+    return {"total": both(total), "blocks": [both([of_metric[part] for of_metric in measured]) for part in blocks]}
 
 
-def over_all(parts: list[InnerProducts]) -> InnerProducts:
-    """Over the parameters of all parts."""
-    return sum(parts[1:], parts[0])
-
-
-def reading_figures(subject: Subject, options: NoiseConfig, unread: int, progress: Progress) -> dict[str, Any]:
+def _reading_figures(subject: Subject, options: NoiseConfig, unread: int, progress: Progress) -> dict[str, Any]:
     """Label quality (raw, and through a tuned lens) and collapse of every block, on validation tokens.
 
     unread: the first sequence that the lens is fitted on, so that it sees none that another figure used.
     """
     model, windows, placement = subject.state.model, subject.validation, subject.placement
-    batches = _reader_batches(subject, unread)
-    rows = max(1, READER_BATCH // subject.windows.block_size)
+    L, rows = model.config.n_layer, max(1, READER_BATCH // subject.windows.block_size)
     steps = options.reader_tokens // (rows * subject.windows.block_size)
-    lens = None
-    if steps:
-        lens = tuned_lens.fit(
-            tuned_lens.TunedLens.untuned(model, blocks=model.config.n_layer), model, batches, steps,
-            tuned_lens.TRUE_TOKEN, autocast=placement.autocast,
-            progress=lambda done, _: progress("readers", done, steps),
-        )  # fmt: skip
-    L, readout = model.config.n_layer, Readout(model, placement.autocast, readings=2 * model.config.n_layer)
+    lens = tuned_lens.fit(
+        tuned_lens.TunedLens.untuned(model, blocks=L), model, _reader_batches(subject, unread, rows), steps,
+        tuned_lens.TRUE_TOKEN, autocast=placement.autocast, progress=lambda done, _: progress("readers", done, steps),
+    ) if steps else None  # fmt: skip
+    readout = Readout(model, placement.autocast, readings=2 * L)
     raw: list[list[Tensor]] = [[] for _ in range(L)]
     tuned: list[list[Tensor]] = [[] for _ in range(L)]
     for first in range(0, len(windows), SHAPE):
@@ -193,25 +176,21 @@ def reading_figures(subject: Subject, options: NoiseConfig, unread: int, progres
     blocks = [Readings.of(rows) for rows in raw]
     if not all(np.isfinite(one.loss).all() for one in blocks):
         raise DivergedError("the loss of a block's reading is not finite: there is nothing to measure")
-    by_block = [
-        {"raw": quality(one), "tuned": quality(Readings.of(better)) if better else None}
-        for one, better in zip(blocks, tuned, strict=True)
-    ]
+    by_tuned = [quality(Readings.of(one)) if one else None for one in tuned]
     return {
         "label_quality": {
             "tokens": len(windows) * windows.block_size,
             "reader_tokens": steps * rows * subject.windows.block_size,
-            "blocks": by_block,
+            "blocks": [{"raw": quality(one), "tuned": better} for one, better in zip(blocks, by_tuned, strict=True)],
         },
         "collapse": [collapse(one) for one in blocks],
     }
 
 
-def _reader_batches(subject: Subject, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-    device, count = subject.placement.device, max(1, READER_BATCH // subject.windows.block_size)
+def _reader_batches(subject: Subject, first: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     while True:
         tokens, targets = subject.windows.rows(first, count)
-        yield tokens.to(device), targets.to(device)
+        yield tokens.to(subject.placement.device), targets.to(subject.placement.device)
         first += count
 
 
@@ -246,10 +225,8 @@ def probe(
     """
     groups = list(batches)
     if len(groups) < 3 or not losses:
-        raise ConfigError(
-            f"probe needs a loss and at least 3 groups, better 32; found {len(losses)} and {len(groups)}; "
-            "cut the batch into smaller ones"
-        )
+        found = f"found {len(losses)} and {len(groups)}; cut the batch into smaller ones"
+        raise ConfigError(f"probe needs a loss and at least 3 groups, better 32; {found}")
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parameters = [p for _, p in named]
     if not parameters:
@@ -310,22 +287,13 @@ def alignment_history(source: Path) -> dict[str, Any] | None:
     """
     folders = (RunFolder(path) for path in (source, source.resolve().parent.parent))
     folder = next((folder for folder in folders if folder.exists() and folder.path.is_dir()), None)
-    if folder is None:
-        return None
-    rows = [row for row in folder.rows() if row["kind"] == "train" and "noise_scale" in row]
+    rows = [row for row in (folder.rows() if folder else ()) if row["kind"] == "train" and "noise_scale" in row]
     if not rows:
         return None
     signals = range(len(rows[0]["alignment"]))
+    by_block = [[list(v) for v in zip(*(row["alignment_by_block"][k] for row in rows), strict=True)] for k in signals]
     return {
         "steps": [row["step"] for row in rows],
         "noise_scale": [row["noise_scale"] for row in rows],
-        "signals": [
-            {
-                "total": [row["alignment"][k] for row in rows],
-                "blocks": [
-                    list(values) for values in zip(*(row["alignment_by_block"][k] for row in rows), strict=True)
-                ],
-            }
-            for k in signals
-        ],
+        "signals": [{"total": [row["alignment"][k] for row in rows], "blocks": by_block[k]} for k in signals],
     }
