@@ -19,7 +19,7 @@ from pages import ARM, HOSTILE, IMAGE, Page
 from gptlab.analysis import report
 from gptlab.analysis.load import read
 from gptlab.analysis.report.comparison import write_comparison
-from gptlab.analysis.report.plots import Line, Row, curves, forest
+from gptlab.analysis.report.plots import Line, curves, forest
 from gptlab.analysis.report.run import Points, binned, flat, over_seeds, read_history, write_run
 from gptlab.analysis.report.theme import CSS_COLOURS
 from gptlab.cli.compare import main as compare
@@ -227,18 +227,20 @@ def test_time_and_speed_count_every_session(run: Path) -> None:
     assert history.n_blocks == 2
 
 
-def test_what_cannot_be_seen_is_told_in_words() -> None:
+def test_what_cannot_be_seen_is_said_in_words() -> None:
     band = over_seeds([{1: 5.0, 20: 2.5}])
     label = Page(curves([Line(band, "#010001", "plain")], "loss", "Loss", unit="nats")).values("aria-label")
     assert label == ["Loss: plain goes from 5 at step 1 to 2.5 at step 20"]
-    rows = [Row("a", "better", [-0.1, -0.3], -0.2, (-0.4, 0.0)), Row("b", "undecided")]
-    label = Page(forest(rows, 0.01, "forest")).values("aria-label")
+    better = {"verdict": "better", "differences": [-0.1, -0.3], "difference": -0.2, "interval": [-0.4, 0.0]}
+    undecided = {"verdict": "undecided", "differences": [], "difference": None, "interval": [None, None]}
+    arms = {"a": {**better, "control": False}, "b": {**undecided, "control": False}}
+    label = Page(forest(arms, 0.01, "forest")).values("aria-label")
     assert label == [
         "Paired differences in nats, with a band of ±0.01: a, better: difference -0.2000, 95% interval -0.4000 to "
         "+0.0000; b, undecided: no difference measured"
     ]
 
 
-def test_earlier_sittings_are_rows_of_their_own() -> None:
+def test_earlier_sessions_are_rows_of_their_own() -> None:
     found = flat({"torch": "b", "earlier": [{"torch": "a", "machine": {"gpus": []}}], "gpus": ["x", "y"]})
     assert found == [("torch", "b"), ("earlier 1: torch", "a"), ("earlier 1: machine: gpus", "none"), ("gpus", "x, y")]

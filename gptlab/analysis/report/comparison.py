@@ -6,18 +6,16 @@ Verdicts, differences and passports are those of `compare`, unchanged.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from gptlab.analysis.load import Outcomes
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.page import Panel, arm_class, render, sample, stylesheet, write
-from gptlab.analysis.report.plots import Line, Row, curves, forest
+from gptlab.analysis.report.plots import Line, curves, forest
 from gptlab.analysis.report.run import (
     COARSE,
     Band,
-    Curve,
     History,
     binned,
     block_legend,
@@ -36,27 +34,15 @@ Histories = Mapping[str, Sequence[History]]
 """{arm: its runs' histories, in the order of seeds}; empty for a log."""
 
 
-class Cost(NamedTuple):
-    arm: str
-    runs: int
-    tokens_per_second: float | None
-    time: str
-    ratio: float | None
-
-
 def write_comparison(outcomes: Outcomes, result: Mapping[str, Any], path: str | Path) -> Path:
     """Write the report of `result`, the verdicts on `outcomes`, and give its path; raises OSError."""
     histories = {arm: [read_history(run.source) for run in runs] for arm, runs in outcomes.runs.items()}
-    path = Path(path)
-    write(path, page(outcomes, result, histories))
-    return path
+    return write(path, page(outcomes, result, histories))
 
 
 def write_forest(result: Mapping[str, Any], path: str | Path) -> Path:
     """Write the paired differences of `result` as an SVG file of their own, and give its path; raises OSError."""
-    path = Path(path)
-    write(path, standalone(forest(_rows(result), result["delta"], "forest"), stylesheet()))
-    return path
+    return write(path, standalone(forest(result["arms"], result["delta"], "forest"), stylesheet()))
 
 
 def page(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories) -> str:
@@ -68,16 +54,11 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
     """What the template comparison.html is filled with."""
     arms = _in_order(outcomes, result)
     first = next((runs[0] for arm in arms if (runs := outcomes.runs.get(arm))), None)
+    shown = ("step", "baseline", "delta", "looks", "noise_floor", "undeclared", "notes")
     return {
         "title": result["experiment"],
-        "step": result["step"],
-        "baseline": result["baseline"],
-        "delta": result["delta"],
+        **{key: result[key] for key in shown},
         "no_delta": NO_DELTA,
-        "looks": result["looks"],
-        "noise_floor": result["noise_floor"],
-        "undeclared": result["undeclared"],
-        "notes": result["notes"],
         "verdicts": [
             {
                 **found,
@@ -88,7 +69,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
             }
             for arm, found in result["arms"].items()
         ],
-        "forest": Panel("Paired differences", forest(_rows(result), result["delta"], "forest")),
+        "forest": Panel("Paired differences", forest(result["arms"], result["delta"], "forest")),
         "tables": [table for table in tables(result) if table.title != "Why"],
         "losses": list(_losses(outcomes, result, arms)),
         "blocks": [(arm, arm_class(arms.index(arm)), found) for arm, found in _blocks(arms, histories)],
@@ -111,30 +92,11 @@ def _in_order(outcomes: Outcomes, result: Mapping[str, Any]) -> list[str]:
     return sorted(outcomes.losses, key=lambda arm: arm != result["baseline"])
 
 
-def _rows(result: Mapping[str, Any]) -> list[Row]:
-    return [
-        Row(
-            arm + (" (control)" if found["control"] else ""),
-            found["verdict"],
-            found["differences"],
-            found["difference"],
-            None if found["interval"][0] is None else tuple(found["interval"]),
-        )
-        for arm, found in result["arms"].items()
-    ]
-
-
-def _families(result: Mapping[str, Any]) -> dict[str, list[str]]:
-    """{baseline: the arms that are compared with it}, one a group."""
+def _losses(outcomes: Outcomes, result: Mapping[str, Any], arms: list[str]) -> Iterator[Panel]:
+    """For every baseline the losses of its arms over training, and their paired differences from it."""
     families: dict[str, list[str]] = {}
     for arm, found in result["arms"].items():
         families.setdefault(found["baseline"], []).append(arm)
-    return families
-
-
-def _losses(outcomes: Outcomes, result: Mapping[str, Any], arms: list[str]) -> Iterator[Panel]:
-    """For every baseline the losses of its arms over training, and their paired differences from it."""
-    families = _families(result)
     for i, (baseline, members) in enumerate(families.items()):
         which = f", against {baseline}" if len(families) > 1 else ""
         shown = [arm for arm in (baseline, *members) if outcomes.curves.get(arm)]
@@ -192,42 +154,33 @@ def _blocks(arms: list[str], histories: Histories) -> Iterator[tuple[str, list[P
 
 def _doses(arms: list[str], histories: Histories) -> Iterator[Panel]:
     """Dose and share of clipped updates over training, where they were measured."""
-    doses = {arm: [binned(h.updates["dose"], 2 * COARSE) for h in histories.get(arm, [])] for arm in arms}
-    clipped = {arm: [binned(h.updates["clipped"], COARSE) for h in histories.get(arm, [])] for arm in arms}
     note = "the signal’s gradient as a share of the true loss’s, mean ± one standard deviation over seeds"
-    if panel := _by_arm("Dose", doses, arms, "ratio", note, share=False):
-        yield panel
-    if panel := _by_arm("Clipped updates", clipped, arms, "share", "mean over seeds", share=True):
-        yield panel
+    for title, figure, bins, unit, words in (
+        ("Dose", "dose", 2 * COARSE, "ratio", note),
+        ("Clipped updates", "clipped", COARSE, "share", "mean over seeds"),
+    ):
+        found = {arm: [binned(h.updates[figure], bins) for h in histories.get(arm, [])] for arm in arms}
+        bands = {arm: over_seeds(curve) for arm, curve in found.items() if any(curve)}
+        share = unit == "share"
+        lines = [_line(band.without_spread() if share else band, arms, arm) for arm, band in bands.items()]
+        if drawn := _drawn(lines):
+            legend = [(arm_class(arms.index(arm)), arm) for arm in bands]
+            yield Panel(title, curves(drawn, title.lower(), title, unit=unit, share=share), legend, words)
 
 
-def _by_arm(
-    title: str, found: Mapping[str, Sequence[Curve]], arms: list[str], unit: str, note: str, *, share: bool
-) -> Panel | None:
-    bands = {arm: over_seeds(curve) for arm, curve in found.items() if any(curve)}
-    lines = {arm: _line(band, arms, arm) for arm, band in bands.items()}
-    if share:
-        lines = {arm: replace(line, band=line.band.without_spread()) for arm, line in lines.items()}
-    if not _drawn(lines.values()):
-        return None
-    legend = [(arm_class(arms.index(arm)), arm) for arm in lines]
-    return Panel(title, curves(_drawn(lines.values()), title.lower(), title, unit=unit, share=share), legend, note)
-
-
-def _costs(result: Mapping[str, Any], arms: list[str], histories: Histories) -> Iterator[Cost]:
+def _costs(result: Mapping[str, Any], arms: list[str], histories: Histories) -> Iterator[dict[str, Any]]:
     """What an arm's runs took; ratio: of its time to its baseline's."""
-
-    def seconds(arm: str) -> float:
-        return sum(history.seconds for history in histories[arm]) / len(histories[arm])
-
-    for arm in arms:
-        if not histories.get(arm):
-            continue
-        baseline = result["arms"].get(arm, {}).get("baseline", arm)
-        ratio = seconds(arm) / seconds(baseline) if histories.get(baseline) and seconds(baseline) else None
+    seconds = {arm: sum(history.seconds for history in of) / len(of) for arm, of in histories.items() if of}
+    for arm in (arm for arm in arms if arm in seconds):
         speeds = [speed for history in histories[arm] if (speed := history.tokens_per_second)]
-        speed = sum(speeds) / len(speeds) if speeds else None
-        yield Cost(arm, len(histories[arm]), speed, duration(seconds(arm)), ratio)
+        theirs = seconds.get(result["arms"].get(arm, {}).get("baseline", arm))
+        yield {
+            "arm": arm,
+            "runs": len(histories[arm]),
+            "tokens_per_second": sum(speeds) / len(speeds) if speeds else None,
+            "time": duration(seconds[arm]),
+            "ratio": seconds[arm] / theirs if theirs else None,
+        }
 
 
 def _changes(outcomes: Outcomes, result: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:

@@ -1,4 +1,4 @@
-"""The page of the measures of noise: the branch test, alignment by block, verdicts as labels, calibration, collapse."""
+"""The page of the measures of noise: the branch test, alignment by block, readings as labels, calibration, collapse."""
 
 from __future__ import annotations
 
@@ -40,10 +40,7 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     signals = result["signals"]
     scale = signals[TRUE_LOSS]["total"]["noise_scale_tokens"]
     yield "noise scale", figure(scale, ",.0f"), "tokens, of the true loss"
-    for name, signal in signals.items():
-        if name == TRUE_LOSS:
-            continue
-        total = signal["total"]
+    for name, total in ((name, signal["total"]) for name, signal in signals.items() if name != TRUE_LOSS):
         left, times = figure(total["progress"], ".2f"), figure(total["variance"], ".2f")
         value = figure(total["alignment"]["value"], "+.3f")
         yield f"alignment of {name}", value, f"with it, progress left {left}, variance × {times}"
@@ -64,7 +61,7 @@ def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[
     """Alignment of each signal by block, plain and under Adam, and over training where it was logged."""
     blocks = result["n_layer"]
     legend = [(arm_class(k), name) for k, name in enumerate(others, 1)]
-    note = "with 95% intervals; a ring: a length is not resolved"
+    note = "with 95% intervals; a ring: a norm is not resolved"
     for key, title in (("alignment", "As they are"), ("preconditioned_alignment", "Under Adam’s second moment")):
         series = [_aligned(name, signal["blocks"], key, k) for k, (name, signal) in enumerate(others.items(), 1)]
         series = [one for one in series if one.x]
@@ -72,11 +69,10 @@ def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[
             svg = over_blocks(series, blocks, key, title, unit="cosine", zero=True, limits=(-1.05, 1.05))
             yield Panel(title, svg, legend, note)
     for k, signal in enumerate((result["history"] or {"signals": []})["signals"], 1):
-        lines = [
-            Line(Band.of(_points(result["history"]["steps"], values)), theme.block(j, blocks), f"block {j}")
-            for j, values in enumerate(signal["blocks"], 1)
-        ]
-        lines = [line for line in lines if line.band.steps]
+        lines = []
+        for j, values in enumerate(signal["blocks"], 1):
+            known = {step: x for step, x in zip(result["history"]["steps"], values, strict=True) if x is not None}
+            lines += [Line(Band.of(known), theme.block(j, blocks), f"block {j}")] if known else []
         if lines:
             title = f"Over training, signal {k} of the run"
             svg = curves(lines, f"history-{k}", title, unit="cosine", zero=True)
@@ -84,19 +80,9 @@ def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[
 
 
 def _aligned(name: str, blocks: list[dict[str, Any]], key: str, k: int) -> Series:
-    found = [(j, block[key]) for j, block in enumerate(blocks, 1) if block[key] and block[key]["value"] is not None]
-    return Series(
-        name,
-        theme.arm(k),
-        [j for j, _ in found],
-        [one["value"] for _, one in found],
-        [tuple(one["interval"]) for _, one in found],
-        [not one["resolved"] for _, one in found],
-    )
-
-
-def _points(steps: list[int], values: list[float | None]) -> dict[int, float]:
-    return {step: value for step, value in zip(steps, values, strict=True) if value is not None}
+    found = {j: block[key] for j, block in enumerate(blocks, 1) if block[key] and block[key]["value"] is not None}
+    values, bounds = [one["value"] for one in found.values()], [tuple(one["interval"]) for one in found.values()]
+    return Series(name, theme.arm(k), list(found), values, bounds, [not one["resolved"] for one in found.values()])
 
 
 def labels(result: Mapping[str, Any]) -> Iterator[Panel]:
@@ -107,46 +93,39 @@ def labels(result: Mapping[str, Any]) -> Iterator[Panel]:
         found = [(j, block[kind]) for j, block in enumerate(qualities, 1) if block[kind]]
         if not found:
             continue
-        series = [_precision(j, blocks, one) for j, one in found]
+        series = []
+        for j, one in found:
+            both = zip(one["coverage"], one["precision"], strict=True)
+            x, y = zip(*((c, p) for c, p in both if p is not None), strict=True)
+            series.append(Series(f"block {j}", theme.block(j, blocks), x, y))
         title = f"Precision against coverage, {words}"
         note = f"a dot a threshold τ from {THRESHOLDS[0]:g} (right) to {THRESHOLDS[-1]:g}"
-        svg = shares(series, f"precision-{kind}", title, x="tokens with p_m of at least τ", y="right of these")
+        svg = shares(series, f"precision-{kind}", title, x="tokens with p_m of at least τ", y="precision")
         yield Panel(title, svg, legend, note)
-        series = [_reliability(j, blocks, one) for j, one in found]
+        series = []
+        for j, one in found:
+            x, y = zip(*((b["confidence"], b["accuracy"]) for b in one["reliability"] if b["count"]), strict=True)
+            series.append(Series(f"block {j}", theme.block(j, blocks), x, y))
         title = f"Reliability, {words}"
-        svg = shares(series, f"reliability-{kind}", title, x="p_m, by bins", y="right of these", diagonal=True)
-        yield Panel(title, svg, legend, "on the line: as sure as it is right")
-
-
-def _precision(j: int, blocks: int, quality: Mapping[str, Any]) -> Series:
-    both = zip(quality["coverage"], quality["precision"], strict=True)
-    x, y = zip(*((c, p) for c, p in both if p is not None), strict=True)
-    return Series(f"block {j}", theme.block(j, blocks), x, y)
-
-
-def _reliability(j: int, blocks: int, quality: Mapping[str, Any]) -> Series:
-    bins = [b for b in quality["reliability"] if b["count"]]
-    return Series(f"block {j}", theme.block(j, blocks), [b["confidence"] for b in bins], [b["accuracy"] for b in bins])
+        svg = shares(series, f"reliability-{kind}", title, x="p_m, by bins", y="accuracy", diagonal=True)
+        yield Panel(title, svg, legend, "on the line: calibrated")
 
 
 def collapse(result: Mapping[str, Any]) -> Iterator[Panel]:
     """Each monitor over the blocks."""
     found, blocks = result["collapse"], result["n_layer"]
     x = list(range(1, blocks + 1))
-    entropies = [
-        Series("of a reading", theme.arm(1), x, [one["entropy"] for one in found]),
-        Series("of the argmax’s marginal", theme.arm(2), x, [one["argmax_entropy"] for one in found]),
-    ]
-    title = "Entropy"
+
+    def series(label: str, shade: int, key: str) -> Series:
+        return Series(label, theme.arm(shade), x, [one[key] for one in found])
+
+    entropies = [series("of a reading", 1, "entropy"), series("of the argmax’s marginal", 2, "argmax_entropy")]
     legend = [(arm_class(k), one.label) for k, one in enumerate(entropies, 1)]
-    yield Panel(title, over_blocks(entropies, blocks, "entropy", title, unit="nats", zero=True), legend)
-    median = Series(
-        "p_m", theme.arm(3), x, [one["p_max"]["0.5"] for one in found],
-        [(one["p_max"]["0.05"], one["p_max"]["0.95"]) for one in found],
-    )  # fmt: skip
-    title = "Confidence p_m"
+    yield Panel("Entropy", over_blocks(entropies, blocks, "entropy", "Entropy", unit="nats", zero=True), legend)
+    quantiles = [one["p_max"] for one in found]
+    bounds = [(one["0.05"], one["0.95"]) for one in quantiles]
+    median, title = Series("p_m", theme.arm(3), x, [one["0.5"] for one in quantiles], bounds), "Confidence p_m"
     svg = over_blocks([median], blocks, "confidence", title, unit="probability", limits=(-0.03, 1.03))
     yield Panel(title, svg, [], "median, and from the 5th to the 95th of a hundred tokens")
-    size = Series("logits", theme.arm(4), x, [one["logit_rms"] for one in found])
-    title = "Size of the logits"
-    yield Panel(title, over_blocks([size], blocks, "logits", title, unit="root mean square", zero=True))
+    sizes, title = series("logits", 4, "logit_rms"), "Size of the logits"
+    yield Panel(title, over_blocks([sizes], blocks, "logits", title, unit="root mean square", zero=True))

@@ -70,9 +70,10 @@ def render(template: str, *, base: str = "base.html", folders: Sequence[Path] = 
     return environment.get_template(template).render(content).translate(_UNSHOWN)
 
 
-def write(path: Path, page: str) -> None:
-    """Write the page whole or not at all; raises DataError and OSError as files.write_whole does."""
-    write_whole(path, page.encode("utf-8", errors="replace"))
+def write(path: str | Path, page: str) -> Path:
+    """Write the page whole or not at all and give its path; raises DataError and OSError as files.write_whole does."""
+    write_whole(Path(path), page.encode("utf-8", errors="replace"))
+    return Path(path)
 
 
 def sample(row: Mapping[str, Any], title: str) -> Sample:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 440, 260
-"""Of a plot, in the units of its view box, of which a phone shows about 350: text stays legible."""
+WIDTH, HEIGHT, TALL = 440, 260, 300
+"""Of a plot, in the units of its view box, of which a phone shows about 350; tall where both axes are shares."""
+QUARTERS = [0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"]
+"""The ticks of a share."""
 
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 38
 """Room around the axes; fixed, so that plots in a column line up (and no layout has to be solved)."""
@@ -62,28 +64,10 @@ class Line:
     dashed: bool = False
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a forest: points are the seeds' differences; interval is None below two seeds."""
-
-    label: str
-    verdict: str
-    points: Sequence[float] = field(default_factory=list)
-    mean: float | None = None
-    interval: tuple[float, float] | None = None
-
-
 def curves(
-    lines: Sequence[Line],
-    name: str,
-    what: str,
-    *,
-    unit: str,
-    zero: bool = False,
-    within: float | None = None,
-    share: bool = False,
-    limits: tuple[float, float] | None = None,
-) -> str:
+    lines: Sequence[Line], name: str, what: str, *, unit: str, zero: bool = False, within: float | None = None,
+    share: bool = False, limits: tuple[float, float] | None = None,
+) -> str:  # fmt: skip
     """Lines over steps, as an <svg> element.
 
     zero: draw the line of 0; within: shade ± so much; share: of 1, shown in per cent; limits: of the y axis.
@@ -112,38 +96,41 @@ def curves(
         axes.set_ylim(*limits)
     if share:
         axes.set_ylim(-0.03, 1.03)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
-    figure.text(4 / WIDTH, 1 - 14 / HEIGHT, unit, color=theme.MUTED, fontsize=TEXT)
-    axes.set_xlabel("step", color=theme.MUTED)
-    return inline(figure, name, _describe(what, lines, share=share))
+        axes.set_yticks(*QUARTERS)
+    _name_axes(figure, axes, "step", unit)
+    drawn = [(line.label or "it", line.band.steps, line.band.mean) for line in lines]
+    return inline(figure, name, _describe(what, drawn, "step", ".0%" if share else ".4g"))
 
 
-def forest(rows: Sequence[Row], delta: float | None, name: str) -> str:
-    """Each arm's paired differences: a dot a seed, their mean with its interval, and the band of ±delta if any."""
-    height = 38 * len(rows) + 52
-    figure, axes = blank(height, left=RIGHT, top=4)
+def forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str) -> str:
+    """Paired differences of `compare`'s arms: a dot a seed, their mean with its interval, the band of ±delta if any."""
+    figure, axes = blank(38 * len(arms) + 52, left=RIGHT, top=4)
     if delta is not None:
         axes.axvspan(-delta, delta, color=theme.MUTED, alpha=0.15, linewidth=0)
     axes.axvline(0, color=theme.MUTED, linewidth=1)
-    texts = {}
-    for i, row in enumerate(rows):
-        y, colour = -i, theme.VERDICTS[row.verdict]
-        axes.plot(row.points, [y - 0.34] * len(row.points), "o", color=theme.MUTED, alpha=0.7, markersize=3.6)
-        if row.interval:
-            axes.plot(row.interval, [y - 0.12, y - 0.12], color=colour, linewidth=2.6, solid_capstyle="butt")
-        if row.mean is not None:
-            axes.plot([row.mean], [y - 0.12], "D", color=colour, markersize=6)
-        placeholder = f"arm {i}"
-        texts[placeholder] = f"{shortened(row.label)}: {row.verdict}"
-        place: dict[str, Any] = {"va": "center", "transform": axes.get_yaxis_transform()}
-        axes.text(0.01, y + 0.26, placeholder, color=theme.INK, fontsize=TEXT, **place)
-    axes.set_ylim(-len(rows) + 0.45, 0.55)
+    texts, words = {}, []
+    place: dict[str, Any] = {"va": "center", "transform": axes.get_yaxis_transform()}
+    for i, (arm, found) in enumerate(arms.items()):
+        label, verdict, points = arm + " (control)" * found["control"], found["verdict"], found["differences"]
+        mean, (low, high), colour = found["difference"], found["interval"], theme.VERDICTS[verdict]
+        axes.plot(points, [-i - 0.34] * len(points), "o", color=theme.MUTED, alpha=0.7, markersize=3.6)
+        if low is not None:
+            axes.plot([low, high], [-i - 0.12] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
+        if mean is not None:
+            axes.plot([mean], [-i - 0.12], "D", color=colour, markersize=6)
+        texts[f"arm {i}"] = f"{shortened(label)}: {verdict}"
+        axes.text(0.01, -i + 0.26, f"arm {i}", color=theme.INK, fontsize=TEXT, **place)
+        difference = "no difference measured" if mean is None else f"difference {mean:+.4f}"
+        interval = "" if low is None else f", 95% interval {low:+.4f} to {high:+.4f}"
+        words.append(f"{label}, {verdict}: {difference}{interval}")
+    axes.set_ylim(-len(arms) + 0.45, 0.55)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("loss minus the baseline's, nats a token", color=theme.MUTED)
     plain_scale(axes)
-    return inline(figure, name, _describe_forest(rows, delta), texts)
+    band = "" if delta is None else f", with a band of ±{delta:g}"
+    return inline(figure, name, f"Paired differences in nats{band}: {'; '.join(words)}", texts)
 
 
 def shortened(label: str, most: int = 40) -> str:
@@ -186,30 +173,19 @@ def plain_scale(axes: Axes) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
 
 
-def _describe(what: str, lines: Sequence[Line], *, share: bool) -> str:
-    """The plot in words: where every line begins and ends."""
-    form: Any = "{:.0%}".format if share else "{:.4g}".format
+def _name_axes(figure: Figure, axes: Axes, x: str, y: str, height: float = HEIGHT) -> None:
+    figure.text(4 / WIDTH, 1 - 14 / height, y, color=theme.MUTED, fontsize=TEXT)
+    axes.set_xlabel(x, color=theme.MUTED)
+
+
+def _describe(what: str, lines: Sequence[tuple[str, Sequence[float], Sequence[float]]], x: str, form: str) -> str:
+    """The plot in words: where every line (label, x, y) begins and ends."""
     ends = [
-        f"{line.label or 'it'} goes from {form(line.band.mean[0])} at step {line.band.steps[0]} "
-        f"to {form(line.band.mean[-1])} at step {line.band.steps[-1]}"
-        for line in lines
-        if line.band.steps
+        f"{label} goes from {ys[0]:{form}} at {x} {round(xs[0], 3)} to {ys[-1]:{form}} at {x} {round(xs[-1], 3)}"
+        for label, xs, ys in lines
+        if xs
     ]
-    return f"{what}: {'; '.join(ends)}"
-
-
-def _describe_forest(rows: Sequence[Row], delta: float | None) -> str:
-    parts = []
-    for row in rows:
-        difference = "no difference measured" if row.mean is None else f"difference {row.mean:+.4f}"
-        interval = f", 95% interval {row.interval[0]:+.4f} to {row.interval[1]:+.4f}" if row.interval else ""
-        parts.append(f"{row.label}, {row.verdict}: {difference}{interval}")
-    band = "" if delta is None else f", with a band of ±{delta:g}"
-    return f"Paired differences in nats{band}: {'; '.join(parts)}"
-
-
-TALL = 300
-"""Height of a plot whose two axes are shares."""
+    return f"{what}: {'; '.join(ends) or 'nothing to show'}"
 
 
 @dataclass(frozen=True)
@@ -225,7 +201,6 @@ class Series:
     y: Sequence[float]
     bounds: Sequence[tuple[float, float]] = field(default_factory=list)
     hollow: Sequence[bool] = field(default_factory=list)
-    dashed: bool = False
 
 
 def over_blocks(
@@ -240,7 +215,7 @@ def over_blocks(
         axes.axhline(0, color=theme.MUTED, linewidth=1)
     for k, one in enumerate(series):
         x = [block + (k - (len(series) - 1) / 2) * min(0.15, 0.6 / len(series)) for block in one.x]
-        axes.plot(x, one.y, color=one.colour, linewidth=1.2, alpha=0.6, linestyle=_dashes(one.dashed))
+        axes.plot(x, one.y, color=one.colour, linewidth=1.2, alpha=0.6)
         for i, (at, y) in enumerate(zip(x, one.y, strict=True)):
             face = "none" if one.hollow and one.hollow[i] else one.colour
             axes.plot([at], [y], "o", markersize=4.5, markeredgecolor=one.colour, markerfacecolor=face)
@@ -251,9 +226,8 @@ def over_blocks(
     axes.set_xlim(0.5, blocks + 0.5)
     plain_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(min(blocks, 12), integer=True))
-    figure.text(4 / WIDTH, 1 - 14 / HEIGHT, unit, color=theme.MUTED, fontsize=TEXT)
-    axes.set_xlabel("block", color=theme.MUTED)
-    return inline(figure, name, _describe_series(what, series, "block"))
+    _name_axes(figure, axes, "block", unit)
+    return inline(figure, name, _describe(what, [(one.label, one.x, one.y) for one in series], "block", ".3g"))
 
 
 def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, diagonal: bool = False) -> str:
@@ -262,16 +236,13 @@ def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, di
     if diagonal:
         axes.plot([0, 1], [0, 1], color=theme.MUTED, linewidth=1)
     for one in series:
-        axes.plot(
-            one.x, one.y, color=one.colour, linewidth=1.6, marker="o", markersize=2.8, linestyle=_dashes(one.dashed)
-        )
+        axes.plot(one.x, one.y, color=one.colour, linewidth=1.6, marker="o", markersize=2.8)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"])
+        axis.set_ticks(*QUARTERS)
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.03, 1.03)
-    figure.text(4 / WIDTH, 1 - 14 / TALL, y, color=theme.MUTED, fontsize=TEXT)
-    axes.set_xlabel(x, color=theme.MUTED)
-    return inline(figure, name, _describe_series(what, series, x))
+    _name_axes(figure, axes, x, y, TALL)
+    return inline(figure, name, _describe(what, [(one.label, one.x, one.y) for one in series], x, ".3g"))
 
 
 def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> str:
@@ -290,24 +261,9 @@ def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> st
     axes.plot([0], [bias["value"]], "D", color=colour, markersize=6)
     axes.set_xlim(-0.04, 1.04)
     plain_scale(axes)
-    axes.set_xticks(
-        [0, *(1 / int(M) for M in branch["differences"])], ["0", *(f"1/{M}" for M in branch["differences"])]
-    )
-    figure.text(4 / WIDTH, 1 - 14 / HEIGHT, "nats above the true loss alone", color=theme.MUTED, fontsize=TEXT)
-    axes.set_xlabel("1/M: of so many batches the signal’s gradient is the mean", color=theme.MUTED)
+    each = branch["differences"]
+    axes.set_xticks([0, *(1 / int(M) for M in each)], ["0", *(f"1/{M}" for M in each)])
+    x_label = "1/M: of so many batches the signal’s gradient is the mean"
+    _name_axes(figure, axes, x_label, "nats above the true loss alone")
     description = f"{what}: {bias['value']:+.4f} nats at 1/M = 0, {sum(branch['fit']):+.4f} at 1/M = 1"
     return inline(figure, name, description)
-
-
-def _dashes(dashed: bool) -> str | tuple[int, tuple[int, int]]:
-    return (0, (4, 2)) if dashed else "-"
-
-
-def _describe_series(what: str, series: Sequence[Series], x: str) -> str:
-    """The plot in words: where every series begins and ends."""
-    ends = [
-        f"{one.label} from {one.y[0]:.3g} at {x} {one.x[0]:.3g} to {one.y[-1]:.3g} at {one.x[-1]:.3g}"
-        for one in series
-        if one.x
-    ]
-    return f"{what}: {'; '.join(ends) or 'nothing to show'}"

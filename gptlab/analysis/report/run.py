@@ -21,12 +21,8 @@ from gptlab.runs.records import Clock, Row, Source, read_config, read_rows
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS
 
-BINS = 150
-"""Points of a curve of updates: each is the mean of the updates since the point before."""
-
-COARSE = 30
-"""Points of a curve of shares, which takes more updates a point."""
-
+BINS, COARSE = 150, 30
+"""Points of a curve of updates, each the mean of the updates since the point before; of a curve of shares."""
 MOST_BLOCKS_SHOWN = 24
 """Of more blocks so many are drawn, evenly spaced from the first to the last."""
 MOST_SAMPLES, MOST_TOKENS, MOST_CHARACTERS = 8, 128, 10_000
@@ -72,7 +68,6 @@ class History:
 
 
 FIGURES = ("loss", "signal_loss", "grad_norm", "clipped", "dose", "tokens_per_second")
-OF_BLOCKS = ("block_loss", "block_confidence")
 
 
 class Recorder:
@@ -91,7 +86,7 @@ class Recorder:
         if row["kind"] == "val":
             self._last = row
             self._losses.add(step, row["loss"])
-            for figure in OF_BLOCKS:
+            for figure in ("block_loss", "block_confidence"):
                 for number in blocks_shown(len(row.get(figure, ()))):
                     self._blocks.setdefault((figure, number), Points()).add(step, row[figure][number - 1])
         elif row["kind"] == "sample":
@@ -104,10 +99,9 @@ class Recorder:
             self._clock.tick(row)
 
     def history(self) -> History:
-        return History(
-            self._updates, self._losses, self._blocks, list(self._samples), self._n_samples,
-            len(self._last.get("block_loss", ())), self._clock.seconds, self._last,
-        )  # fmt: skip
+        samples, blocks = list(self._samples), len(self._last.get("block_loss", ()))
+        seconds, last = self._clock.seconds, self._last
+        return History(self._updates, self._losses, self._blocks, samples, self._n_samples, blocks, seconds, last)
 
 
 def read_history(run: Source, until: float = math.inf) -> History:
@@ -151,12 +145,8 @@ def over_seeds(curves: Iterable[Curve]) -> Band:
     values = [[curve[step] for curve in curves] for step in steps]
     means = [sum(v) / len(v) for v in values]
     around = [spread(v) or 0.0 for v in values]
-    return Band(
-        steps,
-        means,
-        [m - s for m, s in zip(means, around, strict=True)],
-        [m + s for m, s in zip(means, around, strict=True)],
-    )
+    both = list(zip(means, around, strict=True))
+    return Band(steps, means, [m - s for m, s in both], [m + s for m, s in both])
 
 
 PLACES = {"out", "resume", "preset", "seed"}
@@ -165,11 +155,9 @@ PLACES = {"out", "resume", "preset", "seed"}
 
 def write_run(folder: str | Path) -> Path:
     """Write the report of the run in `folder` into it and give its path; raises CheckpointError where there is none."""
-    folder = Path(folder)
-    path, recorder = folder / FILE, Recorder()
-    run = read_run(folder, each=recorder.add)
-    write(path, page(run, recorder.history()))
-    return path
+    recorder = Recorder()
+    run = read_run(Path(folder), each=recorder.add)
+    return write(Path(folder) / FILE, page(run, recorder.history()))
 
 
 def page(run: Run, history: History) -> str:
@@ -180,9 +168,9 @@ def page(run: Run, history: History) -> str:
 def content(run: Run, history: History) -> dict[str, Any]:
     """What the template run.html is filled with."""
     options = run.options
-    signal = options.get("signal.name", "none")
+    signal, path = options.get("signal.name", "none"), run.path.resolve()
     return {
-        "title": _name(run.path.resolve()),
+        "title": f"{path.parent.name}/{path.name}" if path.name.startswith("seed_") else path.name,  # a cell's arm too
         "preset": options["preset"],
         "signal": None if signal == "none" else signal,
         "seed": run.seed,
@@ -194,11 +182,6 @@ def content(run: Run, history: History) -> dict[str, Any]:
         "changes": changes(options),
         "environment": flat(run.environment),
     }
-
-
-def _name(path: Path) -> str:
-    """A run's name: its folder's, with its arm's where it is a cell of an experiment."""
-    return f"{path.parent.name}/{path.name}" if path.name.startswith("seed_") else path.name
 
 
 def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
@@ -225,6 +208,10 @@ def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
 def panels(history: History, *, has_signal: bool) -> Iterator[Panel]:
     """The plots there is something to show in."""
     updates, blocks = history.updates, history.n_blocks
+
+    def line(figure: str, colour: str, bins: int = BINS) -> list[Line]:
+        return [Line(Band.of(binned(updates[figure], bins)), colour)]
+
     lines = [
         Line(Band.of(binned(updates["loss"])), theme.MUTED, "training", faint=True),
         Line(Band.of(binned(history.losses)), theme.arm(1), "validation"),
@@ -232,37 +219,25 @@ def panels(history: History, *, has_signal: bool) -> Iterator[Panel]:
     legend = [("muted", "training"), ("arm-1", "validation")]
     yield from _panel("Loss", lines, "loss", "nats a token", legend)
     if has_signal:
-        of_signal = [Line(Band.of(binned(updates["signal_loss"])), theme.arm(2))]
-        yield from _panel("Signal loss", of_signal, "signal", "nats a token", note="the weighted sum over judges")
-        dose = [Line(Band.of(binned(updates["dose"])), theme.arm(2))]
+        note = "the weighted sum over judges"
+        yield from _panel("Signal loss", line("signal_loss", theme.arm(2)), "signal", "nats a token", note=note)
         note = "the signal’s gradient as a share of the true loss’s"
-        yield from _panel("Dose", dose, "dose", "ratio", note=note)
+        yield from _panel("Dose", line("dose", theme.arm(2)), "dose", "ratio", note=note)
     for title, name, unit in (("Loss", "block_loss", "nats a token"), ("Confidence", "block_confidence", "mean p_max")):
-        of_blocks = [
-            Line(Band.of(history.of_block(name, j)), theme.block(j, blocks), f"block {j}") for j in blocks_shown(blocks)
-        ]
+        bands = {j: Band.of(history.of_block(name, j)) for j in blocks_shown(blocks)}
+        of_blocks = [Line(band, theme.block(j, blocks), f"block {j}") for j, band in bands.items()]
         yield from _panel(f"{title} of every block’s reading", of_blocks, name, unit, block_legend(blocks))
-    norm = [Line(Band.of(binned(updates["grad_norm"])), theme.arm(3))]
-    yield from _panel("Gradient norm", norm, "gradient", "before clipping")
-    clipped = [Line(Band.of(binned(updates["clipped"], COARSE)), theme.arm(3))]
-    yield from _panel("Clipped updates", clipped, "clipped", "share", share=True)
-    speed = [Line(Band.of(binned(updates["tokens_per_second"])), theme.MUTED)]
-    yield from _panel("Speed", speed, "speed", "tokens/s")
+    yield from _panel("Gradient norm", line("grad_norm", theme.arm(3)), "gradient", "before clipping")
+    yield from _panel("Clipped updates", line("clipped", theme.arm(3), COARSE), "clipped", "share", share=True)
+    yield from _panel("Speed", line("tokens_per_second", theme.MUTED), "speed", "tokens/s")
 
 
 def _panel(
-    title: str,
-    lines: list[Line],
-    name: str,
-    unit: str,
-    legend: list[tuple[str, str]] | None = None,
-    note: str = "",
-    *,
+    title: str, lines: list[Line], name: str, unit: str, legend: Sequence[tuple[str, str]] = (), note: str = "", *,
     share: bool = False,
-) -> Iterator[Panel]:
-    lines = [line for line in lines if line.band.steps]
-    if lines:
-        yield Panel(title, curves(lines, name, title, unit=unit, share=share), legend or [], note)
+) -> Iterator[Panel]:  # fmt: skip
+    if lines := [line for line in lines if line.band.steps]:
+        yield Panel(title, curves(lines, name, title, unit=unit, share=share), legend, note)
 
 
 def block_legend(blocks: int, most: int = 8) -> list[tuple[str, str]]:
@@ -274,9 +249,8 @@ def block_legend(blocks: int, most: int = 8) -> list[tuple[str, str]]:
 def changes(options: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(option, the preset's value, the run's) of what the run sets over its preset."""
     usual = flatten(build(TrainingConfig, PRESETS.get(options["preset"], {})))
-    return [
-        (key, usual.get(key), value) for key, value in options.items() if key not in PLACES and value != usual.get(key)
-    ]
+    rows = [(key, usual.get(key), value) for key, value in options.items() if key not in PLACES]
+    return [row for row in rows if row[1] != row[2]]
 
 
 def duration(seconds: float) -> str:
@@ -286,9 +260,8 @@ def duration(seconds: float) -> str:
     '1 h 02 min'
     """
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes_left:02} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
