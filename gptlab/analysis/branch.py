@@ -12,7 +12,7 @@ Positive figures are harm, negative ones help. docs/noise.md: 'The branch test';
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,14 +27,10 @@ if TYPE_CHECKING:
     from gptlab.distributed import World
     from gptlab.runs.branching import Arm, Branched, Plan, Progress
 
-DELTA = 0.001
-"""Nats below which an effect of a branch counts as none."""
-
+DELTA, DEGREE = 0.001, 2
+"""Nats below which an effect of a branch counts as none; the degree of the fit in 1/M."""
 MINOR = 0.1
-"""A part smaller than this share of the other is not named: the fit in 1/M is not exact to that."""
-
-DEGREE = 2
-
+"""A part smaller than this share of the other is not named: the fit is not exact to that."""
 Differences = Mapping[int, Mapping[int, float | None]]
 """M -> data seed -> held-out loss minus the true loss's branch, nats; None where the branch diverged."""
 
@@ -48,7 +44,7 @@ class Part:
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.interval[0] > 0 or self.interval[1] < 0
 
     @property
@@ -74,12 +70,7 @@ class BranchTest:
 def judge(differences: Differences, delta: float = DELTA) -> BranchTest:
     """The verdict on one signal from its differences, at least two M and two data seeds.
 
-    A part is *shown* where its 95% interval over the data seeds leaves 0 out. In this order:
-
-    1. a branch diverged: 'undecided', and the reason says so;
-    2. neither part is shown: 'neither' if both intervals lie within ±delta, else 'undecided';
-    3. both are shown: 'bias and noise', unless one is less than a tenth of the other, which is then named alone;
-    4. one is shown: its name, if the other's interval lies within ± its size, else 'undecided'.
+    A part is *shown* where its 95% interval over the data seeds excludes 0; docs/noise.md has the rule.
 
     >>> flat = {seed: 0.05 + 0.001 * seed for seed in range(4)}
     >>> judge({1: flat, 4: flat, 16: flat}).verdict
@@ -88,19 +79,14 @@ def judge(differences: Differences, delta: float = DELTA) -> BranchTest:
     seeds = list(next(iter(differences.values())))
     table = [[differences[M][seed] for M in differences] for seed in seeds]
     values = np.array(table, dtype=np.float64)  # None becomes NaN
-    if not np.isfinite(values).all():
-        lost = [M for M in differences if any(x is None or not np.isfinite(x) for x in differences[M].values())]
+    if lost := [M for k, M in enumerate(differences) if not np.isfinite(values[:, k]).all()]:
         return BranchTest("undecided", f"diverged at M = {', '.join(map(str, lost))}: lower the weight")
-    coefficients = values @ _solver(list(differences)).T  # (seeds, 1 + degree)
+    powers = np.vander(1 / np.array(list(differences)), min(DEGREE + 1, len(differences)), increasing=True)
+    coefficients = values @ np.linalg.pinv(powers).T  # (seeds, 1 + degree), of the polynomial in 1/M
     bias, noise = _part(coefficients[:, 0]), _part(coefficients[:, 1:].sum(1))
     verdict, why = _verdict(bias, noise, delta)
     fit = tuple(float(c) for c in coefficients.mean(0))
     return BranchTest(verdict, f"bias {bias}, noise {noise} nats: {why}", bias, noise, fit)
-
-
-def _solver(averages: Sequence[int]) -> np.ndarray:
-    """(1 + degree, len(averages)): from values at each M to the coefficients of the polynomial in 1/M."""
-    return np.linalg.pinv(np.vander(1 / np.array(averages), min(DEGREE + 1, len(averages)), increasing=True))
 
 
 def _part(by_seed: np.ndarray) -> Part:
@@ -126,9 +112,8 @@ def _verdict(bias: Part, noise: Part, delta: float) -> tuple[Any, str]:
 
 
 def _effect(name: str, part: Part) -> str:
-    if name == "bias":
-        return "its mean harms" if part.value > 0 else "its mean helps"
-    return "averaging would help" if part.value > 0 else "averaging would harm"
+    effects = ("its mean harms", "its mean helps"), ("averaging would help", "averaging would harm")
+    return effects[name == "noise"][part.value <= 0]
 
 
 def as_json(plan: Plan, branched: Branched, delta: float = DELTA) -> dict[str, Any]:
@@ -136,31 +121,17 @@ def as_json(plan: Plan, branched: Branched, delta: float = DELTA) -> dict[str, A
     differences = branched.differences
     test = judge({M: dict(zip(plan.seeds, row, strict=True)) for M, row in differences.items()}, delta)
     return {
-        "steps": plan.steps,
-        "averages": list(plan.averages),
-        "seeds": list(plan.seeds),
-        "weight": branched.weight,
-        "dose": branched.dose,
-        "start": branched.start,
-        "true_loss": branched.true,
+        "steps": plan.steps, "averages": list(plan.averages), "seeds": list(plan.seeds),
+        "weight": branched.weight, "dose": branched.dose, "start": branched.start, "true_loss": branched.true,
         "differences": {str(M): row for M, row in differences.items()},
-        "delta": delta,
-        **asdict(test),
-        "diverged": branched.diverged,
-    }
+        "delta": delta, **asdict(test), "diverged": branched.diverged,
+    }  # fmt: skip
 
 
 def branch_test(
-    run: str | Path,
-    signals: Mapping[str, Arm],
-    corpus: Corpus,
-    placement: ComputeConfig,
-    plan: Plan | None = None,
-    *,
-    delta: float = DELTA,
-    world: World | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
-) -> dict[str, dict[str, Any]]:
+    run: str | Path, signals: Mapping[str, Arm], corpus: Corpus, placement: ComputeConfig, plan: Plan | None = None, *,
+    delta: float = DELTA, world: World | None = None, progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Run the branches of every signal from a checkpoint and judge them: name -> the object of `as_json`.
 
     run: a run (its newest checkpoint) or the folder of a checkpoint. See `runs.branching.branch` for what is raised
