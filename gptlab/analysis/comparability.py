@@ -103,7 +103,6 @@ def arm_of(options: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
 
 COST_TOLERANCE = {"equal_flops": 0.05, "equal_time": 0.10}
 """How far costs may differ that are called equal, as a share; clocks are less exact than counts."""
-
 Arms = Mapping[str, Sequence[Run]]
 """{arm: its finished runs}"""
 

@@ -19,8 +19,8 @@ Losses = Mapping[str, Mapping[Any, float | None]]
 class Design:
     """baselines, groups: {arm: its baseline}, {arm: its group}, of arms that are no baseline; the rest is as given.
 
-    delta: None where nobody declared one. seeds: those that every arm must have, in their order; None where any will
-    do. planned: how many, where no more is known. controls: placebos too. signals: arms that must beat their placebo.
+    seeds: those that every arm must have, in their order; None where any will do. planned: how many, where no more is
+    known. controls: placebos too. signals: arms that must beat their placebo.
     """
 
     baselines: Mapping[str, str]
@@ -143,11 +143,7 @@ class Pairing:
 def pair(
     losses: Losses, arm: str, other: str, looks: Sequence[int] | None, seeds: Sequence[Seed] | None = None
 ) -> Pairing:
-    """Pair `arm` with `other`; with looks, only the first seeds count that make a whole look.
-
-    seeds: the declared ones, in their order; a look is reached once all of its first seeds are there. Without them
-    those that both arms have are taken.
-    """
+    """Pair `arm` with `other` on the declared seeds, else on those that both have; with looks, on a whole look's."""
     mine, theirs = losses[arm], losses[other]
     wanted = sorted((s for s in mine if s in theirs), key=order) if seeds is None else list(seeds)
     shared = [seed for seed in wanted if seed in mine and seed in theirs]

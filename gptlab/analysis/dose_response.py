@@ -16,7 +16,6 @@ from gptlab.analysis.statistics import Interval, paired_t
 
 LogRatios = Mapping[int, float]
 """{seed: log of tokens with the error over tokens without}, of seeds in which both arrived."""
-
 THEORIES: dict[str, tuple[str, Callable[[float, int], float]]] = {
     "uniform": ("1/(1-ρV/(V-1))^a", lambda dose, vocabulary: -_log(1 - dose * vocabulary / (vocabulary - 1))),
     "parity": ("1/(1-2ρ)^a", lambda dose, vocabulary: -_log(1 - 2 * dose)),

@@ -31,7 +31,6 @@ from gptlab.runs.records import read_rows
 
 Clean = tuple[Any, ...]
 """All options of a run but its errors: runs of equal ones may be compared as dose and response."""
-
 _ERRORS = ("target_flip", "target_flip_to", "gradient_noise")
 _FLIPS = ("control", "flip", "flip_to")
 
@@ -96,7 +95,6 @@ def _without_flips(signal: Mapping[str, Any], judge: int | str, n_layer: int) ->
 
 SHARES = (0.125, 0.25, 0.5)
 """Levels: what the clean arm has reached after these shares of its tokens, early to late."""
-
 RISING = {"accuracy"}
 
 

@@ -46,9 +46,9 @@ class Tuning:
 class Outcomes:
     """losses: {arm: {seed: loss at `step`}}, None where a run diverged; arguments: the rest of `compare`'s.
 
-    passports: {arm: figures}; changes: {arm: {option: [the baseline's, its own]}}; undeclared: differences that
-    forbid to compare, one line each; notes: runs that were left out, and why. curves: {arm: {seed: {step: validation
-    loss}}}, runs: {arm: its finished runs}, none of a log's; both in the order of seeds. tuning: what trials chose.
+    changes: {arm: {option: [the baseline's, its own]}}; undeclared: differences that forbid to compare; notes: runs
+    left out, and why. curves: {arm: {seed: {step: validation loss}}}, runs: {arm: its finished runs, none of a log's},
+    both in the order of seeds. longer: {arm: baseline} of arms that are only a longer run of it.
     """
 
     name: str
@@ -86,17 +86,17 @@ def read(
 ) -> Outcomes:  # fmt: skip
     """The outcomes in one experiment folder, one log (.csv, .jsonl), or any number of run folders.
 
-    step: of the losses; by default the last one at which every finished run was validated. baseline: an arm's name,
-    or of single runs the folder of one of its runs. seeds: that count, of runs and logs; by default all that any arm
-    has, so that an arm which lacks one is undecided. until: when reading ends, as for read_rows.
-
-    Raises ConfigError, DataError or CheckpointError.
+    step: by default the last at which every finished run was validated. baseline: an arm's name, or of single runs the
+    folder of one. seeds: those that count, of runs and logs; by default all that any arm has. until: when reading ends,
+    as for read_rows. Raises ConfigError, DataError or CheckpointError.
     """
     first = Path(sources[0])
+    if len(sources) > 1 and (first.suffix in SUFFIXES or is_experiment(first)):
+        raise ConfigError(f"expected {first} alone, found {len(sources)} sources; only single runs go together")
     if first.suffix in SUFFIXES:
-        return _of_log(_only(sources), step, baseline, seeds)
+        return _of_log(first, step, baseline, seeds)
     if is_experiment(first):
-        return _of_experiment(_only(sources), step, until)
+        return _of_experiment(first, step, until)
     if not first.exists():
         raise ConfigError(f"expected a run, an experiment's folder or a log at {first}, found nothing; check the path")
     if first.is_file():
@@ -107,12 +107,6 @@ def read(
 def is_experiment(path: Path) -> bool:
     """Whether it is an experiment's folder, or a packed one."""
     return is_pack(path) or (path / EXPERIMENT).is_file()
-
-
-def _only(sources: Sequence[str | Path]) -> Path:
-    if len(sources) > 1:
-        raise ConfigError(f"expected {sources[0]} alone, found {len(sources)} sources; only single runs go together")
-    return Path(sources[0])
 
 
 def _of_log(path: Path, step: int | None, baseline: str | None, seeds: Sequence[int] | None) -> Outcomes:
@@ -297,7 +291,5 @@ def _placebo_of(arm: str, declared: Mapping[str, Mapping[str, Any]], controls: S
 
 
 def _changes(runs: list[Run], baseline: list[Run]) -> dict[str, list[Any]]:
-    if not runs or not baseline:
-        return {}
-    theirs, own = own_options(baseline[0]), own_options(runs[0])
+    theirs, own = (own_options(of[0]) if runs and baseline else {} for of in (baseline, runs))
     return {key: [theirs.get(key), value] for key, value in own.items() if theirs.get(key) != value}

@@ -140,7 +140,7 @@ def _escaped(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str = ",.4g") -> str:
     """A figure, or a dash where there is none."""
     return "–" if value is None else format(value, form)
 
@@ -151,7 +151,6 @@ def interval(bounds: Sequence[float | None]) -> str:
 
 SHOWN = (0.5, 0.9)
 """The τ of the table of labels."""
-
 COLLAPSE_COLUMNS: dict[str, Callable[[Any], str]] = {
     "entropy": lambda block: f"{block['entropy']:.3f}",
     "p_m 5%": lambda block: f"{block['p_max']['0.05']:.3f}",

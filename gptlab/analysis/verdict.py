@@ -15,7 +15,6 @@ from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, by_size, correlation,
 LEAST_DOSE = 0.01
 TWO_SEED_FACTOR = 3.0
 """With two seeds, better or worse must be this many times the seeds' own spread: two can agree by chance."""
-
 SEEDS_FOR_A_SPREAD = 5
 """Seeds to ask for where there are too few to estimate their spread."""
 
@@ -58,7 +57,7 @@ def compare(
     """
     losses = losses_by_arm_and_seed
     design = declare(losses, baseline, delta, looks, seeds, planned, placebos, controls, signals, doses, groups)
-    pairings = {arm: _pair(losses, design, arm, design.baselines[arm]) for arm in design.baselines}
+    pairings = {arm: pair(losses, arm, of, design.looks, design.seeds) for arm, of in design.baselines.items()}
     tests = step_down(design, {arm: pairing for arm, pairing in pairings.items() if arm not in design.controls})
     for arm in sorted(design.controls):
         tests |= step_down(design, {arm: pairings[arm]})
@@ -71,10 +70,6 @@ def compare(
         "planned": planned,
         "arms": {arm: _arm(losses, design, arm, pairings[arm], tests[arm]) for arm in pairings},
     }
-
-
-def _pair(losses: Losses, design: Design, arm: str, other: str) -> Pairing:
-    return pair(losses, arm, other, design.looks, design.seeds)
 
 
 def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def _placebo(losses: Losses, design: Design, arm: str) -> dict[str, Any] | None:
     """The arm minus its placebo, or None where it has none."""
     if arm not in design.placebos:
         return None
-    pairing = _pair(losses, design, arm, design.placebos[arm])
+    pairing = pair(losses, arm, design.placebos[arm], design.looks, design.seeds)
     p = pairing.test.p if pairing.test else None
     return {"arm": design.placebos[arm], **pairing.effect, "p": p, "level": design.level(ALPHA, pairing.look)}
 
@@ -132,10 +127,7 @@ class Decision(NamedTuple):
 
 
 class FamilyTest(NamedTuple):
-    """An arm's p among the m arms of its family.
-
-    level: what p had to reach in its turn; strictest: the level of the first turn, with which seeds are planned.
-    """
+    """An arm's p among those of its family; level: what p had to reach in its turn; strictest: in the first turn."""
 
     p: float | None
     p_holm: float | None
@@ -153,8 +145,7 @@ def step_down(design: Design, family: Mapping[str, Pairing]) -> dict[str, Family
     tested = {arm: test.p for arm in arms if family[arm].whole and (test := family[arm].test)}
     p = [tested.get(arm, 1.0) for arm in arms]
     adjusted = holm(p)
-    found: dict[str, FamilyTest] = {}
-    going = True
+    found, going = {}, True
     for rank, i in enumerate(by_size(p)):
         arm, look = arms[i], family[arms[i]].look
         level = design.level(ALPHA / (m - rank), look)
@@ -235,7 +226,7 @@ def _against_placebo(losses: Losses, design: Design, arm: str, n: int, better: D
     placebo = design.placebos.get(arm)
     if placebo is None:
         return _undecided(f"no placebo arm: {better.reason}, but so might a signal be that knows nothing", None)
-    pairing = _pair(losses, design, arm, placebo)
+    pairing = pair(losses, arm, placebo, design.looks, design.seeds)
     test = pairing.test
     if test is None or pairing.n < n:
         missing = f"{_seeds(pairing.n)} of {n} pair with it"

@@ -43,7 +43,6 @@ from gptlab.training.state import TrainingState
 
 Progress = Callable[[str, int, int], None]
 """(what, done, of): called while something long is under way."""
-
 READER_BATCH = 512
 """Tokens of a batch that the tuned lens is fitted on, or one window where that is longer."""
 

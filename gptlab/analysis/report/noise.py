@@ -8,10 +8,10 @@ from typing import Any
 
 from gptlab.analysis.noise import THRESHOLDS, TRUE_LOSS
 from gptlab.analysis.report import theme
-from gptlab.analysis.report.page import Panel, arm_class, figure, render, write
+from gptlab.analysis.report.page import Panel, arm_class, render, write
 from gptlab.analysis.report.plots import Band, Line, Series, averages, curves, over_blocks, shares
 from gptlab.analysis.report.run import block_legend
-from gptlab.analysis.tables import noise_remarks, noise_tables
+from gptlab.analysis.tables import noise_remarks, noise_tables, number
 
 
 def write_noise(result: Mapping[str, Any], path: Path) -> None:
@@ -39,10 +39,10 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     """(name, figure, unit) of what one asks first."""
     signals = result["signals"]
     scale = signals[TRUE_LOSS]["total"]["noise_scale_tokens"]
-    yield "noise scale", figure(scale, ",.0f"), "tokens, of the true loss"
+    yield "noise scale", number(scale, ",.0f"), "tokens, of the true loss"
     for name, total in ((name, signal["total"]) for name, signal in signals.items() if name != TRUE_LOSS):
-        left, times = figure(total["progress"], ".2f"), figure(total["variance"], ".2f")
-        value = figure(total["alignment"]["value"], "+.3f")
+        left, times = number(total["progress"], ".2f"), number(total["variance"], ".2f")
+        value = number(total["alignment"]["value"], "+.3f")
         yield f"alignment of {name}", value, f"with it, progress left {left}, variance × {times}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import gptlab
 from gptlab.analysis.report import theme
+from gptlab.analysis.tables import number
 from gptlab.files import write_whole
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -57,13 +58,10 @@ def render(template: str, *, base: str = "base.html", folders: Sequence[Path] = 
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([TEMPLATES, *folders]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"figure": figure, "visible": visible, "tenth": tenth, "value": value}
+        loader=jinja2.FileSystemLoader([TEMPLATES, *folders]), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"figure": number, "visible": visible, "tenth": tenth, "value": value}
     style = stylesheet()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     content |= {"base": base, "style": style, "style_hash": digest, "version": gptlab.__version__}
@@ -90,11 +88,6 @@ def block_class(number: int, blocks: int) -> str:
     return f"block-{theme.block_shade(number, blocks)}"
 
 
-def figure(number: float | None, form: str = ",.4g") -> str:
-    """A number for reading; a dash where there is none."""
-    return "–" if number is None else format(number, form)
-
-
 def visible(token: str) -> str:
     """A token with a sign for every blank."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣").replace("\0", "∅") or "·"
@@ -107,6 +100,4 @@ def tenth(p: float) -> int:
 
 def value(option: Any) -> str:
     """An option as one would type it."""
-    if option is None:
-        return "–"
-    return str(option).lower() if isinstance(option, bool) else str(option)
+    return "–" if option is None else str(option).lower() if isinstance(option, bool) else str(option)

@@ -20,15 +20,10 @@ WIDTH, HEIGHT, TALL = 440, 260, 300
 """Of a plot, in the units of its view box, of which a phone shows about 350; tall where both axes are shares."""
 QUARTERS = [0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"]
 """The ticks of a share."""
-
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 38
 """Room around the axes; fixed, so that plots in a column line up (and no layout has to be solved)."""
-
-MOST_MARKED_POINTS = 25
-"""A curve of at most so many points shows where they are."""
-
-MOST_DARK_BANDS = 5
-"""Bands of more lines than these are paler, since they lie over each other."""
+MOST_MARKED_POINTS, MOST_DARK_BANDS = 25, 5
+"""A curve of at most so many points shows where they are; bands of more lines than these are paler."""
 
 
 Curve = Mapping[int, float]
@@ -46,8 +41,7 @@ class Band:
 
     @staticmethod
     def of(curve: Curve) -> Band:
-        values = list(curve.values())
-        return Band(list(curve), values, values, values)
+        return Band(list(curve), *[list(curve.values())] * 3)
 
     def without_spread(self) -> Band:
         return Band(self.steps, self.mean, self.mean, self.mean)
@@ -84,11 +78,9 @@ def curves(
         band, width = line.band, 1.0 if line.faint else 1.8
         if band.low != band.mean:
             axes.fill_between(band.steps, band.low, band.high, color=line.colour, alpha=shade, linewidth=0)
-        marker = "o" if len(band.steps) <= MOST_MARKED_POINTS else ""
-        axes.plot(
-            band.steps, band.mean, color=line.colour, linewidth=width, alpha=0.45 if line.faint else 1,
-            linestyle=(0, (4, 2)) if line.dashed else "-", marker=marker, markersize=3.2,
-        )  # fmt: skip
+        marker, dashes = "o" if len(band.steps) <= MOST_MARKED_POINTS else "", (0, (4, 2)) if line.dashed else "-"
+        look: dict[str, Any] = {"color": line.colour, "linewidth": width, "alpha": 0.45 if line.faint else 1}
+        axes.plot(band.steps, band.mean, linestyle=dashes, marker=marker, markersize=3.2, **look)
     plain_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -239,17 +231,13 @@ def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, di
         axes.plot(one.x, one.y, color=one.colour, linewidth=1.6, marker="o", markersize=2.8)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(*QUARTERS)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.03, 1.03)
+    axes.axis((-0.02, 1.02, -0.03, 1.03))
     _name_axes(figure, axes, x, y, TALL)
     return inline(figure, name, _describe(what, [(one.label, one.x, one.y) for one in series], x, ".3g"))
 
 
 def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> str:
-    """The branch test's fit: the harm of each data seed at 1/M, their curve, and its ends with their intervals.
-
-    branch: as `branch.as_json` gives it, with no branch that diverged.
-    """
+    """The branch test's fit (`branch.as_json`): each data seed's harm at 1/M, their curve, and the bias's interval."""
     figure, axes = blank(HEIGHT)
     axes.axhline(0, color=theme.MUTED, linewidth=1)
     for M, row in branch["differences"].items():

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.analysis.report import FILE, theme
-from gptlab.analysis.report.page import Panel, block_class, figure, render, sample, write
+from gptlab.analysis.report.page import Panel, block_class, render, sample, write
 from gptlab.analysis.report.plots import Band, Curve, Line, curves
 from gptlab.analysis.run import Run, blocks_of, passport, read_run
 from gptlab.analysis.statistics import spread
+from gptlab.analysis.tables import number
 from gptlab.options import build, flatten
 from gptlab.runs.records import Clock, Row, Source, read_config, read_rows
 from gptlab.training.config import TrainingConfig
@@ -188,21 +189,21 @@ def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
     """(name, figure, unit) of what one asks first."""
     last = history.last
     of = passport([run], run.last_step)
-    yield "validation loss", figure(last.get("loss"), ".4f"), "nats a token"
+    yield "validation loss", number(last.get("loss"), ".4f"), "nats a token"
     if "excess_loss" in last:
-        yield "over the floor", figure(last["excess_loss"], "+.4f"), "nats a token"
-    yield "for each byte of text", figure(last.get("bits_per_byte"), ".4f"), "bits a byte"
+        yield "over the floor", number(last["excess_loss"], "+.4f"), "nats a token"
+    yield "for each byte of text", number(last.get("bits_per_byte"), ".4f"), "bits a byte"
     if last.get("tempered_loss") is not None:
-        at = figure(last.get("temperature"), ".3g")
-        yield "at the best temperature", figure(last["tempered_loss"], ".4f"), f"nats, at {at}"
-    yield "parameters", figure(of["parameters"], ","), f"{figure(of['tokens_per_parameter'], '.3g')} tokens each"
-    epochs = f", {figure(of['epochs'], '.3g')} epochs" if of["epochs"] else ""
-    yield "training tokens", figure(of["tokens"], ","), f"{run.last_step:,} updates{epochs}"
-    yield "speed", figure(history.tokens_per_second, ",.0f"), "tokens/s, median update"
+        at = number(last.get("temperature"), ".3g")
+        yield "at the best temperature", number(last["tempered_loss"], ".4f"), f"nats, at {at}"
+    yield "parameters", number(of["parameters"], ","), f"{number(of['tokens_per_parameter'], '.3g')} tokens each"
+    epochs = f", {number(of['epochs'], '.3g')} epochs" if of["epochs"] else ""
+    yield "training tokens", number(of["tokens"], ","), f"{run.last_step:,} updates{epochs}"
+    yield "speed", number(history.tokens_per_second, ",.0f"), "tokens/s, median update"
     yield "time in updates", duration(history.seconds), "all sessions"
     if run.has_signal:
-        yield "dose", figure(of["dose"], ".3f"), "of the true loss’s gradient, mean"
-    yield "clipped", figure(of["clipped_share"], ".0%"), "of the updates"
+        yield "dose", number(of["dose"], ".3f"), "of the true loss’s gradient, mean"
+    yield "clipped", number(of["clipped_share"], ".0%"), "of the updates"
 
 
 def panels(history: History, *, has_signal: bool) -> Iterator[Panel]:

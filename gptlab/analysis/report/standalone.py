@@ -17,13 +17,10 @@ if TYPE_CHECKING:
 
 COLOURS = ("#9ecbff", "#1f6feb", "#0b3d91", "#8250df", "#cf222e")
 """Of levels, early to late."""
-
 STYLE: Any = {"svg.hashsalt": "gptlab", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0,
               "axes.spines.top": False, "axes.spines.right": False, "path.simplify": False}  # fmt: skip
-PANEL = (3.4, 2.7)
-"""Inches."""
-TITLE = 44
-"""Characters of a line of a panel's title, of which there are two at most."""
+PANEL, TITLE = (3.4, 2.7), 44
+"""A panel's size in inches; characters of a line of its title, of which there are two at most."""
 
 
 def draw(result: Mapping[str, Any], path: str | Path) -> None:
@@ -45,10 +42,6 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
         figure.savefig(path, metadata={"Date": None}, format="svg")
 
 
-def _label(level: Mapping[str, Any]) -> str:
-    return f"{level['level']:g}" if level["share"] is None else f"after {level['share']:g}"
-
-
 def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -57,7 +50,8 @@ def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
         colour = COLOURS[i % len(COLOURS)]
         found = [row for row in level["doses"] if row["multiplier"] is not None]
         doses, ratios = [row["dose"] for row in found], [row["multiplier"] for row in found]
-        axes.plot([0.0, *doses], [1.0, *ratios], color=colour, linewidth=1.3, label=_label(level))
+        label = f"{level['level']:g}" if level["share"] is None else f"after {level['share']:g}"
+        axes.plot([0.0, *doses], [1.0, *ratios], color=colour, linewidth=1.3, label=label)
         for row in found:
             marker = "^" if row["censored"] else "o"  # an arrow up: at least so much
             axes.plot([row["dose"]], [row["multiplier"]], marker, color=colour, markersize=4)
@@ -90,10 +84,8 @@ def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
     with settings({"svg.hashsalt": "gptlab"}):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        for axes, key, label in zip(
-            figure.subplots(1, 2), ("loss", "agreement"), ("loss, nats a token", "agreement with the full model"),
-            strict=True,
-        ):  # fmt: skip
+        labels = {"loss": "loss, nats a token", "agreement": "agreement with the full model"}
+        for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
             for name, points in found.items():
                 early = [point for point in points if point["confidence"] < 1]
                 x, y = ([point[what] for point in early] for what in ("compute", key))

@@ -17,21 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ARMS = 8
-"""Colours for arms; the first is the baseline's."""
-
-BLOCKS = 10
-"""Shades for blocks, from the first to the last."""
-
+ARMS, BLOCKS = 8, 10
+"""Colours for arms, the first being the baseline's; shades for blocks, from the first to the last."""
 INK, MUTED, GRID = "#010001", "#010002", "#010003"
-VERDICTS = {
-    "better": "#030001",
-    "worse": "#030002",
-    "no difference": "#030003",
-    "inactive": "#030004",
-    "undecided": "#030005",
-}
-
+_VERDICTS = ("better", "worse", "no difference", "inactive", "undecided")
+VERDICTS = {verdict: f"#03{k:04x}" for k, verdict in enumerate(_VERDICTS, 1)}
 CSS_COLOURS = {
     INK: "currentColor",
     MUTED: "var(--muted)",
@@ -62,7 +52,6 @@ def block_shade(number: int, blocks: int) -> int:
 
 TEXT = 12
 """Size of a figure's text, in the units of its view box."""
-
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, selected and found
     "text.parse_math": False,
@@ -70,11 +59,8 @@ SETTINGS = {
     "font.size": TEXT,
 }
 """matplotlib's settings while a figure is made and drawn."""
-
 _KEPT_STYLES = {"fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "fill-opacity", "stroke-opacity",
                 "stroke-linecap", "stroke-linejoin", "text-anchor", "font-size"}  # fmt: skip
-
-
 _SETTING = threading.Lock()
 
 
