@@ -42,8 +42,7 @@ def find_runs(folder: Path) -> Iterator[Path]:
     if (folder / "config.json").is_file():
         yield folder
         return
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
-    for name in names:
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False)):
         if not name.startswith("."):
             yield from find_runs(folder / name)
 
@@ -98,8 +97,7 @@ def ordered(runs: Sequence[Listed], key: str, *, reverse: bool = False) -> list[
 
 
 def _parsed(condition: str, runs: Sequence[Listed]) -> tuple[str, str, str]:
-    match = _CONDITION.fullmatch(condition)
-    if not match:
+    if not (match := _CONDITION.fullmatch(condition)):
         raise UsageError(f"--where: expected KEY=VALUE, or one of != < <= > >=, found {condition!r}")
     _check(match[1], runs)
     return match[1], match[2], match[3]

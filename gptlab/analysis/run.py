@@ -28,10 +28,9 @@ from gptlab.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class Run:
-    """losses: validation loss by step, nats; ended: the last event row, where there is one; doses: as measured.
+    """losses: validation loss by step, nats; ended: the last event row, if nothing came after it; doses: as measured.
 
-    tempered: the last validation's loss at its best temperature, nats, and its bits_per_byte;
-    seconds: spent in updates, all sessions. source: what it was read from.
+    tempered: the last validation's loss at its best temperature; seconds: in updates, all sessions; source: of it all.
     """
 
     path: Path
@@ -78,9 +77,9 @@ class Run:
 
 
 def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None] = lambda row: None) -> Run:
-    """The run in a folder or a pack, finished or not; raises CheckpointError where there is none or it cannot be read.
+    """The run in a folder or a pack, finished or not; `each` gets every row. until: as for read_rows.
 
-    until: the moment at which reading ends, as for read_rows; each: gets every row that is read.
+    Raises CheckpointError where there is none or it cannot be read.
     """
     config = read_config(source)
     losses: dict[int, float] = {}

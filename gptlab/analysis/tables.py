@@ -99,7 +99,7 @@ def _passport(found: Mapping[str, Any]) -> str:
             f"{number(found.get('depth'), 'd')} blocks",
             f"learning rate {number(found.get('learning_rate'), 'g')}{_tuned(found)}",
             f"{number(found.get('clipped_share'), '.0%')} of steps clipped",
-            f"noise floor {number(found['noise_floor'], '.4f')}",
+            f"seed-to-seed SD {number(found['noise_floor'], '.4f')}",
             f"seed correlation {number(found['seed_correlation'], '.2f')}",
             f"minimum detectable effect (80% power) {number(found['smallest_difference'], '.4f')}",
         ]

@@ -255,16 +255,14 @@ def _gradient(
             raise ConfigError(f"the loss {name!r} must give a scalar tensor, found {found}; take its mean")
         if not value.requires_grad:  # a gate that let nothing by
             return [torch.zeros_like(p) for p in parameters]
-        found = torch.autograd.grad(value.sum(), parameters, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+        return list(torch.autograd.grad(value.sum(), parameters, materialize_grads=True, allow_unused=True))
 
 
 def _parts(names: Sequence[str]) -> tuple[list[int], list[int]]:
     """(for each parameter its part, for each block its part): the numbered blocks, and one more part for the rest."""
     numbers = [int(match[1]) if (match := _BLOCK.match(name)) else None for name in names]
     known = sorted({number for number in numbers if number is not None})
-    part = {number: index for index, number in enumerate(known)}
-    return [len(known) if number is None else part[number] for number in numbers], list(range(len(known)))
+    return [len(known) if n is None else known.index(n) for n in numbers], list(range(len(known)))
 
 
 @contextmanager
