@@ -153,14 +153,14 @@ def _at(value: Any, keys: Sequence[str]) -> Any:
 def _branches(measured: dict[str, Any]) -> str:
     """What the branch test said of each signal, as a table."""
 
-    def told(part: dict[str, Any]) -> str:
+    def with_interval(part: dict[str, Any]) -> str:
         low, high = part["interval"]
         return f"{part['value']:+.4f} ({low:+.4f} to {high:+.4f})"
 
     lines = ["| signal | verdict | bias, nats | noise, nats | dose at the start |", "|---|---|---|---|---|"]
     for name, signal in measured["signals"].items():
         if branch := signal.get("branch"):
-            parts = f"{told(branch['bias'])} | {told(branch['noise'])}"
+            parts = f"{with_interval(branch['bias'])} | {with_interval(branch['noise'])}"
             lines.append(f"| {name} | {branch['verdict']} | {parts} | {branch['dose']:.2f} |")
     return "\n".join(lines) + "\n"
 
@@ -175,7 +175,7 @@ BLOCKS = ("#9ecbff", "#54a0ff", "#1f6feb", "#0b3d91")
 SIGNALS = ("#1f6feb", "#cf222e", "#8250df", "#bf8700", "#1a7f37", "#57606a")
 STEPS = (25, 50, 100, 400)
 SHOWN = (0.5, 0.9)
-"""Thresholds that are written beside their points."""
+"""Thresholds that are written next to their points."""
 
 
 def labels(axes: Axes, _: int) -> None:

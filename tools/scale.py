@@ -89,7 +89,7 @@ def rest(model: GPTConfig) -> int:
 
 def state(model: GPTConfig, gpus: int, parallel: str) -> State:
     """What a process holds, with AdamW: weights, gradients and two moments in fp32; the head and the blocks' matrices
-    in bf16 beside them, of which fsdp has one block's at a time, with its gradient whole, in bf16 and in fp32."""
+    in bf16 next to them, of which fsdp has one block's at a time, with its gradient whole, in bf16 and in fp32."""
     C, L = model.n_embd, model.n_layer
     blocks, cut = model.parameters - rest(model), parallel == "fsdp" and gpus > 1
     held = rest(model) + blocks / (gpus if cut else 1)
