@@ -18,7 +18,7 @@ from gptlab.analysis.load import read
 from gptlab.analysis.report import comparison, run, theme
 from gptlab.analysis.report.page import render, stylesheet
 from gptlab.analysis.report.plots import Band, Line, curves
-from gptlab.analysis.report.run import Recorder, read_history
+from gptlab.analysis.report.run import History, read_history
 from gptlab.analysis.run import read_run
 from gptlab.errors import CheckpointError, ConfigError, GptlabError
 from gptlab.files import LOCK, is_locked
@@ -129,9 +129,9 @@ class Views:
         )  # fmt: skip
 
     def _run(self, key: str, path: Path, name: str, until: float) -> str:
-        recorder = Recorder()
-        found = read_run(path, until, recorder.add)
-        content = run.content(found, recorder.history())
+        history = History()
+        found = read_run(path, until, history.add)
+        content = run.content(found, history)
         figures = figures_of(found, name)
         return _page(
             "run.html", every=_every([Listed(path, figures, {})]), state=figures["state"], steps=figures["steps"],

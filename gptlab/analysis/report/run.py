@@ -7,7 +7,6 @@ import statistics
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +40,49 @@ class Points:
         self.values.append(value)
 
 
-@dataclass(frozen=True)
-class History:
-    """updates: {figure: its points} of the train rows; losses: validation losses; last: the last validation's row.
+FIGURES = ("loss", "signal_loss", "grad_norm", "clipped", "dose", "tokens_per_second")
 
-    blocks: {(figure, number from 1): its points} of the blocks that are shown, of n_blocks; samples: the newest rows of
-    `n_samples`. seconds: spent in updates, all sessions together.
+
+class History:
+    """A run's rows, which `add` takes in their order, as curves.
+
+    updates: {figure: its points} of the train rows; losses: validation losses; last: the last validation's row; blocks:
+    {(figure, number from 1): its points} of the blocks that are shown; samples: the newest rows of `n_samples`.
     """
 
-    updates: Mapping[str, Points]
-    losses: Points
-    blocks: Mapping[tuple[str, int], Points]
-    samples: Sequence[Mapping[str, Any]]
-    n_samples: int = 0
-    n_blocks: int = 0
-    seconds: float = 0.0
-    last: Mapping[str, Any] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.updates: dict[str, Points] = {figure: Points() for figure in FIGURES}
+        self.losses = Points()
+        self.blocks: dict[tuple[str, int], Points] = {}
+        self.samples: deque[Mapping[str, Any]] = deque(maxlen=MOST_SAMPLES)
+        self.n_samples, self._clock = 0, Clock()
+        self.last: Mapping[str, Any] = {}
+
+    def add(self, row: Row) -> None:
+        step = row["step"]
+        if row["kind"] == "val":
+            self.last = row
+            self.losses.add(step, row["loss"])
+            for figure in ("block_loss", "block_confidence"):
+                for number in blocks_shown(len(row.get(figure, ()))):
+                    self.blocks.setdefault((figure, number), Points()).add(step, row[figure][number - 1])
+        elif row["kind"] == "sample":
+            self.samples.append(_cut(row))
+            self.n_samples += 1
+        elif row["kind"] == "train":
+            for figure in FIGURES:
+                if row.get(figure) is not None:
+                    self.updates[figure].add(step, float(row[figure]))
+            self._clock.tick(row)
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.last.get("block_loss", ()))
+
+    @property
+    def seconds(self) -> float:
+        """Spent in updates, all sessions together."""
+        return self._clock.seconds
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -68,49 +94,12 @@ class History:
         return binned(self.blocks.get((figure, number), Points()))
 
 
-FIGURES = ("loss", "signal_loss", "grad_norm", "clipped", "dose", "tokens_per_second")
-
-
-class Recorder:
-    """Makes a history of a run's rows, which `add` takes in their order."""
-
-    def __init__(self) -> None:
-        self._updates: dict[str, Points] = {figure: Points() for figure in FIGURES}
-        self._losses = Points()
-        self._blocks: dict[tuple[str, int], Points] = {}
-        self._samples: deque[Mapping[str, Any]] = deque(maxlen=MOST_SAMPLES)
-        self._n_samples, self._clock = 0, Clock()
-        self._last: Mapping[str, Any] = {}
-
-    def add(self, row: Row) -> None:
-        step = row["step"]
-        if row["kind"] == "val":
-            self._last = row
-            self._losses.add(step, row["loss"])
-            for figure in ("block_loss", "block_confidence"):
-                for number in blocks_shown(len(row.get(figure, ()))):
-                    self._blocks.setdefault((figure, number), Points()).add(step, row[figure][number - 1])
-        elif row["kind"] == "sample":
-            self._samples.append(_cut(row))
-            self._n_samples += 1
-        elif row["kind"] == "train":
-            for figure in FIGURES:
-                if row.get(figure) is not None:
-                    self._updates[figure].add(step, float(row[figure]))
-            self._clock.tick(row)
-
-    def history(self) -> History:
-        samples, blocks = list(self._samples), len(self._last.get("block_loss", ()))
-        seconds, last = self._clock.seconds, self._last
-        return History(self._updates, self._losses, self._blocks, samples, self._n_samples, blocks, seconds, last)
-
-
 def read_history(run: Source, until: float = math.inf) -> History:
     """The history of a run; raises CheckpointError where a row cannot be read. until: as for read_rows."""
-    recorder = Recorder()
+    history = History()
     for row in read_rows(run, blocks=blocks_of(read_config(run)), until=until):
-        recorder.add(row)
-    return recorder.history()
+        history.add(row)
+    return history
 
 
 def blocks_shown(blocks: int) -> list[int]:
@@ -156,9 +145,9 @@ PLACES = {"out", "resume", "preset", "seed"}
 
 def write_run(folder: str | Path) -> Path:
     """Write the report of the run in `folder` into it and give its path; raises CheckpointError where there is none."""
-    recorder = Recorder()
-    run = read_run(Path(folder), each=recorder.add)
-    return write(Path(folder) / FILE, page(run, recorder.history()))
+    history = History()
+    run = read_run(Path(folder), each=history.add)
+    return write(Path(folder) / FILE, page(run, history))
 
 
 def page(run: Run, history: History) -> str:
