@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import pytest
 
+from gptlab.cli.train import resolve
 from gptlab.errors import ConfigError
 from gptlab.options import Option, build, flatten, flatten_table, option, options_of, typed
 from gptlab.runs.archive import read_pack
-from gptlab.runs.experiment_spec import experiment_from
+from gptlab.runs.experiment_spec import experiment_from, read_experiment
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
-from gptlab.training.presets import PRESETS
+from gptlab.training.presets import PRESETS, RUNGS
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def test_tables_become_dotted_keys_and_dashes_underscores() -> None:
 
 BASE = {**PRESETS["shakespeare-tiny-v1"], "signal.name": "deep_supervision"}
 OTHERS: dict[str, tuple[Any, ...]] = {
-    "preset": ("gpt2-124m",), "out": ("x",), "seed": (0, 7), "resume": ("never", "must"), "init_from": ("x",),
+    "preset": ("gpt2-124m", "ladder"), "depth": (2, 4), "out": ("x",),
+    "seed": (0, 7), "resume": ("never", "must"), "init_from": ("x",),
     "init_jitter": (0.1,), "data": ("x",), "tokenizer": ("gpt2",), "block_size": (1, 48, 4096), "batch_size": (1, 999),
     "total_batch_tokens": (128, 2176), "n_layer": (1, 2, 48), "n_head": (1, 3, 128), "n_embd": (4, 129, 768),
     "share_blocks": (True,), "steps": (1, 99_999), "optimizer": ("muon",), "learning_rate": (0.0, 1e-5, 9.0),
@@ -130,7 +132,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Values of every option that are legal for some value of the others."""
 BOUND = (
-    ("total_batch_tokens", "block_size"), ("eval_tokens", "block_size"), ("n_embd", "n_head"),
+    ("depth", "preset"), ("total_batch_tokens", "block_size"), ("eval_tokens", "block_size"), ("n_embd", "n_head"),
     ("min_lr", "learning_rate"), ("min_lr", "schedule"), ("deterministic", "threads"),
     ("parallel", "optimizer"), ("parallel", "deterministic"), ("parallel", "noise_every"),
     ("n_layer", "signal.name"), ("signal.layers", "n_layer"), ("signal.start", "steps"),
@@ -241,7 +243,8 @@ def test_the_recipe_of_the_findings_stays_as_it_was() -> None:
     usual = flatten(build(TrainingConfig, PRESETS["shakespeare-tiny-v1"]))
     found = {key: usual[key] for key in usual if not key.startswith("signal.")}
     assert found == {
-        "preset": "shakespeare-tiny", "out": None, "seed": 1, "resume": "auto", "init_from": None, "init_jitter": 0.0,
+        "preset": "shakespeare-tiny", "depth": None, "out": None, "seed": 1, "resume": "auto",
+        "init_from": None, "init_jitter": 0.0,
         "data": "shakespeare", "tokenizer": "bytes", "block_size": 128, "batch_size": 16, "total_batch_tokens": 2048,
         "n_layer": 4, "n_head": 4, "n_embd": 128, "share_blocks": False, "steps": 700, "optimizer": "adamw",
         "learning_rate": 1e-3, "min_lr": None, "warmup_steps": 50, "schedule": "cosine", "weight_decay": 0.1,
@@ -262,3 +265,43 @@ def test_what_a_pack_was_made_with_is_what_its_preset_says_now(pack: Path) -> No
         made = cell.run.config["options"]
         differ = {key for key in usual.keys() & made.keys() if json.loads(json.dumps(usual[key])) != made[key]}
         assert differ <= FREE_ON_RESUME | {"preset", "seed", "also"}, f"{cell.name}: {differ}"
+
+
+@pytest.mark.parametrize("depth", RUNGS)
+def test_a_rung_of_the_ladder_has_twenty_tokens_a_parameter_or_four_epochs(depth: int) -> None:
+    config = resolve({"preset": "ladder", "depth": depth}, 0)
+    assert (config.n_layer, config.shape.n_embd % config.n_head, config.folder) == (
+        depth,
+        0,
+        f"log/ladder-{depth}-none-1",
+    )
+    tokens = config.steps * config.total_batch_tokens
+    epochs = tokens / 4_557_580  # of Shakespeare
+    assert tokens / config.shape.parameters == pytest.approx(20, rel=0.01) or epochs == pytest.approx(4, rel=0.01)
+    assert depth > 4 or tokens / config.shape.parameters > 19.8
+    assert config.weight_decay * config.learning_rate * config.steps == pytest.approx(1, rel=0.05)
+    assert resolve({"preset": "ladder", "depth": depth, "n_embd": 8 * depth}, 0).n_embd == 8 * depth
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"preset": "ladder", "depth": 3}, "depth 2, 4, 6, 8 3"),
+        ({"preset": "ladder", "depth": 0}, "depth 2, 4, 6, 8 0"),
+        ({"preset": "ladder", "depth": -2}, "depth 2, 4, 6, 8 -2"),
+        ({"preset": "shakespeare-tiny", "depth": 2}, "depth ladder shakespeare-tiny --n_layer"),
+        ({"depth": 4}, "depth ladder --n_layer"),
+    ],
+)
+def test_a_depth_that_chooses_no_rung_is_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve(values, 0)
+    assert all(word in str(refused.value) for word in words.split())
+
+
+def test_an_experiment_may_have_several_rungs() -> None:
+    path = Path(__file__).parents[1] / "experiments" / "ladder.toml"
+    found = read_experiment(path)
+    assert [found.arms[arm].count("n_layer", found.preset) for arm in ("two", "four-half")] == [2, 4]
+    steps = [found.arms[arm].count("steps", found.preset) for arm in ("two", "two-twice", "four", "four-half")]
+    assert steps[0] == steps[1] < steps[2] == steps[3]

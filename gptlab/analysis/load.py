@@ -19,6 +19,7 @@ from gptlab.runs.archive import SUFFIX, is_pack, read_pack
 from gptlab.runs.experiment_spec import FILE as EXPERIMENT
 from gptlab.runs.experiment_spec import experiment_from, flat_options, read_experiment
 from gptlab.runs.tuning import read_kept
+from gptlab.training.presets import PRESETS
 
 CODED = {"patch", "signal.name", "also"}
 """Keys of an arm that may bring code of its own, which its runs record."""
@@ -194,7 +195,7 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
     own = {arm: flat_options(table) for arm, table in experiment.table["arms"].items()}
     allowed = {
         arm: frozenset(options) | (TUNED if experiment.tune else set())
-        | ({"code"} if CODED & options.keys() else set())
+        | ({"code"} if CODED & options.keys() else set()) | (PRESETS["ladder"].keys() if "depth" in options else set())
         for arm, options in own.items()
     }  # fmt: skip
     arguments = {

@@ -21,7 +21,7 @@ from gptlab.errors import ConfigError, GptlabError, Stopped, UsageError, did_you
 from gptlab.options import build
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
-from gptlab.training.presets import PRESETS
+from gptlab.training.presets import PRESETS, preset_options
 
 if TYPE_CHECKING:
     from gptlab.data.tokenizers import Tokenizer
@@ -100,7 +100,7 @@ def check_signals(values: Mapping[str, Any], *, allow_code: bool, kind: type[Gpt
 def resolve(values: Mapping[str, Any], gpus: int) -> TrainingConfig:
     """The config of a run: preset, then values; without a preset the one that suits the machine."""
     preset = values.get("preset") or ("gpt2-124m" if gpus else "shakespeare-tiny")
-    return build(TrainingConfig, {**PRESETS[preset], **values, "preset": preset})
+    return build(TrainingConfig, {**preset_options(preset, values), **values, "preset": preset})
 
 
 def check(words: Sequence[str]) -> int:

@@ -41,7 +41,7 @@ from gptlab.parsing import is_count, is_number, parse_toml
 from gptlab.processes import package
 from gptlab.signals.user import next_to
 from gptlab.training.config import TrainingConfig
-from gptlab.training.presets import PRESETS
+from gptlab.training.presets import PRESETS, preset_options
 
 FILE = "experiment.toml"
 """The copy of the experiment file in the experiment's folder; gptlab/analysis/load.py reads it too."""
@@ -68,7 +68,7 @@ NAMELESS = "experiment"
 MOST_ARMS, MOST_SEEDS, MOST_CELLS = 1000, 10_000, 50_000
 """More than anyone can train, and few enough for a list of them all."""
 
-COUNTS = ("steps", "n_embd", "n_layer", "total_batch_tokens", "eval_every", "eval_tokens", "signal.start")
+COUNTS = ("depth", "steps", "n_embd", "n_layer", "total_batch_tokens", "eval_every", "eval_tokens", "signal.start")
 """Options that are reckoned with here, of patched arms too."""
 
 CLOSEST_FACTORS, LARGEST_FACTOR, MOST_FACTORS = 1.01, 1e6, 50
@@ -93,7 +93,7 @@ class Arm:
 
     def get(self, key: str, preset: str) -> Any:
         """The value of an option in the arm's runs."""
-        return {**flatten(TrainingConfig()), **PRESETS[preset], **self.options}[key]
+        return {**flatten(TrainingConfig()), **preset_options(preset, self.options), **self.options}[key]
 
     def count(self, key: str, preset: str) -> int:
         """The value of an option that counts something."""
@@ -299,7 +299,7 @@ def _arm(name: str, own: Any, preset: str, common: Mapping[str, Any], folder: Pa
         if folder:
             options = next_to(folder, options)
         if not patch:
-            build(TrainingConfig, {**PRESETS[preset], **options})
+            build(TrainingConfig, {**preset_options(preset, options), **options, "preset": preset})
         elif folder and not (folder / patch).is_file():
             raise ConfigError(f"patch: expected a file at {folder / patch}, found none")
     return Arm(name, options, (folder or Path()) / patch if patch else None)

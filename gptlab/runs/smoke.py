@@ -22,7 +22,7 @@ from gptlab.runs.experiment_runner import Runner
 from gptlab.runs.experiment_spec import Arm, Experiment
 from gptlab.runs.records import read_rows
 from gptlab.training.config import TrainingConfig, run_flops
-from gptlab.training.presets import PRESETS
+from gptlab.training.presets import preset_options
 
 START_UP = 5.0
 """Seconds of a trial that are not training, as a guess before the first one is measured."""
@@ -174,7 +174,7 @@ def _flops(arm: Arm, preset: str) -> float | None:
     """Arithmetic of a cell's updates, as `run_flops`; None for patched code, which may do anything."""
     if arm.patch:
         return None
-    config: TrainingConfig = build(TrainingConfig, {**PRESETS[preset], **arm.options})
+    config: TrainingConfig = build(TrainingConfig, {**preset_options(preset, arm.options), **arm.options})
     return run_flops(config)
 
 

@@ -27,6 +27,9 @@ class TrainingConfig:
         group="Run",
         shown="shakespeare-tiny; gpt2-124m with a GPU",
     )
+    depth: int | None = option(
+        None, "the rung of preset ladder: 2, 4, 6 or 8 blocks, from which its other options follow", unit="blocks"
+    )
     out: str | None = option(None, "the run's folder", shown="log/<preset>-<signal>-<seed>")
     seed: int = option(1, "decides initial weights, data order and every draw")
     resume: Literal["auto", "never", "must"] = option(
@@ -131,6 +134,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"total_batch_tokens must be a multiple of block_size {self.block_size}, "
                 f"found {self.total_batch_tokens}; try {nearest}"
+            )
+        if self.depth is not None and self.preset != "ladder":
+            raise ConfigError(
+                f"depth {self.depth} chooses a rung of preset ladder, found preset {self.preset}; "
+                "add --preset ladder, or give --n_layer"
             )
         if self.eval_tokens < self.block_size:
             raise ConfigError(
@@ -254,7 +262,8 @@ class TrainingConfig:
         if self.signal.is_code:  # a path to a file
             file, _, function = name.rpartition(":")
             name = f"{Path(file).stem}-{function}"
-        return self.out or f"log/{self.preset}-{name}-{self.seed}"
+        rung = "" if self.depth is None else f"-{self.depth}"
+        return self.out or f"log/{self.preset}{rung}-{name}-{self.seed}"
 
 
 FREE_ON_RESUME = frozenset(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from gptlab.errors import ConfigError, shown
+from gptlab.model.config import GPTConfig
 
 _V1: dict[str, Any] = {  # what shakespeare-tiny was when the findings were made; larger presets build on it
     "block_size": 128,
@@ -36,9 +40,33 @@ _FINEWEB: dict[str, Any] = _V1 | {  # build-nanogpt's recipe: one pass over 10B 
     "dose_every": 250,
 }
 
+RUNGS = (2, 4, 6, 8)
+TOKENS_PER_PARAMETER, MOST_TOKENS = 20, 4 * 4_557_580
+"""Of the ladder: what a rung trains on, and at most four passes over Shakespeare."""
+
+
+def ladder(depth: int) -> dict[str, Any]:
+    """The rung of so many blocks: its depth sets width, heads, batch, learning rate, weight decay and updates.
+
+    Raises ConfigError for a depth that is none of RUNGS.
+    """
+    if depth not in RUNGS:
+        raise ConfigError(f"depth must be one of {', '.join(map(str, RUNGS))}, found {shown(depth)}")
+    width, batch, rate = 32 * depth, 512 * depth, 0.012 / depth
+    parameters = GPTConfig(64, 256, depth, depth, width).parameters
+    steps = round(min(TOKENS_PER_PARAMETER * parameters, MOST_TOKENS) / batch)
+    decay = float(f"{1 / (rate * steps):.2g}")  # weights forget over a whole run, however long it is
+    return {
+        "preset": "ladder", "depth": depth, "n_layer": depth, "n_head": depth, "n_embd": width,
+        "total_batch_tokens": batch, "batch_size": 32, "learning_rate": rate, "min_lr": 0.0, "weight_decay": decay,
+        "steps": steps, "eval_every": -(-steps // 4), "checkpoint_every": 500, "sample_every": -(-steps // 2),
+    }  # fmt: skip
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "shakespeare-tiny": _TINY,
     "shakespeare-tiny-v1": _V1,
+    "ladder": ladder(RUNGS[0]),
     "shakespeare-gpt2": _V1
     | {
         "tokenizer": "gpt2",
@@ -66,3 +94,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "total_batch_tokens": 131_072,
     },
 }
+
+
+def preset_options(preset: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a preset sets under the `given` options, of which depth chooses the ladder's rung.
+
+    Raises ConfigError for a depth that the ladder does not have.
+    """
+    depth = (given or {}).get("depth")
+    return PRESETS[preset] if depth is None or preset != "ladder" else ladder(depth)
