@@ -7,7 +7,6 @@ faked capabilities. The environment is read here and in distributed.py only.
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from gptlab.errors import ConfigError, shown
+from gptlab.processes import usable_cores
 
 MOST_THREADS = 1024
 """Of a process: with many more PyTorch does not start."""
@@ -44,11 +44,10 @@ class Machine:
     @staticmethod
     def probe() -> Machine:
         """Ask this machine."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         capabilities = torch.cpu.get_capabilities()
         cuda = torch.cuda.is_available()
         return Machine(
-            cores=cores,
+            cores=usable_cores(),
             processor=str(capabilities.get("cpu_name") or platform.processor() or platform.machine()),
             cpu_bf16="AMX" if capabilities.get("amx_bf16") else "AVX-512" if capabilities.get("avx512_bf16") else "",
             gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else (),

@@ -27,6 +27,11 @@ _START = (
 )
 
 
+def usable_cores() -> int:
+    """The processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def package() -> Path:
     """The folder of the package that is running."""
     return Path(gptlab.__file__).resolve().parent

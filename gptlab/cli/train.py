@@ -10,6 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -156,7 +157,7 @@ def _train(
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.device import environment, matmul_peak
     from gptlab.runs.folder import RunFolder
-    from gptlab.runs.session import Beginning, Session, as_json, begin
+    from gptlab.runs.session import Beginning, Session, begin
     from gptlab.runs.trackers import check_installed, tracking
 
     check_installed(config)
@@ -174,7 +175,7 @@ def _train(
         nonlocal folder
         made_by = environment(placement, machine) | ({"launch": world.launch} if world.launched else {})
         folder, beginning = begin(config, corpus, made_by, despite=despite, attempt=world.attempt)
-        return as_json(beginning)
+        return asdict(beginning)
 
     with contextlib.ExitStack() as ends:
         ends.callback(display.close)

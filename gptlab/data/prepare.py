@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -47,6 +46,7 @@ from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
 from gptlab.errors import ConfigError, DataError
 from gptlab.files import LOCK, read_bytes, take_lock
 from gptlab.parsing import is_count, parse_json
+from gptlab.processes import usable_cores
 
 MODIFIED = "modified_ns"  # in a manifest: when each file was last changed, in their order
 CHUNK_CHARACTERS = 1 << 19  # what a thread gets at a time: about a tenth of a second of work for GPT-2's tokenizer
@@ -157,7 +157,7 @@ def prepare(
             if _finished(out, settings) is None:  # it may be by now, through the one that was waited for
                 manifest = _begin(out, settings, source, floor)
                 _sweep(out)
-                _write_shards(out, source, manifest, workers or _default_workers(), progress, limit_shards)
+                _write_shards(out, source, manifest, workers or usable_cores(), progress, limit_shards)
             _sweep(out)
     except OSError as error:
         raise DataError(f"cannot use {error.filename or out}: {error.strerror or error}: look at its rights") from error
@@ -286,11 +286,6 @@ def encode_in_order(
             yield chunk, tokens.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _default_workers() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _finished(out: Path, settings: dict[str, Any]) -> Corpus | None:

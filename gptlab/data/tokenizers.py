@@ -12,7 +12,6 @@ import functools
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,13 +82,6 @@ class Tokenizer(ABC):
     def beyond(self, rows: int) -> str:
         """What of the vocabulary a model of `rows` tokens does not know, in words; empty where it knows all."""
         return f"{self.name} has {self.vocab_size}" if self.vocab_size > rows else ""
-
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[Tokens]:
-        """`encode` of each text, in order, over `threads` threads."""
-        if threads == 1 or len(texts) < 2:
-            return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(self.encode, texts))
 
 
 class _ByteStrings(Tokenizer):

@@ -166,7 +166,7 @@ def branch(
 ) -> dict[str, Branched]:
     """The branches of every arm from a run's newest checkpoint, or from the folder of one.
 
-    progress: called before the first gradient, so that the cost can be told, and after every branch. Raises
+    progress: called before the first gradient, so that the cost can be shown, and after every branch. Raises
     CheckpointError, ConfigError for an arm that does not suit the model, DataError for a corpus that is too small, and
     DivergedError where the true loss alone diverges.
     """
@@ -183,10 +183,10 @@ def branch(
             config, drawn = _branch_config(lab.config, arm, weight, M)
             result.losses[M] = []
             for seed in lab.plan.seeds:
-                loss = None
                 try:
                     loss = lab.loss_after(seed, config, drawn, f"{name}, M = {M}")
                 except DivergedError as error:
+                    loss = None
                     result.diverged.append(f"M = {M}, data seed {seed}: {error}")
                 result.losses[M].append(loss)
     return found
@@ -205,15 +205,9 @@ class _Lab:
     """One model that is set back to the checkpoint before every branch."""
 
     def __init__(
-        self,
-        run: str | Path,
-        corpus: Corpus,
-        placement: ComputeConfig,
-        plan: Plan,
-        world: World,
-        progress: Callable[[Progress], None],
-        arms: Sequence[Arm],
-    ) -> None:
+        self, run: str | Path, corpus: Corpus, placement: ComputeConfig, plan: Plan, world: World,
+        progress: Callable[[Progress], None], arms: Sequence[Arm],
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint.load(newest(run))
         model, config = model_in(self.checkpoint)
         config = replace(

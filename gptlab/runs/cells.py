@@ -53,14 +53,14 @@ def cells_of(experiment: Experiment, folder: Path, seeds: int | None = None) -> 
 
     seeds: only so many of the first.
     """
-    sizes = {
-        arm.name: tuple(arm.count(key, experiment.preset) for key in ("steps", "n_embd"))
+    sized = [
+        (arm, arm.count("steps", experiment.preset), arm.count("n_embd", experiment.preset))
         for arm in experiment.arms.values()
-    }
+    ]
     return [
-        Cell(arm, seed, folder / arm.name / f"seed_{seed}", *sizes[arm.name])
+        Cell(arm, seed, folder / arm.name / f"seed_{seed}", steps, n_embd)
         for seed in experiment.seeds[:seeds]
-        for arm in experiment.arms.values()
+        for arm, steps, n_embd in sized
     ]
 
 

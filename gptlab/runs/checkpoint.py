@@ -1,6 +1,9 @@
 """Checkpoints: whole or absent. Weights and moments in safetensors, the rest in JSON, checksums over all of it.
 
-Tensors stand in two files, or, where a run's blocks are cut over processes, in one file a process (sharded.py).
+Tensors stand in two files, or, where a run's blocks are cut over processes (training/sharding.py), in one file a
+process, through torch.distributed.checkpoint in its one format without pickles: each process writes its rows into the
+checkpoint's folder, which all must see, and reads the rows that it needs, of however many processes' files or of whole
+tensors.
 
 A checkpoint is written into a hidden folder, flushed, its MANIFEST.json last, and then renamed to step_%08d; a crash at
 any moment leaves either the whole of it or a hidden folder that the next save removes. MANIFEST.json holds the SHA-256
@@ -26,9 +29,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gptlab.distributed import World
 from gptlab.errors import CheckpointError
 from gptlab.files import open_regular, read_bytes, read_json, write_whole
+from gptlab.model.gpt import GPTConfig
+from gptlab.model.weights import check_moments, check_stored
 from gptlab.parsing import is_count, is_number, parse_json
+from gptlab.training.state import TrainingState
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
 FORMAT = 1
@@ -360,3 +367,71 @@ def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     moments = {name for name in tensors if name.partition(".")[2] in tensors}
     weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
     return weights, {name: tensors[name] for name in tensors if name in moments}
+
+
+def save_sharded(checkpoints: Path | None, state: TrainingState, rest: Mapping[str, Any], world: World) -> None:
+    """Save a checkpoint together; every process calls it. checkpoints, rest: of rank 0, see `save`.
+
+    Raises CheckpointError on every process where any could not write, with the older checkpoints intact.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import save as save_rows
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    device = next(state.model.parameters()).device
+
+    def begin() -> str:
+        assert checkpoints is not None, "rank 0 writes the run's folder"
+        return str(prepare(checkpoints, state.step).resolve())
+
+    def finish(failed: str) -> None:
+        with saving(building):
+            if failed:
+                raise OSError(failed)
+            seal(building, rest)
+
+    building = Path(world.broadcast_from_main(begin, device))
+    weights, moments = state.tensors()
+    writer = HuggingFaceStorageWriter(str(building), save_distributed=True)
+    failed = ""
+    with world.collective():
+        try:
+            save_rows({**weights, **moments}, storage_writer=writer)
+        except CheckpointException as error:  # raised by all processes alike
+            failed = str(next(iter(error.failures.values()))[0])
+    world.broadcast_from_main(lambda: finish(failed), device)
+
+
+def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: World) -> None:
+    """Restore a state from a verified checkpoint, of cut or of whole tensors; every process calls it.
+
+    Raises CheckpointError, before anything is allocated, where its tensors are not those of a model of this shape.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as load_rows
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    said = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    stored = {
+        name: _shaped(entry.size, entry.properties.dtype)
+        for name, entry in said.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    weights, moments = apart(stored)
+    check_stored(shape, weights, folder)
+    check_moments(weights, moments, folder)
+    parameters = dict(state.model.named_parameters())
+    into = {name: torch.empty_like(parameters[name].detach()) for name in weights}
+    for name, found in moments.items():
+        key, _, of = name.partition(".")
+        like = parameters[of].detach()
+        into[name] = torch.empty_like(found, device="cpu") if key == "step" else torch.empty_like(like)
+    with world.collective():
+        load_rows(into, storage_reader=HuggingFaceStorageReader(str(folder)))
+    rest = read_state(folder / STATE)
+    state.restore(*apart(into), rest["scalars"])
+
+
+def _shaped(size: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor of this shape that takes no memory."""
+    return torch.zeros((), dtype=dtype).expand(size)

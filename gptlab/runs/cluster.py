@@ -160,8 +160,7 @@ class Job:
         revoke(self.cell.folder, self._token)
         if self._stopped:
             return None
-        log = self._submitted.paths.stdout
-        lines = []
+        log, lines = self._submitted.paths.stdout, []
         with contextlib.suppress(FileNotFoundError, GptlabError), open_regular(log) as file:
             file.seek(max(0, log.stat().st_size - 20_000))
             lines = file.read().decode(errors="replace").split("\n")
@@ -329,7 +328,7 @@ def _announcement() -> signal.Signals:
 
 @contextlib.contextmanager
 def blocked(number: signal.Signals) -> Iterator[None]:
-    """Block a signal for a while; processes started meanwhile never hear it."""
+    """Block a signal for a while; processes started meanwhile never get it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield

@@ -27,7 +27,7 @@ from typing import Protocol
 import gptlab
 from gptlab.errors import ConfigError, Stopped, shown
 from gptlab.files import MB, kind_of, open_new, read_bytes, read_text
-from gptlab.processes import environment, how_it_ended, package, python_command
+from gptlab.processes import environment, how_it_ended, package, python_command, usable_cores
 from gptlab.runs.cells import OUTPUT, Cell, Claim, revoke
 
 SIDE_BY_SIDE = 512
@@ -50,14 +50,13 @@ class Packing:
     @classmethod
     def of_this_machine(cls, jobs: int | None = None) -> Packing:
         """torch is only asked where a GPU's device file is there: loading it takes seconds and memory."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         files = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev").glob("dxg")]
         gpus = 0
         if files:
             from gptlab.device import Machine
 
             gpus = len(Machine.probe().gpus)
-        return cls(cores, gpus, jobs)
+        return cls(usable_cores(), gpus, jobs)
 
     def threads(self, n_embd: int) -> int:
         """Threads of a run of a model that wide, on the CPU; sums round by it, so `jobs` has no say."""
@@ -150,7 +149,7 @@ class PatchedPackage:
         return cls(json.loads(archive))
 
     def unpack(self) -> Path:
-        """A fresh folder that holds the package and that nobody else can write: what goes on sys.path."""
+        """A fresh folder that holds the package and that nobody else can write: to be put on sys.path."""
         folder = Path(tempfile.mkdtemp(prefix="gptlab_code_"))
         _write(folder, self.files)
         return folder

@@ -64,11 +64,10 @@ class _Started:
 
 
 @dataclass
-class Runner:
+class _Runner:
     """Runs an experiment in `folder`. seeds: only so many of the first; allow_code: run users' own signals.
 
-    packing: how many at a time; executor: where; ran: names of the cells that this runner had trained, in whole or in
-    part.
+    packing: how many at a time; executor: where.
     """
 
     experiment: Experiment
@@ -77,11 +76,16 @@ class Runner:
     seeds: int | None = None
     allow_code: bool = False
     executor: Executor = field(default_factory=Children)
-    ran: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Runner(_Runner):
+    """Runs an experiment's cells. ran: names of those that this runner had trained, in whole or in part."""
 
     def __post_init__(self) -> None:
         self.cells = cells_of(self.experiment, self.folder, self.seeds)
         self.results = Results(self.experiment, self.folder, cells_of(self.experiment, self.folder))
+        self.ran: list[str] = []
         self._rows = {cell.name: Rows(cell) for cell in self.cells}
         self._started: dict[str, _Started] = {}
         self._tried: set[str] = set()
@@ -104,7 +108,7 @@ class Runner:
             raise ConfigError(
                 f"{len(failed)} of {len(self.experiment.arms)} arms cannot run; nothing is trained:{listed}"
             )
-        self.declare()
+        write_whole(self.folder / FILE, self.experiment.text)  # the copy that status and compare read
 
     def _unreadable(self, arm: Arm) -> str | None:
         """Write an arm's options, and its patch for the record; why its patch does not fit, if it does not."""
@@ -112,13 +116,12 @@ class Runner:
         refuse_links(file, self.folder, error=ConfigError)
         file.parent.mkdir(exist_ok=True)
         write_whole(file, options_text(self.experiment, arm, self.folder))
-        try:
-            if arm.patch:
-                if arm.patch not in self._code:
-                    self._code[arm.patch] = patched(arm.patch)
-                write_whole(file.with_name("patch.diff"), self._code[arm.patch].patch)
-        except ConfigError as error:
-            return str(error)
+        if arm.patch:
+            try:
+                self._code[arm.patch] = self._code.get(arm.patch) or patched(arm.patch)
+            except ConfigError as error:
+                return str(error)
+            write_whole(file.with_name("patch.diff"), self._code[arm.patch].patch)
         return None
 
     def _refused(self, arms: Sequence[Arm]) -> dict[str, str]:
@@ -132,10 +135,6 @@ class Runner:
                 under = f" under {patch.name}" if patch else ""
                 found |= {files[file]: f"{reason}{under}" for file, reason in answers.items()}
         return found
-
-    def declare(self) -> None:
-        """Write the copy of the file, which status and compare read."""
-        write_whole(self.folder / FILE, self.experiment.text)
 
     def check_same(self) -> None:
         """Refuse to change what was declared once a cell has begun; arms may be added, at the price of Holm."""
@@ -180,7 +179,7 @@ class Runner:
         left = [cell.name for cell in self.cells if self._state(cell) not in (*ENDED, "failed")]
         if left:
             raise Stopped(
-                f"stopped with {len(left)} of {len(self.cells)} cells to finish; run the same command again to go on"
+                f"stopped with {len(left)} of {len(self.cells)} cells to finish; run the same command again to continue"
             )
 
     def _start_what_fits(self) -> bool:
@@ -278,8 +277,7 @@ class Runner:
         cells = tuple(
             progress(self._rows[cell.name], self._state(cell), speeds.get(cell.name, 0.0)) for cell in self.cells
         )
-        speed = sum(speeds.values())
-        return Snapshot(cells, 0.0 if not left else left / speed if speed else None)
+        return Snapshot(cells, _seconds(left, sum(speeds.values())))
 
     def _state(self, cell: Cell) -> State:
         rows = self._rows[cell.name]
@@ -314,7 +312,7 @@ def progress(rows: Rows, state: State, steps_per_second: float = 0.0) -> Progres
 
 
 def standing(experiment: Experiment, folder: Path) -> Snapshot:
-    """The cells of an experiment as their folders tell it, whoever runs them; seconds_left by their own speeds.
+    """The cells of an experiment as their folders show them, whoever runs them; seconds_left by their own speeds.
 
     Its trials come first, where it has any.
     """
@@ -326,25 +324,21 @@ def standing(experiment: Experiment, folder: Path) -> Snapshot:
         batch = cell.arm.count("total_batch_tokens", experiment.preset)
         own = rows.tokens_per_second or 0.0 if state == "running" else 0.0
         cells.append(progress(rows, state, own / batch))
-        if state not in (*ENDED, "failed"):
-            left += (cell.steps - rows.step) * batch
+        left += (cell.steps - rows.step) * batch * (state not in (*ENDED, "failed"))
         speed += own
-    return Snapshot(tuple(cells), 0.0 if not left else left / speed if speed else None)
+    return Snapshot(tuple(cells), _seconds(left, speed))
+
+
+def _seconds(left: float, speed: float) -> float | None:
+    return 0.0 if not left else left / speed if speed else None
 
 
 @dataclass
-class TunedRunner:
+class TunedRunner(_Runner):
     """Like `Runner`, with the trials' cells first. seeds: of the verdict; trials always run on all of theirs.
 
     choices: {arm: what its trials chose}, once all of them have ended.
     """
-
-    experiment: Experiment
-    folder: Path
-    packing: Packing | Queue
-    seeds: int | None = None
-    allow_code: bool = False
-    executor: Executor = field(default_factory=Children)
 
     def __post_init__(self) -> None:
         self.trials = self._runner(trial_experiment(self.experiment), trials_folder(self.folder), None)
@@ -382,7 +376,7 @@ class TunedRunner:
             yield self.snapshot()
 
     def snapshot(self) -> Snapshot:
-        """All cells as they stand now; the cells' time is told from the trials' as long as these run."""
+        """All cells as they stand now; the cells' time is estimated from the trials' as long as these run."""
         trials, verdict = self.trials.snapshot(), self.verdict.snapshot()
         seconds = verdict.seconds_left
         if not self.choices:

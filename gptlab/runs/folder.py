@@ -1,7 +1,7 @@
 """A run's folder: config.json, environment.json, metrics.jsonl, log.txt, checkpoints/, and one writer at a time.
 
 Rows are appended and a checkpoint records how long the files were, so that a resume cuts off what came after it and
-writes it anew: no row twice, none missing.
+writes it again: no row twice, none missing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RunFolder:
             raise CheckpointError(f"expected a new folder or a run's, found {found} in {self.path}; give another --out")
 
     def finished_at(self) -> int | None:
-        """The last step at which the run was finished; it may have gone on since."""
+        """The last step at which the run was finished; it may have continued since."""
         return max((row["step"] for row in self.rows() if row.get("event") == "finished"), default=None)
 
     def lock(self, patience: float = LOCK_PATIENCE) -> None:
@@ -133,8 +133,7 @@ class RunFolder:
     def finished(self, steps: int) -> dict[str, Any] | None:
         """The summary of a run that reached `steps`, else None."""
         last, _ = last_row(self.path)  # None for a damaged tail: that run is not finished
-        done = last is not None and last.get("event") == "finished" and last["step"] >= steps
-        return last if done else None
+        return last if last and last.get("event") == "finished" and last["step"] >= steps else None
 
     def open_records(self, metrics_bytes: int = 0, log_bytes: int = 0) -> None:
         """Open metrics.jsonl and log.txt for appending after so many bytes; what stood behind is cut off."""
@@ -149,10 +148,8 @@ class RunFolder:
         try:
             self._metrics.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             self._metrics.flush()
-            if kind == "train":
-                self._log.write(f"{step} train {values['loss']:.6f}\n".encode())
-            elif kind == "val":
-                self._log.write(f"{step} val {values['loss']:.4f}\n".encode())
+            if kind in ("train", "val"):
+                self._log.write(f"{step} {kind} {values['loss']:.{6 if kind == 'train' else 4}f}\n".encode())
             self._log.flush()
         except OSError as error:
             self._metrics = None

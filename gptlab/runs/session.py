@@ -8,7 +8,6 @@ options, data or code it is no longer the run that it says it is, and is refused
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.options import flatten
-from gptlab.runs import checkpoint, sharded
+from gptlab.runs import checkpoint
 from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import initial_model, jitter
@@ -82,7 +81,7 @@ def begin(
             )
         made_of = made_of_what(config, corpus)
         step = found.step if found else 0
-        if history := recorded(folder, changed, step):
+        if history := _despite(folder, changed, step):
             made_of["despite"] = history
         environment = {**environment, **made_elsewhere(folder, environment, step)}
         if environment.get("earlier", [{}])[-1].get("until_step") == step > 0:
@@ -107,10 +106,10 @@ def _where_to_continue(folder: RunFolder, config: TrainingConfig) -> tuple[check
             raise CheckpointError(
                 f"--resume must: {folder.path} has no checkpoint yet; use --resume auto to start it again"
             )
+        return found, notes
     except CheckpointError as error:
         folder.append_event({"event": type(error).__name__, "text": str(error)})
         raise
-    return found, notes
 
 
 def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> dict[str, Any] | None:
@@ -141,10 +140,6 @@ def _free(path: Path, launch: str | None) -> Path:
     return candidate
 
 
-def as_json(beginning: Beginning) -> dict[str, Any]:
-    return dataclasses.asdict(beginning)
-
-
 FIXED = ("tokenizer", "block_size", "n_layer", "n_embd", "share_blocks", "optimizer")
 """Options that decide which tensors there are: with another of these a checkpoint does not fit."""
 PASSING = ("launch", "reasons", "earlier")
@@ -163,8 +158,7 @@ def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
 
 def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[str]:
     """What makes of the folder's run another than the one asked for, one line each."""
-    lines = differences(folder.config(), config)
-    before = read_config(folder.path)
+    lines, before = differences(folder.config(), config), read_config(folder.path)
     files = {os.path.basename(str(name)): file for name, file in (before.get("code") or {}).items()}
     if files != {os.path.basename(name): file for name, file in _code(config).items()}:
         lines.append("code: a signal's file has changed since the run began, or the run in signal.placebo_of")
@@ -177,12 +171,11 @@ def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     """What makes `now` another run than `before`, a line an option; more steps and FREE_ON_RESUME are no difference."""
     old, new = without_folders(flatten(before)), without_folders(flatten(now))
     free = FREE_ON_RESUME - (FIXED_IF_DETERMINISTIC if before.deterministic else frozenset())
-    lines = []
-    for key in old:
-        if key in free or old[key] == new[key] or (key == "steps" and new[key] > old[key]):
-            continue
-        lines.append(f"{key}: the run has {old[key]!r}, you ask for {new[key]!r}")
-    return lines
+    return [
+        f"{key}: the run has {old[key]!r}, you ask for {new[key]!r}"
+        for key in old
+        if key not in free and old[key] != new[key] and not (key == "steps" and new[key] > old[key])
+    ]
 
 
 def refuse(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> None:
@@ -204,16 +197,10 @@ def refuse(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: b
         )
 
 
-def recorded(folder: RunFolder, changed: list[str], step: int) -> list[dict[str, Any]]:
+def _despite(folder: RunFolder, changed: list[str], step: int) -> list[dict[str, Any]]:
     """All that the run was resumed despite of: what config.json says, and what has changed now, at `step`."""
     before = read_config(folder.path).get("despite", []) if folder.begun() else []
     return [*before, {"step": step, "differences": changed}] if changed else before
-
-
-def sessions_before(environment: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What environment.json says of earlier sessions, as far as it is objects."""
-    earlier = environment.get("earlier")
-    return [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
 
 
 def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int) -> dict[str, Any]:
@@ -226,11 +213,11 @@ def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int)
     before: dict[str, Any] = {}
     with contextlib.suppress(CheckpointError):  # nothing hangs on it
         before = folder.recorded("environment.json")
-    earlier = sessions_before(before)
-    before.pop("earlier", None)
+    earlier = before.pop("earlier", None)
+    earlier = [one for one in earlier if isinstance(one, dict)] if isinstance(earlier, list) else []
     before["gptlab"] = folder.recorded("config.json").get("gptlab")
-    if any(before.get(key) != value for key, value in {**environment, "gptlab": gptlab.__version__}.items()
-           if key not in PASSING):  # fmt: skip
+    now = {**environment, "gptlab": gptlab.__version__}
+    if any(before.get(key) != value for key, value in now.items() if key not in PASSING):
         earlier = [*earlier, {"until_step": step, **before}]
     return {"earlier": earlier} if earlier else {}
 
@@ -260,12 +247,12 @@ class Session:
         world: World,
     ) -> None:
         self.config, self.folder, self.compute, self.data, self.world = config, folder, compute, data, world
-        shape = config.shape
         self._replayed = replayed_norms(config)
-        drawn = checkpoint_path or not config.init_from  # a resumed run no longer needs its source
         try:
-            source = None if drawn else str(config.init_from)
-            model = initial_model(source, shape, config.seed, config.tokenizer) if source else GPT(shape, config.seed)
+            if config.init_from and not checkpoint_path:  # a resumed run no longer needs its source
+                model = initial_model(str(config.init_from), config.shape, config.seed, config.tokenizer)
+            else:
+                model = GPT(config.shape, config.seed)
         except GptlabError as error:
             self._write_error(0, error)
             raise
@@ -280,7 +267,7 @@ class Session:
         self.state = TrainingState(model, build_optimizer(model, config))
         self._saved = -1
         if checkpoint_path:
-            self._restore(Path(checkpoint_path), shape)
+            self._restore(Path(checkpoint_path), config.shape)
             self._saved = self.state.step
         self._final: dict[str, Any] = {}
         self._speeds: list[float] = []
@@ -288,7 +275,7 @@ class Session:
     def _restore(self, path: Path, shape: GPTConfig) -> None:
         """Take over the checkpoint that rank 0 chose; where blocks are sharded, each process reads its own rows."""
         if self.sharded:
-            sharded.load(path, shape, self.state, self.world)
+            checkpoint.load_sharded(path, shape, self.state, self.world)
             return
         found = checkpoint.load(path)
         check_stored(shape, found.weights, found.folder / checkpoint.WEIGHTS)
@@ -320,7 +307,7 @@ class Session:
                     yield record
                     continue
                 if record.kind == "sample":
-                    if self.folder is None or self.sharded:  # writing on needs whole blocks
+                    if self.folder is None or self.sharded:  # generating text needs whole blocks
                         continue
                     record = Record("sample", record.step, sample(self.state))
                 elif record.kind == "val":
@@ -339,19 +326,17 @@ class Session:
             self.folder.write("event", step, {"event": type(error).__name__, "text": str(error)})
 
     def _save(self, record: Record) -> None:
-        cut = self.sharded
-        if self._saved == record.step or not (self.folder or cut):
+        if self._saved == record.step or not (self.folder or self.sharded):
             return
-        if cut:
-            rest = self._beside_tensors(self.folder, record) if self.folder else {}
-            sharded.save(self.folder.checkpoints if self.folder else None, self.state, rest, self.world)
-        elif self.folder:
-            weights, moments = self.state.tensors()
-            checkpoint.save(self.folder.checkpoints, weights, moments, self._beside_tensors(self.folder, record))
+        checkpoints = self.folder.checkpoints if self.folder else None
+        rest = self._state_json(self.folder, record) if self.folder else {}
+        if self.sharded:
+            checkpoint.save_sharded(checkpoints, self.state, rest, self.world)
+        elif checkpoints:
+            checkpoint.save(checkpoints, *self.state.tensors(), rest)
         self._saved = record.step
 
-    def _beside_tensors(self, folder: RunFolder, record: Record) -> dict[str, Any]:
-        """state.json of a checkpoint."""
+    def _state_json(self, folder: RunFolder, record: Record) -> dict[str, Any]:
         return {
             "format": checkpoint.FORMAT,
             "scalars": self.state.scalars(),
@@ -365,7 +350,7 @@ class Session:
     def finish(self, validation_hash: str, seconds: float, first_step: int, peak: float) -> dict[str, Any]:
         """Write the summary as the run's last row and give it."""
         config, steps = self.config, self.state.step - first_step
-        if self.folder and not steps:  # killed before its summary was written: the rows tell of the session before
+        if self.folder and not steps:  # killed before its summary was written: the rows have the session before
             for row in self.folder.rows():
                 if row["kind"] == "val":
                     self._final = row

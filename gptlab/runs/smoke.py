@@ -1,6 +1,7 @@
 """Before hours are spent: every arm for a few steps, whether its signal is active, and what the whole will cost.
 
-Estimates, told as such: of an arm's own speed, measured beside as many others as will run beside it. Nothing is kept.
+Estimates, reported as such: of an arm's own speed, measured next to as many others as will run next to it. Nothing is
+kept.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ FEWEST = 4
 
 INACTIVE = 0.01
 """The dose under which a verdict calls a signal inactive."""
-
 
 WORTH_A_RUN = 0.05
 """How much more an arm must cost than its baseline for a longer baseline to be worth a run, as a share."""
@@ -125,23 +125,21 @@ def _try(
 
 def _trial(experiment: Experiment, cell: Cell, code: int, start_up: float) -> Trial:
     arm, rows = cell.arm, Rows(cell).look()
-    name, dose = next(arm.signals), rows.dose
+    found = Trial(arm.name, rows.step, _activity(arm, rows.dose, rows.step), rows.dose, None)
     if code not in (0, Stopped.exit_code):
         reason = (rows.reason or how_it_ended(code)).replace(str(cell.folder), cell.name)
-        return Trial(arm.name, rows.step, _activity(arm, name, dose, rows.step), dose, reason)
-    speed = statistics.median(_speeds(cell))
-    seconds, validation = _seconds(arm, experiment.preset, speed)
-    return Trial(
-        arm.name, rows.step, _activity(arm, name, dose, rows.step), dose, None,
-        seconds=start_up + seconds + validation,
+        return replace(found, reason=reason)
+    return replace(
+        found,
+        seconds=start_up + _seconds(arm, experiment.preset, statistics.median(_speeds(cell))),
         bytes=_bytes(cell, rows.step),
         flops=_flops(arm, experiment.preset),
-    )  # fmt: skip
+    )
 
 
-def _activity(arm: Arm, name: str, dose: float | None, step: int) -> str:
+def _activity(arm: Arm, dose: float | None, step: int) -> str:
     """Whether the arm's signal did anything in these steps, in words."""
-    if name == "none":
+    if next(arm.signals) == "none":
         return "no signal"
     if arm.options.get("signal.weight") == 0:
         return "weight 0"
@@ -156,12 +154,12 @@ def _speeds(cell: Cell) -> list[float]:
     return plain or [row["tokens_per_second"] for row in rows]
 
 
-def _seconds(arm: Arm, preset: str, tokens_per_second: float) -> tuple[float, float]:
-    """Seconds of all updates, and of all validations, a validation token taking a third of a training token's time."""
+def _seconds(arm: Arm, preset: str, tokens_per_second: float) -> float:
+    """Seconds of all updates and validations, a validation token taking a third of a training token's time."""
     steps, every = arm.count("steps", preset), arm.count("eval_every", preset)
-    times = math.ceil(steps / every) if every else 0
-    tokens = steps * arm.count("total_batch_tokens", preset)
-    return tokens / tokens_per_second, times * arm.count("eval_tokens", preset) / (3 * tokens_per_second)
+    validations = math.ceil(steps / every) if every else 0
+    tokens = steps * arm.count("total_batch_tokens", preset) + validations * arm.count("eval_tokens", preset) / 3
+    return tokens / tokens_per_second
 
 
 def _bytes(cell: Cell, step: int) -> int:

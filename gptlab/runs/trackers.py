@@ -97,14 +97,9 @@ class Trackio:
         name = folder.resolve()
         self._trackio = trackio
         self._run = trackio.init(
-            project=PROJECT,
-            name=f"{name.parent.name}/{name.name}",
-            resume="allow",
-            config=flatten(config),
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+            project=PROJECT, name=f"{name.parent.name}/{name.name}", resume="allow", config=flatten(config),
+            embed=False, auto_log_gpu=False, auto_log_cpu=False,
+        )  # fmt: skip
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self._run.log(dict(figures), step=step)
@@ -133,7 +128,7 @@ def tracking(
 ) -> Iterator[Callable[[Record], None]]:
     """Hands records on to all trackers of the config, from after `step` on; what they print goes to standard error.
 
-    Raises ConfigError where one cannot begin. One that fails later is left out from then on, which `note` is told.
+    Raises ConfigError where one cannot begin. One that fails later is left out from then on; `note` gets the reason.
     """
     trackers: dict[str, Tracker] = {}
 

@@ -27,6 +27,7 @@ FILE = "tuning.json"
 CONTROL = frozenset({"signal.control", "signal.flip", "signal.flip_to"})
 """What a control arm may differ in from its signal's arm and still take over its choice."""
 
+SIGNAL = frozenset({"signal", "also"})
 LENGTH = frozenset({"steps", "warmup_steps"})
 """Options in which a longer run of a baseline may differ from it."""
 
@@ -146,23 +147,20 @@ def leaders(experiment: Experiment) -> dict[str, str]:
 
 
 def _leader(experiment: Experiment, arm: Arm) -> Arm:
+    def alike(other: Arm, but_for: frozenset[str]) -> bool:
+        return (other.patch, _without(but_for, other)) == (arm.patch, _without(but_for, arm))
+
+    def steps(of: Arm) -> int:
+        return of.count("steps", experiment.preset)
+
+    arms, found = experiment.arms.values(), []
     if not _is_plain(experiment, arm) and not _has_weight(experiment, arm):
-        wanted = _signalless(arm)
-        for other in experiment.arms.values():
-            if _is_plain(experiment, other) and (other.patch, _signalless(other)) == (arm.patch, wanted):
-                return other
+        found = [other for other in arms if _is_plain(experiment, other) and alike(other, SIGNAL)]
     elif _is_control(experiment, arm):
-        wanted = _without(CONTROL, arm)
-        for other in experiment.arms.values():
-            alike = (other.patch, _without(CONTROL, other)) == (arm.patch, wanted)
-            if alike and not _is_control(experiment, other):
-                return other
-    for name in experiment.baselines:
-        other = experiment.arms[name]
-        alike = (other.patch, _without(LENGTH, other)) == (arm.patch, _without(LENGTH, arm))
-        if alike and arm.count("steps", experiment.preset) > other.count("steps", experiment.preset):
-            return other
-    return arm
+        found = [other for other in arms if not _is_control(experiment, other) and alike(other, CONTROL)]
+    baselines = (experiment.arms[name] for name in experiment.baselines)
+    found += [other for other in baselines if alike(other, LENGTH) and steps(arm) > steps(other)]
+    return found[0] if found else arm
 
 
 def _is_plain(experiment: Experiment, arm: Arm) -> bool:
@@ -178,12 +176,9 @@ def _is_control(experiment: Experiment, arm: Arm) -> bool:
     return arm.get("signal.control", experiment.preset) != "none" and not _is_plain(experiment, arm)
 
 
-def _signalless(arm: Arm) -> dict[str, Any]:
-    return {key: value for key, value in arm.options.items() if key.partition(".")[0] not in ("signal", "also")}
-
-
 def _without(keys: frozenset[str], arm: Arm) -> dict[str, Any]:
-    return {key: value for key, value in arm.options.items() if key not in keys}
+    """The arm's options without those keys, or tables."""
+    return {k: v for k, v in arm.options.items() if k not in keys and k.partition(".")[0] not in keys}
 
 
 def all_trials(experiment: Experiment) -> dict[str, tuple[Trial, ...]]:
@@ -214,17 +209,9 @@ def trial_experiment(experiment: Experiment) -> Experiment:
         **({} if experiment.delta is None else {"delta": experiment.delta}),
     }
     text = as_toml(head) + "".join(_table(arm) for arm in arms.values())
-    return Experiment(
-        name=head["name"],
-        preset=experiment.preset,
-        baseline=baseline.name,
-        seeds=experiment.tune.seeds,
-        looks=None,
-        delta=experiment.delta,
-        arms=arms,
-        table=tomllib.loads(text),
-        text=text,
-    )
+    seeds, table = experiment.tune.seeds, tomllib.loads(text)
+    preset, delta = experiment.preset, experiment.delta
+    return Experiment(head["name"], preset, baseline.name, seeds, None, delta, arms, table, text)
 
 
 def _table(arm: Arm) -> str:
@@ -355,12 +342,24 @@ def accepted(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
         raise ValueError("no arms")
     for arm in content["arms"].values():
-        if not isinstance(arm, dict) or not all(key in arm and fits(arm[key]) for key, fits in _OF_ARM.items()):
+        if not isinstance(arm, dict) or not all(key in arm and _fits(arm[key], _OF_ARM[key]) for key in _OF_ARM):
             raise ValueError("an arm's choice")
-    if not all(fits(content[key]) for key, fits in _OF_ALL.items() if key in content):
+    if not all(_fits(content[key], shape) for key, shape in _OF_ALL.items() if key in content):
         raise ValueError("seeds, trials or factors")
     arms = {name: {key: arm[key] for key in _OF_ARM} for name, arm in content["arms"].items()}
     return {**{key: content[key] for key in _OF_ALL if key in content}, "arms": arms}
+
+
+Shape = Callable[[Any], bool] | list["Shape"] | dict[str, "Shape"]
+"""A check of a value, a list of values, or a table of values under any name."""
+
+
+def _fits(value: Any, shape: Shape) -> bool:
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_fits(one, shape[""]) for one in value.values())
+    return shape(value)
 
 
 def _number_or_null(value: Any) -> bool:
@@ -378,29 +377,21 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, str | bool) or is_number(value)
 
 
-def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(fits, value))
-
-
-def _table_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(fits, value.values()))
-
-
-_OF_ARM: Mapping[str, Callable[[Any], bool]] = {
+_OF_ARM: Mapping[str, Shape] = {
     "follows": _text_or_null,
     "trial": _text_or_null,
     "learning_rate": _number_or_null,
     "dose": _number_or_null,
-    "options": _table_of(_plain),
+    "options": {"": _plain},
     "loss": _number_or_null,
-    "notes": _list_of(lambda value: isinstance(value, str)),
-    "losses": _table_of(_list_of(_number_or_null)),
+    "notes": [lambda value: isinstance(value, str)],
+    "losses": {"": [_number_or_null]},
 }
-_OF_ALL: Mapping[str, Callable[[Any], bool]] = {
+_OF_ALL: Mapping[str, Shape] = {
     "experiment": _text_or_null,
-    "seeds": _list_of(is_count),
+    "seeds": [is_count],
     "trials": is_count,
-    "factors": _table_of(_list_of(_number_or_null)),
+    "factors": {"": [_number_or_null]},
 }
 
 

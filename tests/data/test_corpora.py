@@ -1,4 +1,4 @@
-"""Sources: what they yield, in which split, that they go on where they stopped, and what they say of bad files."""
+"""Sources: what they yield, in which split, that they continue where they stopped, and what they say of bad files."""
 
 import json
 from pathlib import Path

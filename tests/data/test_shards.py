@@ -21,7 +21,7 @@ RAW = struct.pack("<5H", *TOKENS)
 
 FORMATS = {
     "fineweb_train_000001.bin": LLM_C,  # llm.c
-    "tiny_shakespeare_train.bin": LLM_C,  # llm.c again, told by its first bytes
+    "tiny_shakespeare_train.bin": LLM_C,  # llm.c again, known by its first bytes
     "edufineweb_train_000001.npy": NPY,  # build-nanogpt
     "train.bin": RAW,  # nanoGPT
 }

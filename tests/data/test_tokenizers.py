@@ -70,16 +70,6 @@ def test_document_start_stands_for_no_text(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_batch_is_its_texts(name: str, threads: int) -> None:
-    tokenizer = get_tokenizer(name)
-    texts = ["one", "", "two three", "四"] * 5
-    assert [tokens.tolist() for tokens in tokenizer.encode_batch(texts, threads)] == [
-        tokenizer.encode(text).tolist() for text in texts
-    ]
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_lone_surrogate_becomes_the_replacement_character(name: str) -> None:
     tokenizer = get_tokenizer(name)
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"

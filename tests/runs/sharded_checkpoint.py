@@ -2,7 +2,7 @@
 
 `python sharded_checkpoint.py FROM TO [FROM TO ...] [full]`; FROM is a checkpoint's folder, or - for a state after one
 update. The state is restored over one that has moved on, compared with what was saved, bit for bit, and saved into the
-folder TO. full: the last rank finds no room to write, and every rank is told so.
+folder TO. full: the last rank finds no room to write, and every rank says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import CheckpointError
 from gptlab.model import GPT, GPTConfig
-from gptlab.runs import checkpoint, sharded
+from gptlab.runs import checkpoint
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.sharding import full_tensor, shard_blocks, shard_like
@@ -48,7 +48,7 @@ def main(world: World, source: str, out: Path, full: bool) -> None:
     state = moved_on(model, 5)
     if source != "-":
         state = moved_on(model, 6)
-        sharded.load(Path(source), SHAPE, state, world)
+        checkpoint.load_sharded(Path(source), SHAPE, state, world)
         saved = checkpoint.load(Path(source))
         for mine, theirs in zip(state.tensors(), (saved.weights, saved.moments), strict=True):
             assert mine.keys() == theirs.keys()
@@ -59,9 +59,9 @@ def main(world: World, source: str, out: Path, full: bool) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     rest = {**REST, "scalars": state.scalars()}
-    told = f"could not save {out.resolve()}/step_00000005"
-    with pytest.raises(CheckpointError, match=told) if full else nullcontext():
-        sharded.save(out if world.main else None, state, rest if world.main else {}, world)
+    refusal = f"could not save {out.resolve()}/step_00000005"
+    with pytest.raises(CheckpointError, match=refusal) if full else nullcontext():
+        checkpoint.save_sharded(out if world.main else None, state, rest if world.main else {}, world)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Branches of a checkpoint: the true loss's is the run going on, the signal's batches are others, averaged."""
+"""Branches of a checkpoint: the true loss's is the run continued, the signal's batches are others, averaged."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_the_signal_reads_batches_of_its_own(
             assert len(drawn[-1]) == M * len(true.windows("all"))
             assert not set(drawn[-1]) & set(true_of_all[seed])
             places = [(b.step, b.first_sequence) for b in one.batches if b.part == "signals"]
-            assert len(set(places)) == len(places), "positions and judges are drawn anew for each"
+            assert len(set(places)) == len(places), "positions and judges are drawn again for each"
             if layers == "rotate":
                 assert len({place for place, _ in places}) == M
         assert drawn[1][: len(drawn[0])] == drawn[0], (seed, step)
@@ -178,14 +178,14 @@ def test_gradient_bias_is_the_same_however_often_it_is_averaged(half_way: Path, 
 def test_the_cost_is_said_before_the_first_gradient_and_kept(
     half_way: Path, corpus: Corpus, updates: dict[tuple[int, int], list[Seen]]
 ) -> None:
-    told: list[tuple[Progress, int]] = []
+    reported: list[tuple[Progress, int]] = []
     arms: dict[str, Arm] = {"a": SignalConfig("confidence"), "n": GradientNoise(1.0)}
     plan = Plan(steps=2, averages=(1, 4, 16), seeds=(1, 2))
-    branch(half_way, arms, corpus, PLACEMENT, plan, progress=lambda p: told.append((p, len(updates))))
-    assert told[0][0] == Progress(0, plan.cost(list(arms.values())), "held-out loss of the checkpoint")
-    assert told[0][1] == 0
-    assert told[-1][0].done == told[-1][0].total == 2 * (2 * (1 + 24 + 3) + 1)
-    assert [p.done for p, _ in told] == sorted(p.done for p, _ in told)
+    branch(half_way, arms, corpus, PLACEMENT, plan, progress=lambda p: reported.append((p, len(updates))))
+    assert reported[0][0] == Progress(0, plan.cost(list(arms.values())), "held-out loss of the checkpoint")
+    assert reported[0][1] == 0
+    assert reported[-1][0].done == reported[-1][0].total == 2 * (2 * (1 + 24 + 3) + 1)
+    assert [p.done for p, _ in reported] == sorted(p.done for p, _ in reported)
 
 
 def test_arms_have_names() -> None:

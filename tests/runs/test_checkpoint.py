@@ -47,7 +47,7 @@ def test_the_newest_two_are_kept_and_later_ones_superseded(tmp_path: Path) -> No
     for step in (1, 2, 3):
         save(tmp_path, step)
     assert names(tmp_path) == ["step_00000002", "step_00000003"]
-    save(tmp_path, 2, value=0.7)  # training fell back behind 3 and went on
+    save(tmp_path, 2, value=0.7)  # training fell back behind 3 and continued
     assert names(tmp_path) == ["step_00000002"]
     assert checkpoint.load(tmp_path / "step_00000002").weights["w"][0, 0].item() == pytest.approx(0.7)
 

@@ -82,7 +82,7 @@ def test_jobs_outlive_a_killed_runner_are_watched_by_the_next_and_stopped_with_i
     stopped = [cell for cell in cells(file, out) if Rows(cell).look().event == "Stopped"]
     if stopped:
         assert code == 75, err
-        assert "run the same command again to go on" in err
+        assert "run the same command again to continue" in err
     assert not any(map(claimed, cells(file, out))), "the runner waited for what it stopped"
     wait_until(lambda: not any(map(alive, controllers)), "the end of submitit's processes")
     code, _, err = start(out, "--executor", "local").end()

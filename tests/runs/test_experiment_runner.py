@@ -114,7 +114,7 @@ def test_killed_and_stopped_and_identical(whole: Path, start: Start, tmp_path: P
         code, said, err = runner.end()
         assert code == (75 if number == signal.SIGTERM else -9), err
         if number == signal.SIGTERM:
-            assert "run the same command again to go on" in err
+            assert "run the same command again to continue" in err
             stopped = json.loads(said)
             assert stopped["exit_code"] == 75
             assert stopped["states"].get("running", 0) == 0
@@ -189,7 +189,7 @@ def test_a_patched_arm_runs_its_own_code_and_says_so(
     assert main(["experiment", "status", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["states"] == {"finished": 2}
     plain_code = main(["train", "--config", str(out / "idea" / "options.toml"), "--out", str(out / "idea" / "seed_1")])
-    assert plain_code == 3, "the run of a patched arm goes on with patched code only"
+    assert plain_code == 3, "the run of a patched arm continues with patched code only"
     assert "patch: the run was made by this code under another patch" in capsys.readouterr().err
 
 
@@ -246,7 +246,7 @@ def test_a_signals_file_lies_next_to_the_experiment(tmp_path: Path, monkeypatch:
 
 
 def test_the_same_seed_gives_every_arm_the_same_weights_and_data(folder: Path, tmp_path: Path) -> None:
-    """At a learning rate of 0 the loss of every step tells the initial weights and that step's data, and no more."""
+    """At a learning rate of 0 the loss of every step shows the initial weights and that step's data, and no more."""
     still = {"learning_rate": 0.0, "weight_decay": 0.0}
     arms = {"plain": still, "sure": {**still, "signal.name": "confidence"},
             "placebo": {**still, "signal.name": "confidence", "signal.control": "placebo"}}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The run folder: rows that survive a kill, one writer, and damage that is told with the file's name."""
+"""The run folder: rows that survive a kill, one writer, and damage that is reported with the file's name."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_must_refuses_a_run_without_a_checkpoint(run: Path, corpus: Corpus) -> N
 @pytest.mark.parametrize(
     ("launch", "attempt", "finished", "name"),
     [("a", 1, False, "run"), ("a", 1, True, "run-2"), ("b", 1, False, "run-2"), ("a", 0, False, "run-2")],
-    ids=["started anew", "finished", "another start", "first attempt"],
+    ids=["started again", "finished", "another start", "first attempt"],
 )
 def test_never_goes_on_only_with_what_this_start_of_torchrun_began(
     launch: str, attempt: int, finished: bool, name: str, run: Path, corpus: Corpus

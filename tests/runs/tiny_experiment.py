@@ -37,7 +37,7 @@ def write(
     tune: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """An experiment file in `folder`, over a corpus beside it that is made where it is missing."""
+    """An experiment file in `folder`, over a corpus next to it that is made where it is missing."""
     corpus = folder / "corpus"
     if not corpus.is_dir():
         make_corpus(corpus)
