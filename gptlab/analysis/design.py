@@ -7,7 +7,16 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptlab.analysis.statistics import PairedT, check_looks, correlation, last_look, look_level, paired_t
+from gptlab.analysis.statistics import (
+    PairedT,
+    check_looks,
+    correlation,
+    counts_p,
+    last_look,
+    look_level,
+    outlier,
+    paired_t,
+)
 from gptlab.errors import ConfigError, did_you_mean, shown
 
 Seed = Hashable
@@ -117,7 +126,8 @@ class Pairing:
 
     found: seeds that both arms have, used or not; look: how many of them count now (None before the first look);
     missing: of the declared seeds up to the look, those that the arm lacks and those that the other one lacks;
-    diverged: of those in use, the seeds where one of the two has no finite loss; own, other: the finite losses left.
+    diverged: of those in use, the seeds where one of the two has no finite loss, and failures: how many of the arm and
+    of the other one; own, other: the finite losses left.
     """
 
     found: int
@@ -125,12 +135,19 @@ class Pairing:
     seeds: tuple[Seed, ...]
     missing: tuple[tuple[Seed, ...], tuple[Seed, ...]]
     diverged: tuple[Seed, ...]
+    failures: tuple[int, int]
     own: tuple[float, ...]
     other: tuple[float, ...]
 
     @property
     def n(self) -> int:
         return len(self.own)
+
+    @property
+    def outlier(self) -> Seed | None:
+        """The seed whose difference stands apart from the others'."""
+        index = outlier(self.differences)
+        return None if index is None else [seed for seed in self.seeds if seed not in self.diverged][index]
 
     @property
     def whole(self) -> bool:
@@ -146,6 +163,13 @@ class Pairing:
     def test(self) -> PairedT | None:
         """The paired t test; None below 2 pairs."""
         return paired_t(self.differences) if self.n > 1 else None
+
+    @property
+    def p(self) -> float | None:
+        """Of the counts of runs that diverged, where one did, else of the paired t test; None below 2 pairs."""
+        if self.diverged:
+            return counts_p(self.failures[0], len(self.seeds), self.failures[1], len(self.seeds))
+        return self.test.p if self.test else None
 
     @property
     def correlation(self) -> float | None:
@@ -174,6 +198,7 @@ def pair(
         seeds=tuple(used),
         missing=(tuple(s for s in next_look if s not in mine), tuple(s for s in next_look if s not in theirs)),
         diverged=tuple(seed for seed in used if seed not in whole),
+        failures=(sum(not finite(mine[seed]) for seed in used), sum(not finite(theirs[seed]) for seed in used)),
         own=tuple(float(mine[seed]) for seed in whole),  # type: ignore[arg-type]
         other=tuple(float(theirs[seed]) for seed in whole),  # type: ignore[arg-type]
     )

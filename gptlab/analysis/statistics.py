@@ -144,6 +144,65 @@ def binomial_interval(hits: int, trials: int, level: float = 0.95) -> Interval:
     return low, high
 
 
+def failure_rate_bound(failures: int, n: int) -> float:
+    """The highest failure rate that n seeds with so many failures do not exclude, one-sided 95% (Clopper-Pearson).
+
+    >>> [round(failure_rate_bound(0, n), 2) for n in (5, 10, 20)]
+    [0.45, 0.26, 0.14]
+    """
+    from scipy.special import betaincinv
+
+    return 1.0 if failures == n else float(betaincinv(failures + 1, n - failures, 0.95))
+
+
+def counts_p(failures: int, n: int, others: int, m: int) -> float:
+    """Fisher's exact p, two-sided: whether failures of n and others of m tell two failure rates apart.
+
+    >>> round(counts_p(5, 5, 0, 5), 4), round(counts_p(1, 5, 0, 5), 2)
+    (0.0079, 1.0)
+    """
+    from scipy.stats import fisher_exact
+
+    return float(tuple(fisher_exact([[failures, n - failures], [others, m - others]]))[1])
+
+
+SEEDS_FOR_A_SHAPE = 8
+"""Below this, nothing can be said of a distribution's shape."""
+
+
+def looks_normal(differences: Sequence[float]) -> bool:
+    """False where 8 differences or more are skewed or heavy-tailed (Shapiro and Wilk 1965, p below 0.05)."""
+    if len(differences) < SEEDS_FOR_A_SHAPE or len(set(differences)) == 1:
+        return True
+    from scipy.stats import shapiro
+
+    return bool(shapiro(differences).pvalue >= 0.05)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of mean 0 from all 2^n flips of the signs; above n = 16 from 2^16 of them, drawn with a fixed key."""
+    x = np.asarray(differences, dtype=np.float64)
+    n = len(x)
+    if n <= 16:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = 1 - 2 * np.random.Generator(np.random.Philox(key=n)).integers(0, 2, (2**16, n))
+    extreme = np.abs(signs @ x) >= abs(x.sum()) * (1 - 1e-12)
+    return float(extreme.mean()) if n <= 16 else (float(extreme.sum()) + 1) / (2**16 + 1)
+
+
+def outlier(values: Sequence[float]) -> int | None:
+    """The index of the one value that stands apart from the others (Grubbs 1969, p below 0.01); None below 5 values."""
+    x = np.asarray(values, dtype=np.float64)
+    n, deviation = len(x), float(x.std(ddof=1)) if len(x) >= 5 else 0.0
+    if not deviation:
+        return None
+    apart = np.abs(x - x.mean()) / deviation
+    t = critical_t(0.01 / n, n - 2)
+    critical = (n - 1) / math.sqrt(n) * math.sqrt(t * t / (n - 2 + t * t))
+    return int(apart.argmax()) if apart.max() > critical else None
+
+
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     """Pearson's correlation of two arms over their seeds; None below 3 pairs or where one has no spread."""
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:

@@ -10,7 +10,18 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis import power
 from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order, pair
-from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, by_size, equivalent, holm, spread, wilcoxon_p
+from gptlab.analysis.statistics import (
+    ALPHA,
+    EQUIVALENCE,
+    by_size,
+    equivalent,
+    failure_rate_bound,
+    holm,
+    looks_normal,
+    sign_flip_p,
+    spread,
+    wilcoxon_p,
+)
 
 LEAST_DOSE = 0.01
 TWO_SEED_FACTOR = 3.0
@@ -91,11 +102,11 @@ def _pair(losses: Losses, design: Design, arm: str, other: str) -> Pairing:
 
 def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> dict[str, Any]:
     test, differences = pairing.test, pairing.differences
-    decision = decide(losses, design, arm, pairing, in_family)
+    decision, apart = decide(losses, design, arm, pairing, in_family), pairing.outlier
     equivalence = test.interval(1 - design.level(EQUIVALENCE, pairing.look)) if test else (None, None)
     return {
         "verdict": decision.verdict,
-        "reason": decision.reason,
+        "reason": decision.reason + (f"; seed {apart} stands apart from the others" if apart is not None else ""),
         "difference": _mean(differences),
         "interval": list(test.interval()) if test else [None, None],
         "n": pairing.n,
@@ -119,6 +130,9 @@ def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: 
         "noise_floor": _floor(losses, design.baselines[arm]),
         "sigma": test.deviation if test else None,
         "seed_correlation": pairing.correlation,
+        "failures": list(pairing.failures),
+        "failure_rate_bound": failure_rate_bound(pairing.failures[0], len(pairing.seeds)) if pairing.seeds else None,
+        "outlier": apart,
         "smallest_difference": power.smallest_difference(test.deviation, test.n, in_family.strictest) if test else None,
     }
 
@@ -175,7 +189,7 @@ def step_down(design: Design, family: Mapping[str, Pairing]) -> dict[str, Family
     An arm that cannot be tested yet counts with p = 1 and keeps its place in the family.
     """
     arms, m = list(family), len(family)
-    tested = {arm: test.p for arm in arms if family[arm].whole and (test := family[arm].test)}
+    tested = {arm: p for arm in arms if family[arm].whole and (p := family[arm].p) is not None}
     p = [tested.get(arm, 1.0) for arm in arms]
     adjusted = holm(p)
     found: dict[str, FamilyTest] = {}
@@ -192,10 +206,12 @@ def step_down(design: Design, family: Mapping[str, Pairing]) -> dict[str, Family
 def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> Decision:
     """Inactive, no difference, better or worse, undecided: the first that holds. See docs/verdicts.md."""
     dose, test, n = design.doses.get(arm), pairing.test, pairing.n
-    if dose is not None and dose < LEAST_DOSE:
+    if dose is not None and dose < LEAST_DOSE and not in_family.rejected:
         return Decision("inactive", f"its mean dose is {dose:.2g}, under 1% of the true loss's gradient")
     if early := _too_early(design, pairing):
         return early
+    if pairing.diverged:
+        return _by_counts(losses, design, arm, pairing, in_family)
     if n and not any(pairing.differences):
         return Decision("no difference", f"the difference is exactly 0 on {'all ' * (n > 1)}{_seeds(n)}")
     if same := next((whose for whose, x in (("its", pairing.own), ("its baseline's", pairing.other)) if _equal(x)), ""):
@@ -219,8 +235,37 @@ def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family
         return _undecided(f"two seeds can agree by chance: {chance}", _until(design, n, SEEDS_FOR_A_SPREAD))
     if test.mean > 0:
         return Decision("worse", f"{test.mean:.3g} above its baseline ({compared})")
-    better = Decision("better", f"{-test.mean:.3g} below its baseline ({compared})")
+    if not looks_normal(pairing.differences):
+        flips = sign_flip_p(pairing.differences)
+        compared += f"; its differences are skewed or heavy-tailed: p = {flips:.2g} over flips of their signs"
+        if flips > in_family.level:
+            return _undecided(compared, _more(design, pairing, in_family))
+    open_rate = f"{n} clean seeds leave failure rates up to {failure_rate_bound(0, n):.0%} open"
+    better = Decision("better", f"{-test.mean:.3g} below its baseline ({compared}); {open_rate}")
     return _against_placebo(losses, design, arm, n, better) if arm in design.signals else better
+
+
+def _by_counts(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> Decision:
+    """The verdict where runs diverged: on how many did, as leaving them out of a mean would be a choice of seeds."""
+    (failed, others), n = pairing.failures, len(pairing.seeds)
+    compared = (
+        f"it diverged on {failed} of {_seeds(n)}, its baseline on {others} "
+        f"(p = {in_family.p:.2g}, threshold {in_family.level:.2g})"
+    )
+    if not in_family.rejected:
+        return _undecided(f"{compared}, on {_listed(pairing.diverged)}; leaving seeds out is bias", None)
+    if failed > others:
+        return Decision("worse", compared)
+    placebo = design.placebos.get(arm)
+    if arm not in design.signals:
+        return Decision("better", f"better at not diverging: {compared}")
+    if placebo is None:
+        return _undecided(f"no placebo arm: {compared}, but so might a signal be that knows nothing", None)
+    against, level = _pair(losses, design, arm, placebo), design.level(ALPHA, pairing.look)
+    counts = f"its placebo {placebo} on {against.failures[1]}"
+    if against.p is not None and against.failures[1] > against.failures[0] and against.p < level:
+        return Decision("better", f"better at not diverging: {compared}, {counts} (p = {against.p:.2g})")
+    return _undecided(f"no better at not diverging than its placebo: {compared}, {counts}", None)
 
 
 def _equal(losses: Sequence[float]) -> bool:
@@ -228,10 +273,7 @@ def _equal(losses: Sequence[float]) -> bool:
 
 
 def _too_early(design: Design, pairing: Pairing) -> Decision | None:
-    """Undecided, where a seed was lost or the declared seeds are not there yet."""
-    if pairing.diverged:
-        listed = _listed(pairing.diverged)
-        return _undecided(f"no finite loss of it or of its baseline on {listed}: leaving seeds out is bias", None)
+    """Undecided, where the declared seeds are not there yet."""
     if design.looks and pairing.look is None:
         wait = design.looks[0] - pairing.found
         missing = f"; {_missing(pairing)}" * (not pairing.whole)
