@@ -285,9 +285,9 @@ def _too_early(design: Design, pairing: Pairing) -> Decision | None:
         finished = f"{pairing.found} of the {len(design.seeds or ())} declared seeds are there, {_missing(pairing)}"
         more = len({*pairing.missing[0], *pairing.missing[1]})
         return _undecided(f"{finished}; a verdict on the others would be a choice of seeds", more)
-    if design.planned and pairing.n < design.planned:
-        finished = f"{pairing.n} of the {design.planned} declared seeds are there"
-        return _undecided(f"{finished}; a verdict now would be an undeclared look", design.planned - pairing.n)
+    if design.planned and pairing.found < design.planned:
+        finished = f"{pairing.found} of the {design.planned} declared seeds are there"
+        return _undecided(f"{finished}; a verdict now would be an undeclared look", design.planned - pairing.found)
     return None
 
 
