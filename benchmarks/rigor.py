@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 
 from gptlab.analysis import compare
 from gptlab.analysis.power import seeds_for_difference
-from gptlab.analysis.statistics import look_level
+from gptlab.analysis.statistics import failure_rate_bound, look_level
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "rigor.json"
@@ -52,7 +52,8 @@ class Scenario:
     """Experiments of one kind. effects: what each arm truly adds to its baseline's loss, in units of SIGMA.
 
     seeds: the numbers of seeds at which the experiment is judged, declared as looks where there are several.
-    tails: the noise, "normal" or "heavy" (Student's t with 3 degrees of freedom).
+    tails: the noise: "normal"; "heavy" (Student's t with 3 degrees of freedom); "skewed", that of an arm's difference
+    being lognormal with mean 0; "rare failure", in which an arm adds its effect on 85% of seeds and 25 sigma on 15%.
     """
 
     name: str
@@ -73,8 +74,14 @@ class Scenario:
         else:
             noise = generator.standard_normal(shape)
         own = np.sqrt(CORRELATION) * noise[0] + np.sqrt(1 - CORRELATION) * noise[1:]
-        losses = 3.0 + SIGMA * (own + np.array([0.0, *self.effects])[:, None])
-        return named(losses)
+        effects = np.broadcast_to(np.array([0.0, *self.effects])[:, None], own.shape)
+        if self.tails == "skewed":
+            effects = effects + np.vstack([0 * own[:1], np.exp(2 * own[1:]) - np.exp(2)])
+        if self.tails == "rare failure":
+            failed = generator.random(own.shape) < 0.15
+            failed[0] = False
+            effects = np.where(failed, 25.0, effects)
+        return named(3.0 + SIGMA * (own + effects))
 
     def verdicts(self, losses: dict[str, dict[int, float]]) -> Iterator[dict[str, str]]:
         """The verdict on every arm at each look."""
@@ -98,6 +105,16 @@ TWO_SEEDS = (
     Scenario("an effect of 3 sigma", (3.0,), (2,), SIGMA / 2),
     Scenario("an effect of 100 sigma", (100.0,), (2,), SIGMA / 2),
 )
+
+MISLEADING = tuple(
+    Scenario(name, (effect,), (n,), tails=tails)
+    for name, effect, tails in (
+        ("2.5 sigma lower on 85% of seeds, 25 sigma higher on 15%", -2.5, "rare failure"),
+        ("no effect on the mean, a long tail of high losses", 0.0, "skewed"),
+    )
+    for n in (5, 8, 10, 20)
+)
+"""Arms whose mean is no better, which few seeds do not show."""
 
 
 def planted() -> tuple[Scenario, ...]:
@@ -153,6 +170,13 @@ def found(scenario: Scenario, experiments: int, generator: np.random.Generator) 
     return _described(scenario) | {"found": rate(hits, experiments), "opposite": rate(wrong, experiments)}
 
 
+def misled(scenario: Scenario, experiments: int, generator: np.random.Generator) -> dict[str, Any]:
+    """How often the arm is called better, and the failure rate that seeds without a failure leave open."""
+    hits = sum(next(scenario.verdicts(scenario.draw(generator)))["arm 1"] == "better" for _ in range(experiments))
+    bound = failure_rate_bound(0, scenario.seeds[0])
+    return _described(scenario) | {"better": rate(hits, experiments), "failure_rate_bound": bound}
+
+
 def two_seeds(scenario: Scenario, experiments: int, generator: np.random.Generator) -> dict[str, Any]:
     """The share of each verdict from two seeds."""
     said = [next(scenario.verdicts(scenario.draw(generator)))["arm 1"] for _ in range(experiments)]
@@ -181,6 +205,7 @@ def simulated(experiments: int) -> dict[str, Any]:
         ("no_effect", errors, NO_EFFECT),
         ("planted", found, planted()),
         ("two_seeds", two_seeds, TWO_SEEDS),
+        ("misleading", misled, MISLEADING),
     )
     results: dict[str, Any] = {"experiments": experiments}
     for number, (part, judge, scenarios) in enumerate(parts):
@@ -286,6 +311,12 @@ def table(results: dict[str, Any]) -> str:
         for row in results["two_seeds"]:
             kinds = ("undecided", "no difference", *DECIDED)
             lines.append(f"| {row['name']} | " + " | ".join(f"{row[k]['rate']:.1%}" for k in kinds) + " |")
+    if "misleading" in results:
+        lines += ["", "| an arm whose mean is no better | seeds | called better | failure rate left open |"]
+        lines.append("|---|---|---|---|")
+        for row in results["misleading"]:
+            open_rate = f"{row['failure_rate_bound']:.0%}"
+            lines.append(f"| {row['name']} | {row['seeds'][0]} | {percent(row['better'])} | {open_rate} |")
     return "\n".join(lines)
 
 

@@ -185,7 +185,8 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise self._lost(missing_ranks(self.store, self.rank, self.size), error) from error
+            silent = missing_ranks(self.store, self.rank, self.size)
+            raise errors.LostProcessError(_what_is_lost(silent, self.size, error)) from error
 
     def name_lost_ranks(self, records: Iterator[_T]) -> Iterator[_T]:
         """The same records, made among much else by collectives of PyTorch's own, as FSDP2's are within a pass.
@@ -197,11 +198,8 @@ class World:
         except RuntimeError as error:
             silent = missing_ranks(self.store, self.rank, self.size) if self.size > 1 else None
             if silent:
-                raise self._lost(silent, error) from error
+                raise errors.LostProcessError(_what_is_lost(silent, self.size, error)) from error
             raise
-
-    def _lost(self, silent: list[int] | None, error: RuntimeError) -> errors.LostProcessError:
-        return errors.LostProcessError(_what_is_lost(silent, self.size, error))
 
 
 def _what_is_lost(silent: list[int] | None, size: int, error: RuntimeError) -> str:

@@ -83,16 +83,8 @@ def options_of(config: type, prefix: str = "") -> Iterator[Option]:
         meta = field.metadata
         group = meta.get("group") or group
         choices = meta.get("choices") or _literals(kind)
-        yield Option(
-            prefix + field.name,
-            kind,
-            field.default,
-            meta.get("help", ""),
-            meta.get("unit", ""),
-            choices,
-            meta.get("shown", ""),
-            group,
-        )
+        help, unit, shown_default = (meta.get(name, "") for name in ("help", "unit", "shown"))
+        yield Option(prefix + field.name, kind, field.default, help, unit, choices, shown_default, group)
 
 
 def build(config: type, values: Mapping[str, Any]) -> Any:

@@ -51,7 +51,8 @@ def write_run() -> WriteRun:
         config: dict[str, Any] | None = None,
     ) -> Path:
         folder.mkdir(parents=True)
-        built = build(TrainingConfig, {"steps": 20, "eval_every": 10, "seed": seed, **(options or {})})
+        usual = {"steps": 20, "eval_every": 10, "total_batch_tokens": 2048, "learning_rate": 1e-3, "block_size": 128}
+        built = build(TrainingConfig, {**usual, "seed": seed, **(options or {})})
         written = {"gptlab": "0.1.0", "options": flatten(built), "data": {**DATA, **(data or {})}, **(config or {})}
         (folder / "config.json").write_text(json.dumps(written))
         (folder / "environment.json").write_text(json.dumps({**ENVIRONMENT, **(environment or {})}))

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gptlab.analysis.statistics import PairedT, check_looks, last_look, look_level, paired_t
+from gptlab.analysis.statistics import (
+    PairedT,
+    check_looks,
+    correlation,
+    counts_p,
+    last_look,
+    look_level,
+    outlier,
+    paired_t,
+)
 from gptlab.errors import ConfigError, did_you_mean, shown
 
 Seed = Hashable
@@ -19,8 +28,8 @@ Losses = Mapping[str, Mapping[Any, float | None]]
 class Design:
     """baselines, groups: {arm: its baseline}, {arm: its group}, of arms that are no baseline; the rest is as given.
 
-    seeds: those that every arm must have, in their order; None where any will do. planned: how many, where no more is
-    known. controls: placebos too. signals: arms that must beat their placebo.
+    delta: None where nobody declared one. seeds: those that every arm must have, in their order; None where any will
+    do. planned: how many, where no more is known. controls: placebos too. signals: arms that must beat their placebo.
     """
 
     baselines: Mapping[str, str]
@@ -40,11 +49,19 @@ class Design:
 
 
 def declare(
-    losses: Losses, baseline: str | None, delta: float | None, looks: Sequence[int] | None,
-    seeds: Collection[Seed] | None, planned: int | None, placebos: Mapping[str, str] | None, controls: Collection[str],
-    signals: Collection[str] | None, doses: Mapping[str, float | None] | None,
+    losses: Losses,
+    *,
+    baseline: str | None,
+    delta: float | None,
+    looks: Sequence[int] | None,
+    seeds: Collection[Seed] | None,
+    planned: int | None,
+    placebos: Mapping[str, str] | None,
+    controls: Collection[str],
+    signals: Collection[str] | None,
+    doses: Mapping[str, float | None] | None,
     groups: Mapping[str, Sequence[str]] | None,
-) -> Design:  # fmt: skip
+) -> Design:
     """Check `compare`'s arguments against the arms that there are; raises ConfigError for what does not fit."""
     if not isinstance(losses, Mapping) or not all(isinstance(of_arm, Mapping) for of_arm in losses.values()):
         raise ConfigError("losses: expected {arm: {seed: loss}}, found something else")
@@ -57,15 +74,15 @@ def declare(
         "doses": doses,
         "groups": [arm for members in groups.values() for arm in members],
     }
-    for what, name in ((what, name) for what, names in named.items() for name in names):
-        if name not in losses:
-            raise ConfigError(f"{what}: no arm {name!r}{did_you_mean(name, losses)}; there are {', '.join(losses)}")
+    for what, names in named.items():
+        _known(what, names, losses)
     if looks:
         check_looks(looks)
     if delta is not None and not (isinstance(delta, int | float) and 0 <= delta < math.inf):
         raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
     baselines = _baselines(list(losses), baseline, groups)
-    all_controls = frozenset([*controls, *placebos.values()])
+    all_controls = frozenset(controls) | frozenset(placebos.values())
+    carriers = frozenset([*doses, *placebos] if signals is None else signals)
     return Design(
         baselines=baselines,
         groups={arm: group for group, members in groups.items() for arm in members if arm in baselines},
@@ -75,9 +92,15 @@ def declare(
         planned=planned,
         placebos=placebos,
         controls=all_controls & frozenset(baselines),
-        signals=frozenset([*doses, *placebos] if signals is None else signals) - all_controls,
+        signals=carriers - all_controls,
         doses=doses,
     )
+
+
+def _known(what: str, names: Iterable[str], losses: Losses) -> None:
+    for name in names:
+        if name not in losses:
+            raise ConfigError(f"{what}: no arm {name!r}{did_you_mean(name, losses)}; there are {', '.join(losses)}")
 
 
 def _baselines(arms: list[str], baseline: str | None, groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
@@ -103,7 +126,8 @@ class Pairing:
 
     found: seeds that both arms have, used or not; look: how many of them count now (None before the first look);
     missing: of the declared seeds up to the look, those that the arm lacks and those that the other one lacks;
-    diverged: of those in use, the seeds where one of the two has no finite loss; own, other: the finite losses left.
+    diverged: of those in use, the seeds where one of the two has no finite loss, and failures: how many of the arm and
+    of the other one; own, other: the finite losses left.
     """
 
     found: int
@@ -111,12 +135,19 @@ class Pairing:
     seeds: tuple[Seed, ...]
     missing: tuple[tuple[Seed, ...], tuple[Seed, ...]]
     diverged: tuple[Seed, ...]
+    failures: tuple[int, int]
     own: tuple[float, ...]
     other: tuple[float, ...]
 
     @property
     def n(self) -> int:
         return len(self.own)
+
+    @property
+    def outlier(self) -> Seed | None:
+        """The seed whose difference stands apart from the others'."""
+        index = outlier(self.differences)
+        return None if index is None else [seed for seed in self.seeds if seed not in self.diverged][index]
 
     @property
     def whole(self) -> bool:
@@ -134,16 +165,31 @@ class Pairing:
         return paired_t(self.differences) if self.n > 1 else None
 
     @property
+    def p(self) -> float | None:
+        """Of the counts of runs that diverged, where one did, else of the paired t test; None below 2 pairs."""
+        if self.diverged:
+            return counts_p(self.failures[0], len(self.seeds), self.failures[1], len(self.seeds))
+        return self.test.p if self.test else None
+
+    @property
     def effect(self) -> dict[str, Any]:
         """JSON-ready: the mean difference, its 95% interval and n, None where there are too few pairs."""
         mean = sum(self.differences) / self.n if self.n else None
         return {"difference": mean, "interval": list(self.test.interval()) if self.test else [None, None], "n": self.n}
 
+    @property
+    def correlation(self) -> float | None:
+        return correlation(self.own, self.other)
+
 
 def pair(
     losses: Losses, arm: str, other: str, looks: Sequence[int] | None, seeds: Sequence[Seed] | None = None
 ) -> Pairing:
-    """Pair `arm` with `other` on the declared seeds, else on those that both have; with looks, on a whole look's."""
+    """Pair `arm` with `other`; with looks, only the first seeds count that make a whole look.
+
+    seeds: the declared ones, in their order; a look is reached once all of its first seeds are there. Without them
+    those that both arms have are taken.
+    """
     mine, theirs = losses[arm], losses[other]
     wanted = sorted((s for s in mine if s in theirs), key=order) if seeds is None else list(seeds)
     shared = [seed for seed in wanted if seed in mine and seed in theirs]
@@ -158,6 +204,7 @@ def pair(
         seeds=tuple(used),
         missing=(tuple(s for s in next_look if s not in mine), tuple(s for s in next_look if s not in theirs)),
         diverged=tuple(seed for seed in used if seed not in whole),
+        failures=(sum(not finite(mine[seed]) for seed in used), sum(not finite(theirs[seed]) for seed in used)),
         own=tuple(float(mine[seed]) for seed in whole),  # type: ignore[arg-type]
         other=tuple(float(theirs[seed]) for seed in whole),  # type: ignore[arg-type]
     )

@@ -94,7 +94,8 @@ def holm(p: Sequence[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
-    adjusted, worst = [1.0] * len(p), 0.0
+    adjusted = [1.0] * len(p)
+    worst = 0.0
     for rank, i in enumerate(by_size(p)):
         worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
         adjusted[i] = worst
@@ -107,7 +108,10 @@ def by_size(p: Sequence[float]) -> list[int]:
 
 
 def equivalent(test: PairedT, delta: float, level: float = 0.10) -> bool:
-    """Whether the interval of level 1 - `level` lies within ±delta: two one-sided tests (Schuirmann 1987)."""
+    """Whether the interval of level 1 - `level` lies within ±delta.
+
+    That is to pass two one-sided t tests of `level`/2 (Schuirmann 1987).
+    """
     low, high = test.interval(1 - level)
     return -delta <= low and high <= delta
 
@@ -121,11 +125,72 @@ def jackknife(estimate: float, left_out: Sequence[float], level: float = 0.95) -
     >>> round(low, 3), round(high, 3)
     (-0.484, 4.484)
     """
-    x, n = np.asarray(left_out, dtype=np.float64), len(left_out)
+    x = np.asarray(left_out, dtype=np.float64)
+    n = len(x)
     if n < 2:
         raise ValueError(f"a jackknife needs at least 2 groups, found {n}")
-    half = critical_t(1 - level, n - 1) * math.sqrt((n - 1) / n * float(((x - x.mean()) ** 2).sum()))
+    error = math.sqrt((n - 1) / n * float(((x - x.mean()) ** 2).sum()))
+    half = critical_t(1 - level, n - 1) * error
     return estimate - half, estimate + half
+
+
+def failure_rate_bound(failures: int, n: int) -> float:
+    """The highest failure rate that n seeds with so many failures do not exclude, one-sided 95% (Clopper-Pearson).
+
+    >>> [round(failure_rate_bound(0, n), 2) for n in (5, 10, 20)]
+    [0.45, 0.26, 0.14]
+    """
+    from scipy.special import betaincinv
+
+    return 1.0 if failures == n else float(betaincinv(failures + 1, n - failures, 0.95))
+
+
+def counts_p(failures: int, n: int, others: int, m: int) -> float:
+    """Fisher's exact p, two-sided: whether failures of n and others of m tell two failure rates apart.
+
+    >>> round(counts_p(5, 5, 0, 5), 4), round(counts_p(1, 5, 0, 5), 2)
+    (0.0079, 1.0)
+    """
+    from scipy.stats import fisher_exact
+
+    return float(tuple(fisher_exact([[failures, n - failures], [others, m - others]]))[1])
+
+
+SEEDS_FOR_A_SHAPE = 8
+"""Below this, nothing can be said of a distribution's shape."""
+
+
+def looks_normal(differences: Sequence[float]) -> bool:
+    """False where 8 differences or more are skewed or heavy-tailed (Shapiro and Wilk 1965, p below 0.05)."""
+    if len(differences) < SEEDS_FOR_A_SHAPE or len(set(differences)) == 1:
+        return True
+    from scipy.stats import shapiro
+
+    return bool(shapiro(differences).pvalue >= 0.05)
+
+
+def sign_flip_p(differences: Sequence[float]) -> float:
+    """Two-sided p of mean 0 from all 2^n flips of the signs; above n = 16 from 2^16 of them, drawn with a fixed key."""
+    x = np.asarray(differences, dtype=np.float64)
+    n = len(x)
+    if n <= 16:
+        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    else:
+        signs = 1 - 2 * np.random.Generator(np.random.Philox(key=n)).integers(0, 2, (2**16, n))
+    extreme = np.abs(signs @ x) >= abs(x.sum()) * (1 - 1e-12)
+    return float(extreme.mean()) if n <= 16 else (float(extreme.sum()) + 1) / (2**16 + 1)
+
+
+def outlier(values: Sequence[float]) -> int | None:
+    """The index of the one value that stands apart from the others (Grubbs 1969, p below 0.01); None below 5 values."""
+    x = np.asarray(values, dtype=np.float64)
+    n, deviation = len(x), float(x.std(ddof=1)) if len(x) >= 5 else 0.0
+    if not deviation:
+        return None
+    apart = np.abs(x - x.mean()) / deviation
+    t = critical_t(0.01 / n, n - 2)
+    critical = (n - 1) / math.sqrt(n) * math.sqrt(t * t / (n - 2 + t * t))
+    return int(apart.argmax()) if apart.max() > critical else None
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -142,17 +207,25 @@ def spread(x: Sequence[float]) -> float | None:
 
 ALPHA = 0.05
 """The rate of 'better' or 'worse', over all arms and looks of an experiment, where there is nothing to find."""
+
 EQUIVALENCE = 0.10
 """Two one-sided tests of 5% each: at a difference of exactly delta, 'no difference' is said in 5%."""
-PATHS, _CHUNK, _SEED = 2**21, 2**18, 20_000
+
+PATHS = 2**21
 """Simulated experiments: levels are then known to about 2% of themselves for alpha = 0.05/4."""
+
 MOST_ALPHA = 0.2
 """Levels never exceed alpha, so that experiments whose every p is above this need not be kept."""
+
+_CHUNK = 2**18
+_SEED = 20_000
 
 
 def look_level(alpha: float, looks: Sequence[int] | None = None, n: int = 0) -> float:
     """The nominal two-sided level a_k(alpha) at the look of n seeds; without looks it is alpha itself."""
-    return alpha if looks is None else levels(alpha, tuple(looks))[tuple(looks).index(n)]
+    if looks is None:
+        return alpha
+    return levels(alpha, tuple(looks))[tuple(looks).index(n)]
 
 
 def last_look(looks: Sequence[int], n: int) -> int | None:
@@ -174,7 +247,9 @@ def levels(alpha: float, looks: tuple[int, ...]) -> tuple[float, ...]:
     """
     check_looks(looks)
     assert 0 < alpha <= MOST_ALPHA, alpha
-    t, found, before = _extremes(looks), [], 0.0
+    t = _extremes(looks)
+    found = []
+    before = 0.0
     for k, n in enumerate(looks):
         total = spent(alpha, n / looks[-1])
         if k == 0:

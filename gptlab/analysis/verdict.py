@@ -10,11 +10,23 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis import power
 from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order, pair
-from gptlab.analysis.statistics import ALPHA, EQUIVALENCE, by_size, correlation, equivalent, holm, spread, wilcoxon_p
+from gptlab.analysis.statistics import (
+    ALPHA,
+    EQUIVALENCE,
+    by_size,
+    equivalent,
+    failure_rate_bound,
+    holm,
+    looks_normal,
+    sign_flip_p,
+    spread,
+    wilcoxon_p,
+)
 
 LEAST_DOSE = 0.01
 TWO_SEED_FACTOR = 3.0
 """With two seeds, better or worse must be this many times the seeds' own spread: two can agree by chance."""
+
 SEEDS_FOR_A_SPREAD = 5
 """Seeds to ask for where there are too few to estimate their spread."""
 
@@ -56,15 +68,27 @@ def compare(
     'better'
     """
     losses = losses_by_arm_and_seed
-    design = declare(losses, baseline, delta, looks, seeds, planned, placebos, controls, signals, doses, groups)
-    pairings = {arm: pair(losses, arm, of, design.looks, design.seeds) for arm, of in design.baselines.items()}
+    design = declare(
+        losses,
+        baseline=baseline,
+        delta=delta,
+        looks=looks,
+        seeds=seeds,
+        planned=planned,
+        placebos=placebos,
+        controls=controls,
+        signals=signals,
+        doses=doses,
+        groups=groups,
+    )
+    pairings = {arm: _pair(losses, design, arm, design.baselines[arm]) for arm in design.baselines}
     tests = step_down(design, {arm: pairing for arm, pairing in pairings.items() if arm not in design.controls})
     for arm in sorted(design.controls):
         tests |= step_down(design, {arm: pairings[arm]})
     first = baseline or next(iter(design.baselines.values()))
     return {
         "baseline": first,
-        "noise_floor": _seed_spread(losses, first),
+        "noise_floor": _floor(losses, first),
         "delta": design.delta,
         "looks": list(design.looks) if design.looks else None,
         "planned": planned,
@@ -72,34 +96,43 @@ def compare(
     }
 
 
+def _pair(losses: Losses, design: Design, arm: str, other: str) -> Pairing:
+    return pair(losses, arm, other, design.looks, design.seeds)
+
+
 def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> dict[str, Any]:
-    test = pairing.test
-    decision = decide(losses, design, arm, pairing, in_family)
+    test, differences = pairing.test, pairing.differences
+    decision, apart = decide(losses, design, arm, pairing, in_family), pairing.outlier
     equivalence = test.interval(1 - design.level(EQUIVALENCE, pairing.look)) if test else (None, None)
     return {
         "verdict": decision.verdict,
-        "reason": decision.reason,
-        **pairing.effect,
+        "reason": decision.reason + (f"; seed {apart} stands apart from the others" if apart is not None else ""),
+        "difference": _mean(differences),
+        "interval": list(test.interval()) if test else [None, None],
+        "n": pairing.n,
         "p_holm": in_family.p_holm,
         "more_seeds": decision.more_seeds,
         "dose": design.doses.get(arm),
         "p": in_family.p,
         "level": in_family.level,
-        "wilcoxon_p": wilcoxon_p(pairing.differences) if test else None,
+        "wilcoxon_p": wilcoxon_p(differences) if test else None,
         "equivalence_interval": list(equivalence),
         "baseline": design.baselines[arm],
         "group": design.groups.get(arm),
         "control": arm in design.controls,
         "placebo": _placebo(losses, design, arm),
-        "loss": sum(pairing.own) / pairing.n if pairing.n else None,
-        "baseline_loss": sum(pairing.other) / pairing.n if pairing.n else None,
+        "loss": _mean(pairing.own),
+        "baseline_loss": _mean(pairing.other),
         "seeds": list(pairing.seeds),
         "seeds_found": pairing.found,
         "seeds_missing": sorted({*pairing.missing[0], *pairing.missing[1]}, key=order),
-        "differences": pairing.differences,
-        "noise_floor": _seed_spread(losses, design.baselines[arm]),
+        "differences": differences,
+        "noise_floor": _floor(losses, design.baselines[arm]),
         "sigma": test.deviation if test else None,
-        "seed_correlation": correlation(pairing.own, pairing.other),
+        "seed_correlation": pairing.correlation,
+        "failures": list(pairing.failures),
+        "failure_rate_bound": failure_rate_bound(pairing.failures[0], len(pairing.seeds)) if pairing.seeds else None,
+        "outlier": apart,
         "smallest_difference": power.smallest_difference(test.deviation, test.n, in_family.strictest) if test else None,
     }
 
@@ -108,14 +141,25 @@ def _placebo(losses: Losses, design: Design, arm: str) -> dict[str, Any] | None:
     """The arm minus its placebo, or None where it has none."""
     if arm not in design.placebos:
         return None
-    pairing = pair(losses, arm, design.placebos[arm], design.looks, design.seeds)
-    p = pairing.test.p if pairing.test else None
-    return {"arm": design.placebos[arm], **pairing.effect, "p": p, "level": design.level(ALPHA, pairing.look)}
+    pairing = _pair(losses, design, arm, design.placebos[arm])
+    test = pairing.test
+    return {
+        "arm": design.placebos[arm],
+        "n": pairing.n,
+        "difference": _mean(pairing.differences),
+        "interval": list(test.interval()) if test else [None, None],
+        "p": test.p if test else None,
+        "level": design.level(ALPHA, pairing.look),
+    }
 
 
-def _seed_spread(losses: Losses, arm: str) -> float | None:
+def _floor(losses: Losses, arm: str) -> float | None:
     """How far seeds alone move an arm's loss: its standard deviation over seeds, nats."""
     return spread([float(x) for x in losses[arm].values() if x is not None and finite(x)])
+
+
+def _mean(x: Sequence[float]) -> float | None:
+    return sum(x) / len(x) if x else None
 
 
 class Decision(NamedTuple):
@@ -127,7 +171,10 @@ class Decision(NamedTuple):
 
 
 class FamilyTest(NamedTuple):
-    """An arm's p among those of its family; level: what p had to reach in its turn; strictest: in the first turn."""
+    """An arm's p among the m arms of its family.
+
+    level: what p had to reach in its turn; strictest: the level of the first turn, with which seeds are planned.
+    """
 
     p: float | None
     p_holm: float | None
@@ -142,10 +189,11 @@ def step_down(design: Design, family: Mapping[str, Pairing]) -> dict[str, Family
     An arm that cannot be tested yet counts with p = 1 and keeps its place in the family.
     """
     arms, m = list(family), len(family)
-    tested = {arm: test.p for arm in arms if family[arm].whole and (test := family[arm].test)}
+    tested = {arm: p for arm in arms if family[arm].whole and (p := family[arm].p) is not None}
     p = [tested.get(arm, 1.0) for arm in arms]
     adjusted = holm(p)
-    found, going = {}, True
+    found: dict[str, FamilyTest] = {}
+    going = True
     for rank, i in enumerate(by_size(p)):
         arm, look = arms[i], family[arms[i]].look
         level = design.level(ALPHA / (m - rank), look)
@@ -158,18 +206,20 @@ def step_down(design: Design, family: Mapping[str, Pairing]) -> dict[str, Family
 def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> Decision:
     """Inactive, no difference, better or worse, undecided: the first that holds. See docs/verdicts.md."""
     dose, test, n = design.doses.get(arm), pairing.test, pairing.n
-    if dose is not None and dose < LEAST_DOSE:
+    if dose is not None and dose < LEAST_DOSE and not in_family.rejected:
         return Decision("inactive", f"its mean dose is {dose:.2g}, under 1% of the true loss's gradient")
     if early := _too_early(design, pairing):
         return early
+    if pairing.diverged:
+        return _by_counts(losses, design, arm, pairing, in_family)
     if n and not any(pairing.differences):
         return Decision("no difference", f"the difference is exactly 0 on {'all ' * (n > 1)}{_seeds(n)}")
-    for whose, own in (("its", pairing.own), ("its baseline's", pairing.other)):
-        if n > 1 and len(set(own)) == 1:
-            return _undecided(f"{whose} losses are equal on all {_seeds(n)}: one run more than once, it seems", None)
+    if same := next((whose for whose, x in (("its", pairing.own), ("its baseline's", pairing.other)) if _equal(x)), ""):
+        return _undecided(f"{same} losses are equal on all {_seeds(n)}: one run more than once, it seems", None)
     if test is None:
-        reason = f"{_seeds(n)}: a spread takes at least 2, a verdict about {SEEDS_FOR_A_SPREAD}"
-        return _undecided(reason, SEEDS_FOR_A_SPREAD - n)
+        return _undecided(
+            f"{_seeds(n)}: a spread takes at least 2, a verdict about {SEEDS_FOR_A_SPREAD}", SEEDS_FOR_A_SPREAD - n
+        )
     level = design.level(EQUIVALENCE, pairing.look)
     low, high = test.interval(1 - level)
     interval = f"{100 * (1 - level):.3g}% interval [{low:.3g}, {high:.3g}]"
@@ -179,34 +229,65 @@ def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family
     if not in_family.rejected:
         near = "no delta was declared" if design.delta is None else f"the {interval} is not within ±{design.delta:g}"
         return _undecided(f"{compared}, and {near}", _more(design, pairing, in_family))
-    own_spread = max(spread(pairing.own) or 0.0, spread(pairing.other) or 0.0)
-    if n == 2 and abs(test.mean) <= TWO_SEED_FACTOR * own_spread:
-        chance = f"{abs(test.mean):.3g} is not above {TWO_SEED_FACTOR:g} times their own spread {own_spread:.3g}"
+    floor = max(spread(pairing.own) or 0.0, spread(pairing.other) or 0.0)
+    if n == 2 and abs(test.mean) <= TWO_SEED_FACTOR * floor:
+        chance = f"{abs(test.mean):.3g} is not above {TWO_SEED_FACTOR:g} times their own spread {floor:.3g}"
         return _undecided(f"two seeds can agree by chance: {chance}", _until(design, n, SEEDS_FOR_A_SPREAD))
     if test.mean > 0:
         return Decision("worse", f"{test.mean:.3g} above its baseline ({compared})")
-    better = Decision("better", f"{-test.mean:.3g} below its baseline ({compared})")
+    if not looks_normal(pairing.differences):
+        flips = sign_flip_p(pairing.differences)
+        compared += f"; its differences are skewed or heavy-tailed: p = {flips:.2g} over flips of their signs"
+        if flips > in_family.level:
+            return _undecided(compared, _more(design, pairing, in_family))
+    open_rate = f"{n} clean seeds leave failure rates up to {failure_rate_bound(0, n):.0%} open"
+    better = Decision("better", f"{-test.mean:.3g} below its baseline ({compared}); {open_rate}")
     return _against_placebo(losses, design, arm, n, better) if arm in design.signals else better
 
 
+def _by_counts(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> Decision:
+    """The verdict where runs diverged: on how many did, as leaving them out of a mean would be a choice of seeds."""
+    (failed, others), n = pairing.failures, len(pairing.seeds)
+    compared = (
+        f"it diverged on {failed} of {_seeds(n)}, its baseline on {others} "
+        f"(p = {in_family.p:.2g}, threshold {in_family.level:.2g})"
+    )
+    if not in_family.rejected:
+        return _undecided(f"{compared}, on {_listed(pairing.diverged)}; leaving seeds out is bias", None)
+    if failed > others:
+        return Decision("worse", compared)
+    placebo = design.placebos.get(arm)
+    if arm not in design.signals:
+        return Decision("better", f"better at not diverging: {compared}")
+    if placebo is None:
+        return _undecided(f"no placebo arm: {compared}, but so might a signal be that knows nothing", None)
+    against, level = _pair(losses, design, arm, placebo), design.level(ALPHA, pairing.look)
+    counts = f"its placebo {placebo} on {against.failures[1]}"
+    if against.p is not None and against.failures[1] > against.failures[0] and against.p < level:
+        return Decision("better", f"better at not diverging: {compared}, {counts} (p = {against.p:.2g})")
+    return _undecided(f"no better at not diverging than its placebo: {compared}, {counts}", None)
+
+
+def _equal(losses: Sequence[float]) -> bool:
+    return len(losses) > 1 and len(set(losses)) == 1
+
+
 def _too_early(design: Design, pairing: Pairing) -> Decision | None:
-    """Undecided, where a seed was lost or the declared seeds are not there yet."""
-    if lost := pairing.diverged:
-        return _undecided(
-            f"no finite loss of it or of its baseline on {_listed(lost)}: leaving seeds out is bias", None
-        )
+    """Undecided, where the declared seeds are not there yet."""
     if design.looks and pairing.look is None:
         wait = design.looks[0] - pairing.found
         missing = f"; {_missing(pairing)}" * (not pairing.whole)
         reason = f"{_seeds(pairing.found)}, and the first declared look is at {design.looks[0]}{missing}"
         return _undecided(reason, max(wait, 1))
-    if not (design.looks or pairing.whole):
+    if design.looks:
+        return None
+    if not pairing.whole:
         finished = f"{pairing.found} of the {len(design.seeds or ())} declared seeds are there, {_missing(pairing)}"
         more = len({*pairing.missing[0], *pairing.missing[1]})
         return _undecided(f"{finished}; a verdict on the others would be a choice of seeds", more)
-    if design.planned and not design.looks and pairing.n < design.planned:
-        finished = f"{pairing.n} of the {design.planned} declared seeds are there"
-        return _undecided(f"{finished}; a verdict now would be an undeclared look", design.planned - pairing.n)
+    if design.planned and pairing.found < design.planned:
+        finished = f"{pairing.found} of the {design.planned} declared seeds are there"
+        return _undecided(f"{finished}; a verdict now would be an undeclared look", design.planned - pairing.found)
     return None
 
 
@@ -226,7 +307,7 @@ def _against_placebo(losses: Losses, design: Design, arm: str, n: int, better: D
     placebo = design.placebos.get(arm)
     if placebo is None:
         return _undecided(f"no placebo arm: {better.reason}, but so might a signal be that knows nothing", None)
-    pairing = pair(losses, arm, placebo, design.looks, design.seeds)
+    pairing = _pair(losses, design, arm, placebo)
     test = pairing.test
     if test is None or pairing.n < n:
         missing = f"{_seeds(pairing.n)} of {n} pair with it"

@@ -108,7 +108,7 @@ def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened
     from gptlab.device import Machine, choose_compute
     from gptlab.model.fast_cpu import install
     from gptlab.runs.init_weights import weights_digest
-    from gptlab.training.compilation import compile_blocks
+    from gptlab.training.sharding import compile_blocks
 
     model, config, vocabulary = open_any(options.run, options.tokenizer)
     if options.tasks != ["val"]:

@@ -18,7 +18,6 @@ from gptlab.options import build
 if TYPE_CHECKING:
     from gptlab.analysis.noise.measure import Progress, Subject
     from gptlab.cli.model import Vocabulary
-    from gptlab.device import ComputeConfig
     from gptlab.runs.branching import Progress as Branching
     from gptlab.signals.config import SignalConfig
     from gptlab.training.config import TrainingConfig
@@ -40,8 +39,8 @@ def main(argv: list[str]) -> int:
     names = names_in(options.signals)
     for name in names:
         check_signals({"signal.name": split_name(name)[0]}, allow_code=parsed.allow_code, kind=UsageError)
-    if parsed.html:
-        _check_report(parsed.html)
+    if parsed.html and not Path(parsed.html).resolve().parent.is_dir():  # said before minutes are spent
+        raise UsageError(f"--html: expected a file in a folder that exists, found {parsed.html}")
     changes = {key.removeprefix("signal."): value for key, value in given.items() if key.startswith("signal.")}
     result = _measure(parsed, options, names, changes)
     if parsed.html:
@@ -71,12 +70,6 @@ def _parser() -> Parser:
     parser.add_argument("--allow_code", action="store_true", help="let a signal be a function in a file of yours")
     add_options(parser, NoiseConfig, skip=NOT_HERE)
     return parser
-
-
-def _check_report(path: str) -> None:
-    """Refuse a page that could not be written, before minutes are spent on what should stand in it."""
-    if not Path(path).resolve().parent.is_dir():
-        raise UsageError(f"--html: expected a file in a folder that exists, found {path}")
 
 
 def _measure(
@@ -155,14 +148,10 @@ def _subject(
         Machine.probe(), device=options.device, dtype=options.dtype, threads=options.threads, n_embd=shape.n_embd
     )
     placement.apply()
-    _move(state, placement)
-    return Subject(state, config, windows, validation, placement)
-
-
-def _move(state: TrainingState, placement: ComputeConfig) -> None:
     state.model.to(placement.device)
     for moments in state.optimizer.state.values():
         moments.update({key: value.to(placement.device) for key, value in moments.items()})
+    return Subject(state, config, windows, validation, placement)
 
 
 def _made_up(state: TrainingState, vocabulary: Vocabulary) -> TrainingConfig:

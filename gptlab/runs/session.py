@@ -32,11 +32,10 @@ from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import initial_model, jitter
 from gptlab.runs.records import read_config, replayed_norms
 from gptlab.signals.user import file_hash, without_folders
-from gptlab.training.compilation import compile_blocks
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 from gptlab.training.loop import Record, train
 from gptlab.training.optimizer import build_optimizer
-from gptlab.training.sharding import shard_blocks
+from gptlab.training.sharding import compile_blocks, shard_blocks
 from gptlab.training.state import TrainingState
 
 

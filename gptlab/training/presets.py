@@ -65,6 +65,8 @@ def ladder(depth: int) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "shakespeare-tiny": _TINY,
+    "shakespeare-tiny-muon": _TINY
+    | {"optimizer": "muon", "learning_rate": 3e-3, "steps": 1100, "eval_every": 550, "sample_every": 550},
     "shakespeare-tiny-v1": _V1,
     "ladder": ladder(RUNGS[0]),
     "shakespeare-gpt2": _V1

@@ -202,7 +202,7 @@ def test_runs_that_tell_little_and_arms_that_diverged_still_have_a_page(hostile_
         path = hostile_experiment / ARM / f"seed_{seed}" / "metrics.jsonl"
         path.write_text(json.dumps({"step": 3, "kind": "event", "event": "DivergedError", "text": "x"}) + "\n")
     page = comparison(hostile_experiment)
-    assert "no finite loss of it" in page.text
+    assert "it diverged on 3 of 3 seeds, its baseline on 0 (p = 0.1, threshold 0.05)" in page.text
     for seed in (2, 3):
         shutil.rmtree(hostile_experiment / "baseline" / f"seed_{seed}")
     assert "undecided" in comparison(hostile_experiment).text

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from gptlab.analysis import compare
-from gptlab.analysis.statistics import look_level
+from gptlab.analysis.statistics import look_level, sign_flip_p
 from gptlab.errors import ConfigError
 
 SPREAD = [0.0, 0.02, -0.01, 0.03, -0.02]  # over seeds, common to all arms
@@ -34,7 +34,10 @@ def verdict(losses: dict[int, Any], others: dict[str, Any] | None = None, **argu
 
 SIGNAL = {"doses": {"tried": 0.4}}
 WITH_PLACEBO = {"doses": {"tried": 0.4}, "placebos": {"tried": "placebo"}}
+WITHOUT_PLACEBO = {"doses": {"tried": 0.4}}
 NO_FINITE = {**arm(-0.05), 3: float("nan")}
+LOST, KEPT = dict.fromkeys(range(1, 6)), arm(-0.05)
+OF_LOST = {"baseline": "lost"}
 
 # name: (losses of the arm, of other arms, arguments, verdict, what the reason says, whether more_seeds is a number)
 CASES: dict[str, tuple[Any, Any, Any, str, str, bool]] = {
@@ -45,7 +48,8 @@ CASES: dict[str, tuple[Any, Any, Any, str, str, bool]] = {
     "exactly 0": (BASELINE, {}, {"delta": 0}, "no difference", "exactly 0 on all 20 seeds", True),
     "exactly 0 on one seed": ({1: 3.0}, {}, {}, "no difference", "exactly 0 on 1 seed", True),
     "neither": (arm(0.006, 5), {}, {}, "undecided", "is not within ±0.01", True),
-    "inactive": (arm(+0.05), {}, {"doses": {"tried": 0.0099}}, "inactive", "mean dose is 0.0099", True),
+    "inactive": (arm(0.001, 3), {}, {"doses": {"tried": 0.0099}}, "inactive", "mean dose is 0.0099", True),
+    "a small dose that does something": (arm(+1.0), {}, {"doses": {"tried": 0.009}}, "worse", "1 above", True),
     "inactive and equal": (BASELINE, {}, {"doses": {"tried": 0.0}}, "inactive", "under 1%", True),
     "an active signal that harms": (arm(+0.05), {}, SIGNAL, "worse", "above its baseline", True),
     "a signal without a placebo": (arm(-0.05), {}, SIGNAL, "undecided", "no placebo arm", False),
@@ -72,7 +76,28 @@ CASES: dict[str, tuple[Any, Any, Any, str, str, bool]] = {
     "two seeds": (arm(-0.015, seeds=2), {}, {}, "undecided", "p = 0.061, threshold 0.05", True),
     "two seeds by chance": ({1: 2.96, 2: 2.9802}, {}, {}, "undecided", "two seeds can agree by chance", True),
     "two seeds far away": ({1: 2.5, 2: 2.5201}, {}, {}, "better", "0.5 below", True),
-    "a seed that diverged": (NO_FINITE, {}, {}, "undecided", "of its baseline on seed 3", False),
+    "a seed that diverged": (NO_FINITE, {}, {}, "undecided", "diverged on 1 of 5 seeds, its baseline on 0", False),
+    "every seed diverged": (LOST, {}, {}, "worse", "diverged on 5 of 5 seeds, its baseline on 0 (p = 0.0079", True),
+    "every seed diverged, of a signal": (LOST, {}, WITHOUT_PLACEBO, "worse", "diverged on 5 of 5 seeds", True),
+    "every seed diverged, of four arms": (
+        LOST, {f"arm {k}": arm(0.001, k) for k in (2, 3, 4)}, {}, "worse", "threshold 0.013", True
+    ),
+    "a baseline that diverges": (KEPT, {"lost": LOST}, OF_LOST, "better", "it diverged on 0 of 5 seeds", True),
+    "a baseline that diverges, without a placebo": (
+        KEPT, {"lost": LOST}, {**OF_LOST, **WITHOUT_PLACEBO}, "undecided", "no placebo arm", False
+    ),
+    "a placebo that diverges too": (
+        KEPT, {"lost": LOST, "placebo": LOST}, {**OF_LOST, **WITH_PLACEBO}, "better", "its placebo placebo on 5", True
+    ),
+    "a placebo that does not diverge either": (
+        KEPT, {"lost": LOST, "placebo": KEPT}, {**OF_LOST, **WITH_PLACEBO}, "undecided", "than its placebo", False
+    ),
+    "one failure in ten": (
+        {**arm(-0.05, seeds=10), 4: None}, {}, {}, "undecided", "diverged on 1 of 10 seeds, its baseline on 0", False
+    ),
+    "a long tail of harm": (
+        {**{s: 2.95 + SPREAD[(s - 1) % 5] + 0.001 * s for s in range(1, 10)}, 10: 2.99}, {}, {}, "better", "flips", True
+    ),
     "too few of the declared seeds": (
         arm(-0.05), {}, {"planned": 8}, "undecided", "5 of the 8 declared seeds", True
     ),
@@ -251,3 +276,37 @@ def test_the_function_stays_the_export_after_its_module_is_imported_and_needs_no
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
+
+
+@pytest.mark.parametrize(("failures", "n", "bound"), [(0, 5, 0.4507), (0, 10, 0.2589), (1, 5, 0.6574), (5, 5, 1.0)])
+def test_what_failure_rate_is_left_open(failures: int, n: int, bound: float) -> None:
+    """The rate at which so few failures would come once in twenty times: (1 - rate)^n = 0.05 without any."""
+    losses = {seed: None if seed <= failures else loss for seed, loss in arm(0.01, seeds=n).items()}
+    found = verdict(losses)
+    assert found["failure_rate_bound"] == pytest.approx(bound, abs=1e-4)
+    assert stats.binom.cdf(failures, n, found["failure_rate_bound"]) == pytest.approx(0.05 if failures < n else 1.0)
+
+
+def test_five_seeds_say_which_failure_rates_they_cannot_see_and_which_seed_stands_apart() -> None:
+    found = verdict(arm(-0.05))
+    assert "5 clean seeds leave failure rates up to 45% open" in found["reason"]
+    assert found["outlier"] is None
+    apart = verdict({**arm(-0.05), 4: 3.4})
+    assert (apart["outlier"], "; seed 4 stands apart from the others" in apart["reason"]) == (4, True)
+
+
+@pytest.mark.parametrize("n", [3, 9, 18])
+def test_flips_of_signs_are_those_of_scipy(n: int) -> None:
+    x = np.random.Generator(np.random.PCG64(n)).normal(0.5, 1, n)
+    expected = stats.permutation_test((x,), np.sum, permutation_type="samples", vectorized=False, n_resamples=9999,
+                                      rng=np.random.default_rng(1))  # fmt: skip
+    assert sign_flip_p(x) == pytest.approx(expected.pvalue, abs=1e-9 if n < 12 else 0.02)
+
+
+def test_a_long_tail_that_flips_of_signs_do_not_confirm_is_undecided() -> None:
+    """The t test is content with what two large differences make of ten."""
+    losses = {s: BASELINE[s] - 0.0002 * (s % 3 + 1) for s in range(1, 9)} | {9: BASELINE[9] + 0.0001, 10: BASELINE[10]}
+    assert verdict(losses, delta=None)["verdict"] == "better"
+    skewed = {**losses, 9: BASELINE[9] + 0.00049, 10: BASELINE[10] + 0.00049}
+    found = verdict(skewed, delta=None)
+    assert found["verdict"] == "undecided"

@@ -12,7 +12,7 @@ from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.evals.scoring import Request, Scorer
 from gptlab.model.gpt import GPT
-from gptlab.training.compilation import compile_blocks
+from gptlab.training.sharding import compile_blocks
 
 Naive = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
 
