@@ -25,8 +25,8 @@ from run_folders import write_run as write_run
 
 TINY = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "total_batch_tokens": 64, "steps": 6,
-    "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 0, "sample_every": 0, "dose_every": 2,
-    "log_every": 1, "threads": 1,
+    "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 0,
+    "sample_every": 0, "dose_every": 2, "log_every": 1, "threads": 1,
 }  # fmt: skip
 
 
