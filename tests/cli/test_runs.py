@@ -18,7 +18,7 @@ Capture = pytest.CaptureFixture[str]
 
 def write_run(folder: Path, *rows: dict[str, Any], **options: Any) -> Path:
     folder.mkdir(parents=True)
-    options = {"seed": 1, "steps": 10, "out": str(folder), **options}
+    options = {"seed": 1, "steps": 10, "learning_rate": 1e-3, "out": str(folder), **options}
     (folder / "config.json").write_text(json.dumps({"options": options}))
     (folder / "environment.json").write_text("{}")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -21,10 +21,8 @@ from gptlab.cli import train
 from gptlab.cli.main import main
 from gptlab.cli.progress import next_commands
 from gptlab.data.shards import write_shard
-from gptlab.options import build
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import RunFolder, newest
-from gptlab.training.config import TrainingConfig
 
 Capture = pytest.CaptureFixture[str]
 Words = Callable[..., list[str]]
@@ -493,7 +491,7 @@ def test_what_to_try_next_works_where_it_is_printed(
     signal: str, launcher: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the launchers of a checkout, or with the command alone, which is all that an installed wheel has."""
-    config = build(TrainingConfig, {"signal.name": signal, "steps": 7, "seed": 2})
+    config = train.resolve({"signal.name": signal, "steps": 7, "seed": 2}, gpus=0)
     monkeypatch.chdir(tmp_path)
     assert next_commands(config, "log/run")[0].startswith(f"{command} --seed 2 --steps 7  # the same")
     (tmp_path / launcher).touch()

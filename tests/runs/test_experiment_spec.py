@@ -16,6 +16,7 @@ from gptlab.options import LARGEST_SIZES, build, check_size
 from gptlab.runs.cells import cells_of
 from gptlab.runs.experiment_spec import COUNTS, Arm, Experiment, as_toml, find_experiment, read_experiment
 from gptlab.training.config import TrainingConfig, flops_per_token
+from gptlab.training.presets import PRESETS
 
 READY = sorted((Path(__file__).parents[2] / "experiments").glob("*.toml"))
 GOOD = """
@@ -226,7 +227,8 @@ def test_the_ready_experiments_are_the_ones_promised() -> None:
     assert {arm.options["signal.dose"] for arm in dose if "signal.name" in arm.options} == {0.1}
     per_parameter = []
     for size in ("small", "middle", "large"):
-        config: TrainingConfig = build(TrainingConfig, found["scale"].arms[size].options)
+        scale = found["scale"]
+        config: TrainingConfig = build(TrainingConfig, {**PRESETS[scale.preset], **scale.arms[size].options})
         parameters = config.n_layer * (12 * config.n_embd**2 + 13 * config.n_embd) + 2 * config.n_embd
         parameters += (256 + config.block_size) * config.n_embd
         per_parameter.append(config.steps * config.total_batch_tokens / parameters)
