@@ -91,7 +91,7 @@ def main() -> None:
     out = str(Path(options.out).resolve())
     reader = ParquetReader if options.format == "parquet" else JsonlReader
     start = executor(options)
-    logs = Path(out) / ".datatrove" / f"{options.tokenizer}-{options.shard_tokens}-{options.tasks}"  # else all is anew
+    logs = Path(out) / ".datatrove" / f"{options.tokenizer}-{options.shard_tokens}-{options.tasks}"  # else all is again
     write = start(
         pipeline=[reader(options.input), WriteShards(out, options.tokenizer, options.shard_tokens)],
         tasks=options.tasks,

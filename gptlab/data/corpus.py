@@ -42,10 +42,8 @@ _PART = re.compile(r"part_\d{5}_")
 UNKNOWN = "unknown"
 """The tokenizer of shards that name none and cannot be GPT-2's: they can be read and scored, not turned into text."""
 VOCABULARY_FILE = "meta.pkl"  # nanoGPT's, of its character-level sets; a pickle, which is never opened
-FEW_IDS, MANY_TOKENS = (
-    256,
-    1024,
-)  # GPT-2's first 256 tokens are single bytes: no text of a thousand tokens has no others
+FEW_IDS, MANY_TOKENS = 256, 1024
+"""GPT-2's first 256 tokens are single bytes: no text of a thousand tokens has no others."""
 
 
 class Source(ABC):

@@ -426,7 +426,7 @@ def merge_parts(out: Path, name: str, parts: int) -> Corpus:
     if missing:
         shown = ", ".join(map(str, missing[:8])) + ", ..." * (len(missing) > 8)
         raise DataError(f"{out}: expected parts 0 to {parts - 1}, found none of {shown}: write them first")
-    found = [_read(_listing(out, number)) for number in range(parts)]
+    found = [_read_part(_listing(out, number)) for number in range(parts)]
     tokenizers = sorted({part.tokenizer for part in found})
     if len(tokenizers) != 1:
         raise DataError(
@@ -456,7 +456,7 @@ def _listing(out: Path, number: int) -> Path:
     return out / f"part_{number:05d}.json"
 
 
-def _read(path: Path) -> Part:
+def _read_part(path: Path) -> Part:
     """What a part's listing says; what it says of its shards is checked when the corpus is opened. Raises DataError."""
     try:
         content = parse_json(read_bytes(path))

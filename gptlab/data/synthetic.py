@@ -177,7 +177,7 @@ class Markov(SyntheticSource):
             symbol = following[state * CHANCES + chance]
             walked.append(symbol)
             state = (state * S + symbol) % states
-        return walked[:length].translate(_translation()).decode()
+        return walked[:length].translate(ALPHABET.encode().ljust(256, b"?")).decode()
 
 
 @dataclass(frozen=True)
@@ -303,8 +303,3 @@ def entropy(p: np.ndarray) -> float:
     """Entropy in nats of probabilities of any shape."""
     p = p[p > 0]
     return float(-(p * np.log(p)).sum())
-
-
-def _translation() -> bytes:
-    """Symbol numbers to characters, for bytes.translate."""
-    return ALPHABET.encode().ljust(256, b"?")

@@ -69,10 +69,6 @@ def is_figure(value: object) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def _is_figure_or_null(value: object) -> bool:
-    return value is None or is_figure(value)
-
-
 def _is_step(value: object) -> bool:
     return is_count(value) and value <= MOST_STEPS  # type: ignore[operator]
 
@@ -89,10 +85,6 @@ def _all(check: Callable[[Any], bool], value: object) -> bool:
     return isinstance(value, list) and len(value) <= MOST_BLOCKS and all(map(check, value))
 
 
-def _as_text(line: str | bytes) -> str:
-    return line.decode(errors="replace") if isinstance(line, bytes) else line
-
-
 def _is_guess(value: object) -> bool:
     if type(value) is not list or len(value) != 2 or type(value[0]) is not str:
         return False
@@ -101,12 +93,12 @@ def _is_guess(value: object) -> bool:
 
 Check = tuple[str, Callable[[Any], bool]]
 _NUMBER: Check = ("a finite number", is_figure)
-_FIGURE: Check = ("a finite number or null", _is_figure_or_null)
+_FIGURE: Check = ("a finite number or null", partial(_or_null, is_figure))
 _SPEED: Check = ("a number above 0, or null", lambda v: v is None or (is_figure(v) and v >= 0))
 _COUNT: Check = ("a whole number", _is_step)
 _TEXT: Check = ("text", _is_text)
 _BOOL: Check = ("true or false", lambda value: isinstance(value, bool))
-_LIST: Check = ("a list of numbers or nulls", partial(_all, _is_figure_or_null))
+_LIST: Check = ("a list of numbers or nulls", partial(_all, _FIGURE[1]))
 _LISTS: Check = ("lists of numbers or nulls", partial(_all, partial(_or_null, _LIST[1])))
 _BLOCKS: Check = ("a number for each block", partial(_all, is_figure))
 
@@ -153,7 +145,8 @@ def parse_row(line: str | bytes | Row, blocks: int | None = None) -> Row:
         try:
             row = parse_json(line, unique=True)
         except ValueError:
-            raise ValueError(f"expected a row with step and kind, found {shown(_as_text(line[:200]), 60)}") from None
+            start = line[:200].decode(errors="replace") if isinstance(line, bytes) else line[:200]
+            raise ValueError(f"expected a row with step and kind, found {shown(start, 60)}") from None
     if not isinstance(row, dict) or not _is_step(row.get("step")) or not _is_text(row.get("kind")):
         raise ValueError(f"expected a row with step and kind, found {shown(row, 60)}")
     kind = row["kind"]
@@ -347,7 +340,8 @@ def read_config(run: Source) -> dict[str, Any]:
     for table, options_there in [(options, known), *((one, of_signal) for one in also)]:
         for key, value in table.items():
             if key in options_there and not _fits(options_there[key], value):
-                refuse(_expected(options_there[key]), key, value)
+                option = options_there[key]
+                refuse(f"one of {', '.join(option.choices)}" if option.choices else describe(option.type), key, value)
     for key in SIZES:
         if not 1 <= options.get(key, 1) <= LARGEST_SIZES[key]:
             refuse(f"a number from 1 to {LARGEST_SIZES[key]:,}", key, options[key])
@@ -375,10 +369,6 @@ def _fits(option: Option, value: Any) -> bool:
         return list(found) == value and len(found) <= MOST_BLOCKS
     same = found == value
     return same and (is_figure(value) if isinstance(found, int | float) and not isinstance(found, bool) else True)
-
-
-def _expected(option: Option) -> str:
-    return f"one of {', '.join(option.choices)}" if option.choices else describe(option.type)
 
 
 def _all_texts(value: object) -> bool:
