@@ -27,6 +27,7 @@ from gptlab.runs.tuning import (
 
 HEAD = """
 name = "tried"
+preset = "shakespeare-tiny-v1"
 baseline = "plain"
 seeds = [1, 2, 3]
 [tune]
