@@ -128,7 +128,8 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "signal.layers": ("rotate", (1,), (3,)), "signal.positions": (0.001,), "signal.evaluator": ("live",),
     "signal.reach": ("local",), "signal.embeddings": (False,), "signal.threshold": (0.1, 1.0),
     "signal.start": (1, 700), "signal.anneal": (0, 99_999), "signal.control": ("placebo", "shuffled", "flipped"),
-    "signal.flip": (0.0, 0.5), "signal.flip_to": ("argmax",),
+    "signal.placebo_of": ("x",), "signal.placebo_match": ("update",), "signal.flip": (0.0, 0.5),
+    "signal.flip_to": ("argmax",),
 }  # fmt: skip
 """Values of every option that are legal for some value of the others."""
 BOUND = (
@@ -137,6 +138,8 @@ BOUND = (
     ("parallel", "optimizer"), ("parallel", "deterministic"), ("parallel", "noise_every"),
     ("n_layer", "signal.name"), ("signal.layers", "n_layer"), ("signal.start", "steps"),
     ("signal.weight", "signal.dose"), ("signal.flip", "signal.control"), ("signal.flip_to", "signal.control"),
+    ("signal.placebo_of", "signal.control"), ("signal.placebo_match", "signal.placebo_of"),
+    ("signal.placebo_match", "optimizer"),
 )  # fmt: skip
 """The pairs of options that can contradict each other, which is said in one line that names both."""
 

@@ -1,4 +1,4 @@
-"""Models that other programs wrote, told apart by what is in a file, never by its name; and llm.c's file written.
+"""Models that other programs wrote, distinguished by what is in a file, never by its name; and llm.c's file written.
 
 nanoGPT and build-nanogpt write dicts with torch.save: weights, sizes, the optimizer's state. nanoGPT computes GELU
 exactly, GPT-2 and build-nanogpt its tanh form. Both pad GPT-2's 50,257 tokens to 50,304 rows; a nanoGPT model of

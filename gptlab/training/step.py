@@ -86,9 +86,8 @@ def update(
     # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
     reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, metrics)
-    flip = TargetFlip(config.target_flip, config.target_flip_to)
+    flip, seen = TargetFlip(config.target_flip, config.target_flip_to), list[tuple[Batch, Losses]]()
     how = {"autocast": compute.autocast, "flip": flip, "recompute": config.activation_checkpointing}
-    seen: list[tuple[Batch, Losses]] = []
     for batch in batches:
         losses = accumulate(model, batch, signals, into=sources.into if sources and by_source else None, **how)
         if sources and not by_source:  # a second pass, so that measuring a dose changes nothing of what is learnt
