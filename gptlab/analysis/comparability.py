@@ -20,7 +20,7 @@ from gptlab.options import build
 from gptlab.runs.tuning import LENGTH
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig, run_flops
 
-FREE = FREE_ON_RESUME | {"seed", "preset"}
+FREE = FREE_ON_RESUME | {"seed", "preset", "signal.placebo_match"}
 """Options that make no other experiment of a run."""
 COMMON = frozenset({"data", "tokenizer", "block_size", "eval_tokens", "n_layer", "n_head", "n_embd", "share_blocks"})
 """Options of data and model: runs that are compared by themselves, without an experiment file, share them."""
@@ -56,7 +56,7 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
     facts["data", "tokenizer"] = data.get("tokenizer")
     if run.finished:
         facts["validation set", "validation_sha256"] = run.ended.get("validation_sha256")
-    for key in run.config.keys() - {"options", "data"}:  # gptlab's version, a patch, a user's code
+    for key in run.config.keys() - {"options", "data", "replayed"}:  # gptlab's version, a patch, a user's code
         facts["software", key] = run.config[key]
     facts |= {("software", key): environment.get(key) for key in ("python", "torch", "compile")}
     facts |= {("machine", key): environment.get(key) for key in ("platform", "dtype")}

@@ -109,13 +109,9 @@ def blocks_of(config: Mapping[str, Any]) -> int | None:
 def passport(runs: list[Run], step: int) -> dict[str, Any]:
     """What an arm's figures rest on, from its runs at `step`; None for what the folders do not hold."""
     options = runs[0].options
-    tokens, trained, vocabulary = (
-        step * options["total_batch_tokens"],
-        _training_tokens(runs[0]),
-        count_vocabulary(options),
-    )
+    tokens, trained = step * options["total_batch_tokens"], _training_tokens(runs[0])
+    vocabulary = count_vocabulary(options)
     parameters = count_parameters(options, vocabulary) if vocabulary else None
-    trained = _training_tokens(runs[0])
     clipped = [c for run in runs if (c := run.ended.get("clipped_share")) is not None]
     return {
         "parameters": parameters,

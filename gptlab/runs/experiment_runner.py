@@ -189,6 +189,8 @@ class Runner(_Runner):
             if cell.name in self._tried or self._rows[cell.name].state(False) in ENDED:
                 continue
             busy = True
+            if self._waits(cell):
+                continue
             widths = [self._rows[name].cell.n_embd for name in self._started]
             if not self.packing.fits(cell.n_embd, widths):
                 break
@@ -200,6 +202,18 @@ class Runner(_Runner):
                 elif not self._start(cell, claim):
                     break
         return busy
+
+    def _replayed(self, cell: Cell) -> Rows | None:
+        """The rows of the run whose norms a placebo takes."""
+        of = self.experiment.replayed.get(cell.arm.name)
+        return self._rows[f"{of}/seed_{cell.seed}"] if of else None
+
+    def _waits(self, cell: Cell) -> bool:
+        """Whether a placebo's arm has not ended at this seed. Where it failed, the placebo says what it lacks."""
+        rows = self._replayed(cell)
+        if rows is None or rows.state(False) in ENDED or rows.look().state(False) in ENDED:
+            return False
+        return rows.cell.name not in self._tried or rows.cell.name in self._started
 
     def _start(self, cell: Cell, claim: Claim) -> bool:
         """Whether a worker was started, which then has the claim."""
@@ -223,6 +237,11 @@ class Runner(_Runner):
         words += ["--out", str(cell.folder), "--resume", "auto"] + ["--allow_code"] * self.allow_code
         for key, value in self.packing.options(cell.n_embd, slot).items():
             words += [f"--{key}", value] if key not in arm.options else []
+        if rows := self._replayed(cell):
+            words += ["--signal.placebo_of", str(rows.cell.folder)]
+            words += ["--signal.placebo_match", self.experiment.placebo_match]
+        if arm.name in self.experiment.replayed.values():  # every update's norm has to be on record
+            words += ["--dose_every", "1"]
         return words
 
     def _free_slot(self) -> int:

@@ -5,6 +5,7 @@ preset = "shakespeare-tiny"
 baseline = "baseline"                 an arm's name
 seeds = [1, 2, 3, 4, 5]               or: looks = [5, 10, 20], which are seeds 1..20
 delta = 0.01                          nats: the largest difference that does not matter
+placebo_match = "gradient"            what placebos take of their arms: or "update", or "own", the default
 [options]                             for every arm
 steps = 700
 [arms.baseline]
@@ -30,6 +31,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ FILE = "experiment.toml"
 TRIALS = ".tune"
 """The folder of an experiment's trials, in the experiment's own."""
 
-KEYS = ("name", "preset", "baseline", "seeds", "looks", "delta", "options", "arms", "groups", "tune")
+KEYS = ("name", "preset", "baseline", "seeds", "looks", "delta", "placebo_match", "options", "arms", "groups", "tune")
+PLACEBO_MATCHES = ("own", "gradient", "update")
 TUNE_KEYS = ("seeds", "learning_rate", "dose")
 NOT_AN_ARMS = {
     "preset": "give it once, above [options]",
@@ -132,7 +135,8 @@ class Tune:
 @dataclass(frozen=True)
 class Experiment:
     """seeds: all that were declared, of looks those of the last one; delta: None where the file declares none;
-    table: the file's content; tune: [tune] of it."""
+    table: the file's content; tune: [tune] of it; placebo_match: "own" where placebos are scaled on their own model.
+    """
 
     name: str
     preset: str
@@ -144,6 +148,20 @@ class Experiment:
     table: Mapping[str, Any] = field(repr=False)
     text: str = field(repr=False)
     tune: Tune | None = None
+    placebo_match: str = "own"
+
+    @cached_property
+    def replayed(self) -> Mapping[str, str]:
+        """{placebo: the arm whose runs' norms its own runs take}: arms that differ in signal.control alone."""
+        if self.placebo_match == "own":
+            return {}
+        wanted = {name: {**arm.options, "signal.control": "placebo"} for name, arm in self.arms.items()}
+        return {
+            name: of
+            for name, arm in self.arms.items()
+            for of in self.arms
+            if of != name and arm.options == wanted[of] and arm.patch == self.arms[of].patch
+        }
 
     @property
     def folder(self) -> Path:
@@ -242,8 +260,26 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     delta = table.get("delta")
     if delta is not None and not (is_number(delta) and 0 <= delta <= LARGEST_DELTA):
         raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
-    nats = None if delta is None else float(delta)
-    return Experiment(name, preset, baseline, seeds, looks, nats, arms, table, text, tune)
+    nats, match = None if delta is None else float(delta), _text(table, "placebo_match", "own")
+    _check_known("placebo_match: expected one of", match, PLACEBO_MATCHES)
+    found = Experiment(name, preset, baseline, seeds, looks, nats, arms, table, text, tune, match)
+    _check_replayed(found)
+    return found
+
+
+def _check_replayed(experiment: Experiment) -> None:
+    if experiment.placebo_match != "own" and not experiment.replayed:
+        raise ConfigError(
+            f"placebo_match {experiment.placebo_match}: expected an arm that differs from another in "
+            'signal.control = "placebo" alone, found none; add one, or leave placebo_match out'
+        )
+    for name in experiment.replayed:
+        arm = experiment.arms[name]
+        replay = {"signal.placebo_of": "RUN", "signal.placebo_match": experiment.placebo_match}
+        with _named(f"[arms.{name}]"):
+            if not arm.patch:
+                usual = preset_options(experiment.preset, arm.options)
+                build(TrainingConfig, {**usual, **arm.options, **replay, "preset": experiment.preset})
 
 
 def _check_known(what: str, found: object, known: Collection[str]) -> None:

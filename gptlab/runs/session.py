@@ -153,6 +153,8 @@ def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
         found["code"] = code
     if patch := applied():
         found["patch"] = patch
+    if norms := _norms(config):
+        found["replayed"] = norms
     return found
 
 
@@ -161,7 +163,9 @@ def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[s
     lines, before = differences(folder.config(), config), read_config(folder.path)
     files = {os.path.basename(str(name)): file for name, file in (before.get("code") or {}).items()}
     if files != {os.path.basename(name): file for name, file in _code(config).items()}:
-        lines.append("code: a signal's file has changed since the run began, or the run in signal.placebo_of")
+        lines.append("code: a signal's file has changed since the run began")
+    if before.get("replayed") != _norms(config):
+        lines.append("signal.placebo_of: the norms of that run are not those that the run began with")
     if before.get("patch") != applied():
         lines.append("patch: the run was made by this code under another patch, or under none")
     return lines + [f"data: {line}" for line in corpus.grew_from(before["data"])]
@@ -223,12 +227,14 @@ def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int)
 
 
 def _code(config: TrainingConfig) -> dict[str, str]:
-    """SHA-256 of what a run reads besides its corpus: the files of users' own signals, the norms of another run."""
-    code = {signal.name: file_hash(signal.name) for signal in config.signals if signal.is_code}
-    if config.signal.placebo_of:
-        norms = json.dumps(replayed_norms(config))
-        code[f"norms of {config.signal.placebo_of}"] = hashlib.sha256(norms.encode()).hexdigest()
-    return code
+    """SHA-256 of the file of every signal that is a user's own."""
+    return {signal.name: file_hash(signal.name) for signal in config.signals if signal.is_code}
+
+
+def _norms(config: TrainingConfig) -> str | None:
+    """SHA-256 of the norms that a placebo takes from another run, wherever that lies."""
+    norms = replayed_norms(config)
+    return hashlib.sha256(json.dumps(norms).encode()).hexdigest() if norms else None
 
 
 class Session:

@@ -133,7 +133,7 @@ class AdamStep:
         return mean / (1 - b1**made) / ((square / (1 - b2**made)).sqrt() + group["eps"])
 
     def factor_for(self, wanted: float, gradient: Sequence[Tensor], added: Sequence[Tensor]) -> float:
-        """The factor at which `added` changes the step from `gradient` by `wanted`, to 0.1%, by halving an interval.
+        """The factor at which `added` changes the step from `gradient` by `wanted`, to 0.02%, by halving an interval.
 
         The change grows with the factor until the added gradient drowns the other; where it never is so large, the
         largest factor that is tried.
@@ -143,7 +143,7 @@ class AdamStep:
         low, high = 0.0, 1.0
         while high < 2.0**30 and self.change(gradient, added, high) < wanted:
             low, high = high, 2 * high
-        while high - low > 1e-3 * high:
+        while high - low > 2e-4 * high:
             middle = (low + high) / 2
             low, high = (middle, high) if self.change(gradient, added, middle) < wanted else (low, middle)
         return high

@@ -168,6 +168,40 @@ def test_a_failing_arm_is_shown_with_its_reason_and_stops_nobody(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("match", ["gradient", "update"])
+def test_placebos_wait_for_their_arms_and_take_their_norms(
+    match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The placebo's arm stands last in the file, so that order alone would start it too late."""
+    arms = {"plain": {}, "placebo": {"signal.name": "confidence", "signal.control": "placebo"},
+            "sure": {"signal.name": "confidence"}}  # fmt: skip
+    file = write(tmp_path, arms, {**HEAD, "seeds": [1, 2], "placebo_match": match}, steps=6)
+    out, name = tmp_path / "out", "signal_norm" if match == "gradient" else "step_change"
+    assert main(["experiment", "run", str(file), "--out", str(out)]) == 0
+    for seed in (1, 2):
+        norms = {}
+        for arm in ("sure", "placebo"):
+            rows = (out / arm / f"seed_{seed}" / "metrics.jsonl").read_text().splitlines()
+            norms[arm] = [row[name] for row in map(json.loads, rows) if row["kind"] == "train"]
+        assert len(norms["sure"]) == 6
+        assert norms["placebo"] == pytest.approx(norms["sure"], rel=2e-3)
+    capsys.readouterr()
+    assert main(["compare", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["undeclared"] == []
+    assert main(["experiment", "run", str(file), "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ran"] == []
+
+
+@pytest.mark.slow
+def test_a_placebo_whose_arm_fails_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diverging = {"signal.name": "confidence", "learning_rate": 1e9, "grad_clip": 0.0}
+    arms = {"plain": {}, "sure": diverging, "placebo": {**diverging, "signal.control": "placebo"}}
+    file = write(tmp_path, arms, {**HEAD, "seeds": [1], "placebo_match": "gradient"}, steps=6)
+    assert main(["experiment", "run", str(file), "--out", str(tmp_path / "out")]) == 3
+    assert "expected signal_norm of each of the 6 updates" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
 def test_a_patched_arm_runs_its_own_code_and_says_so(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

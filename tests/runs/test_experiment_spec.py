@@ -55,6 +55,19 @@ def test_a_file_is_read_as_declared(tmp_path: Path) -> None:
     assert [c.name for c in cells_of(found, Path("x"), seeds=1)] == names[:3]
 
 
+def test_a_placebo_takes_the_norms_of_the_arm_that_it_is_the_placebo_of(tmp_path: Path) -> None:
+    placebo = "\n[arms.{}]\nsignal = {{name = 'confidence', layers = {}, control = 'placebo'}}\n"
+    text = GOOD + placebo.format("same", "[1, 2]") + placebo.format("other", "[1]")
+    assert read(tmp_path, text).replayed == {}, "on its own model, unless the file says otherwise"
+    found = read(tmp_path, text.replace("delta", "placebo_match = 'gradient'\ndelta"))
+    assert (found.placebo_match, found.replayed) == ("gradient", {"same": "sure"})
+    muon = text.replace("delta", "placebo_match = 'update'\ndelta").replace(
+        "steps = 20", "steps = 20\noptimizer = 'muon'"
+    )
+    with pytest.raises(ConfigError, match=r"\[arms.same\] signal.placebo_match update compares steps of adamw"):
+        read(tmp_path, muon)
+
+
 def test_looks_are_seeds_up_to_the_last(tmp_path: Path) -> None:
     found = read(tmp_path, GOOD.replace("seeds = [3, 1]", "looks = [2, 4]"))
     assert (found.seeds, found.looks) == ((1, 2, 3, 4), (2, 4))
@@ -105,6 +118,9 @@ CELLS = "".join(f"arms.b{k}.weight_decay = {k}\n" for k in range(5))
         ("seeds = [3, 1]", "looks = [2, 5]\ntune.seeds = [4, 9]", r"\[tune\] seeds: 4 of the verdict's seeds"),
         ("[arms.plain]", "[tune]\nseeds = [7, 7]\n[arms.plain]", r"\[tune\] seeds: expected each seed once"),
         ("[arms.plain]", "[tune]\nseed = [7]\n[arms.plain]", r"\[tune\] unknown key 'seed'; did you mean 'seeds'"),
+        ("delta", "placebo_match = 'same'\ndelta", "placebo_match: expected one of 'same'"),
+        ("delta", "placebo_match = 3\ndelta", "placebo_match: expected text, found 3"),
+        ("delta", "placebo_match = 'update'\ndelta", "found none; add one, or leave placebo_match out"),
         ("delta", "tune = 3\ndelta", r"tune: expected a table \[tune\], found 3"),
         ("delta", "tune = {seeds = [7], dose = [0]}\ndelta", r"dose: expected a list of factors above 0, .* \[0\]"),
         ("delta", "tune = {seeds = [7], dose = []}\ndelta", "dose: expected a list of factors above 0"),

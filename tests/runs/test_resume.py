@@ -224,7 +224,7 @@ def test_a_placebo_replays_the_norms_of_its_arm_also_when_it_is_resumed(
         assert main(tiny(tmp_path / "resumed", **options)) == 3
     finally:
         (arm / "metrics.jsonl").write_text(norms)
-    assert "or the run in signal.placebo_of" in capsys.readouterr().err
+    assert "are not those that the run began with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
