@@ -395,7 +395,7 @@ def test_a_toml_file_gives_options_under_those_of_the_command_line(tiny: Words, 
     file = tmp_path / "run.toml"
     file.write_text('learning-rate = 3e-4\nsteps = 4\nsignal.name = "confidence"\n[signal]\nlayers = [1]\n'.replace(
         'signal.name = "confidence"\n[signal]\n', '[signal]\nname = "confidence"\n'))  # fmt: skip
-    words = [word for word in tiny(tmp_path / "run") if not word.startswith("--steps")]
+    words = [word for word in tiny(tmp_path / "run") if not word.startswith(("--steps", "--learning_rate"))]
     assert main([*words, "--config", str(file), "--warmup-steps=1"]) == 0
     config = RunFolder(tmp_path / "run").config()
     assert (config.learning_rate, config.steps, config.warmup_steps) == (3e-4, 4, 1)

@@ -91,7 +91,7 @@ def test_compare_reads_the_folder_as_it_is(whole: Path, capsys: pytest.CaptureFi
     losses = {(cell["arm"], cell["seed"]): cell["loss"] for cell in results(whole)["cells"]}
     expected = sum(losses["sure", seed] - losses["plain", seed] for seed in (1, 2)) / 2
     assert result["arms"]["sure"]["difference"] == pytest.approx(expected, abs=1e-12)
-    assert "no finite loss" in result["arms"]["bad"]["reason"]
+    assert "diverged on 2 of 2 seeds, its baseline on 0" in result["arms"]["bad"]["reason"]
 
 
 def test_an_experiment_that_has_ended_runs_nothing_again(
