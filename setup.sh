@@ -44,10 +44,10 @@ read_lock() {
             -e 's/^(torch==[^+ ]*).*/\1/' -e "/$cuda/d" -e '/^[[:space:]]*(#|$)/d'
 }
 
-# All that an environment depends on, to be compared with what it was installed from. Hashes are no part of it: pip asks
-# for them only of what it downloads, and `pip freeze -l` writes none.
+# All that an environment depends on, to be compared with what it was installed from. Hashes and how names are written
+# are no part of it: pip asks for hashes only of what it downloads, and `pip freeze -l` writes none.
 fingerprint() {
-    printf '%s\n' "$root" "GPU: $gpu" "$(.venv/bin/python -VV 2>&1)" "$(sed -E 's/ --hash=[^ ]*//g' <<<"$lock")"
+    printf '%s\n' "$root" "GPU: $gpu" "$(.venv/bin/python -VV 2>&1)" "$(sed -E 's/ --hash=[^ ]*//g' <<<"$lock" | tr 'A-Z_' 'a-z-' | LC_ALL=C sort)"
     cat setup.sh pyproject.toml
 }
 

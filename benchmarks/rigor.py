@@ -77,7 +77,7 @@ class Scenario:
         own = np.sqrt(CORRELATION) * noise[0] + np.sqrt(1 - CORRELATION) * noise[1:]
         effects = np.broadcast_to(np.array([0.0, *self.effects])[:, None], own.shape)
         if self.tails == "skewed":
-            effects = effects + np.vstack([0 * own[:1], np.exp(2 * own[1:]) - np.exp(2)])
+            effects = effects + np.vstack([0 * own[:1], np.exp(own[1:]) - np.exp(0.5)])
         if self.tails == "rare failure":
             failed = generator.random(own.shape) < 0.15
             failed[0] = False

@@ -160,10 +160,11 @@ def test_an_export_works_and_what_is_missing_is_named_with_what_to_type(installe
     assert json.loads((installed.folder / "exported/config.json").read_text())["model_type"] == "gpt2"
     installed.run(f"gptlab export {runs[0]} llm.bin --format llm.c")
     (installed.folder / "table.parquet").write_bytes(b"PAR1")
+    prepare = "gptlab data prepare text --input table.parquet --out corpus --tokenizer bytes"
     if FOR_REAL:
-        _, err = installed.run("gptlab data prepare table.parquet --out corpus --tokenizer bytes", code=3)
+        _, err = installed.run(prepare, code=3)
         assert err.splitlines()[-1].partition("not installed; ")[2].startswith("pip install 'pyarrow>=")
         installed.run(err.splitlines()[-1].partition("not installed; ")[2])
-    _, err = installed.run("gptlab data prepare table.parquet --out corpus --tokenizer bytes", code=3)
+    _, err = installed.run(prepare, code=3)
     assert "table.parquet" in err.splitlines()[-1]
     assert "not installed" not in err

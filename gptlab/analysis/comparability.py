@@ -32,7 +32,8 @@ LONGEST_NAME = 1000
 
 def own_options(run: Run) -> dict[str, Any]:
     """The options that distinguish a run's arm from others."""
-    return {key: value for key, value in run.options.items() if key not in FREE}
+    also = [{key: value for key, value in one.items() if f"signal.{key}" not in FREE} for one in run.options["also"]]
+    return {key: value for key, value in {**run.options, "also": also}.items() if key not in FREE}
 
 
 def undeclared(run: Run, reference: Run, declared: frozenset[str], sibling: Run) -> Iterator[str]:

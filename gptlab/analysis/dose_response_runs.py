@@ -163,7 +163,7 @@ def _arms(runs: Mapping[str, Sequence[Run]]) -> tuple[list[Arm], list[str]]:
         if not members:
             notes.append(f"{name} has no finished run")
             continue
-        options = {**own_options(members[0]), "also": members[0].options.get("also", ())}
+        options = own_options(members[0])
         clean, errors = corruptions(options)
         if len(errors) > 1:
             notes.append(f"{name} has errors of {len(errors)} kinds, so that no dose is its own")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.analysis.comparability import COMMON, TUNED, arm_of, cost_matched, longer_runs_of, own_options, undeclared
-from gptlab.analysis.run import SUFFIXES, Run, mean_dose, passport, read_log, read_run
+from gptlab.analysis.run import SUFFIXES, Run, mean_dose, norm_ratio, passport, read_log, read_run
 from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
@@ -64,6 +64,9 @@ class Outcomes:
     longer: Mapping[str, str] = field(default_factory=dict)
     tuning: Tuning = field(default_factory=Tuning)
 
+    def _norm_ratio(self, arm: str, other: str) -> dict[str, float] | None:
+        return norm_ratio(self.runs.get(arm, ()), self.runs.get(other, ()))
+
     def verdicts(self, **given: Any) -> dict[str, Any]:
         """`compare`'s result with each arm's passport and changes; `given` arguments override the declared ones."""
         _refuse_equal_losses(self.losses)
@@ -74,6 +77,11 @@ class Outcomes:
             longer = [name for name, of in self.longer.items() if of == found["baseline"]]
             if all(max(run.losses) == self.step for run in self.runs.get(arm, ())):
                 found |= cost_matched(arm, found["baseline"], longer, self.runs, result["looks"])
+            of_signal = {name for name, runs in self.runs.items() if any(run.has_signal for run in runs)}
+            if arm in of_signal and found["baseline"] not in of_signal:
+                found["dose_of_baseline"] = self._norm_ratio(arm, found["baseline"])
+            if found["placebo"]:
+                found["placebo"]["norm_ratio"] = self._norm_ratio(arm, found["placebo"]["arm"])
             figures = ("noise_floor", "seed_correlation", "smallest_difference")
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
         tuning = self.tuning.as_json()

@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gptlab.data.prepare import known_tokens
@@ -31,6 +32,7 @@ class Run:
     """losses: validation loss by step, nats; ended: the last event row, if nothing came after it; doses: as measured.
 
     tempered: the last validation's loss at its best temperature; seconds: in updates, all sessions; source: of it all.
+    norms: by step, of the signals' weighted gradient where it was measured, of a run without any of the whole gradient.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class Run:
     bits_per_byte: float | None = None
     seconds: float = 0.0
     source: Source = field(default="", repr=False)
+    norms: Mapping[int, float] = field(default_factory=dict, repr=False)
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
@@ -84,6 +87,8 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
     config = read_config(source)
     losses: dict[int, float] = {}
     doses: list[float] = []
+    norms: dict[int, float] = {}
+    norm = "grad_norm" if config["options"].get("signal.name", "none") == "none" else "signal_norm"
     ended, last, step, clock = {}, {}, 0, Clock()
     for row in read_rows(source, blocks=blocks_of(config), until=until):
         each(row)
@@ -93,12 +98,26 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
         elif row["kind"] == "train":
             clock.tick(row)
             doses += [row["dose"]] if row.get("dose") is not None else []
+            norms |= {step: row[norm]} if row.get(norm) is not None else {}
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that was resumed
     tempered, bits = last.get("tempered_loss"), last.get("bits_per_byte")
     environment = read_environment(source)
     return Run(
-        path_of(source), config, environment, losses, step, ended, tuple(doses), tempered, bits, clock.seconds, source
-    )
+        path_of(source), config, environment, losses, step, ended, tuple(doses), tempered, bits, clock.seconds, source,
+        norms,
+    )  # fmt: skip
+
+
+def norm_ratio(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, float] | None:
+    """The median, lowest and highest ratio of the norms of two arms' runs, over the seeds and steps that both have.
+
+    None where they have none in common.
+    """
+    of_seed = {run.seed: run.norms for run in others}
+    pairs = [(norm, of_seed[run.seed].get(step)) for run in runs if run.seed in of_seed
+             for step, norm in run.norms.items()]  # fmt: skip
+    ratios = sorted(norm / other for norm, other in pairs if other)
+    return {"median": median(ratios), "lowest": ratios[0], "highest": ratios[-1]} if ratios else None
 
 
 def blocks_of(config: Mapping[str, Any]) -> int | None:

@@ -187,7 +187,12 @@ def test_placebos_wait_for_their_arms_and_take_their_norms(
         assert norms["placebo"] == pytest.approx(norms["sure"], rel=2e-3)
     capsys.readouterr()
     assert main(["compare", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["undeclared"] == []
+    result = json.loads(capsys.readouterr().out)
+    assert result["undeclared"] == []
+    ratio = result["arms"]["sure"]["placebo"]["norm_ratio"]
+    if match == "gradient":
+        assert 0.98 < ratio["lowest"] <= ratio["median"] <= ratio["highest"] < 1.02
+    assert 0 < result["arms"]["sure"]["dose_of_baseline"]["median"] < 1
     assert main(["experiment", "run", str(file), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ran"] == []
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import ROOT, alive, children, make_corpus, wait_until  # pyright: ignore[reportMissingImports]
 
-HEAD = {"name": "tiny", "baseline": "plain", "seeds": [1, 2]}
+HEAD = {"name": "tiny", "preset": "shakespeare-tiny-v1", "baseline": "plain", "seeds": [1, 2]}
 OPTIONS = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 32, "batch_size": 4, "total_batch_tokens": 256, "steps": 24,
     "learning_rate": 0.01, "warmup_steps": 3, "eval_every": 8, "eval_tokens": 512, "checkpoint_every": 5,

@@ -274,7 +274,13 @@ class Outcome:
 
 
 def commands(bad: Path, good: Path, train: list[str]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
-    """Every command over a run, the last one of which resumes it. train: words of `gptlab train` for that."""
+    """Every command over a run, the last one of which resumes it. train: words of `gptlab train` for that.
+
+    good: a sound run, which becomes one of the baseline, so that comparing the two comes to a verdict.
+    """
+    config = json.loads((good / "config.json").read_text())
+    config["options"]["signal.name"] = "none"
+    (good / "config.json").write_text(json.dumps(config))
     words = {
         "compare": ["compare", str(bad)],
         "compare with a good run": ["compare", str(good), str(bad), "--despite", "--json"],
