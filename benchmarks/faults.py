@@ -33,10 +33,12 @@ from fault_trials import (  # noqa: E402  # pyright: ignore[reportMissingImports
     tests_of,
     within_saves,
 )
+from stops import table as table_of_stops  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from gptlab.device import Machine  # noqa: E402
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "reliability.md"
+STOPS = ROOT / "benchmarks" / "results" / "stops.json"
 
 FAULTS = {
     1: "Stopped and resumed: identical at every later step",
@@ -117,6 +119,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     fill = {
         "rows": "\n".join(rows),
         "machines": "\n".join(made_on),
+        "stops": table_of_stops(json.loads(STOPS.read_text(encoding="utf-8"))),
         "failures": "\n".join(["What was not survived:", "", *failures] if failures else
                               ["Everything that was tried was survived."]),
     }  # fmt: skip

@@ -290,7 +290,7 @@ def left(run: Path) -> dict[str, object]:
 def as_text(found: dict[str, object]) -> str:
     step = "no checkpoint" if found["step"] is None else f"step {found['step']}"
     faults = "".join(f", {what} damaged" for what in ("whole", "logged") if not found[what])
-    worker = f" ({found['last']})" if found["view"] == "torchrun" else ""  # torchrun's own code is 1 or 0
+    worker = f" ({found['last'] or 'no row'})" if found["view"] == "torchrun" else ""  # torchrun's own code is 1 or 0
     return f"{found['code']}{worker}, {step}{faults}"
 
 
