@@ -255,7 +255,7 @@ def test_a_missing_python_is_one_line_and_the_shell_goes_on(
     if found:
         program(tools, "python3", f'[ "$1" = -V ] && echo "{found}"')
     tools.mkdir(exist_ok=True)
-    for name in ["bash", "cat", "dirname", "grep", "mkdir", "mv", "rm", "sed", "tr", "uname", "wc", "sh"]:
+    for name in ["bash", "cat", "dirname", "grep", "mkdir", "mv", "rm", "sed", "sort", "tr", "uname", "wc", "sh"]:
         (tools / name).symlink_to(requires_program(name))
     script = "source 'a checkout/setup.sh'; echo went on with status $?"
     done = run([requires_program(shell), "-c", script], tmp_path, PATH=str(tools))

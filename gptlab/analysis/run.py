@@ -22,7 +22,7 @@ from gptlab.errors import DataError
 from gptlab.files import open_regular
 from gptlab.options import flatten
 from gptlab.parsing import is_count, parse_json
-from gptlab.runs.records import Clock, Row, Source, path_of, read_config, read_environment, read_rows
+from gptlab.runs.records import EVERY, Clock, Row, Source, path_of, read_config, read_environment, read_rows
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 
@@ -32,7 +32,8 @@ class Run:
     """losses: validation loss by step, nats; ended: the last event row, if nothing came after it; doses: as measured.
 
     tempered: the last validation's loss at its best temperature; seconds: in updates, all sessions; source: of it all.
-    norms: by step, of the signals' weighted gradient where it was measured, of a run without any of the whole gradient.
+    norms: by step, of the signals' weighted gradient where it was measured; of a run without any, of the whole
+    gradient, at the steps that a pack keeps too.
     """
 
     path: Path
@@ -98,7 +99,8 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
         elif row["kind"] == "train":
             clock.tick(row)
             doses += [row["dose"]] if row.get("dose") is not None else []
-            norms |= {step: row[norm]} if row.get(norm) is not None else {}
+            if row.get(norm) is not None and (norm == "signal_norm" or step % EVERY in (0, 1)):
+                norms[step] = row[norm]
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that was resumed
     tempered, bits = last.get("tempered_loss"), last.get("bits_per_byte")
     environment = read_environment(source)

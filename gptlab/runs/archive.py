@@ -26,6 +26,7 @@ from gptlab.runs.experiment_spec import FILE, Experiment
 from gptlab.runs.records import (
     CONFIG,
     ENVIRONMENT,
+    EVERY,
     METRICS,
     Clock,
     PackedRun,
@@ -42,13 +43,10 @@ VERSION = 1
 LARGEST = 64 * MB
 """Bytes of a pack when it is unzipped: a few bytes of a hostile one could grow to fill the memory."""
 
-EVERY = 50
-"""Updates between two train rows that are kept whole."""
-
 DIGITS = 6
 """Significant digits of what is only drawn: lists, and a train row's figures but EXACT. The rest makes verdicts."""
 
-EXACT = ("dose", "weight")
+EXACT = ("dose", "weight", "signal_norm", "grad_norm")
 
 _CELL = re.compile(r"([A-Za-z0-9][\w.+=-]*)/seed_(\d{1,18})")
 
@@ -254,4 +252,6 @@ def _kept(run: Path) -> Iterator[Row]:
             seconds, tokens = clock.seconds, row.get("tokens", tokens)
             yield row
         elif row.get("dose") is not None:  # a verdict shows the mean of all
-            yield {key: row[key] for key in ("step", "kind", "dose")}
+            yield {key: row[key] for key in ("step", "kind", "dose", "signal_norm") if key in row}
+        elif row["kind"] == "train" and row["step"] % EVERY == 1:  # where arms usually measure theirs
+            yield {key: row[key] for key in ("step", "kind", "grad_norm") if key in row}

@@ -30,6 +30,8 @@ LONGEST_ROW = 4 * MB
 """Bytes of a row; a sample of 48 blocks takes about 100 kB."""
 LONGEST_VALUE = 4 * KB
 """Characters of a text in config.json or environment.json."""
+EVERY = 50
+"""Updates between two train rows that a packed run keeps whole."""
 MOST_STEPS, MOST_OPTIONS = 10**15, 1000
 LARGEST, SMALLEST = 1e100, 1e-100
 """Of a figure's absolute value: its square, and sums of such, are numbers too. float32 ends at 3e38 and 1e-45."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.errors import CheckpointError
-from gptlab.options import flatten
+from gptlab.options import build, flatten
 from gptlab.runs.folder import RunFolder, newest
 from gptlab.runs.session import differences
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
@@ -146,10 +146,18 @@ def test_a_config_is_recorded_and_read_back(tmp_path: Path) -> None:
 
 
 def test_only_what_is_free_on_resume_and_more_steps_are_no_difference() -> None:
-    before = TrainingConfig()
-    free = {"out": "x", "resume": "must", "device": "cpu", "compile": "on", "log": "tensorboard"}
+    own = {"signal.name": "brier", "signal.control": "placebo"}
+    before = build(TrainingConfig, own)
+    free = {
+        "signal.placebo_of": "x",
+        "out": "x",
+        "resume": "must",
+        "device": "cpu",
+        "compile": "on",
+        "log": "tensorboard",
+    }
     free |= dict.fromkeys(FREE_ON_RESUME - free.keys(), 3)
-    assert differences(before, replace(before, steps=before.steps + 1, **free)) == []
+    assert differences(before, build(TrainingConfig, {**own, **free, "steps": before.steps + 1})) == []
     changed = replace(before, seed=2, steps=before.steps - 1, weight_decay=0.3)
     assert [line.partition(":")[0] for line in differences(before, changed)] == ["seed", "steps", "weight_decay"]
 
