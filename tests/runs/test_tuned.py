@@ -13,7 +13,7 @@ from tiny_experiment import RunnerProcess, write  # pyright: ignore[reportMissin
 from gptlab.cli.main import main
 
 ARMS = {"plain": {}, "sure": {"signal.name": "confidence", "signal.dose": 0.3}}
-HEAD = {"name": "tiny", "baseline": "plain", "seeds": [1]}
+HEAD = {"name": "tiny", "preset": "shakespeare-tiny-v1", "baseline": "plain", "seeds": [1]}
 TUNE = {"seeds": [101], "learning_rate": [0.1, 1]}
 STEPS = 8
 
