@@ -1,6 +1,6 @@
 """The statistics under a verdict: paired t, intervals, Wilcoxon, Holm, jackknife, and levels for repeated looks.
 
-Pure functions of numbers; what a verdict makes of them is in verdict.py. scipy (extra `report`) is imported when first
+Pure functions of numbers; what a verdict makes of them is in verdict.py. scipy is imported when first
 needed.
 
 How small p must be at look k so that looking again and again keeps the promised error: the error is spent over the
