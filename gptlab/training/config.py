@@ -51,8 +51,9 @@ class TrainingConfig:
 
     steps: int = option(1500, "updates to make", unit="updates", group="Optimisation")
     optimizer: Literal["adamw", "muon"] = option(
-        "adamw", "AdamW with betas 0.9 and 0.95, or Muon for the blocks' matrices and AdamW for the rest"
+        "adamw", "AdamW, or Muon for the blocks' matrices and AdamW for the rest"
     )
+    beta2: float = option(0.95, "of AdamW's second moment; a longer memory (0.99) suits small batches")
     learning_rate: float = option(5e-3, "the peak, after warmup")
     min_lr: float | None = option(None, "where the schedule ends", shown="learning_rate/10")
     warmup_steps: int = option(100, "linear rise of the learning rate; may exceed steps", unit="updates")
@@ -118,6 +119,8 @@ class TrainingConfig:
                 raise ConfigError(f"{name} must be at least 0, found {value}")
         if not 0 <= self.target_flip < 1:
             raise ConfigError(f"target_flip must be at least 0 and below 1, found {self.target_flip}")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError(f"beta2 must be at least 0 and below 1, found {self.beta2}")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ConfigError(f"log: expected none, {', '.join(TRACKERS)} or several with commas, "
