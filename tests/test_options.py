@@ -250,13 +250,13 @@ def test_the_recipe_of_the_findings_stays_as_it_was() -> None:
         "preset": "shakespeare-tiny", "depth": None, "out": None, "seed": 1, "resume": "auto",
         "init_from": None, "init_jitter": 0.0,
         "data": "shakespeare", "tokenizer": "bytes", "block_size": 128, "batch_size": 16, "total_batch_tokens": 2048,
-        "n_layer": 4, "n_head": 4, "n_embd": 128, "share_blocks": False, "steps": 700, "optimizer": "adamw",
-        "beta2": 0.95, "learning_rate": 1e-3, "min_lr": None, "warmup_steps": 50, "schedule": "cosine",
-        "weight_decay": 0.1, "grad_clip": 1.0, "gradient_noise": 0.0, "gradient_bias": 0.0, "target_flip": 0.0, "target_flip_to": "uniform",
-        "also": [], "log_every": 10, "eval_every": 100, "eval_tokens": 131072, "checkpoint_every": 100,
-        "sample_every": 350, "dose_every": 50, "log": "none", "noise_every": 0, "device": "auto", "dtype": "auto",
-        "threads": 0, "compile": "auto", "parallel": "ddp", "activation_checkpointing": False, "deterministic": False,
-        "rank_timeout": 600,
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "share_blocks": False, "steps": 700, "optimizer": "adamw", "beta2":
+        0.95, "learning_rate": 1e-3, "min_lr": None, "warmup_steps": 50, "schedule": "cosine", "weight_decay": 0.1,
+        "grad_clip": 1.0, "gradient_noise": 0.0, "gradient_bias": 0.0, "target_flip": 0.0, "target_flip_to": "uniform",
+        "also": [], "log_every": 10, "eval_every": 100, "eval_tokens": 131072, "checkpoint_every": 100, "sample_every":
+        350, "dose_every": 50, "log": "none", "noise_every": 0, "device": "auto", "dtype": "auto", "threads": 0,
+        "compile": "auto", "parallel": "ddp", "activation_checkpointing": False, "deterministic": False, "rank_timeout":
+        600,
     }  # fmt: skip
 
 
