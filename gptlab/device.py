@@ -7,9 +7,12 @@ faked capabilities. The environment is read here and in distributed.py only.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,7 +61,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Where and how a process computes. autocast: dtype of the matmuls, None for the parameters' own (fp32)."""
+    """Where and how a process computes.
+
+    autocast: dtype of the matmuls, None for the parameters' own (fp32); tf32: whether a GPU may round what enters an
+    fp32 matmul to 10 bits. deterministic: only with algorithms that PyTorch knows to repeat bit for bit.
+    """
 
     device: torch.device
     autocast: torch.dtype | None
@@ -67,15 +74,26 @@ class ComputeConfig:
     reasons: dict[str, str] = field(default_factory=dict)
     row_block: int = 0
     """Rows of a block of a product with a narrow result (model/fast_cpu.py); 0 = whole."""
+    tf32: bool = False
+    deterministic: bool = False
 
     @property
     def dtype_name(self) -> str:
+        if self.tf32:
+            return "tf32"
         return next(name for name, dtype in DTYPES.items() if dtype == (self.autocast or torch.float32))
 
     @property
     def eager_bf16_on_cpu(self) -> bool:
         """Whether the modules of model/fast_cpu.py serve."""
         return self.autocast is not None and self.device.type == "cpu" and not self.compile
+
+    @property
+    def repeats(self) -> str:
+        """How far the same updates give the same numbers again, in words."""
+        if self.device.type == "cpu" or self.deterministic:
+            return "bit for bit with the same threads and processes"
+        return "but for the order of a GPU's sums, which --deterministic fixes"
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -87,9 +105,28 @@ class ComputeConfig:
         """Make this process compute so."""
         torch.set_num_threads(self.threads)
         keep_freed_memory(self.device.type == "cpu")
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        if self.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS chooses by what is free
+        torch.use_deterministic_algorithms(self.deterministic)
+        setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def deterministic_or_refused() -> Iterator[None]:
+    """Inside, an operation without a deterministic algorithm, where one was asked for, raises ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        name, refused, _ = str(error).partition(" does not have a deterministic implementation")
+        if not refused:
+            raise
+        raise ConfigError(
+            f"deterministic: PyTorch has no deterministic algorithm for {name} here; leave --deterministic out, "
+            "or the signal that computes so"
+        ) from error
 
 
 def keep_freed_memory(keep: bool) -> None:
@@ -118,8 +155,9 @@ def choose_compute(
     n_embd: int = 768,
     local_rank: int = 0,
     local_size: int = 1,
+    deterministic: bool = False,
 ) -> ComputeConfig:
-    """How one process computes; raises ConfigError for a device that is not there, or threads that cannot be."""
+    """How one process computes; raises ConfigError for a device or dtype that it lacks, or threads that cannot be."""
     if not 0 <= threads <= MOST_THREADS:
         raise ConfigError(f"threads must be from 0 (a share of the cores) to {MOST_THREADS}, found {threads}")
     reasons: dict[str, str] = {}
@@ -139,6 +177,9 @@ def choose_compute(
         dtype = "bf16" if fast else "fp32"
     else:
         reasons["dtype"] = "as asked"
+    if dtype == "tf32" and not (gpu and machine.gpu_capability >= (8, 0)):
+        found = machine.gpus[where.index] if gpu else "a CPU"
+        raise ConfigError(f"dtype tf32 needs a GPU of compute capability 8.0 or later, found {found}; use fp32")
     if threads:
         reasons["threads"] = "as asked"
     else:
@@ -151,7 +192,8 @@ def choose_compute(
         compiled = compile == "on"
         reasons["compile"] = "as asked"
     rows = AMX_ROWS if machine.cpu_bf16 == "AMX" and not gpu else 0
-    return ComputeConfig(where, torch.bfloat16 if dtype == "bf16" else None, threads, compiled, reasons, rows)
+    autocast = torch.bfloat16 if dtype == "bf16" else None
+    return ComputeConfig(where, autocast, threads, compiled, reasons, rows, dtype == "tf32", deterministic)
 
 
 def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reasons: dict[str, str]) -> torch.device:

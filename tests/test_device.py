@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from gptlab.device import Machine, choose_compute, environment, matmul_peak
+from gptlab.device import Machine, choose_compute, deterministic_or_refused, environment, matmul_peak
 from gptlab.errors import ConfigError
 
 LAPTOP = Machine(cores=8, processor="old", cpu_bf16="")
@@ -35,6 +37,7 @@ P100 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("P100",), gpu_bf16=Fal
         (H100, {"device": "cpu"}, "cpu", "bf16", 64, False),
         (H100, {"device": "cuda:3", "local_rank": 1, "local_size": 2}, "cuda:3", "bf16", 32, True),
         (H100, {"dtype": "fp32", "compile": "off"}, "cuda:0", "fp32", 64, False),
+        (H100, {"dtype": "tf32"}, "cuda:0", "tf32", 64, True),
         (T4, {}, "cuda:0", "fp32", 8, True),
         (P100, {}, "cuda:0", "fp32", 8, False),
     ],
@@ -70,12 +73,68 @@ def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
             r"cuda:1 is not there: .* for 2 process\(es\); lower --nproc_per_node",
         ),
         (LAPTOP, {"threads": -1}, r"threads must be from 0 \(a share of the cores\) to 1024, found -1"),
+        (T4, {"dtype": "tf32"}, r"dtype tf32 needs a GPU of compute capability 8.0 or later, found T4; use fp32"),
+        (H100, {"dtype": "tf32", "device": "cpu"}, r"dtype tf32 needs a GPU .*, found a CPU; use fp32"),
         (LAPTOP, {"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, found 'mps'"),
     ],
 )
 def test_what_is_not_there_is_refused(machine: Machine, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         choose_compute(machine, **asked)
+
+
+@pytest.fixture
+def process_settings() -> Iterator[None]:
+    """What `apply` sets in this process is as before afterwards."""
+    threads = torch.get_num_threads()
+    yield
+    choose_compute(LAPTOP, threads=threads).apply()
+
+
+@pytest.mark.usefixtures("process_settings")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "tf32"])
+def test_fp32_products_are_rounded_to_tf32_only_where_that_is_asked_for(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With bf16 too: what stays outside of autocast is meant to be fp32."""
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    torch.set_float32_matmul_precision("medium")  # as another program in this process may have left it
+    choose_compute(H100, dtype=dtype).apply()
+    assert torch.get_float32_matmul_precision() == ("high" if dtype == "tf32" else "highest")
+
+
+@pytest.mark.usefixtures("process_settings")
+def test_deterministic_is_pytorchs_own_on_a_gpu_and_ends_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    choose_compute(H100).apply()
+    assert (torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")) == (False, None)
+    choose_compute(H100, deterministic=True).apply()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    refused = pytest.raises(ConfigError, match="deterministic: PyTorch has no deterministic algorithm for put_")
+    with refused, deterministic_or_refused():
+        torch.zeros(4).put_(torch.tensor([1, 1]), torch.tensor([1.0, 2.0]))
+    with pytest.raises(RuntimeError, match="size of tensor"), deterministic_or_refused():  # others stay what they are
+        torch.zeros(2).add(torch.zeros(3))
+    choose_compute(LAPTOP).apply()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("machine", "asked", "promise"),
+    [
+        (LAPTOP, {}, "bit for bit"),
+        (H100, {"device": "cpu"}, "bit for bit"),
+        (H100, {}, "but for the order of a GPU's sums"),
+        (T4, {"dtype": "fp32", "compile": "off"}, "but for the order of a GPU's sums"),
+        (H100, {"deterministic": True}, "bit for bit"),
+    ],
+)
+def test_each_device_says_which_promise_it_keeps(machine: Machine, asked: dict[str, Any], promise: str) -> None:
+    assert choose_compute(machine, **asked).repeats.startswith(promise)
 
 
 def test_this_machine_is_probed_and_its_record_tells_no_secrets() -> None:

@@ -53,7 +53,7 @@ class Display(Observer):
         """Say what is about to run, and where."""
         signal = config.signal
         judged = "the plain baseline" if signal.name == "none" else f"block loss {signal.name}: {signal.signal.formula}"
-        verb = f"resuming from {beginning.checkpoint}" if beginning.checkpoint else "starting"
+        verb = f"resuming from {beginning.checkpoint}, {placement.repeats}" if beginning.checkpoint else "starting"
         for text in (
             Text.assemble(("gptlab ", "bold"), f"{config.preset}, {judged}"),
             f"  model   {config.shape.parameters / 1e6:.1f}M parameters, {config.n_layer} blocks, "

@@ -135,6 +135,7 @@ def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite
     placement = choose_compute(
         machine, device=config.device, dtype=config.dtype, threads=config.threads, compile=config.compile,
         n_embd=config.n_embd, local_rank=world.local_rank, local_size=world.local_size,
+        deterministic=config.deterministic,
     )  # fmt: skip
     placement.apply()
     config.micro_batch(world.size)  # refuses what cannot be shared, before any waiting

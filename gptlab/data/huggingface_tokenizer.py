@@ -21,7 +21,6 @@ from gptlab.data.tokenizers import (
     MERGES_FILE,
     TOKENIZERS,
     Tokenizer,
-    Tokens,
     encodable,
     get_tokenizer,
     read_merges,
@@ -90,7 +89,7 @@ class OwnTokenizer(Tokenizer):
     def end_of_text(self) -> int | None:
         return self._end
 
-    def encode(self, text: str) -> Tokens:
+    def encode(self, text: str) -> np.ndarray:
         return np.array(self._ids(text, special=False), dtype=np.int64)
 
     def prompt(self, text: str) -> list[int]:

@@ -42,7 +42,7 @@ from gptlab.data.corpus import (
 )
 from gptlab.data.shards import ShardInfo, open_shard, write_atomically, write_shard
 from gptlab.data.synthetic import canonical
-from gptlab.data.tokenizers import Tokenizer, Tokens, get_tokenizer
+from gptlab.data.tokenizers import Tokenizer, get_tokenizer
 from gptlab.errors import ConfigError, DataError
 from gptlab.files import LOCK, read_bytes, take_lock
 from gptlab.parsing import is_count, parse_json
@@ -164,10 +164,10 @@ def prepare(
     return open_corpus(out)
 
 
-def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Tokens:
+def encode_documents(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """The tokens of some documents on end, (n,) uint16, each after a `document_start`. Raises DataError."""
     start = np.array([tokenizer.document_start], dtype=np.uint16)
-    parts: list[Tokens] = []
+    parts: list[np.ndarray] = []
     for text in texts:
         try:
             parts += start, tokenizer.encode(text)
@@ -227,8 +227,8 @@ def _write_shards(
 
 
 def pack(
-    encoded: Iterable[tuple[Chunk, Tokens]], resume: Resume, shard_tokens: int, report: Callable[[int, int], None]
-) -> Generator[tuple[Tokens, Resume], None, None]:
+    encoded: Iterable[tuple[Chunk, np.ndarray]], resume: Resume, shard_tokens: int, report: Callable[[int, int], None]
+) -> Generator[tuple[np.ndarray, Resume], None, None]:
     """Tokens cut into shards, each with where to continue after it; last the stream's rest, which may be empty.
 
     The array is one buffer, filled again for the next shard.
@@ -268,14 +268,14 @@ def cut_into_chunks(
 
 def encode_in_order(
     chunks: Iterable[Chunk], tokenizer: str, workers: int
-) -> Generator[tuple[Chunk, Tokens], None, None]:
+) -> Generator[tuple[Chunk, np.ndarray], None, None]:
     """Each chunk with its tokens, in order, tokenised by `workers` threads: tiktoken lets go of Python's lock.
 
     As many chunks wait as are worked on, so that a thread is never idle and memory stays what a few chunks take.
     """
     known = get_tokenizer(tokenizer)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-    given: deque[tuple[Chunk, Future[Tokens]]] = deque()
+    given: deque[tuple[Chunk, Future[np.ndarray]]] = deque()
     try:
         for chunk in chunks:
             given.append((chunk, pool.submit(encode_documents, chunk.texts, known)))

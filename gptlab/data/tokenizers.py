@@ -15,15 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.files import read_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     import tiktoken
-
-Tokens = np.ndarray  # (n,), uint16 where they are ours
 
 MERGES_FILE = Path(__file__).with_name("gpt2_merges.bpe")
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -52,7 +49,7 @@ class Tokenizer(ABC):
         return self.document_start
 
     @abstractmethod
-    def encode(self, text: str) -> Tokens:
+    def encode(self, text: str) -> np.ndarray:
         """Tokens of text, (n,), none added before or after it.
 
         A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD. Raises DataError for text the vocabulary cannot hold.
@@ -70,6 +67,7 @@ class Tokenizer(ABC):
     def count_bytes(self, tokens: np.ndarray) -> int:
         """UTF-8 bytes that `tokens` (any shape) stand for: the divisor of bits per byte.
 
+        >>> import numpy as np
         >>> tokenizer = get_tokenizer("gpt2")
         >>> tokenizer.count_bytes(np.array([tokenizer.document_start, 31373, 995]))
         11
@@ -118,6 +116,8 @@ class _ByteStrings(Tokenizer):
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of each token, (vocab_size,) int64; document_start stands for no text and counts 0."""
+        import numpy as np  # not above: options read vocabulary sizes here, and `--help` needs no arrays
+
         lengths = np.array([len(token) for token in self.token_table], dtype=np.int64)
         lengths[self.document_start] = 0
         return lengths
@@ -133,7 +133,9 @@ class BytesTokenizer(_ByteStrings):
     vocab_size = rows = 256
     _start = 0
 
-    def encode(self, text: str) -> Tokens:
+    def encode(self, text: str) -> np.ndarray:
+        import numpy as np
+
         encoded = np.frombuffer(encodable(text).encode(), dtype=np.uint8)
         if not encoded.all():
             position = int(np.argmin(encoded))
@@ -156,8 +158,8 @@ class GPT2Tokenizer(_ByteStrings):
     rows = 50304  # a multiple of 128, which matmuls like; so in nanoGPT and build-nanogpt
     _start = 50256
 
-    def encode(self, text: str) -> Tokens:
-        return self._encoding.encode_to_numpy(encodable(text), disallowed_special=()).astype(np.uint16)
+    def encode(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(encodable(text), disallowed_special=()).astype("uint16")
 
     @functools.cached_property
     def token_table(self) -> tuple[bytes, ...]:

@@ -79,7 +79,9 @@ class TrainingConfig:
     noise_every: int = option(0, "log noise scale and alignment, from 32 sequences", unit="updates")
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="Machine")
-    dtype: Literal["auto", "fp32", "bf16"] = option("auto", "of the matmuls; weights and moments stay fp32")
+    dtype: Literal["auto", "fp32", "tf32", "bf16"] = option(
+        "auto", "of the matmuls; weights and moments stay fp32; tf32 on GPUs only"
+    )
     threads: int = option(0, "threads a process", unit="threads", shown="its share of the cores")
     compile: Literal["auto", "on", "off"] = option("auto", "torch.compile; auto = only where it pays")
     parallel: Literal["ddp", "fsdp"] = option(
@@ -89,7 +91,7 @@ class TrainingConfig:
         False, "keep a block's output only, and compute its inner activations again on the way back"
     )
     deterministic: bool = option(
-        False, "sum gradients in one fixed order, for the same bits from any number of processes; needs threads"
+        False, "the same bits from any number of processes, on a GPU too: sums in a fixed order; needs threads"
     )
     rank_timeout: int = option(
         600, "wait so long for another process of the run before it counts as lost", unit="seconds"

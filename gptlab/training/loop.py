@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from gptlab.data.batches import TrainingWindows, ValidationWindows
-from gptlab.device import ComputeConfig
+from gptlab.device import ComputeConfig, deterministic_or_refused
 from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
@@ -84,10 +84,11 @@ def train(
         if due(config.noise_every, step, False, first=True):
             noise = quick_noise(state, config, windows, world, compute)
         measure = due(config.dose_every, step, False, first=True)
-        done = update(
-            state, config, batches.of(step), world, compute,
-            measure_dose=measure, replayed=replayed.get(step + 1), stop=stop(),
-        )  # fmt: skip
+        with deterministic_or_refused():
+            done = update(
+                state, config, batches.of(step), world, compute,
+                measure_dose=measure, replayed=replayed.get(step + 1), stop=stop(),
+            )  # fmt: skip
         row = _train_row(state, config, done, time.perf_counter() - start, flops_per_token / (peak * world.size))
         yield Record("train", state.step, row | (noise or {}))
         if done.stop:
