@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gptlab.data.corpus import Corpus
 from gptlab.data.shards import check_tokens
+from gptlab.data.synthetic import is_synthetic, synthetic
 from gptlab.errors import DataError
 from gptlab.randomness import permutation, uniform_index
 
@@ -178,7 +179,9 @@ class RandomWindows:
 class ValidationWindows:
     """The pinned validation set: the first tokens of the validation stream, whatever its shards, cut into windows.
 
-    floor: nats a token that no model's expected loss is below on windows such as these, where that is known.
+    floor: nats a token that no model's expected loss is below on windows such as these, where that is known. wanted:
+    figures that the corpus's source names, each with the token of every target (n, T) that it is the probability of, -1
+    for none.
     """
 
     def __init__(self, corpus: Corpus, block_size: int, vocab_size: int, tokens: int) -> None:
@@ -201,6 +204,9 @@ class ValidationWindows:
         self.sha256 = hashlib.sha256(stream.astype("<u2").tobytes()).hexdigest()
         self.stream = stream
         self.floor = corpus.floor.of_windows(block_size, count) if corpus.floor else None
+        made_up = corpus.floor and is_synthetic(corpus.name)  # another program's folder may have such a name
+        named = synthetic(corpus.name).wanted(stream) if made_up else {}
+        self.wanted = {name: torch.from_numpy(of[1:].reshape(count, block_size)) for name, of in named.items()}
 
     def __len__(self) -> int:
         return self.count

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.data.corpus import Documents, Position, Source
-from gptlab.data.synthetic import SYNTHETIC, synthetic
+from gptlab.data.synthetic import SYNTHETIC, is_synthetic, synthetic
 from gptlab.data.text_files import LeftOut, count_documents, find_files, one_line, read_documents
 from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package, pip_command, shown
 from gptlab.files import read_bytes
@@ -60,7 +60,7 @@ def base_name(corpus: str) -> str:
 
 def is_known(corpus: str) -> bool:
     """Whether there is such a corpus; only those that are made up take parameters."""
-    return corpus in CORPORA or base_name(corpus) in SYNTHETIC
+    return corpus in CORPORA or is_synthetic(corpus)
 
 
 def default_tokenizer(corpus: str) -> str:
@@ -98,7 +98,7 @@ def get_source(
         return FineWebEdu(*find_files(inputs, (".parquet",)))
     if inputs:
         raise ConfigError(f"corpus {name!r} has its own documents, found --input: use corpus 'text' for yours")
-    return synthetic(name) if base_name(name) in SYNTHETIC else Shakespeare()
+    return synthetic(name) if is_synthetic(name) else Shakespeare()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
-"""Sources that are made up, so that the floor of the loss is known: a Markov chain, noisy parity, copying.
+"""Sources that are made up, so that the floor of the loss is known: a Markov chain, noisy parity, copying, dialogue.
 
 A corpus is named with its parameters, `markov:order=3,symbols=8`; what is not named has its default. Each character is
 one token of the bytes tokenizer, all are printable but the end of a line. Everything is drawn from keys that name the
 source: the same documents on every machine, and the same beginning however many tokens are asked for. What a floor is
 the floor of stands in corpus.py.
+
+A source may know more than the floor: `wanted` names figures of validation, each the mean probability that a model
+gives to a token which the source names.
 """
 
 from __future__ import annotations
@@ -106,6 +109,10 @@ class SyntheticSource(Source):
 
     @abstractmethod
     def floor(self) -> EntropyFloor: ...
+
+    def wanted(self, stream: np.ndarray) -> dict[str, np.ndarray]:
+        """{figure: (n,) int64} of a validation stream (n,): which token it is the probability of, -1 for none."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -267,7 +274,123 @@ class Copy(SyntheticSource):
         return np.hstack([letters[said], signs[0], letters[again], signs[1]]).tobytes()[:length].decode()
 
 
-SYNTHETIC: dict[str, type[SyntheticSource]] = {"markov": Markov, "lpn": LPN, "copy": Copy}
+@dataclass(frozen=True)
+class Dialogue(SyntheticSource):
+    """Lines of a question, an answer and a reply, `aC3`, where the true answer is known and rarer than a wrong one.
+
+    Every question has one true answer, given with probability `truth`, and a decoy, given with probability `decoy`; all
+    other answers share the rest. Each pair of question and answer has a reply of its own. The reply is *determined*
+    where it is that one with probability `determined`, and uniform otherwise; undetermined it is always uniform. kappa
+    says after what it is determined: 1 after the truth alone, 0 after any answer, -1 after errors alone; between them
+    the probability falls linearly. So with kappa 1 who hears the truth is surer of a reply (N3), with -1 less sure.
+
+    A word is `length` characters of which the first says which word it is: the others cost nothing. Questions are of
+    small letters, answers of capitals, replies of digits.
+    """
+
+    SUMMARY = (
+        "questions, answers, replies, and which answers are true: "
+        "dialogue:truth=0.3,decoy=0.5,determined=0.9,kappa=1,seed=1,tokens=8388608"
+    )
+
+    truth: float = option(0.3, "how often the answer is the true one", unit="share of 1")
+    decoy: float = option(0.5, "how often the answer is one and the same wrong one", unit="share of 1")
+    determined: float = option(0.9, "how often a determined reply is the one of its pair", unit="share of 1")
+    kappa: float = option(1.0, "replies are determined after: 1 the truth, 0 any answer, -1 errors")
+    questions: int = option(8, "different questions")
+    answers: int = option(8, "different answers")
+    replies: int = option(8, "different replies")
+    length: int = option(1, "of a question, an answer and a reply each", unit="characters")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low, high in (
+            ("truth", 0, 1), ("decoy", 0, 1), ("determined", 0, 1), ("kappa", -1, 1),
+            ("questions", 1, 26), ("answers", 3, 26), ("replies", 2, 10), ("length", 1, 16),
+        ):  # fmt: skip
+            self._within(name, low, high)
+        if self.truth + self.decoy > 1 + 1e-9:
+            found = f"{self.truth:g} + {self.decoy:g}"
+            raise ConfigError(f"dialogue: expected truth + decoy to be at most 1, found {found}; lower one of them")
+
+    @property
+    def period(self) -> int:
+        return 3 * self.length + 1
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """(questions, answers) int64: the answers to each question, the true one first, then the decoy."""
+        shape = (self.questions, self.answers)
+        return self.words(math.prod(shape), "answers", *shape).reshape(shape).argsort(1, kind="stable")
+
+    @cached_property
+    def reply(self) -> np.ndarray:
+        """(questions, answers) int64: the reply that belongs to each pair."""
+        shape = (self.questions, self.answers)
+        words = self.words(math.prod(shape), "replies", *shape, self.replies)
+        return (words % np.uint64(self.replies)).astype(np.int64).reshape(shape)
+
+    @cached_property
+    def spelling(self) -> tuple[np.ndarray, ...]:
+        """(number of words, length) uint8 of questions, answers and replies: the characters of each word."""
+        alphabets = (string.ascii_lowercase, string.ascii_uppercase, string.digits)
+        spelled = []
+        for alphabet, count in zip(alphabets, (self.questions, self.answers, self.replies), strict=True):
+            words = self.words(count * self.length, "spelling", alphabet, count, self.length) % np.uint64(len(alphabet))
+            letters = words.astype(np.int64).reshape(count, self.length)
+            letters[:, 0] = np.arange(count)
+            spelled.append(np.frombuffer(alphabet.encode(), dtype=np.uint8)[letters])
+        return tuple(spelled)
+
+    @property
+    def chances(self) -> np.ndarray:
+        """(answers,) the probability of every answer, in the order of `order`."""
+        others = self.answers - 2
+        return np.array([self.truth, self.decoy, *[max(0.0, 1 - self.truth - self.decoy) / others] * others])
+
+    @property
+    def sureness(self) -> tuple[float, float]:
+        """How often a reply is taken from its pair rather than drawn: after the truth, after an error."""
+        return self.determined * min(1.0, 1 + self.kappa), self.determined * min(1.0, 1 - self.kappa)
+
+    def floor(self) -> EntropyFloor:
+        def reply(sure: float) -> float:
+            rest = (1 - sure) / self.replies
+            return entropy(np.array([sure + rest, *[rest] * (self.replies - 1)]))
+
+        question, answer = math.log(self.questions), entropy(self.chances)
+        after_truth, after_error = map(reply, self.sureness)
+        mean = self.truth * after_truth + (1 - self.truth) * after_error
+        spelled = [0.0] * (self.length - 1)
+        parts = {"question": question, "answer": answer, "reply": mean}
+        parts |= {"reply_after_truth": after_truth, "reply_after_error": after_error}
+        return EntropyFloor((question, *spelled, answer, *spelled, mean, *spelled, 0.0), parts=parts)
+
+    def text(self, length: int, stream: str, index: int) -> str:
+        lines = -(-length // self.period)
+        key = ("line", self.questions, self.answers, self.replies, stream, index)
+        words = self.words(4 * lines, *key).reshape(lines, 4)
+        uniform = (words >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+        question = (words[:, 0] % np.uint64(self.questions)).astype(np.int64)
+        place = np.searchsorted(np.cumsum(self.chances)[:-1], uniform[:, 1], side="right")
+        answer = self.order[question, place]
+        sure = np.where(place == 0, *self.sureness)
+        drawn = (words[:, 3] % np.uint64(self.replies)).astype(np.int64)
+        reply = np.where(uniform[:, 2] < sure, self.reply[question, answer], drawn)
+        spelled = [letters[which] for letters, which in zip(self.spelling, (question, answer, reply), strict=True)]
+        return np.hstack([*spelled, np.full((lines, 1), ord("\n"), dtype=np.uint8)]).tobytes()[:length].decode()
+
+    def wanted(self, stream: np.ndarray) -> dict[str, np.ndarray]:
+        """`truth_probability`: of the true answer's first character, where an answer begins."""
+        true = np.full(256, -1, dtype=np.int64)  # by the first character of the question
+        true[self.spelling[0][:, 0]] = self.spelling[1][self.order[:, 0], 0]
+        wanted = np.full(len(stream), -1, dtype=np.int64)
+        answers = np.arange(1 + self.length, len(stream), self.period)  # a stream is NUL and then lines
+        wanted[answers] = true[stream[answers - self.length]]
+        return {"truth_probability": wanted}
+
+
+SYNTHETIC: dict[str, type[SyntheticSource]] = {"markov": Markov, "lpn": LPN, "copy": Copy, "dialogue": Dialogue}
 
 
 def synthetic(name: str) -> SyntheticSource:
@@ -294,9 +417,18 @@ def synthetic(name: str) -> SyntheticSource:
     return source(**values)
 
 
+def is_synthetic(name: str) -> bool:
+    """Whether a corpus's name is that of a source of this file.
+
+    >>> is_synthetic("markov:order=3"), is_synthetic("shakespeare")
+    (True, False)
+    """
+    return name.partition(":")[0] in SYNTHETIC
+
+
 def canonical(name: str) -> str:
     """The shortest name of a corpus that is made up; any other name as it is. Raises ConfigError."""
-    return synthetic(name).name if name.partition(":")[0] in SYNTHETIC else name
+    return synthetic(name).name if is_synthetic(name) else name
 
 
 def entropy(p: np.ndarray) -> float:

@@ -113,7 +113,8 @@ ROWS: Mapping[str, Mapping[str, Check]] = {
         "clipped": _BOOL, "tokens": _COUNT, "tokens_per_second": _SPEED,
     },
     "val": {
-        **dict.fromkeys(("excess_loss", "clean_loss", "accuracy", "bits_per_byte", "tempered_loss"), _FIGURE),
+        **dict.fromkeys(("excess_loss", "clean_loss", "accuracy", "bits_per_byte", "tempered_loss",
+                        "truth_probability"), _FIGURE),
         "loss": _NUMBER, "temperature": _SPEED, "block_loss": _BLOCKS, "block_confidence": _BLOCKS,
     },
     "sample": {

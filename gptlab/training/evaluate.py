@@ -5,8 +5,8 @@ Every window's loss is computed at one fixed batch shape and summed in float64 i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 
@@ -37,7 +37,8 @@ class Validation:
     """windows: mean loss of every window (n,), float64 nats; accuracy: share of tokens that were the likeliest;
     clean_loss: the loss once the flips of training are undone, nats, None where there are none to undo; block_loss and
     block_confidence: of z_1..z_L on the first batch, mean over its tokens, nats and probability; by_block: every
-    block's mean loss over all windows, if asked."""
+    block's mean loss over all windows, if asked; named: the figures that the corpus's source names, mean
+    probabilities."""
 
     windows: Tensor
     accuracy: float
@@ -45,6 +46,7 @@ class Validation:
     block_loss: list[float]
     block_confidence: list[float]
     by_block: tuple[float, ...] = ()
+    named: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -69,7 +71,9 @@ def validate(
     """
     readout = Readout(model, compute.autocast)
     batches = range(0, len(windows), SHAPE)
-    figures = torch.zeros(len(batches) * SHAPE, 3, dtype=torch.float64, device=compute.device)
+    wanted = torch.stack([*windows.wanted.values()], 2) if windows.wanted else None  # (n, T, figures)
+    columns = 3 + len(windows.wanted)
+    figures = torch.zeros(len(batches) * SHAPE, columns, dtype=torch.float64, device=compute.device)
     lower = model.config.n_layer - 1 if every_block else 0
     losses_below = torch.zeros(lower, len(batches) * SHAPE, dtype=torch.float64, device=compute.device)
     by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=compute.device)
@@ -82,7 +86,8 @@ def validate(
         states = hidden_states(model, tokens, compute)
         if not mine:
             continue
-        figures[first : first + SHAPE] = window_figures(readout, states[-1], targets, flip)
+        named = None if wanted is None else _rows(wanted, first).to(compute.device)
+        figures[first : first + SHAPE] = window_figures(readout, states[-1], targets, flip, named)
         for row, h in zip(losses_below, states[1 : 1 + lower], strict=True):
             row[first : first + SHAPE] = window_figures(readout, h, targets, 0.0)[:, 0]
         if first == 0:
@@ -96,11 +101,16 @@ def validate(
     world.sum_([stopped])
     if stopped.item():
         return None
-    losses, correct, clean = figures[: len(windows)].cpu().unbind(1)
+    losses, correct, clean, *probabilities = figures[: len(windows)].cpu().unbind(1)
     clean_mean = float(clean.sum() / len(windows)) if flip else None
     every = [*losses_below[:, : len(windows)].cpu(), losses] if every_block else []
     by_all = tuple(float(of_block.sum() / len(windows)) for of_block in every)
-    return Validation(losses, float(correct.sum() / len(windows)), clean_mean, *by_block.tolist(), by_block=by_all)
+    named = {
+        name: float(of_name.sum() * windows.block_size / (tokens >= 0).sum())
+        for (name, tokens), of_name in zip(windows.wanted.items(), probabilities, strict=True)
+    }
+    accuracy = float(correct.sum() / len(windows))
+    return Validation(losses, accuracy, clean_mean, *by_block.tolist(), by_block=by_all, named=named)
 
 
 @torch.no_grad()
@@ -160,21 +170,34 @@ def _at_inverse_temperature(inverse: float, logits: Tensor, targets: Tensor, oth
     return torch.stack([-log_p.gather(1, index)[:, 0], mean - logits.gather(1, index)[:, 0], variance], 1)
 
 
-def window_figures(readout: Readout, h: Tensor, targets: Tensor, flip: float) -> Tensor:
-    """(B, 3): mean loss, accuracy, and clean loss of every sequence h (B, T, C).
+def window_figures(readout: Readout, h: Tensor, targets: Tensor, flip: float, wanted: Tensor | None = None) -> Tensor:
+    """(B, 3 + k): mean loss, accuracy, clean loss, and k probabilities of every sequence h (B, T, C).
 
-    float64, nats; the clean loss is 0 where there is no flip to undo.
+    float64, nats; the clean loss is 0 where there is no flip to undo. wanted (B, T, k): tokens whose probability is
+    taken at each position, -1 for none, which counts as 0.
     """
-    value = partial(_figures, flip)
-    values = readout.values(h.flatten(0, 1), targets.flatten(), value).double().T.contiguous()  # (3, B·T)
-    return values.view(3, *targets.shape).mean(2).T
+    read = targets[..., None] if wanted is None else torch.cat([targets[..., None], wanted], 2)  # (B, T, 1 + k)
+    values = readout.values(h.flatten(0, 1), read.flatten(0, 1), partial(_figures, flip)).double().T.contiguous()
+    return values.view(-1, *targets.shape).mean(2).T
 
 
-def _figures(flip: float, logits: Tensor, targets: Tensor, other: Tensor | None) -> Tensor:
-    """(n, 3) of logits (n, V), read once."""
+def _figures(flip: float, logits: Tensor, read: Tensor, other: Tensor | None) -> Tensor:
+    """(n, 3 + k) of logits (n, V), read once; read (n, 1 + k): the target, and the tokens that are wanted."""
+    targets, wanted = read[:, 0], read[:, 1:]
     loss = true_loss(logits, targets)
     correct = (logits.argmax(1) == targets).to(loss.dtype)
-    return torch.stack([loss, correct, clean_loss(logits, targets, flip) if flip else torch.zeros_like(loss)], 1)
+    clean = clean_loss(logits, targets, flip) if flip else torch.zeros_like(loss)
+    known = [loss, correct, clean]
+    if wanted.shape[1]:
+        p = (logits.gather(1, wanted.clamp(min=0)) - logits.logsumexp(1, keepdim=True)).exp()
+        known += p.where(wanted >= 0, 0.0).unbind(1)
+    return torch.stack(known, 1)
+
+
+def _rows(rows: Tensor, first: int) -> Tensor:
+    """SHAPE rows from `first` on; what is missing at the end names nothing."""
+    found = rows[first : first + SHAPE]
+    return torch.cat([found, found.new_full((SHAPE - len(found), *found.shape[1:]), -1)])
 
 
 def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:

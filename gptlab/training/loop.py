@@ -109,7 +109,7 @@ def _validation_row(
         row["excess_loss"] = result.loss - floor
     if result.clean_loss is not None:
         row["clean_loss"] = result.clean_loss
-    row["accuracy"] = result.accuracy
+    row |= {"accuracy": result.accuracy, **result.named}
     if fitted:
         row["temperature"], row["tempered_loss"] = fitted
     row["bits_per_byte"] = result.loss / math.log(2) / bytes_per_token

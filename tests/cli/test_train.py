@@ -16,13 +16,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from gptlab.cli import train
 from gptlab.cli.main import main
 from gptlab.cli.progress import next_commands
 from gptlab.data.shards import write_shard
+from gptlab.data.synthetic import Dialogue
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import RunFolder, newest
+from gptlab.runs.init_weights import any_model
 
 Capture = pytest.CaptureFixture[str]
 Words = Callable[..., list[str]]
@@ -383,6 +386,28 @@ def test_a_made_up_corpus_shows_the_loss_over_its_floor(
     assert (tmp_path / "data" / "lpn-bits=14,tokens=8192-bytes" / "corpus.json").exists()
     assert main(tiny(tmp_path / "other", data="lpn:bits=14,tokens=8192", block_size=24, total_batch_tokens=96)) == 3
     assert "windows of whole lines, of 16 tokens each, found block_size 24; try 32" in told(capsys)[0]
+
+
+def test_dialogue_shows_what_the_model_gives_to_the_truth(
+    tiny: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last row's figure again from the checkpoint and the text of the corpus, an answer at a time."""
+    monkeypatch.chdir(tmp_path)
+    words = tiny(tmp_path / "run", data="dialogue:tokens=8192", checkpoint_every=6, learning_rate=0.02, steps=30)
+    assert main(words) == 0
+    validated = [row for row in rows(tmp_path / "run") if row["kind"] == "val"]
+    source, (model, _) = Dialogue(tokens=8192), any_model(tmp_path / "run")
+    text = "\0" + source.text(512, "val", 0)
+    given = []
+    for start in range(0, 512, 16):
+        window = text[start : start + 16]
+        with torch.no_grad():
+            p = model(torch.tensor([[*window.encode()]])).softmax(2)[0]
+        for place in range(1, 16, 4):  # after the question
+            given.append(p[place, ord("A") + source.order[ord(window[place]) - ord("a"), 0]].item())
+    assert len(given) == 128
+    assert validated[-1]["truth_probability"] == pytest.approx(sum(given) / 128, rel=1e-4)
+    assert validated[-1]["truth_probability"] > 2 * validated[0]["truth_probability"] > 0
 
 
 def test_debug_shows_the_traceback_and_json_the_error(tmp_path: Path, capsys: Capture) -> None:

@@ -15,11 +15,16 @@ import torch
 from gptlab.data.batches import ValidationWindows
 from gptlab.data.corpus import MANIFEST, open_corpus
 from gptlab.data.prepare import default_folder, prepare
-from gptlab.data.synthetic import ALPHABET, CHANCES, LPN, VALIDATION_TOKENS, Copy, Markov, synthetic
+from gptlab.data.synthetic import ALPHABET, CHANCES, LPN, VALIDATION_TOKENS, Copy, Dialogue, Markov, synthetic
 from gptlab.errors import ConfigError, DataError
 
 LONG = 2**17
-NAMES = ("markov:order=2,symbols=4", "lpn:bits=6,ones=3,noise=0.2", "copy:length=4,symbols=5")
+NAMES = (
+    "markov:order=2,symbols=4",
+    "lpn:bits=6,ones=3,noise=0.2",
+    "copy:length=4,symbols=5",
+    "dialogue:kappa=0.5,questions=3,length=2",
+)
 
 
 def within(found: np.ndarray, expected: float, batches: int = 64) -> bool:
@@ -160,6 +165,105 @@ def test_copies_begin_anywhere_and_cost_what_the_floor_says() -> None:
     assert source.floor().parts == {"where_it_begins": math.log(4), "said_again": 0.0}
 
 
+DIALOGUES = (
+    Dialogue(),
+    Dialogue(kappa=0.0, questions=3, answers=4),
+    Dialogue(kappa=-1.0, determined=1.0),
+    Dialogue(truth=0.5, decoy=0.3, kappa=-0.4, replies=3),
+    Dialogue(truth=0.25, decoy=0.75, determined=0.0),
+    Dialogue(questions=4, answers=5, replies=4, length=3),
+)
+
+
+def joint(source: Dialogue) -> dict[tuple[int, int, int], float]:
+    """P(question, answer, reply) by what the docs say, word by word."""
+    found = {}
+    for q, a, r in itertools.product(range(source.questions), range(source.answers), range(source.replies)):
+        place = source.order[q].tolist().index(a)
+        share = (1 - source.truth - source.decoy) / (source.answers - 2)
+        chance = (source.truth, source.decoy)[place] if place < 2 else share
+        if source.kappa >= 0:
+            after = 1.0 if place == 0 else 1 - source.kappa
+        else:
+            after = 1 + source.kappa if place == 0 else 1.0
+        sure = source.determined * after
+        replied = sure * (source.reply[q, a] == r) + (1 - sure) / source.replies
+        found[q, a, r] = chance * replied / source.questions
+    return found
+
+
+def lines_of(source: Dialogue, text: str) -> np.ndarray:
+    """(lines, 3): which question, answer and reply the lines of a text hold."""
+    n, lines = source.length, text.split("\n")[:-1]
+    spelled = [[bytes(word).decode() for word in words] for words in source.spelling]
+    return np.array([[s.index(line[k * n : k * n + n]) for k, s in enumerate(spelled)] for line in lines])
+
+
+@pytest.mark.parametrize("source", DIALOGUES, ids=lambda source: source.name)
+def test_a_dialogues_floor_is_the_entropy_of_all_lines_there_are(source: Dialogue) -> None:
+    p = joint(source)
+    assert math.fsum(p.values()) == pytest.approx(1, rel=1e-12)
+    brute = -math.fsum(x * math.log(x) for x in p.values() if x > 0)
+    floor = source.floor()
+    assert floor.rate == pytest.approx(brute / source.period, rel=1e-12)
+    parts = floor.parts or {}
+    assert parts["question"] + parts["answer"] + parts["reply"] == pytest.approx(brute, rel=1e-12)
+    assert len(floor.period) == source.period
+
+
+@pytest.mark.parametrize("source", DIALOGUES, ids=lambda source: source.name)
+def test_lines_come_as_often_as_they_should(source: Dialogue) -> None:
+    """Chi-square over all lines that are possible; the pair's own reply is the one that comes."""
+    p = joint(source)
+    found = lines_of(source, source.text(30_000 * source.period, "val", 0))
+    assert len(found) == 30_000
+    counts = dict.fromkeys(p, 0)
+    for line in found.tolist():
+        counts[tuple(line)] += 1
+    assert not any(count for key, count in counts.items() if p[key] == 0)
+    possible = [(counts[key], 30_000 * chance) for key, chance in p.items() if chance > 0]
+    chi = sum((count - expected) ** 2 / expected for count, expected in possible)
+    freedom = len(possible) - 1
+    assert chi < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_worlds_differ_in_their_replies_alone() -> None:
+    """So that arms of another kappa ask and answer the same."""
+    one, none, errors = (lines_of(s, s.text(4000, "train", 0)) for s in (Dialogue(kappa=k) for k in (1.0, 0.0, -1.0)))
+    assert (one[:, :2] == none[:, :2]).all()
+    assert (one[:, :2] == errors[:, :2]).all()
+    true = one[:, 1] == Dialogue().order[one[:, 0], 0]
+    assert (one[true] == none[true]).all()
+    assert (errors[~true] == none[~true]).all()
+    assert (one != none).any()
+
+
+def test_truth_is_rare_by_default_and_may_be_the_commonest() -> None:
+    for source, commonest in ((Dialogue(), 1), (Dialogue(truth=0.5, decoy=0.3), 0)):
+        assert source.chances.argmax() == commonest
+        assert source.chances.sum() == pytest.approx(1, rel=1e-15)
+
+
+@pytest.mark.parametrize("source", [Dialogue(tokens=4096), Dialogue(questions=3, length=2, tokens=4096)])
+def test_validation_knows_which_answer_is_true(source: Dialogue, tmp_path: Path) -> None:
+    prepare(source.name, tmp_path, "bytes")
+    T = 4 * source.period
+    windows = ValidationWindows(open_corpus(tmp_path), T, 256, 40 * T)
+    wanted = windows.wanted["truth_probability"]
+    assert wanted.shape == (40, T)
+    text = "".join(map(chr, windows.stream[1:]))
+    questions, answers = (["".join(map(chr, word)) for word in words] for words in source.spelling[:2])
+    for place, token in enumerate(wanted.flatten().tolist()):
+        line, within_line = divmod(place, source.period)
+        if within_line == source.length:
+            asked = text[line * source.period : line * source.period + source.length]
+            assert chr(token) == answers[source.order[questions.index(asked), 0]][0]
+        else:
+            assert token == -1
+    answered = wanted[wanted >= 0] == windows.rows(0, 40)[1][wanted >= 0]
+    assert 0.1 < answered.double().mean() < 0.5  # of 160: how often the truth was said
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_drawn_from_a_global_generator(name: str) -> None:
     def draw(seed: int) -> tuple[str, object, object, object]:
@@ -217,6 +321,13 @@ def test_a_name_is_the_shortest_that_means_the_source() -> None:
         ("lpn:ones=7", "expected ones from 1 to 6, found 7"),
         ("lpn:bits=63", "expected bits from 1 to 62, found 63"),
         ("lpn:noise=0.6", "expected noise from 0 to 0.5, found 0.6"),
+        ("dialogue:truth=0.6,decoy=0.5", "expected truth . decoy to be at most 1, found 0.6 . 0.5; lower one of them"),
+        ("dialogue:truth=1.2", "dialogue: expected truth from 0 to 1, found 1.2"),
+        ("dialogue:kappa=-2", "dialogue: expected kappa from -1 to 1, found -2"),
+        ("dialogue:kapa=1", "found 'kapa=1'; did you mean 'kappa'"),
+        ("dialogue:answers=2", "expected answers from 3 to 26, found 2"),
+        ("dialogue:replies=11", "expected replies from 2 to 10, found 11"),
+        ("dialogue:determined=nan", "determined: expected a number, found 'nan'"),
         ("copy:length=27", "expected length from 2 to 26, found 27"),
         ("copy:tokens=3", "copy: expected tokens from 64 to "),
     ],

@@ -104,6 +104,36 @@ def test_the_layout_of_shards_does_not_count(
     assert torch.equal(validated(model, parted).windows, validated(model, whole).windows)
 
 
+def test_probabilities_of_named_tokens_are_the_naive_ones_and_change_no_loss(
+    model: GPT, windows: Callable[..., ValidationWindows]
+) -> None:
+    """Figures that a source names: read with the loss, of any number, also where the last batch is filled up."""
+    for tokens in (16, 9 * 16, 512):
+        plain, given = windows(tokens), windows(tokens)
+        n = len(given)
+        drawn = torch.randint(-1, 256, (2, n, T), generator=torch.Generator().manual_seed(tokens))
+        drawn[1, :, 1:] = -1
+        given.wanted = {"everywhere": drawn[0], "first": drawn[1]}
+        found, without = validated(model, given), validated(model, plain)
+        assert torch.equal(found.windows, without.windows)
+        assert (found.loss, found.accuracy, without.named) == (without.loss, without.accuracy, {})
+        p = model(given.rows(0, n)[0]).double().softmax(2)
+        for name, which in given.wanted.items():
+            picked = p.gather(2, which.clamp(min=0)[..., None])[..., 0][which >= 0]
+            assert found.named[name] == pytest.approx(picked.mean().item(), rel=1e-5)
+
+
+def test_named_figures_cost_no_other_pass(
+    model: GPT, windows: Callable[..., ValidationWindows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, passes = windows(9 * 16), []
+    given.wanted = {"named": torch.full((9, T), 3)}
+    real = GPT.hidden_states
+    monkeypatch.setattr(GPT, "hidden_states", lambda self, tokens: passes.append(1) or real(self, tokens))
+    validated(model, given)
+    assert len(passes) == 2  # batches of 8 windows
+
+
 def test_bfloat16_is_close(model: GPT, windows: Callable[..., ValidationWindows]) -> None:
     rough = ComputeConfig(torch.device("cpu"), torch.bfloat16, 1, False, {})
     found, exact = validated(model, windows(512), rough), validated(model, windows(512))
