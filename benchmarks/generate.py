@@ -25,8 +25,8 @@ from gptlab.benchmark.ladder import Timing, interleave
 from gptlab.cli.arguments import Parser
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.device import DTYPES, Machine, choose_compute, keep_freed_memory
-from gptlab.interpret.decoder import Weights
 from gptlab.interpret.generate import Sampling, generate_batch
+from gptlab.model.decoder import Weights
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import to_huggingface
 

@@ -208,8 +208,8 @@ def _validation(opened: Opened, options: argparse.Namespace, display: Counter) -
 
 
 def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
-    from gptlab.interpret.decoder import Weights
     from gptlab.interpret.generate import Sampling, generate
+    from gptlab.model.decoder import Weights
     from gptlab.randomness import torch_generator
 
     @functools.cache

@@ -17,8 +17,8 @@ from gptlab.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from gptlab.cli.model import Opened
     from gptlab.data.tokenizers import Tokenizer
-    from gptlab.interpret.decoder import Weights
     from gptlab.interpret.generate import Step
+    from gptlab.model.decoder import Weights
     from gptlab.signals.tuned_lens import TunedLens
 
 SHADES = (51, 45, 39, 33, 63, 99, 135, 171, 207, 213)
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     options = _parse(argv)
 
     from gptlab.cli.model import open_model
-    from gptlab.interpret.decoder import Weights
+    from gptlab.model.decoder import Weights
 
     opened = open_model(options.checkpoint, options.device, options.dtype, tokenizer=options.tokenizer)
     prompt = opened.tokenizer.prompt(options.prompt)

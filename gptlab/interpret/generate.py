@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gptlab.data.tokenizers import Tokenizer
-from gptlab.interpret.decoder import Decoder, Weights
+from gptlab.model.decoder import Decoder, Weights
 from gptlab.model.gpt import GPT
 from gptlab.signals.tuned_lens import TunedLens
 

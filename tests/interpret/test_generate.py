@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError
-from gptlab.interpret.decoder import Decoder, Product, Weights
 from gptlab.interpret.generate import Sampling, Step, as_row, choose, generate, generate_batch
+from gptlab.model.decoder import Decoder, Product, Weights
 from gptlab.model.fast_cpu import replace_linears
 from gptlab.model.gpt import GPT, GPTConfig
 
@@ -141,7 +141,7 @@ def test_a_product_is_a_linear_layer_packed_or_not(
     dtype: torch.dtype, packs: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not packs:
-        monkeypatch.setattr("gptlab.interpret.decoder._packs", lambda weight: False)
+        monkeypatch.setattr("gptlab.model.decoder._packs", lambda weight: False)
     weight, bias, x = (torch.randn(*shape, generator=generator(7)) for shape in ((48, 64), (48,), (rows, 64)))
     found = Product(weight, bias, dtype)
     assert found.is_packed <= packs

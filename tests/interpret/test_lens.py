@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gptlab.data.tokenizers import get_tokenizer
-from gptlab.interpret.decoder import Decoder, Weights
 from gptlab.interpret.lens import as_json, curve, leave, look, summary
+from gptlab.model.decoder import Decoder, Weights
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.signals.tuned_lens import TunedLens
 

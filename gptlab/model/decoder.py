@@ -7,7 +7,7 @@ price is a copy of the weights. Where oneDNN is not there, products are PyTorch'
 costs ten microseconds whatever it does, its code and its numbers being pushed out of the caches by the weights that
 pass: so there are as few as can be.
 
-generate.py draws tokens with it, and decides when a block is sure enough.
+interpret/generate.py draws tokens with it, and decides when a block is sure enough.
 """
 
 from __future__ import annotations
