@@ -38,7 +38,8 @@ class Validation:
     clean_loss: the loss once the flips of training are undone, nats, None where there are none to undo; block_loss and
     block_confidence: of z_1..z_L on the first batch, mean over its tokens, nats and probability; by_block: every
     block's mean loss over all windows, if asked; named: the figures that the corpus's source names, mean
-    probabilities."""
+    probabilities; kept: this process's batches of the first `kept_windows` windows, as (batch, final hidden states
+    (n, C), targets (n,))."""
 
     windows: Tensor
     accuracy: float
@@ -47,6 +48,8 @@ class Validation:
     block_confidence: list[float]
     by_block: tuple[float, ...] = ()
     named: Mapping[str, float] = field(default_factory=dict)
+    kept: Sequence[tuple[int, Tensor, Tensor]] = ()
+    kept_windows: int = 0
 
     @property
     def loss(self) -> float:
@@ -63,11 +66,13 @@ def validate(
     flip: float = 0.0,
     *,
     every_block: bool = False,
+    keep: int = 0,
 ) -> Validation | None:
     """The validation of a model, on true targets; None where any rank was interrupted.
 
     flip: the share of its training targets that were flipped uniformly, for the clean loss. every_block: read each of
-    them everywhere, not on the first batch alone.
+    them everywhere, not on the first batch alone. keep: the final hidden states of the first so many tokens, for
+    `tempered`.
     """
     readout = Readout(model, compute.autocast)
     batches = range(0, len(windows), SHAPE)
@@ -77,6 +82,8 @@ def validate(
     lower = model.config.n_layer - 1 if every_block else 0
     losses_below = torch.zeros(lower, len(batches) * SHAPE, dtype=torch.float64, device=compute.device)
     by_block = torch.zeros(2, model.config.n_layer, dtype=torch.float64, device=compute.device)
+    kept: list[tuple[int, Tensor, Tensor]] = []
+    kept_windows = min(len(windows), max(1, keep // windows.block_size)) if keep else 0
     stop, sharded = False, blocks_are_sharded(model)
     for first, mine in share_of(batches, model, world):
         stop = stop or interrupted()
@@ -90,6 +97,9 @@ def validate(
         figures[first : first + SHAPE] = window_figures(readout, states[-1], targets, flip, named)
         for row, h in zip(losses_below, states[1 : 1 + lower], strict=True):
             row[first : first + SHAPE] = window_figures(readout, h, targets, 0.0)[:, 0]
+        if first < kept_windows:
+            rows = min(SHAPE, kept_windows - first)
+            kept.append((first // SHAPE, states[-1][:rows].flatten(0, 1).clone(), targets[:rows].flatten()))
         if first == 0:
             rows = min(SHAPE, len(windows))
             for j, h in enumerate(states[1:]):
@@ -110,37 +120,29 @@ def validate(
         for (name, tokens), of_name in zip(windows.wanted.items(), probabilities, strict=True)
     }
     accuracy = float(correct.sum() / len(windows))
-    return Validation(losses, accuracy, clean_mean, *by_block.tolist(), by_block=by_all, named=named)
+    return Validation(
+        losses, accuracy, clean_mean, *by_block.tolist(),
+        by_block=by_all, named=named, kept=kept, kept_windows=kept_windows,
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def tempered(
-    model: GPT, windows: ValidationWindows, world: World, compute: ComputeConfig, most: int = TEMPERED_TOKENS
-) -> tuple[float, float]:
+def tempered(model: GPT, validation: Validation, world: World, compute: ComputeConfig) -> tuple[float, float]:
     """The one temperature that suits the final logits best, and the loss in nats at it.
 
     One division undoes what a signal did to calibration alone; what is left was knowledge. Newton's method in 1/T,
-    where the loss is convex, over the first `most` tokens.
+    where the loss is convex, over the tokens whose hidden states the validation kept.
     """
     readout = Readout(model, compute.autocast)
-    count = max(1, min(len(windows), most // windows.block_size))
     inverse, loss = 1.0, float("inf")
-    batches = range(0, count, SHAPE)
-    read: list[tuple[int, Tensor, Tensor]] = []  # kept for every step: (batch, hidden states (n, C), targets (n,))
-    for k, mine in share_of(range(len(batches)), model, world):
-        first = batches[k]
-        rows = min(SHAPE, count - first)
-        tokens, targets = (t.to(compute.device) for t in windows.rows(first, SHAPE))
-        h = hidden_states(model, tokens, compute)[-1][:rows].flatten(0, 1)
-        if mine:
-            read.append((k, h.clone(), targets[:rows].flatten()))
     for _ in range(NEWTON_STEPS):
-        sums = torch.zeros(len(batches), 3, dtype=torch.float64, device=compute.device)
-        for k, h, y in read:
-            sums[k] = readout.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
+        sums = torch.zeros(-(-validation.kept_windows // SHAPE), 4, dtype=torch.float64, device=compute.device)
+        for batch, h, y in validation.kept:
+            sums[batch, :3] = readout.values(h, y, partial(_at_inverse_temperature, inverse)).double().sum(0)
+            sums[batch, 3] = len(y)
         world.sum_([sums])
         total = list(accumulate(sums))[-1]  # in the order of batches, whichever rank read them
-        loss, slope, curvature = (total / (count * windows.block_size)).tolist()
+        loss, slope, curvature = (total[:3] / total[3]).tolist()
         step = slope / max(curvature, 1e-12)
         if abs(step) < 1e-4 * inverse:
             break

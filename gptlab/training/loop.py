@@ -18,7 +18,7 @@ from gptlab.device import ComputeConfig, deterministic_or_refused
 from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.training.config import TrainingConfig
-from gptlab.training.evaluate import Validation, tempered, validate
+from gptlab.training.evaluate import TEMPERED_TOKENS, Validation, tempered, validate
 from gptlab.training.gradient_noise import quick_noise
 from gptlab.training.state import TrainingState
 from gptlab.training.step import MicroBatches, Update, update
@@ -65,12 +65,13 @@ def train(
     while True:
         step, last = state.step, state.step == config.steps
         if due(config.eval_every, step, last) and state.validated != step:
-            result = validate(state.model, validation, world, compute, stop, config.undoable_flip)
+            keep = TEMPERED_TOKENS if last else 0
+            result = validate(state.model, validation, world, compute, stop, config.undoable_flip, keep=keep)
             if result is None:
                 yield from checkpoint_and_stop()
                 return
             state.validated = step
-            fitted = tempered(state.model, validation, world, compute) if last else None
+            fitted = tempered(state.model, result, world, compute) if last else None
             yield Record("val", step, _validation_row(result, fitted, validation.floor, bytes_per_token))
         if due(config.sample_every, step, last) and state.sampled != step:
             state.sampled = step

@@ -16,7 +16,7 @@ from gptlab.data.shards import write_shard
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
-from gptlab.training.evaluate import tempered
+from gptlab.training.evaluate import tempered, validate
 
 HERE = ComputeConfig(torch.device("cpu"), None, 1, compile=False)
 
@@ -39,9 +39,17 @@ def model(sharpness: float) -> GPT:
     return built
 
 
+def fitted(built: GPT, windows: ValidationWindows) -> tuple[float, float]:
+    """Its temperature and the loss at it, over all windows."""
+    found = validate(built, windows, World(), HERE, keep=10**6)
+    assert found is not None
+    assert found.kept_windows == len(windows)
+    return tempered(built, found, World(), HERE)
+
+
 def test_it_is_the_minimum_over_one_division_of_all_logits(windows: ValidationWindows) -> None:
     sharp = model(60.0)
-    temperature, loss = tempered(sharp, windows, World(), HERE)
+    temperature, loss = fitted(sharp, windows)
     tokens, targets = windows.rows(0, len(windows))
     with torch.no_grad():
         logits = sharp(tokens).flatten(0, 1).double()
@@ -56,6 +64,6 @@ def test_it_is_the_minimum_over_one_division_of_all_logits(windows: ValidationWi
 
 
 def test_scaling_the_logits_scales_the_temperature_and_leaves_the_loss(windows: ValidationWindows) -> None:
-    once, twice = (tempered(model(s), windows, World(), HERE) for s in (20.0, 40.0))
+    once, twice = (fitted(model(s), windows) for s in (20.0, 40.0))
     assert twice[0] == pytest.approx(2 * once[0], rel=1e-3)
     assert twice[1] == pytest.approx(once[1], rel=1e-6)
