@@ -122,14 +122,17 @@ def longer_runs_of(arms: Arms, baselines: Mapping[str, str]) -> dict[str, str]:
 
 
 def cost_matched(
-    arm: str, baseline: str, longer: Sequence[str], runs: Arms, looks: Sequence[int] | None
+    arm: str, baseline: str, longer: Sequence[str], runs: Arms, looks: Sequence[int] | None, metric: str
 ) -> dict[str, dict[str, Any] | None]:
-    """`tempered`, `equal_flops` and `equal_time` of an arm: arm minus baseline in nats, paired by seed.
+    """`tempered`, `equal_flops` and `equal_time` of an arm: arm minus baseline in the metric, paired by seed.
 
-    Each is None where there is nothing to compare; else its difference, 95% interval and n, for equal cost also
-    `against`, the arm that cost as much, and `ratio`, its cost over this arm's.
+    Each is None where there is nothing to compare, `tempered` too for another metric than the loss; else its
+    difference, 95% interval and n, for equal cost also `against`, the arm that cost as much, and `ratio`, its cost over
+    this arm's.
     """
-    tempered = {name: {run.seed: run.tempered for run in runs.get(name, ())} for name in (arm, baseline)}
+    tempered = {
+        name: {run.seed: run.tempered for run in runs.get(name, ()) if metric == "loss"} for name in (arm, baseline)
+    }
     found: dict[str, dict[str, Any] | None] = {"tempered": _paired(tempered[arm], tempered[baseline], looks)}
     for name, cost in (("equal_flops", _flops), ("equal_time", lambda run: run.seconds)):
         found[name] = None
@@ -138,7 +141,8 @@ def cost_matched(
         nearest = min(ratios, key=lambda other: abs(ratios[other] - 1), default=None)
         if nearest is None or abs(ratios[nearest] - 1) > COST_TOLERANCE[name]:
             continue
-        last = {of: {run.seed: run.losses[max(run.losses)] for run in runs[of] if run.losses} for of in (arm, nearest)}
+        curves = {of: {run.seed: run.figures.get(metric) for run in runs[of]} for of in (arm, nearest)}
+        last = {of: {seed: curve[max(curve)] for seed, curve in found.items() if curve} for of, found in curves.items()}
         if paired := _paired(last[arm], last[nearest], looks):
             found[name] = {**paired, "against": nearest, "ratio": ratios[nearest]}
     return found

@@ -18,10 +18,11 @@ from gptlab.analysis.statistics import (
     paired_t,
 )
 from gptlab.errors import ConfigError, did_you_mean, shown
+from gptlab.runs.experiment_spec import Metric
 
 Seed = Hashable
 Losses = Mapping[str, Mapping[Any, float | None]]
-"""{arm: {seed: loss in nats}}; a run that ended without a finite loss is None, NaN or infinite."""
+"""{arm: {seed: loss, or another metric}}; a run that ended without a finite one is None, NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Design:
     controls: frozenset[str]
     signals: frozenset[str]
     doses: Mapping[str, float | None]
+    metric: Metric
 
     def level(self, alpha: float, look: int | None) -> float:
         """a_k(alpha) at a look; at the first one where none is reached yet."""
@@ -61,6 +63,7 @@ def declare(
     signals: Collection[str] | None,
     doses: Mapping[str, float | None] | None,
     groups: Mapping[str, Sequence[str]] | None,
+    metric: Metric,
 ) -> Design:
     """Check `compare`'s arguments against the arms that there are; raises ConfigError for what does not fit."""
     if not isinstance(losses, Mapping) or not all(isinstance(of_arm, Mapping) for of_arm in losses.values()):
@@ -79,7 +82,7 @@ def declare(
     if looks:
         check_looks(looks)
     if delta is not None and not (isinstance(delta, int | float) and 0 <= delta < math.inf):
-        raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
+        raise ConfigError(f"delta: expected a number in the metric's unit, at least 0, found {shown(delta)}")
     baselines = _baselines(list(losses), baseline, groups)
     all_controls = frozenset(controls) | frozenset(placebos.values())
     carriers = frozenset([*doses, *placebos] if signals is None else signals)
@@ -94,6 +97,7 @@ def declare(
         controls=all_controls & frozenset(baselines),
         signals=carriers - all_controls,
         doses=doses,
+        metric=metric,
     )
 
 
@@ -156,7 +160,7 @@ class Pairing:
 
     @property
     def differences(self) -> list[float]:
-        """Own minus other, nats, (n,)."""
+        """Own minus other, (n,)."""
         return [a - b for a, b in zip(self.own, self.other, strict=True)]
 
     @property

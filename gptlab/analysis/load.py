@@ -14,13 +14,14 @@ from typing import Any
 from gptlab.analysis.comparability import COMMON, TUNED, arm_of, cost_matched, longer_runs_of, own_options, undeclared
 from gptlab.analysis.run import SUFFIXES, Run, mean_dose, norm_ratio, passport, read_log, read_run
 from gptlab.analysis.verdict import compare
-from gptlab.errors import ConfigError, DataError
+from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
 from gptlab.runs.experiment_spec import FILE as EXPERIMENT
-from gptlab.runs.experiment_spec import experiment_from, flat_options, read_experiment
+from gptlab.runs.experiment_spec import Metric, experiment_from, flat_options, read_experiment
 from gptlab.runs.tuning import read_kept
 from gptlab.training.presets import PRESETS
 
+LOSS = Metric()
 CODED = {"patch", "signal.name", "also"}
 """Keys of an arm that may bring code of its own, which its runs record."""
 
@@ -44,10 +45,10 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """losses: {arm: {seed: loss at `step`}}, None where a run diverged; arguments: the rest of `compare`'s.
+    """losses: {arm: {seed: the metric at `step`}}, None where a run diverged; arguments: the rest of `compare`'s.
 
     changes: {arm: {option: [the baseline's, its own]}}; undeclared: differences that forbid to compare; notes: runs
-    left out, and why. curves: {arm: {seed: {step: validation loss}}}, runs: {arm: its finished runs, none of a log's},
+    left out, and why. curves: {arm: {seed: {step: the metric}}}, runs: {arm: its finished runs, none of a log's},
     both in the order of seeds. longer: {arm: baseline} of arms that are only a longer run of it.
     """
 
@@ -76,7 +77,7 @@ class Outcomes:
             found["changes"] = dict(self.changes.get(arm, {}))
             longer = [name for name, of in self.longer.items() if of == found["baseline"]]
             if all(max(run.losses) == self.step for run in self.runs.get(arm, ())):
-                found |= cost_matched(arm, found["baseline"], longer, self.runs, result["looks"])
+                found |= cost_matched(arm, found["baseline"], longer, self.runs, result["looks"], result["metric"])
             of_signal = {name for name, runs in self.runs.items() if any(run.has_signal for run in runs)}
             if arm in of_signal and found["baseline"] not in of_signal:
                 found["dose_of_baseline"] = self._norm_ratio(arm, found["baseline"])
@@ -90,26 +91,26 @@ class Outcomes:
 
 def read(
     sources: Sequence[str | Path], *, step: int | None = None, baseline: str | None = None,
-    seeds: Sequence[int] | None = None, until: float = math.inf,
+    seeds: Sequence[int] | None = None, metric: Metric = LOSS, until: float = math.inf,
 ) -> Outcomes:  # fmt: skip
     """The outcomes in one experiment folder, one log (.csv, .jsonl), or any number of run folders.
 
     step: by default the last at which every finished run was validated. baseline: an arm's name, or of single runs the
-    folder of one. seeds: those that count, of runs and logs; by default all that any arm has. until: when reading ends,
-    as for read_rows. Raises ConfigError, DataError or CheckpointError.
+    folder of one. seeds: those that count, of runs and logs; by default all that any arm has. metric: of runs and logs.
+    until: when reading ends, as for read_rows. Raises ConfigError, DataError or CheckpointError.
     """
     first = Path(sources[0])
     if len(sources) > 1 and (first.suffix in SUFFIXES or is_experiment(first)):
         raise ConfigError(f"expected {first} alone, found {len(sources)} sources; only single runs go together")
     if first.suffix in SUFFIXES:
-        return _of_log(first, step, baseline, seeds)
+        return _of_log(first, step, baseline, seeds, metric)
     if is_experiment(first):
         return _of_experiment(first, step, until)
     if not first.exists():
         raise ConfigError(f"expected a run, an experiment's folder or a log at {first}, found nothing; check the path")
     if first.is_file():
         raise ConfigError(f"{first}: expected a log that ends in {' or '.join((*SUFFIXES, SUFFIX))}, or a folder")
-    return _of_runs([read_run(path, until) for path in sources], step, baseline, seeds)
+    return _of_runs([read_run(path, until) for path in sources], step, baseline, seeds, metric)
 
 
 def is_experiment(path: Path) -> bool:
@@ -117,8 +118,10 @@ def is_experiment(path: Path) -> bool:
     return is_pack(path) or (path / EXPERIMENT).is_file()
 
 
-def _of_log(path: Path, step: int | None, baseline: str | None, seeds: Sequence[int] | None) -> Outcomes:
-    logged = read_log(path)
+def _of_log(
+    path: Path, step: int | None, baseline: str | None, seeds: Sequence[int] | None, metric: Metric
+) -> Outcomes:
+    logged = read_log(path, metric.name)
     every = [(arm, seed) for arm, found in logged.items() for seed in found]
     notes = [f"{arm}: seed {seed} was not declared" for arm, seed in every if seeds is not None and seed not in seeds]
     every = [(arm, seed) for arm, seed in every if seeds is None or seed in seeds]
@@ -131,7 +134,10 @@ def _of_log(path: Path, step: int | None, baseline: str | None, seeds: Sequence[
     for arm, seed in sorted(whole, key=lambda run: run[1]):
         curves[arm][seed] = logged[arm][seed]
     notes += [f"{arm}, seed {seed} has no finite loss" for arm, seed in every if (arm, seed) not in whole]
-    arguments = {"baseline": baseline, "seeds": _all_seeds(losses.values()) if seeds is None else seeds}
+    arguments = {
+        "baseline": baseline, "seeds": _all_seeds(losses.values()) if seeds is None else seeds,
+        "metric": metric.name, "better": metric.better,
+    }  # fmt: skip
     return Outcomes(path.stem, step, losses, arguments, notes=tuple(notes), curves=curves)
 
 
@@ -149,7 +155,9 @@ def _all_seeds(losses: Iterable[Iterable[int]]) -> list[int]:
     return sorted({seed for found in losses for seed in found})
 
 
-def _of_runs(runs: list[Run], step: int | None, baseline: str | None, seeds: Sequence[int] | None) -> Outcomes:
+def _of_runs(
+    runs: list[Run], step: int | None, baseline: str | None, seeds: Sequence[int] | None, metric: Metric
+) -> Outcomes:
     """Runs by themselves: equal options but for the seed make an arm; options of data and model must be equal."""
     notes = [f"{run.path}: seed {run.seed} was not declared" for run in runs if seeds and run.seed not in seeds]
     runs = [run for run in runs if not seeds or run.seed in seeds]
@@ -166,7 +174,7 @@ def _of_runs(runs: list[Run], step: int | None, baseline: str | None, seeds: Seq
         arms.setdefault(name, []).append(run)
     differ = frozenset(key for run in runs for key in own_options(run)) - COMMON | {"code"}
     declared = {arm: own_options(members[0]) for arm, members in arms.items()}
-    arguments = {"baseline": "baseline", "seeds": seeds}
+    arguments = {"baseline": "baseline", "seeds": seeds, "metric": metric.name, "better": metric.better}
     return _outcomes("runs", arms, declared, step, arguments, dict.fromkeys(arms, differ), Tuning(), notes)
 
 
@@ -189,7 +197,7 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
     arguments = {
         "baseline": experiment.baseline, "delta": experiment.delta, "looks": experiment.looks,
         "seeds": experiment.seeds, "planned": None if experiment.looks else len(experiment.seeds),
-        "groups": experiment.table.get("groups"),
+        "groups": experiment.table.get("groups"), "metric": experiment.metric.name, "better": experiment.metric.better,
     }  # fmt: skip
     common = flat_options(experiment.table.get("options", {}))
     declared = {arm: {**common, **own[arm]} for arm in arms}
@@ -220,9 +228,12 @@ def _outcomes(
     judged = {arm: members for arm, members in ended.items() if arm not in longer}
     if arguments["seeds"] is None:
         arguments["seeds"] = _all_seeds([run.seed for run in arms[arm]] for arm in judged)
-    step = _common_step({str(run.path): run.losses for of in judged.values() for run in of if run.finished}, step)
+    metric = arguments["metric"]
+    _check_metric(metric, [run for of in judged.values() for run in of if run.finished])
+    finished = {str(run.path): run.figures.get(metric, {}) for of in judged.values() for run in of if run.finished}
+    step = _common_step(finished, step)
     losses = {
-        arm: {run.seed: run.losses[step] if run.finished else None for run in members}
+        arm: {run.seed: run.figures[metric][step] if run.finished else None for run in members}
         for arm, members in judged.items()
     }
     differences: list[str] = []
@@ -253,11 +264,20 @@ def _outcomes(
         changes={arm: _changes(ended[arm], ended.get(baselines[arm], [])) for arm in arms if arm != baselines[arm]},
         undeclared=tuple(differences),
         notes=(*notes, *(f"{run.path} is at step {run.last_step} and has not finished" for run in left)),
-        curves={arm: {run.seed: run.losses for run in members} for arm, members in whole.items()},
+        curves={arm: {run.seed: run.figures.get(metric, {}) for run in members} for arm, members in whole.items()},
         runs=whole,
         longer=longer,
         tuning=tuning,
     )
+
+
+def _check_metric(metric: str, runs: Sequence[Run]) -> None:
+    """Raise ConfigError for a metric that no run has a figure of."""
+    known = sorted({name for run in runs for name in run.figures})
+    if known and metric not in known:
+        raise ConfigError(
+            f"metric: no figure {metric!r}{did_you_mean(metric, known)}; the runs have {', '.join(known)}"
+        )
 
 
 def _refuse_copies(arm: str, members: Sequence[Run]) -> None:

@@ -22,14 +22,16 @@ from gptlab.errors import DataError
 from gptlab.files import open_regular
 from gptlab.options import flatten
 from gptlab.parsing import is_count, parse_json
-from gptlab.runs.records import EVERY, Clock, Row, Source, path_of, read_config, read_environment, read_rows
+from gptlab.runs.records import EVERY, Clock, Row, Source, is_figure, path_of, read_config, read_environment, read_rows
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
 class Run:
-    """losses: validation loss by step, nats; ended: the last event row, if nothing came after it; doses: as measured.
+    """figures: {figure: {step: value}} of validations, `losses` one of them, nats; doses: as measured.
+
+    ended: the last event row, if nothing came after it.
 
     tempered: the last validation's loss at its best temperature; seconds: in updates, all sessions; source: of it all.
     norms: by step, of the signals' weighted gradient where it was measured; of a run without any, of the whole
@@ -39,7 +41,7 @@ class Run:
     path: Path
     config: Mapping[str, Any]
     environment: Mapping[str, Any]
-    losses: Mapping[int, float]
+    figures: Mapping[str, Mapping[int, float]]
     last_step: int
     ended: Mapping[str, Any] = field(default_factory=dict)
     doses: tuple[float, ...] = ()
@@ -48,6 +50,10 @@ class Run:
     seconds: float = 0.0
     source: Source = field(default="", repr=False)
     norms: Mapping[int, float] = field(default_factory=dict, repr=False)
+
+    @property
+    def losses(self) -> Mapping[int, float]:
+        return self.figures.get("loss", {})
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
@@ -86,7 +92,7 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
     Raises CheckpointError where there is none or it cannot be read.
     """
     config = read_config(source)
-    losses: dict[int, float] = {}
+    figures: dict[str, dict[int, float]] = {}
     doses: list[float] = []
     norms: dict[int, float] = {}
     norm = "grad_norm" if config["options"].get("signal.name", "none") == "none" else "signal_norm"
@@ -95,7 +101,10 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
         each(row)
         step = row["step"]
         if row["kind"] == "val":
-            losses[step], last = row["loss"], row
+            last = row
+            for name, value in row.items():
+                if name not in ("step", "kind") and is_figure(value):
+                    figures.setdefault(name, {})[step] = value
         elif row["kind"] == "train":
             clock.tick(row)
             doses += [row["dose"]] if row.get("dose") is not None else []
@@ -105,7 +114,7 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
     tempered, bits = last.get("tempered_loss"), last.get("bits_per_byte")
     environment = read_environment(source)
     return Run(
-        path_of(source), config, environment, losses, step, ended, tuple(doses), tempered, bits, clock.seconds, source,
+        path_of(source), config, environment, figures, step, ended, tuple(doses), tempered, bits, clock.seconds, source,
         norms,
     )  # fmt: skip
 
@@ -178,11 +187,11 @@ COLUMNS = ("step", "loss", "arm", "seed")
 SUFFIXES = (".csv", ".jsonl")
 
 Logged = dict[str, dict[int, dict[int, float]]]
-"""{arm: {seed: {step: loss in nats}}}"""
+"""{arm: {seed: {step: loss}}}"""
 
 
-def read_log(path: str | Path) -> Logged:
-    """What a log holds, arms in the order of their first rows; raises DataError naming the line that does not fit.
+def read_log(path: str | Path, metric: str = "loss") -> Logged:
+    """What a log holds of `metric`, arms in the order of first rows; raises DataError naming the line that is wrong.
 
     An empty loss, or one that is no finite number, is a run that diverged.
     """
@@ -191,7 +200,7 @@ def read_log(path: str | Path) -> Logged:
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
             for number, row in _rows(path, file):
-                arm, seed, step, loss = _typed(path, number, row)
+                arm, seed, step, loss = _typed(path, number, row, metric)
                 steps = found.setdefault(arm, {}).setdefault(seed, {})
                 if step in steps:
                     raise DataError(f"{path}, line {number}: {arm} with seed {seed} has a loss at step {step} already")
@@ -201,8 +210,12 @@ def read_log(path: str | Path) -> Logged:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected text in UTF-8: {error}") from None
     if not found:
-        raise DataError(f"{path}: expected rows with {', '.join(COLUMNS)}, found none")
+        raise DataError(f"{path}: expected rows with {', '.join(_columns(metric))}, found none")
     return found
+
+
+def _columns(metric: str) -> list[str]:
+    return [metric if column == "loss" else column for column in COLUMNS]
 
 
 def _rows(path: Path, file: Iterable[str]) -> Iterable[tuple[int, Mapping[str, Any]]]:
@@ -224,16 +237,17 @@ def _rows(path: Path, file: Iterable[str]) -> Iterable[tuple[int, Mapping[str, A
         yield number, row
 
 
-def _typed(path: Path, number: int, row: Mapping[str, Any]) -> tuple[str, int, int, float]:
-    if missing := [column for column in COLUMNS if column not in row]:
+def _typed(path: Path, number: int, row: Mapping[str, Any], metric: str) -> tuple[str, int, int, float]:
+    columns = _columns(metric)
+    if missing := [column for column in columns if column not in row]:
         have = ", ".join(map(str, row))
-        raise DataError(f"{path}, line {number}: expected {', '.join(COLUMNS)}, found no {missing[0]} among {have}")
+        raise DataError(f"{path}, line {number}: expected {', '.join(columns)}, found no {missing[0]} among {have}")
     try:
-        loss = float("nan") if row["loss"] in ("", None) else float(row["loss"])
+        loss = float("nan") if row[metric] in ("", None) else float(row[metric])
         seed, step = int(row["seed"]), int(row["step"])
         if is_count(seed) and is_count(step):
             return str(row["arm"]), seed, step, loss if math.isfinite(loss) else math.nan
     except (ValueError, TypeError, OverflowError):
         pass
-    shown = ", ".join(f"{column}={row[column]!r:.60}" for column in COLUMNS)
-    raise DataError(f"{path}, line {number}: expected numbers in step, loss and seed, found {shown}")
+    shown = ", ".join(f"{column}={row[column]!r:.60}" for column in columns)
+    raise DataError(f"{path}, line {number}: expected numbers in step, {metric} and seed, found {shown}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptlab.analysis.noise import THRESHOLDS, TRUE_LOSS
+from gptlab.runs.experiment_spec import Metric
 
 ALSO_SHOWN = {
     "placebo": "against its placebo",
@@ -47,12 +48,15 @@ VERDICT_COLUMNS: dict[str, Callable[[Any], str]] = {
 def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     """The verdicts, their reasons, other differences and the passports, where there are any."""
     arms = result["arms"]
-    title = f"{result['experiment']} at step {result['step']:,}: loss minus its baseline's, nats, paired by seed"
+    metric = Metric(result["metric"], result["better"])
+    unit = f", {metric.unit}" * bool(metric.unit)
+    what = f"{metric.label} minus its baseline's{unit}"
+    title = f"{result['experiment']} at step {result['step']:,}: {what}, paired by seed"
     marked = {name + (" (control)" if arm["control"] else ""): arm for name, arm in arms.items()}
     yield _table(title, "arm", marked, VERDICT_COLUMNS)
     yield _table("Why", "arm", arms, {"against": lambda arm: arm["baseline"], "reason": lambda arm: arm["reason"]})
     if any(arm.get(key) for arm in arms.values() for key in ALSO_SHOWN):
-        title = "At equal cost, and against the placebo: difference and 95% interval, nats"
+        title = f"At equal cost, and against the placebo: difference and 95% interval{unit}"
         rows = [(name, *(_difference(arm.get(key)) for key in ALSO_SHOWN)) for name, arm in arms.items()]
         yield Table(title, ("arm", *ALSO_SHOWN.values()), rows)
     if any("parameters" in arm["passport"] for arm in arms.values()):
@@ -111,7 +115,8 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     deviation = number(result["noise_floor"], ".4f")
     looks = f"; looks at {', '.join(map(str, result['looks']))} seeds" if result["looks"] else ""
     declared = NO_DELTA if result["delta"] is None else f"delta {result['delta']:g}"
-    lines = [f"{declared}; seed-to-seed SD of {result['baseline']}: {deviation}{looks}"]
+    judged = "" if result["metric"] == "loss" else f"{result['metric']} is judged: {result['better']} is better; "
+    lines = [f"{judged}{declared}; seed-to-seed SD of {result['baseline']}: {deviation}{looks}"]
     lines += [f"COMPARED DESPITE: {line}" for line in result["undeclared"]]
     return lines + [f"left out: {line}" for line in result["notes"]]
 

@@ -22,6 +22,7 @@ from gptlab.analysis.statistics import (
     spread,
     wilcoxon_p,
 )
+from gptlab.runs.experiment_spec import Metric
 
 LEAST_DOSE = 0.01
 TWO_SEED_FACTOR = 3.0
@@ -44,8 +45,10 @@ def compare(
     signals: Collection[str] | None = None,
     doses: Mapping[str, float | None] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
+    metric: str = "loss",
+    better: str | None = None,
 ) -> dict[str, Any]:
-    """The verdict on every arm, in the shape of `gptlab compare --json`. Losses and differences are in nats.
+    """The verdict on every arm, in the shape of `gptlab compare --json`. Losses may be any metric.
 
     Args:
         losses_by_arm_and_seed: {arm: {seed: loss}}; equal seeds pair. None or NaN is a run without a finite loss.
@@ -60,6 +63,8 @@ def compare(
             `placebos`.
         doses: {arm: mean dose, None where it was not measured}.
         groups: {group: [its baseline, its other arms...]} for arms that pair only within a group.
+        metric: what the losses are, a figure of val rows; delta and differences are in its unit.
+        better: "lower" or "higher"; by default what is known of the metric.
 
     Raises ConfigError for names or numbers that do not fit. Never gives NaN; None where a figure needs more seeds.
 
@@ -80,6 +85,7 @@ def compare(
         signals=signals,
         doses=doses,
         groups=groups,
+        metric=Metric.of(metric, better),
     )
     pairings = {arm: _pair(losses, design, arm, design.baselines[arm]) for arm in design.baselines}
     tests = step_down(design, {arm: pairing for arm, pairing in pairings.items() if arm not in design.controls})
@@ -92,6 +98,9 @@ def compare(
         "delta": design.delta,
         "looks": list(design.looks) if design.looks else None,
         "planned": planned,
+        "metric": metric,
+        "better": design.metric.better,
+        "unit": design.metric.unit,
         "arms": {arm: _arm(losses, design, arm, pairings[arm], tests[arm]) for arm in pairings},
     }
 
@@ -154,7 +163,7 @@ def _placebo(losses: Losses, design: Design, arm: str) -> dict[str, Any] | None:
 
 
 def _floor(losses: Losses, arm: str) -> float | None:
-    """How far seeds alone move an arm's loss: its standard deviation over seeds, nats."""
+    """How far seeds alone move an arm's loss: its standard deviation over seeds."""
     return spread([float(x) for x in losses[arm].values() if x is not None and finite(x)])
 
 
@@ -233,15 +242,16 @@ def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family
     if n == 2 and abs(test.mean) <= TWO_SEED_FACTOR * floor:
         chance = f"{abs(test.mean):.3g} is not above {TWO_SEED_FACTOR:g} times their own spread {floor:.3g}"
         return _undecided(f"two seeds can agree by chance: {chance}", _until(design, n, SEEDS_FOR_A_SPREAD))
-    if test.mean > 0:
-        return Decision("worse", f"{test.mean:.3g} above its baseline ({compared})")
+    side = "above" if test.mean > 0 else "below"
+    if test.mean * design.metric.sign > 0:
+        return Decision("worse", f"{abs(test.mean):.3g} {side} its baseline ({compared})")
     if not looks_normal(pairing.differences):
         flips = sign_flip_p(pairing.differences)
         compared += f"; its differences are skewed or heavy-tailed: p = {flips:.2g} over flips of their signs"
         if flips > in_family.level:
             return _undecided(compared, _more(design, pairing, in_family))
     open_rate = f"{n} clean seeds leave failure rates up to {failure_rate_bound(0, n):.0%} open"
-    better = Decision("better", f"{-test.mean:.3g} below its baseline ({compared}); {open_rate}")
+    better = Decision("better", f"{abs(test.mean):.3g} {side} its baseline ({compared}); {open_rate}")
     return _against_placebo(losses, design, arm, n, better) if arm in design.signals else better
 
 
@@ -303,7 +313,7 @@ def _listed(seeds: Sequence[Seed], most: int = 8) -> str:
 
 
 def _against_placebo(losses: Losses, design: Design, arm: str, n: int, better: Decision) -> Decision:
-    """The last condition of 'better', for a signal that lies below its baseline."""
+    """The last condition of 'better', for a signal that beats its baseline."""
     placebo = design.placebos.get(arm)
     if placebo is None:
         return _undecided(f"no placebo arm: {better.reason}, but so might a signal be that knows nothing", None)
@@ -314,9 +324,11 @@ def _against_placebo(losses: Losses, design: Design, arm: str, n: int, better: D
         return _undecided(f"not better than its placebo {placebo} yet: {missing}", n - pairing.n)
     level = design.level(ALPHA, pairing.look)
     compared = f"difference {test.mean:.3g}, p = {test.p:.2g}, threshold {level:.2g}"
-    if test.mean < 0 and test.p < level:
-        return Decision("better", f"{better.reason}, and below its placebo {placebo} ({compared})")
-    needed = power.seeds_for_difference(test.mean, test.deviation, level) if test.mean < 0 else None
+    beaten = test.mean * design.metric.sign < 0
+    if beaten and test.p < level:
+        side = "below" if test.mean < 0 else "above"
+        return Decision("better", f"{better.reason}, and {side} its placebo {placebo} ({compared})")
+    needed = power.seeds_for_difference(test.mean, test.deviation, level) if beaten else None
     return _undecided(f"not better than its placebo {placebo} ({compared})", _until(design, n, needed))
 
 

@@ -17,7 +17,7 @@ from gptlab.files import write_whole
 if TYPE_CHECKING:
     from gptlab.analysis.load import Outcomes
 
-DECLARED = ("baseline", "delta", "looks", "seeds", "placebo")
+DECLARED = ("baseline", "delta", "looks", "seeds", "placebo", "metric", "higher_is_better")
 """Options that an experiment's file declares for its own runs."""
 
 
@@ -64,11 +64,13 @@ def _parser() -> Parser:
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")
     own.add_argument("--baseline", metavar="ARM", help="an arm of a log, or one of the baseline's runs [baseline]")
-    delta = "the largest difference that does not matter, nats [none: only an exact 0 is no difference]"
+    delta = "the largest difference that does not matter [none: only an exact 0 is no difference]"
     own.add_argument("--delta", type=number, metavar="X", help=delta)
     own.add_argument("--looks", type=numbers, metavar="N,N,..", help="seeds at which looks were declared [none]")
     own.add_argument("--seeds", type=numbers, metavar="N,N,..", help="the seeds that count [all that any arm has]")
     own.add_argument("--placebo", action="append", default=[], metavar="ARM=PLACEBO", help="a log's placebo arms")
+    own.add_argument("--metric", metavar="NAME", help="what is judged: a column, or a figure of val rows [loss]")
+    own.add_argument("--higher_is_better", action="store_true", help="of it [known of the usual figures, else lower]")
     plan = parser.add_argument_group("Planning")
     plan.add_argument("--plan", action="store_true", help="how many seeds a question needs, instead of verdicts")
     plan.add_argument("--sigma", type=number, metavar="X", help="spread of paired differences, nats [the sources']")
@@ -91,14 +93,16 @@ def numbers(text: str) -> list[int]:
 
 def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
     from gptlab.analysis.load import EXPERIMENT, is_experiment, read
+    from gptlab.runs.experiment_spec import Metric
 
-    given = [name for name in DECLARED if getattr(options, name) not in (None, [])]
+    given = [name for name in DECLARED if getattr(options, name) not in (None, [], False)]
     if given and is_experiment(Path(options.sources[0])):
         raise UsageError(
             f"{options.sources[0]} declares its {given[0]} in its {EXPERIMENT}; after the runs it stands: leave "
             f"--{given[0]} out"
         )
-    outcomes = read(options.sources, step=options.step, baseline=options.baseline, seeds=options.seeds)
+    metric = Metric.of(options.metric or "loss", "higher" if options.higher_is_better else None, "lower")
+    outcomes = read(options.sources, step=options.step, baseline=options.baseline, seeds=options.seeds, metric=metric)
     if outcomes.undeclared and not options.despite:
         listed = "\n  ".join(outcomes.undeclared)
         raise ConfigError(

@@ -4,7 +4,9 @@ name = "1_noise"                      where it goes: log/<name>
 preset = "shakespeare-tiny"
 baseline = "baseline"                 an arm's name
 seeds = [1, 2, 3, 4, 5]               or: looks = [5, 10, 20], which are seeds 1..20
-delta = 0.01                          nats: the largest difference that does not matter
+delta = 0.01                          the largest difference that does not matter, in the metric's unit
+metric = "loss"                       what is judged: any figure of val rows; the default
+better = "lower"                      or "higher": which way it is better; known of the usual figures
 placebo_match = "gradient"            what placebos take of their arms: or "update", or "own", the default
 [options]                             for every arm
 steps = 700
@@ -51,7 +53,10 @@ FILE = "experiment.toml"
 TRIALS = ".tune"
 """The folder of an experiment's trials, in the experiment's own."""
 
-KEYS = ("name", "preset", "baseline", "seeds", "looks", "delta", "placebo_match", "options", "arms", "groups", "tune")
+KEYS = (
+    "name", "preset", "baseline", "seeds", "looks", "delta", "metric", "better", "placebo_match", "options", "arms",
+    "groups", "tune",
+)  # fmt: skip
 PLACEBO_MATCHES = ("own", "gradient", "update")
 TUNE_KEYS = ("seeds", "learning_rate", "dose")
 NOT_AN_ARMS = {
@@ -63,7 +68,7 @@ NOT_AN_ARMS = {
 """Options that an experiment sets itself, and what to do instead."""
 
 LARGEST_DELTA = 1e6
-"""Nats; a TOML integer may be larger than any float."""
+"""A TOML integer may be larger than any float."""
 
 NAMELESS = "experiment"
 """The name of a copy that has none."""
@@ -78,6 +83,45 @@ CLOSEST_FACTORS, LARGEST_FACTOR, MOST_FACTORS = 1.01, 1e6, 50
 """Of [tune]. Factors with a smaller ratio to the next one would be the same trial."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The figure of val rows that is judged. better: "lower" or "higher"; unit: "" where none is known."""
+
+    name: str = "loss"
+    better: str = "lower"
+
+    @classmethod
+    def of(cls, name: str = "loss", better: str | None = None, otherwise: str | None = None) -> Metric:
+        """better, else what is known of the figure, else `otherwise`; raises ConfigError where none of them says it."""
+        known = next((way for way, names in FIGURES.items() if name in names), otherwise)
+        if (better or known) not in FIGURES:
+            raise ConfigError(f'better: expected "lower" or "higher" for the metric {name!r}, found {shown(better)}')
+        return cls(name, better or known or "")
+
+    @property
+    def unit(self) -> str:
+        return next((names[self.name] for names in FIGURES.values() if self.name in names), "")
+
+    @property
+    def label(self) -> str:
+        return self.name.replace("_", " ")
+
+    @property
+    def sign(self) -> float:
+        """Of a change for the worse."""
+        return 1.0 if self.better == "lower" else -1.0
+
+
+FIGURES = {
+    "lower": {
+        **dict.fromkeys(("loss", "excess_loss", "clean_loss", "tempered_loss"), "nats"),
+        **dict.fromkeys(("bits_per_byte", "val_bpb", "bpb"), "bits a byte"), "perplexity": "",
+    },
+    "higher": {"accuracy": "share of tokens", "truth_probability": "probability"},
+}  # fmt: skip
+"""{which way it is better: {figure: its unit}} of val rows and of others' logs."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +179,8 @@ class Tune:
 @dataclass(frozen=True)
 class Experiment:
     """seeds: all that were declared, of looks those of the last one; delta: None where the file declares none;
-    table: the file's content; tune: [tune] of it; placebo_match: "own" where placebos are scaled on their own model.
+    table: the file's content; tune: [tune] of it; placebo_match: "own" where placebos are scaled on their own model;
+    metric: what is judged.
     """
 
     name: str
@@ -149,6 +194,7 @@ class Experiment:
     text: str = field(repr=False)
     tune: Tune | None = None
     placebo_match: str = "own"
+    metric: Metric = Metric()
 
     @cached_property
     def replayed(self) -> Mapping[str, str]:
@@ -259,10 +305,11 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
         _check_groups(groups, arms, baseline)
     delta = table.get("delta")
     if delta is not None and not (is_number(delta) and 0 <= delta <= LARGEST_DELTA):
-        raise ConfigError(f"delta: expected nats, at least 0, found {shown(delta)}")
-    nats, match = None if delta is None else float(delta), _text(table, "placebo_match", "own")
+        raise ConfigError(f"delta: expected a number in the metric's unit, at least 0, found {shown(delta)}")
+    delta, match = None if delta is None else float(delta), _text(table, "placebo_match", "own")
     _check_known("placebo_match: expected one of", match, PLACEBO_MATCHES)
-    found = Experiment(name, preset, baseline, seeds, looks, nats, arms, table, text, tune, match)
+    metric = Metric.of(_text(table, "metric", "loss"), _text(table, "better") if "better" in table else None)
+    found = Experiment(name, preset, baseline, seeds, looks, delta, arms, table, text, tune, match, metric)
     _check_replayed(found)
     return found
 

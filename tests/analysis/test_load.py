@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 
 from gptlab.analysis.load import Outcomes, read
+from gptlab.analysis.report.comparison import page
 from gptlab.analysis.run import count_parameters, read_run
+from gptlab.analysis.tables import tables
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.options import build, flatten
 from gptlab.runs.folder import RunFolder
@@ -310,6 +313,52 @@ def test_a_damaged_run_is_refused(experiment: Path, broken: Any, message: str) -
     broken(run)
     with pytest.raises(CheckpointError, match=message):
         read([run])
+
+
+def with_figure(folder: Path, name: str, values: dict[str, float]) -> None:
+    """Write a figure into the validations of an experiment's cells: `values` by arm, and the noise of the seed."""
+    for arm, value in values.items():
+        for file in (folder / arm).glob("seed_*/metrics.jsonl"):
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            figure = value + NOISE[int(file.parent.name[5:])] * value
+            rows = [{**row, name: figure} if row["kind"] == "val" else row for row in rows]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+GAINS = {"plain": 0.4, "sure": 0.55, "sure-placebo": 0.41, "faster": 0.3}
+DECLARED = {
+    "metric = 'truth_probability'": ("truth_probability", "probability"),
+    "metric = 'share_of_wins'\nbetter = 'higher'": ("share_of_wins", ""),
+}
+
+
+@pytest.mark.parametrize("declared", DECLARED)
+def test_the_declared_metric_is_what_is_judged(experiment: Path, declared: str) -> None:
+    name, unit = DECLARED[declared]
+    with_figure(experiment, name, GAINS)
+    (experiment / "experiment.toml").write_text(EXPERIMENT.replace("delta", f"{declared}\ndelta"))
+    outcomes = read([experiment])
+    result = outcomes.verdicts()
+    found = {arm: v["verdict"] for arm, v in result["arms"].items()}
+    assert found == {"sure": "better", "sure-placebo": "no difference", "faster": "worse"}
+    assert (result["metric"], result["better"], result["unit"]) == (name, "higher", unit)
+    assert result["arms"]["sure"]["difference"] == pytest.approx(0.15, abs=1e-3)
+    assert outcomes.curves["plain"][1] == {10: pytest.approx(0.4), 20: pytest.approx(0.4)}
+    title = next(tables(result)).title
+    assert f"{name.replace('_', ' ')} minus its baseline's{unit and ', ' + unit}, paired by seed" in title
+    drawn = page(outcomes, result, {})
+    assert f"Validation {name.replace('_', ' ')}" in drawn
+    assert "higher is better" in drawn
+    assert "nats" not in " ".join(re.findall("<figcaption>.*?</figcaption>", drawn))
+
+
+def test_a_metric_that_no_run_has_is_refused_with_those_that_there_are(experiment: Path) -> None:
+    with_figure(experiment, "accuracy", GAINS)
+    (experiment / "experiment.toml").write_text(
+        EXPERIMENT.replace("delta", "metric = 'acuracy'\nbetter='lower'\ndelta")
+    )
+    with pytest.raises(ConfigError, match=r"no figure 'acuracy'; .* 'accuracy'\?; the runs have accuracy, loss"):
+        read([experiment])
 
 
 ROWS = [(step, 3 - step / 100 + d + seed / 1000, arm, seed)

@@ -234,10 +234,10 @@ def test_what_cannot_be_seen_is_said_in_words() -> None:
     better = {"verdict": "better", "differences": [-0.1, -0.3], "difference": -0.2, "interval": [-0.4, 0.0]}
     undecided = {"verdict": "undecided", "differences": [], "difference": None, "interval": [None, None]}
     arms = {"a": {**better, "control": False}, "b": {**undecided, "control": False}}
-    label = Page(forest(arms, 0.01, "forest")).values("aria-label")
+    label = Page(forest(arms, 0.01, "forest", "loss minus the baseline's, nats")).values("aria-label")
     assert label == [
-        "Paired differences in nats, with a band of ±0.01: a, better: difference -0.2000, 95% interval -0.4000 to "
-        "+0.0000; b, undecided: no difference measured"
+        "Paired differences, loss minus the baseline's, nats, with a band of ±0.01: a, better: difference "
+        "-0.2000, 95% interval -0.4000 to +0.0000; b, undecided: no difference measured"
     ]
 
 

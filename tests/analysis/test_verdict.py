@@ -240,12 +240,35 @@ def test_seeds_are_in_the_order_of_numbers(seed: Any) -> None:
     assert compare(losses, looks=[5, 10])["arms"]["a"]["seeds"] == [seed(s) for s in range(1, 6)]
 
 
+METRICS = {"accuracy": None, "truth_probability": None, "a figure of a patch": "higher"}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", ["better", "worse", "within delta", "a signal below its placebo", "neither"])
+def test_where_higher_is_better_every_verdict_is_the_mirrored_one(case: str, metric: str) -> None:
+    losses, others, arguments, expected, *_ = CASES[case]
+    mirrored = {name: {s: -x for s, x in row.items()} for name, row in {**others, "baseline": BASELINE}.items()}
+    arms = {"baseline": mirrored.pop("baseline"), "tried": {s: -x for s, x in losses.items()}, **mirrored}
+    result = compare(arms, delta=0.01, **arguments, metric=metric, better=METRICS[metric])
+    found, as_loss = result["arms"]["tried"], verdict(losses, others, **arguments)
+    assert (result["metric"], result["better"]) == (metric, "higher")
+    assert (found["verdict"], found["p"], found["more_seeds"]) == (expected, as_loss["p"], as_loss["more_seeds"])
+    assert found["difference"] == -as_loss["difference"], "differences are as they were measured"
+    if expected in ("better", "worse"):
+        assert ("below" in found["reason"]) == ("above" in as_loss["reason"])
+
+
+def test_a_metric_whose_direction_nobody_knows_needs_one() -> None:
+    with pytest.raises(ConfigError, match='expected "lower" or "higher" for the metric \'mine\', found None'):
+        compare({"a": BASELINE, "b": BASELINE}, metric="mine")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"baseline": "basline"}, "no arm 'basline'; did you mean 'baseline'"),
         ({"placebos": {"tried": "plcebo"}}, "no arm 'plcebo'"),
-        ({"delta": float("nan")}, "expected nats, at least 0"),
+        ({"delta": float("nan")}, "expected a number in the metric's unit, at least 0"),
         ({"looks": [10, 5]}, "rising numbers of seeds"),
         ({"groups": {"g": ["baseline"]}}, "every arm in one group, found 'tried' in 0"),
         ({"groups": {"g": ["baseline", "tried"]}, "baseline": "tried"}, "first in its group"),

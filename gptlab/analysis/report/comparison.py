@@ -29,6 +29,7 @@ from gptlab.analysis.report.run import (
 from gptlab.analysis.report.theme import standalone
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import NO_DELTA, interval, number, tables
+from gptlab.runs.experiment_spec import Metric
 
 Histories = Mapping[str, Sequence[History]]
 """{arm: its runs' histories, in the order of seeds}; empty for a log."""
@@ -42,7 +43,19 @@ def write_comparison(outcomes: Outcomes, result: Mapping[str, Any], path: str | 
 
 def write_forest(result: Mapping[str, Any], path: str | Path) -> Path:
     """Write the paired differences of `result` as an SVG file of their own, and give its path; raises OSError."""
-    return write(path, standalone(forest(result["arms"], result["delta"], "forest"), stylesheet()))
+    return write(path, standalone(_forest(result), stylesheet()))
+
+
+def _forest(result: Mapping[str, Any]) -> str:
+    metric, unit = _metric(result)
+    what = f"{metric.label} minus the baseline's" + f", {unit}" * bool(unit)
+    return forest(result["arms"], result["delta"], "forest", what)
+
+
+def _metric(result: Mapping[str, Any]) -> tuple[Metric, str]:
+    """What is judged, and its unit on an axis."""
+    metric = Metric(result["metric"], result["better"])
+    return metric, "nats a token" if metric.unit == "nats" else metric.unit
 
 
 def page(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories) -> str:
@@ -54,7 +67,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
     """What the template comparison.html is filled with."""
     arms = _in_order(outcomes, result)
     first = next((runs[0] for arm in arms if (runs := outcomes.runs.get(arm))), None)
-    shown = ("step", "baseline", "delta", "looks", "noise_floor", "undeclared", "notes")
+    shown = ("step", "metric", "better", "unit", "baseline", "delta", "looks", "noise_floor", "undeclared", "notes")
     return {
         "title": result["experiment"],
         **{key: result[key] for key in shown},
@@ -69,7 +82,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
             }
             for arm, found in result["arms"].items()
         ],
-        "forest": Panel("Paired differences", forest(result["arms"], result["delta"], "forest")),
+        "forest": Panel("Paired differences", _forest(result)),
         "tables": [table for table in tables(result) if table.title != "Why"],
         "losses": list(_losses(outcomes, result, arms)),
         "blocks": [(arm, arm_class(arms.index(arm)), found) for arm, found in _blocks(arms, histories)],
@@ -94,7 +107,7 @@ def _in_order(outcomes: Outcomes, result: Mapping[str, Any]) -> list[str]:
 
 def _losses(outcomes: Outcomes, result: Mapping[str, Any], arms: list[str]) -> Iterator[Panel]:
     """For every baseline the losses of its arms over training, and their paired differences from it."""
-    families: dict[str, list[str]] = {}
+    (metric, unit), families = _metric(result), dict[str, list[str]]()
     for arm, found in result["arms"].items():
         families.setdefault(found["baseline"], []).append(arm)
     for i, (baseline, members) in enumerate(families.items()):
@@ -103,14 +116,14 @@ def _losses(outcomes: Outcomes, result: Mapping[str, Any], arms: list[str]) -> I
         lines = [_line(over_seeds(outcomes.curves[arm].values()), arms, arm) for arm in shown]
         legend = [(arm_class(arms.index(arm)), arm) for arm in shown]
         if drawn := _drawn(lines):
-            svg = curves(drawn, f"losses-{i}", "Validation loss", unit="nats a token")
-            yield Panel(f"Validation loss{which}", svg, legend, "mean ± one standard deviation over seeds")
+            svg = curves(drawn, f"losses-{i}", f"Validation {metric.label}", unit=unit)
+            yield Panel(f"Validation {metric.label}{which}", svg, legend, "mean ± one standard deviation over seeds")
         bands = {arm: _differences(outcomes, result, arm, baseline) for arm in members if arm in shown}
         if drawn := _drawn(_line(band, arms, arm) for arm, band in bands.items()):
-            what, delta = "Loss minus the baseline's, paired by seed", result["delta"]
-            svg = curves(drawn, f"differences-{i}", what, unit="nats a token", zero=True, within=delta)
+            what, delta = f"{metric.label.capitalize()} minus the baseline", result["delta"]
+            svg = curves(drawn, f"differences-{i}", f"{what}'s, paired by seed", unit=unit, zero=True, within=delta)
             note = "mean with its 95% interval at each step by itself" + (f"; grey: ±{delta:g}" if delta else "")
-            yield Panel(f"Loss minus the baseline’s{which}", svg, legend[1:], note)
+            yield Panel(f"{what}’s{which}", svg, legend[1:], note)
 
 
 def _differences(outcomes: Outcomes, result: Mapping[str, Any], arm: str, baseline: str) -> Band:

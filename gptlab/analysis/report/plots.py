@@ -94,8 +94,11 @@ def curves(
     return inline(figure, name, _describe(what, drawn, "step", ".0%" if share else ".4g"))
 
 
-def forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str) -> str:
-    """Paired differences of `compare`'s arms: a dot a seed, their mean with its interval, the band of ±delta if any."""
+def forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str, what: str) -> str:
+    """Paired differences of `compare`'s arms: a dot a seed, their mean with its interval, the band of ±delta if any.
+
+    what: is different, with its unit.
+    """
     figure, axes = blank(38 * len(arms) + 52, left=RIGHT, top=4)
     if delta is not None:
         axes.axvspan(-delta, delta, color=theme.MUTED, alpha=0.15, linewidth=0)
@@ -119,10 +122,10 @@ def forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("loss minus the baseline's, nats a token", color=theme.MUTED)
+    axes.set_xlabel(what, color=theme.MUTED)
     plain_scale(axes)
     band = "" if delta is None else f", with a band of ±{delta:g}"
-    return inline(figure, name, f"Paired differences in nats{band}: {'; '.join(words)}", texts)
+    return inline(figure, name, f"Paired differences, {what}{band}: {'; '.join(words)}", texts)
 
 
 def shortened(label: str, most: int = 40) -> str:
