@@ -104,10 +104,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened:
+    import torch
+
     from gptlab.cli.model import open_any
     from gptlab.device import Machine, choose_compute
     from gptlab.model.fast_cpu import install
     from gptlab.runs.init_weights import weights_digest
+    from gptlab.training.evaluate import hidden_states
     from gptlab.training.sharding import compile_blocks
 
     model, config, vocabulary = open_any(options.run, options.tokenizer)
@@ -122,9 +125,11 @@ def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened
     model.to(placement.device).eval()
     world.connect(placement.device)
     install(model, placement)
-    if options.compile != "off":
-        display.note(f"  compile {compile_blocks(model, placement)}")
     model.requires_grad_(False)
+    if options.compile != "off":
+        tokens = torch.zeros(2, model.config.block_size, dtype=torch.int64, device=placement.device)
+        once = functools.partial(hidden_states, model, tokens, placement)
+        display.note(f"  compile {compile_blocks(model, placement, once, dynamic=None)}")
     name = vocabulary.known.name if vocabulary.known else None
     identity = {"weights_sha256": digest, "dtype": placement.dtype_name, "tokenizer": name}
     return Opened(model, config, vocabulary, placement, world, identity)

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from gptlab.runs.init_weights import initial_model, jitter
 from gptlab.runs.records import read_config, replayed_norms
 from gptlab.signals.user import file_hash, without_folders
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
-from gptlab.training.loop import Record, train
+from gptlab.training.loop import Record, rehearse, train
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.sharding import compile_blocks, shard_blocks
 from gptlab.training.state import TrainingState
@@ -265,11 +266,11 @@ class Session:
         if config.init_jitter and not checkpoint_path:
             jitter(model, config.init_jitter, config.seed)
         model.to(compute.device)
-        self.compiled = compile_blocks(model, compute)
         self.sharded = config.parallel == "fsdp" and world.size > 1
         install(model, compute, copies=not self.sharded)
         if self.sharded:
             shard_blocks(model, world, compute)
+        self.compiled = compile_blocks(model, compute, partial(rehearse, model, config, world, compute))
         self.state = TrainingState(model, build_optimizer(model, config))
         self._saved = -1
         if checkpoint_path:

@@ -203,14 +203,14 @@ def products(
     a: Sequence[Gradients], b: Sequence[Gradients], parts: Sequence[int], metric: Gradients | None = None
 ) -> np.ndarray:
     """<a_x, b_y> over every part, (parts, K, K) float64."""
-    found = torch.zeros(max(parts) + 1, len(a), len(b), dtype=torch.float64)
+    found = torch.zeros(max(parts) + 1, len(a), len(b), dtype=torch.float64, device=a[0][0].device)
     for p, part in enumerate(parts):
         left = torch.stack([source[p].flatten() for source in a]).double()
         right = torch.stack([source[p].flatten() for source in b]).double()
         if metric is not None:
             left *= metric[p].flatten()
-        found[part] += (left @ right.T).cpu()
-    return found.numpy()
+        found[part] += left @ right.T
+    return found.cpu().numpy()
 
 
 def sums_over(

@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+import torch
+
 from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.device import ComputeConfig, deterministic_or_refused
 from gptlab.distributed import World
 from gptlab.errors import Stopped
+from gptlab.model.gpt import GPT
+from gptlab.training.block_loss import Batch, accumulate, active_signals
 from gptlab.training.config import TrainingConfig
-from gptlab.training.evaluate import TEMPERED_TOKENS, Validation, tempered, validate
+from gptlab.training.evaluate import SHAPE, TEMPERED_TOKENS, Validation, hidden_states, tempered, validate
 from gptlab.training.gradient_noise import quick_noise
 from gptlab.training.state import TrainingState
 from gptlab.training.step import MicroBatches, Update, update
@@ -94,6 +98,19 @@ def train(
         yield Record("train", state.step, row | (noise or {}))
         if done.stop:
             yield from checkpoint_and_stop()
+
+
+def rehearse(model: GPT, config: TrainingConfig, world: World, compute: ComputeConfig) -> None:
+    """The passes of an update's micro-batch, all signals among them, and of a validation batch, on tokens 0.
+
+    They leave gradients, and change nothing else.
+    """
+    T, device = config.block_size, compute.device
+    tokens = torch.zeros(config.micro_batch(world.size), T, dtype=torch.int64, device=device)
+    signals = active_signals(config.signals, [1.0] * len(config.signals))
+    batch = Batch(tokens, tokens, 0, config.seed, 0)
+    accumulate(model, batch, signals, compute.autocast, recompute=config.activation_checkpointing)
+    hidden_states(model, torch.zeros(SHAPE, T, dtype=torch.int64, device=device), compute)
 
 
 def due(every: int, step: int, last: bool, first: bool = False) -> bool:

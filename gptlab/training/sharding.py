@@ -9,7 +9,7 @@ Sharded tensors and blocks are recognised by what they can do, so that torch.dis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -17,12 +17,17 @@ from torch import Tensor
 
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
+from gptlab.errors import GptlabError
 from gptlab.model.gpt import GPT
 
 
-def compile_blocks(model: GPT, compute: ComputeConfig) -> str:
+def compile_blocks(
+    model: GPT, compute: ComputeConfig, rehearse: Callable[[], object], *, dynamic: bool | None = False
+) -> str:
     """Compile every block in place if `compute` asks for it; give what happened, in words.
 
+    rehearse: makes the passes to come, in their shapes and dtypes; a compiler that fails does so here, where blocks can
+    still run as they are. dynamic: as torch.compile's own; False compiles every shape by itself.
     A judged block's graph is gone through twice in the backward pass, so the compiled backward must not hand its
     buffers on: functorch's `donated_buffer` is off.
     """
@@ -33,13 +38,14 @@ def compile_blocks(model: GPT, compute: ComputeConfig) -> str:
 
         functorch.donated_buffer = False
         for block in dict.fromkeys(model.blocks):
-            block.compile()
-        x = torch.zeros(1, 2, model.config.n_embd, device=compute.device, requires_grad=True)
-        model.blocks[0](x).sum().backward()
+            block.compile(dynamic=dynamic)
+        rehearse()
+    except GptlabError:  # of a user's signal, not of the compiler
+        raise
     except Exception as error:  # a compiler's failures have no common type, and none may stop a run
         for block in model.blocks:
             block._compiled_call_impl = None
-        return f"eager: torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+        return f"eager: torch.compile failed ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
     finally:
         model.zero_grad(set_to_none=True)
     return f"compiled: {compute.reasons['compile']}"

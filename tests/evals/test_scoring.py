@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.evals.scoring import Request, Scorer
 from gptlab.model.gpt import GPT
+from gptlab.training.evaluate import hidden_states
 from gptlab.training.sharding import compile_blocks
 
 Naive = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
@@ -77,9 +79,10 @@ def test_a_compiled_model_scores_the_same(
     twin.load_state_dict(model.state_dict())
     for block in twin.blocks:
         compiled = block.compile
-        monkeypatch.setattr(block, "compile", lambda compiled=compiled: compiled(backend="eager"))
+        monkeypatch.setattr(block, "compile", partial(compiled, backend="eager"))
     placement = ComputeConfig(cpu.device, None, 1, True, {"compile": "as asked"})
-    assert compile_blocks(twin, placement) == "compiled: as asked"
+    rehearse = partial(hidden_states, twin, torch.zeros(2, 4, dtype=torch.int64), placement)
+    assert compile_blocks(twin, placement, rehearse, dynamic=None) == "compiled: as asked"
     asked = requests(4)
     found = Scorer(twin, placement, World(), batch_size=2, every_block=True)(asked)
     torch.testing.assert_close(found.loss, Scorer(model, cpu, World(), batch_size=2, every_block=True)(asked).loss)
