@@ -90,6 +90,11 @@ def shown(value: object, longest: int = 80) -> str:
     return shortened(text, longest)
 
 
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line and not at length."""
+    return shortened(" ".join(str(error).split()), 200) or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known word nearest to `word`, else an empty string.
 

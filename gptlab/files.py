@@ -181,18 +181,31 @@ def open_append(path: str | Path, *, error: type[GptlabError] = DataError) -> Bu
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         raise
     except (OSError, ValueError) as failure:
-        raise _not_to_append(path, _kind_at(path) or _reason(failure), error) from None
-    if not stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        found = _reason(failure)
+        with contextlib.suppress(OSError, ValueError):
+            found = kind_of(os.lstat(path).st_mode)
+    else:
+        if stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+            os.set_blocking(descriptor, True)
+            return os.fdopen(descriptor, "ab")
         os.close(descriptor)
-        raise _not_to_append(path, kind_of(mode), error)
-    os.set_blocking(descriptor, True)
-    return os.fdopen(descriptor, "ab")
+        found = kind_of(mode)
+    raise error(f"{path}: expected a regular file to append to, found {found}; remove it or give another")
 
 
 def open_new(path: str | Path) -> BufferedWriter:
     """A new empty file to write as it comes, in place of the file or link that stood there."""
     Path(path).unlink(missing_ok=True)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
+
+
+def flush(path: str | Path) -> None:
+    """Have what was written to a file, or into a folder, on disk before this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def take_lock(path: str | Path, *, wait: bool = False, error: type[GptlabError] = DataError) -> BufferedWriter | None:
@@ -299,18 +312,6 @@ def _remove_abandoned(path: Path) -> None:
                     debris.unlink()
                 finally:
                     os.close(descriptor)
-
-
-def _not_to_append(path: str | Path, found: str, error: type[GptlabError]) -> GptlabError:
-    return error(f"{path}: expected a regular file to append to, found {found}; remove it or give another")
-
-
-def _kind_at(path: str | Path) -> str | None:
-    """What stands at a path, in words; None for nothing."""
-    try:
-        return kind_of(os.lstat(path).st_mode)
-    except (OSError, ValueError):
-        return None
 
 
 def _reason(failure: OSError | ValueError) -> str:

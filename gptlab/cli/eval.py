@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,7 +71,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="gptlab eval",
         description="Score a model: loss on the pinned validation tokens, HellaSwag as build-nanogpt scores it, "
-        "LAMBADA, and any task of lm-evaluation-harness. Under torchrun, ranks share the work: `torchrun "
+        "LAMBADA, and tasks of lm-evaluation-harness. Under torchrun, ranks share the work: `torchrun "
         "--nproc_per_node=2 -m gptlab eval RUN`. Stopped, the same command resumes.",
     )
     add = parser.add_argument
@@ -152,7 +151,7 @@ def _score(name: str, opened: Opened, options: argparse.Namespace, display: Coun
         return {name: _rows(task, scorer, opened, options, display)}
     display.note(f"{name}: going through its requests")
     found = run_harness(
-        name.removeprefix(HARNESS), scorer, opened.vocabulary.tokenizer, _writer(opened),
+        name.removeprefix(HARNESS), scorer, opened.vocabulary.tokenizer,
         limit=options.limit, include_path=options.include_path,
     )  # fmt: skip
     return {HARNESS + task: _figures({}, blocks, options) for task, blocks in found.items()}
@@ -210,24 +209,6 @@ def _validation(opened: Opened, options: argparse.Namespace, display: Counter) -
     tokens = len(windows) * shape.block_size
     about = {"tokens": tokens, "validation_sha256": windows.sha256, "source": str(corpus.folder)}
     return _figures(about, blocks, options)
-
-
-def _writer(opened: Opened) -> Callable[[list[int], int, float], Iterator[int]]:
-    from gptlab.interpret.generate import Sampling, generate
-    from gptlab.model.decoder import Weights
-    from gptlab.randomness import torch_generator
-
-    @functools.cache
-    def weights() -> Weights:  # copied once, and only for a task in which the model writes
-        return Weights(opened.model)
-
-    def write(prompt: list[int], count: int, temperature: float) -> Iterator[int]:
-        generator = torch_generator("eval", 1)
-        sampling = Sampling(temperature=temperature)
-        steps = generate(weights(), prompt, count, sampling, vocab_size=opened.vocabulary.size, generator=generator)
-        return (step.token for step in steps)
-
-    return write
 
 
 def shown(figures: Mapping[str, Any]) -> str:

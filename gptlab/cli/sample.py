@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptlab.cli.arguments import Parser, at_least
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 SHADES = (51, 45, 39, 33, 63, 99, 135, 171, 207, 213)
 """Colours of blocks from the first to the last but one, of the terminal's 256: cyan over blue to pink."""
 PLAIN = "\033[0m"
-LEAVES_AT_ONCE = 1e-9
-"""A confidence that every block has."""
 
 
 def main(argv: list[str]) -> int:
@@ -38,41 +35,29 @@ def main(argv: list[str]) -> int:
     opened = open_model(options.checkpoint, options.device, options.dtype, tokenizer=options.tokenizer)
     prompt = opened.tokenizer.prompt(options.prompt)
     weights = Weights(opened.model, opened.placement.autocast)
-    early, clock = options.exit_confidence is not None, _Clock()
-    if early:
-        _warm_up(opened, weights, prompt, options)
     samples: list[list[Step]] = []
     for number, steps in _texts(opened, weights, prompt, options):
         samples.append(kept := [])
-        timed = clock.timed(steps, kept)
+        steps = _kept(steps, kept)
         if options.json:
-            list(timed)
+            list(steps)
         else:
-            _show(number, timed, prompt, opened, options)
-    exits = _saved(opened, weights, prompt, samples, clock.seconds, options) if early else {}
+            _show(number, steps, prompt, opened, options)
+    L, confidence = opened.model.config.n_layer, options.exit_confidence
+    exits = {} if confidence is None else _computed(samples, L, confidence)
     if options.json:
         found = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
         print(json.dumps({"samples": found, **exits}))
     elif exits:
-        print("\n" + legend(opened.model.config.n_layer, exits))
+        print("\n" + legend(L, exits["share_of_blocks"]))
     return 0
 
 
-class _Clock:
-    """Seconds in which steps were made: what is done with them meanwhile, such as printing, is not counted."""
-
-    seconds = 0.0
-
-    def timed(self, steps: Iterator[Step], kept: list[Step]) -> Iterator[Step]:
-        """The same steps, which are also added to `kept`."""
-        while True:
-            started = time.perf_counter()
-            step = next(steps, None)
-            self.seconds += time.perf_counter() - started
-            if step is None:
-                return
-            kept.append(step)
-            yield step
+def _kept(steps: Iterator[Step], kept: list[Step]) -> Iterator[Step]:
+    """The same steps, which are also added to `kept`."""
+    for step in steps:
+        kept.append(step)
+        yield step
 
 
 def _show(number: int, steps: Iterator[Step], prompt: list[int], opened: Opened, options: argparse.Namespace) -> None:
@@ -122,12 +107,14 @@ def _texts(
     """Every text with its number. Side by side, the first streams and the others come whole after it."""
     from functools import partial
 
-    from gptlab.interpret.generate import generate, generate_batch
+    from gptlab.interpret.generate import Sampling, generate, generate_batch
     from gptlab.randomness import torch_generator
 
     numbers = range(options.samples)
     generators = [torch_generator("sample", options.seed, n) for n in numbers]
-    how = _drawing(opened, options) | {
+    how: dict[str, Any] = {
+        "sampling": Sampling(options.temperature, options.top_k, options.top_p),
+        "vocab_size": opened.vocabulary.size,
         "end": None if options.ignore_end else opened.tokenizer.end_of_text,
         "show_blocks": options.show_blocks,
         "reader": _reader(opened, options),
@@ -150,16 +137,6 @@ def _texts(
     yield from ((n, iter(columns[n])) for n in numbers[1:])
 
 
-def _drawing(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
-    """How a token is drawn, whichever block it comes from."""
-    from gptlab.interpret.generate import Sampling
-
-    return {
-        "sampling": Sampling(options.temperature, options.top_k, options.top_p),
-        "vocab_size": opened.vocabulary.size,
-    }
-
-
 def _reader(opened: Opened, options: argparse.Namespace) -> TunedLens | None:
     """The reader that was asked for; raises CheckpointError where a tuned one is missing or another model's."""
     from gptlab.signals.tuned_lens import load, path_of
@@ -172,32 +149,10 @@ def _reader(opened: Opened, options: argparse.Namespace) -> TunedLens | None:
     return reader
 
 
-def _warm_up(opened: Opened, weights: Weights, prompt: list[int], options: argparse.Namespace) -> None:
-    """Write a little both ways, so that no first time, nor packing what skipped blocks need, counts for either."""
-    from gptlab.interpret.generate import generate
-
-    for confidence in (None, LEAVES_AT_ONCE):
-        list(generate(weights, prompt, 2, exit_confidence=confidence, **_drawing(opened, options)))
-
-
-def _saved(
-    opened: Opened, weights: Weights, prompt: list[int], samples: list[list[Step]], seconds: float,
-    options: argparse.Namespace,
-) -> dict[str, Any]:  # fmt: skip
-    """What early exit saved: the share of blocks computed, and the time the full model takes for as many tokens."""
-    from gptlab.interpret.generate import generate
-
-    clock = _Clock()
-    for steps in samples:
-        list(clock.timed(generate(weights, prompt, len(steps), **_drawing(opened, options)), []))
+def _computed(samples: list[list[Step]], L: int, confidence: float) -> dict[str, Any]:
+    """The share of blocks that early exit computed; None where nothing was written."""
     depths = [step.block for steps in samples for step in steps]
-    return {
-        "exit_confidence": options.exit_confidence,
-        "share_of_blocks": sum(depths) / (len(depths) * weights.config.n_layer) if depths else None,
-        "seconds": seconds,
-        "seconds_in_full": clock.seconds,
-        "gain": clock.seconds / seconds if depths else None,
-    }
+    return {"exit_confidence": confidence, "share_of_blocks": sum(depths) / (len(depths) * L) if depths else None}
 
 
 def _as_json(steps: list[Step], opened: Opened, *, show_blocks: bool) -> dict[str, Any]:
@@ -240,16 +195,13 @@ def colour(block: int, blocks: int | None) -> str:
     return f"\033[38;5;{SHADES[round((block - 1) / max(1, blocks - 2) * (len(SHADES) - 1))]}m"
 
 
-def legend(blocks: int, exits: Mapping[str, Any]) -> str:
-    """The colours of blocks, the share of them that was computed, and the time against the full model."""
-    if exits["share_of_blocks"] is None:
+def legend(blocks: int, share_of_blocks: float | None) -> str:
+    """The colours of blocks, and the share of them that was computed."""
+    if share_of_blocks is None:
         return "nothing was written"
     shades = (f"{colour(j, blocks)}{j}{PLAIN}" for j in range(1, blocks + 1))
     key = f"exit block {' '.join(shades)}; " if sys.stdout.isatty() else ""
-    return (
-        f"{key}{exits['share_of_blocks']:.1%} of the blocks computed; {exits['seconds']:.2f} s, "
-        f"the full model {exits['seconds_in_full']:.2f} s: {exits['gain']:.2f}x"
-    )
+    return f"{key}{share_of_blocks:.1%} of the blocks computed"
 
 
 def _shown(token: int, tokenizer: Tokenizer) -> str:

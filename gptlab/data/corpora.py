@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.data.corpus import Documents, Position, Source
 from gptlab.data.synthetic import SYNTHETIC, is_synthetic, synthetic
-from gptlab.data.text_files import LeftOut, count_documents, find_files, one_line, read_documents
-from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package, pip_command, shown
+from gptlab.data.text_files import LeftOut, count_documents, find_files, read_documents
+from gptlab.errors import ConfigError, DataError, did_you_mean, needs_package, one_line, pip_command, shown
 from gptlab.files import read_bytes
 from gptlab.randomness import key_bits
 
@@ -80,9 +80,8 @@ def get_source(
     text_field: where in the objects and rows of corpus `text` the text stands. skip_null: leave out those with a null.
     """
     if not is_known(name):
-        raise ConfigError(
-            f"expected a corpus of {', '.join(CORPORA)}, found {shown(name)}{did_you_mean(name, CORPORA)}"
-        )
+        hint = did_you_mean(name, CORPORA)
+        raise ConfigError(f"expected a corpus of {', '.join(CORPORA)}, found {shown(name)}{hint}")
     if not 0 < val_fraction < 1:
         raise ConfigError(f"expected val_fraction between 0 and 1, found {val_fraction}: 0.05 is usual")
     if name == "text":
@@ -91,9 +90,8 @@ def get_source(
         files, left_out = find_files(inputs, text_field=text_field)
         return TextFiles(files, val_fraction, text_field, skip_null, left_out)
     if text_field != "text" or skip_null:
-        raise ConfigError(
-            f"corpus {name!r} has its own documents, found --text_field or --skip_null: they are for 'text'"
-        )
+        options = "--text_field or --skip_null: they are for 'text'"
+        raise ConfigError(f"corpus {name!r} has its own documents, found {options}")
     if name == "fineweb-edu":
         return FineWebEdu(*find_files(inputs, (".parquet",)))
     if inputs:
@@ -159,8 +157,6 @@ class FineWebEdu(Source):
     def documents(self, stream: str, position: Position = None) -> Documents:
         if not self.files:
             return stream_documents(open_stream(FINEWEB_EDU, FINEWEB_EDU_CONFIG), position)
-        if isinstance(position, dict):  # a preparation that an earlier version began with `datasets`
-            return stream_documents(open_stream("parquet", data_files=self.files), position)
         return ((text, index + 1) for index, text, _ in _documents_from(position or 0, self.files, self._counts))
 
     def count(self) -> int | None:
@@ -186,10 +182,8 @@ def _documents_from(
         first += count
 
 
-def open_stream(
-    dataset: str, config: str | None = None, data_files: Sequence[Path] | None = None
-) -> datasets.IterableDataset:
-    """The `text` column of a dataset of parquet files on the Hugging Face hub, or of local `data_files`.
+def open_stream(dataset: str, config: str | None = None) -> datasets.IterableDataset:
+    """The `text` column of a dataset of parquet files on the Hugging Face hub.
 
     Nothing is downloaded ahead of reading. Raises DataError where `datasets` is missing or the dataset out of reach.
     """
@@ -197,11 +191,8 @@ def open_stream(
         import datasets
     except ImportError as error:
         raise DataError(needs_package(f"corpus '{dataset}'", "datasets")) from error
-    files = [str(file) for file in data_files] if data_files else None
-    try:
-        return datasets.load_dataset(
-            dataset, config, data_files=files, split="train", streaming=True, columns=["text"]
-        )  # columns: the others stay on the server
+    try:  # the other columns stay on the server
+        return datasets.load_dataset(dataset, config, split="train", streaming=True, columns=["text"])
     except Exception as error:  # the hub's client raises dozens of kinds, from several packages
         raise DataError(
             f"cannot open {dataset}: {one_line(error)}: a network is needed, or parquet files given with --input"
@@ -220,9 +211,8 @@ def stream_documents(dataset: datasets.IterableDataset, position: Position = Non
             try:
                 row = next(rows, None)
             except Exception as error:
-                raise DataError(
-                    f"the stream broke off: {one_line(error)}: run the same command again to resume"
-                ) from error
+                reason = one_line(error)
+                raise DataError(f"the stream broke off: {reason}: run the same command again to resume") from error
             if row is None:
                 return
             if not isinstance(row["text"], str):

@@ -38,7 +38,6 @@ TOKENIZER_FILE = "tokenizer.txt"  # in a folder of another program's shards: the
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.bin", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOREIGN_SHARD = re.compile(r"((?!\.).*_)?(train|val)(_\d{6})?(\.(?i:bin|npy))", re.DOTALL)
-_PART = re.compile(r"part_\d{5}_")
 UNKNOWN = "unknown"
 """The tokenizer of shards that name none and cannot be GPT-2's: they can be read and scored, not turned into text."""
 VOCABULARY_FILE = "meta.pkl"  # nanoGPT's, of its character-level sets; a pickle, which is never opened
@@ -213,9 +212,8 @@ class Corpus:
         """The corpus once it has that shard, or is complete; see `wait_for_shard`."""
         if self.complete or index < len(self.splits[split]):
             return self
-        return replace(
-            wait_for_shard(self.folder, split, index, alive=alive, timeout=timeout), _verified=self._verified
-        )
+        found = wait_for_shard(self.folder, split, index, alive=alive, timeout=timeout)
+        return replace(found, _verified=self._verified)
 
 
 def open_corpus(folder: str | Path) -> Corpus:
@@ -291,17 +289,14 @@ def wait_for_shard(
         if not running:
             raise DataError(f"{folder}: expected {split} shard {index}, but its preparation ended: start it again")
         if time.monotonic() > deadline:
-            raise DataError(
-                f"{folder}: expected {split} shard {index} within {timeout:g} seconds, found none: try later"
-            )
+            late = f"within {timeout:g} seconds, found none: try later"
+            raise DataError(f"{folder}: expected {split} shard {index} {late}")
         time.sleep(min(0.5, timeout / 10))
 
 
 def _open_ours(folder: Path, content: dict[str, Any]) -> Corpus:
-    train, val = (
-        tuple(ShardInfo(shard["file"], shard["tokens"], shard["sha256"]) for shard in content["splits"][split])
-        for split in SPLITS
-    )
+    shards = content["splits"]
+    train, val = (tuple(ShardInfo(one["file"], one["tokens"], one["sha256"]) for one in shards[key]) for key in SPLITS)
     for shard in (*train, *val):
         if (found := len(open_shard(folder / shard.name))) != shard.tokens:  # header and size; checksums in read()
             raise DataError(f"{folder / shard.name}: expected {shard.tokens} tokens, found {found}: prepare it again")
@@ -353,7 +348,7 @@ def _foreign_shards(folder: Path) -> dict[str, list[str]]:
     """
     sets: dict[str, list[re.Match[str]]] = {}
     for match in filter(None, map(_FOREIGN_SHARD.fullmatch, shard_names(folder))):
-        sets.setdefault(_PART.sub("part_", match[1] or ""), []).append(match)
+        sets.setdefault(match[1] or "", []).append(match)
     if {match[2] for match in sets.get("", ())} == set(SPLITS):
         sets = {"": sets[""]}
     if len(sets) > 1:

@@ -19,8 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gptlab.errors import DataError, shortened
-from gptlab.files import open_regular, writing
+from gptlab.errors import DataError, one_line, shortened
+from gptlab.files import flush, open_regular, writing
 
 MAGIC = 20240520
 VERSION = 1
@@ -70,11 +70,7 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         with writing(path) as file:
             for part in parts:
                 file.write(part)
-        folder = os.open(path.parent, os.O_RDONLY)  # a rename is an entry of the folder, which is data of its own
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        flush(path.parent)  # a rename is an entry of the folder, which is data of its own
     except OSError as error:
         raise DataError(
             f"cannot write {path.name} in {path.parent}: {error.strerror or error}: make room there, or choose "
@@ -131,9 +127,7 @@ def _open_bin(path: Path) -> np.ndarray:
         if not _NUMBERED.search(path.name.lower()) and (len(header) == 0 or header[0] != MAGIC):
             return _open_raw(path, file, size)
         if size < HEADER_BYTES:
-            raise DataError(
-                f"{path} is truncated: expected a header of {HEADER_BYTES} bytes, found {size} bytes in all"
-            )
+            raise DataError(f"{path} is truncated: expected a header of {HEADER_BYTES} bytes, found {size} bytes")
         if header[0] != MAGIC:
             raise DataError(f"{path} is no shard: expected magic number {MAGIC}, found {header[0]}")
         if header[1] != VERSION:
@@ -187,8 +181,7 @@ def _open_npy(path: Path) -> np.ndarray:
             warnings.simplefilter("error")  # a header may be of another time, or wrong in a way that Python warns of
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a header is a Python literal, and numpy lets pass what reading one may raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{path}: expected a whole .npy file of uint16 tokens, found: {reason}") from error
+        raise DataError(f"{path}: expected a whole .npy file of uint16 tokens, found: {one_line(error)}") from error
     if not isinstance(tokens, np.memmap) or tokens.dtype != TOKEN or tokens.ndim != 1:
         found = f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
         raise DataError(

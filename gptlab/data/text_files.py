@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gptlab.errors import DataError, needs_package, shortened, shown
+from gptlab.errors import DataError, needs_package, one_line, shortened, shown
 from gptlab.files import GB, KB, MB, kind_of, open_regular, read_bytes, size
 from gptlab.parsing import is_count, parse_json
 
@@ -543,8 +543,3 @@ def _pyarrow(file: Path) -> Any:
     except ImportError as error:
         raise DataError(needs_package(str(file), "pyarrow")) from error
     return pyarrow
-
-
-def one_line(error: BaseException) -> str:
-    """What another library's error says, on one line and not at length."""
-    return shortened(" ".join(str(error).split()), 200) or type(error).__name__

@@ -7,6 +7,7 @@ The rows of a test come from a local file, JSON lines or parquet as its content 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gptlab.data.tokenizers import Tokenizer
-from gptlab.errors import DataError, needs_package, shown
+from gptlab.errors import DataError, needs_package, one_line, shown
 from gptlab.evals.scoring import Request, Scorer, Scores
 from gptlab.files import MB, read_bytes, read_json, size, write_whole
 from gptlab.parsing import parse_json
@@ -213,22 +214,17 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         content = read_bytes(path, limit=LARGEST)
     except FileNotFoundError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path") from None
-    return _from_parquet(content, path) if content.startswith(PARQUET) else _from_lines(content, path)
+    if content.startswith(PARQUET):
+        return _from_parquet(content, path)
+    lines = ((number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip())
+    return [_object(line, f"{path}, line {number}") for number, line in lines]
 
 
-def _from_lines(content: bytes, path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found {shown(line)}")
-        rows.append(row)
-    return rows
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        if isinstance(row := parse_json(line), dict):
+            return row
+    raise DataError(f"{where}: expected a JSON object, found {shown(line)}")
 
 
 def _from_parquet(content: bytes, path: Path) -> list[dict[str, Any]]:
@@ -244,7 +240,7 @@ def _from_parquet(content: bytes, path: Path) -> list[dict[str, Any]]:
                 raise DataError(f"{path}: expected rows of at most {size(LARGEST)}, found more; is it the test's file?")
             rows += batch.to_pylist()
     except (ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} is no parquet file that can be read: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} is no parquet file that can be read: {one_line(error)}") from None
     return rows
 
 
@@ -256,5 +252,4 @@ def _from_hub(dataset: str, split: str, option: str) -> list[dict[str, Any]]:
     try:
         return [dict(row) for row in datasets.load_dataset(dataset, split=split)]
     except Exception as error:  # datasets, its hub client and the network have no common kind
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise DataError(f"cannot load {dataset} ({split}): {reason[:160]}; give a file with {option} FILE") from None
+        raise DataError(f"cannot load {dataset} ({split}): {one_line(error)}; give a file with {option} FILE") from None

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gptlab.distributed import World
 from gptlab.errors import CheckpointError
-from gptlab.files import open_regular, read_bytes, read_json, write_whole
+from gptlab.files import flush, open_regular, read_bytes, read_json, write_whole
 from gptlab.model.gpt import GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.parsing import is_count, is_number, parse_json
@@ -120,12 +120,12 @@ def seal(building: Path, state: Mapping[str, Any]) -> Path:
     manifest["sha256"] = hashlib.sha256(_canonical(manifest).encode()).hexdigest()
     write_whole(building / MANIFEST, _canonical(manifest))
     for name in (*names, MANIFEST):
-        _flush(building / name)
-    _flush(building)
+        flush(building / name)
+    flush(building)
     if target.exists():  # a damaged one that training fell back from
         _discard(target)
     building.rename(target)
-    _flush(checkpoints)
+    flush(checkpoints)
     saved = complete(checkpoints)
     at = saved.index(target)
     for stale in saved[:at] + saved[at + KEPT :]:
@@ -261,14 +261,6 @@ def _fingerprint(path: Path, hash_if_bytes: object = None) -> dict[str, Any]:
         if hash_if_bytes not in (None, size):
             return {"bytes": size}
         return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _discard(folder: Path) -> None:
