@@ -168,7 +168,7 @@ GUARDS = (
     Guard("a tuned lens has the model's shape", "signals/tuned_lens.py",
           "if lens.weight.shape != (L - 1, C, C) or lens.bias.shape != (L - 1, C):", "if False:",
           ("tests/signals/test_tuned_lens.py::test_a_lens_of_another_shape_is_refused_whatever_weights_it_names",)),
-    Guard("JSON and TOML are not nested without end", "parsing.py",
+    Guard("JSON and TOML are not nested without end", "files.py",
           '        if not level:\n            return value\n    raise ValueError("nested too deeply")',
           "        pass\n    return value", (DEEP,)),
     Guard("a state is well formed, whoever signed it", "runs/checkpoint.py",

@@ -19,9 +19,8 @@ from typing import Any
 from gptlab.data.prepare import known_tokens
 from gptlab.data.tokenizers import TOKENIZERS
 from gptlab.errors import DataError
-from gptlab.files import open_regular
+from gptlab.files import is_count, open_regular, parse_json
 from gptlab.options import flatten
-from gptlab.parsing import is_count, parse_json
 from gptlab.runs.records import EVERY, Clock, Row, Source, is_figure, path_of, read_config, read_environment, read_rows
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import gptlab
 from gptlab.cli.arguments import Parser
 from gptlab.errors import CheckpointError, ConfigError, DataError, UsageError
-from gptlab.parsing import is_number
+from gptlab.files import is_number
 
 if TYPE_CHECKING:
     from gptlab.data.corpus import Corpus

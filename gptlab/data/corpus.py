@@ -22,8 +22,7 @@ from gptlab.data.shards import ShardInfo, open_shard, sha256_of
 from gptlab.data.text_files import LeftOut
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import ConfigError, DataError, shortened, shown
-from gptlab.files import GB, read_bytes, read_text
-from gptlab.parsing import is_count, parse_json
+from gptlab.files import GB, is_count, parse_json, read_bytes, read_text
 
 Position = Any  # JSON-able; None is the beginning
 Documents = Generator[tuple[str, Position], None, None]

@@ -27,8 +27,7 @@ from gptlab.data.tokenizers import (
     visible_bytes,
 )
 from gptlab.errors import DataError, needs_package, shortened, shown
-from gptlab.files import MB, read_bytes, write_whole
-from gptlab.parsing import is_count, parse_json
+from gptlab.files import MB, is_count, parse_json, read_bytes, write_whole
 
 WHOLE, SETTINGS, SPECIAL, ADDED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptlab.errors import DataError, needs_package, one_line, shortened, shown
-from gptlab.files import GB, KB, MB, kind_of, open_regular, read_bytes, size
-from gptlab.parsing import is_count, parse_json
+from gptlab.files import GB, KB, MB, is_count, kind_of, open_regular, parse_json, read_bytes, size
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = {".gz": ("",), ".zst": ("", ".gz")}

@@ -22,8 +22,7 @@ from torch import Tensor
 from gptlab.data.tokenizers import Tokenizer
 from gptlab.errors import DataError, needs_package, one_line, shown
 from gptlab.evals.scoring import Request, Scorer, Scores
-from gptlab.files import MB, read_bytes, read_json, size, write_whole
-from gptlab.parsing import parse_json
+from gptlab.files import MB, parse_json, read_bytes, read_json, size, write_whole
 
 HELLASWAG, LAMBADA = ("Rowan/hellaswag", "validation"), ("EleutherAI/lambada_openai", "test")
 """Where the package datasets finds them, and the split."""

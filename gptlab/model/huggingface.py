@@ -24,10 +24,9 @@ from torch import Tensor
 
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import CheckpointError, DataError, UsageError, needs_package, shown
-from gptlab.files import open_regular, read_json, write_whole
+from gptlab.files import is_count, open_regular, read_json, write_whole
 from gptlab.model.gpt import GPT
 from gptlab.model.weights import CONV1D, HEAD, checked_config, load_pickled, named, shapes, with_weights
-from gptlab.parsing import is_count
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel

@@ -19,8 +19,7 @@ from typing import Any
 
 from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError, ConfigError, shown
-from gptlab.files import MB, read_bytes, refuse_links, write_whole
-from gptlab.parsing import parse_json, parse_toml
+from gptlab.files import MB, parse_json, parse_toml, read_bytes, refuse_links, write_whole
 from gptlab.runs.cells import ENDED, RESULTS, Cell, Results, Rows, cells_of, is_sha256
 from gptlab.runs.experiment_spec import FILE, Experiment
 from gptlab.runs.records import (

@@ -31,10 +31,9 @@ from torch import Tensor
 
 from gptlab.distributed import World
 from gptlab.errors import CheckpointError
-from gptlab.files import flush, open_regular, read_bytes, read_json, write_whole
+from gptlab.files import flush, is_count, is_number, open_regular, parse_json, read_bytes, read_json, write_whole
 from gptlab.model.gpt import GPTConfig
 from gptlab.model.weights import check_moments, check_stored
-from gptlab.parsing import is_count, is_number, parse_json
 from gptlab.training.state import TrainingState
 
 WEIGHTS, MOMENTS, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"

@@ -39,9 +39,8 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError, did_you_mean, shown
-from gptlab.files import MB, read_text
+from gptlab.files import MB, is_count, is_number, parse_toml, read_text
 from gptlab.options import LARGEST_SIZES, build, check_size, flatten, flatten_table, options_of, table_options, typed
-from gptlab.parsing import is_count, is_number, parse_toml
 from gptlab.processes import package
 from gptlab.signals.user import next_to
 from gptlab.training.config import TrainingConfig

@@ -34,7 +34,7 @@ def model_of(run: str | Path) -> tuple[GPT, TrainingConfig]:
 def model_in(found: checkpoint.Checkpoint) -> tuple[GPT, TrainingConfig]:
     """The model of a loaded checkpoint and the config it was trained with."""
     config = _config(found)
-    model = GPT(_shape(config))
+    model = GPT(config.shape)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(found.weights[name])
@@ -51,7 +51,7 @@ def any_state(source: str | Path) -> tuple[TrainingState, TrainingConfig | None]
         return TrainingState(model, build_optimizer(model, TrainingConfig())), None
     found = _stored(source)
     config = _config(found)
-    model = GPT(_shape(config))
+    model = GPT(config.shape)
     state = TrainingState(model, build_optimizer(model, config))
     state.restore(found.weights, found.moments, found.state["scalars"])
     return state, config
@@ -79,15 +79,9 @@ def _config(found: checkpoint.Checkpoint) -> TrainingConfig:
         config: TrainingConfig = recorded(TrainingConfig, options)
     except ConfigError as error:
         raise CheckpointError(f"{found.folder / checkpoint.STATE} has no options of this version: {error}") from None
-    check_stored(_shape(config), found.weights, found.folder / checkpoint.WEIGHTS)
+    check_stored(config.shape, found.weights, found.folder / checkpoint.WEIGHTS)
     check_moments(found.weights, found.moments, found.folder / checkpoint.MOMENTS)
     return config
-
-
-def _shape(config: TrainingConfig) -> GPTConfig:
-    return GPTConfig(
-        config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.share_blocks
-    )
 
 
 def any_model(source: str | Path) -> tuple[GPT, TrainingConfig | None]:

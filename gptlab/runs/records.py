@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptlab.errors import CheckpointError, ConfigError, shown
-from gptlab.files import KB, MB, open_regular, read_json
+from gptlab.files import KB, MB, is_count, is_number, open_regular, parse_json, read_json
 from gptlab.options import LARGEST_SIZES, MOST_BLOCKS, Option, describe, options_of, typed
-from gptlab.parsing import is_count, is_number, parse_json
 from gptlab.training.config import TrainingConfig
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"

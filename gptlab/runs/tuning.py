@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError
-from gptlab.files import read_text, write_json
-from gptlab.parsing import is_count, is_number, parse_json
+from gptlab.files import is_count, is_number, parse_json, read_text, write_json
 from gptlab.runs.experiment_spec import TRIALS, Arm, Experiment, as_toml
 
 FILE = "tuning.json"

@@ -17,7 +17,7 @@ from readers import SHARD, Reader, readers  # pyright: ignore[reportMissingImpor
 
 from gptlab.data.shards import open_shard
 from gptlab.errors import GptlabError
-from gptlab.parsing import parse_json, parse_toml
+from gptlab.files import parse_json, parse_toml
 
 EXAMPLES = 150
 SLOW = {"metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60}
