@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     L, confidence = opened.model.config.n_layer, options.exit_confidence
     exits = {} if confidence is None else _computed(samples, L, confidence)
     if options.json:
-        found = [_as_json(steps, opened, show_blocks=options.show_blocks) for steps in samples]
+        found = [_as_json(steps, opened.tokenizer, show_blocks=options.show_blocks) for steps in samples]
         print(json.dumps({"samples": found, **exits}))
     elif exits:
         print("\n" + legend(L, exits["share_of_blocks"]))
@@ -155,15 +155,12 @@ def _computed(samples: list[list[Step]], L: int, confidence: float) -> dict[str,
     return {"exit_confidence": confidence, "share_of_blocks": sum(depths) / (len(depths) * L) if depths else None}
 
 
-def _as_json(steps: list[Step], opened: Opened, *, show_blocks: bool) -> dict[str, Any]:
-    decode, tokens = opened.tokenizer.decode, [step.token for step in steps]
-    exits = [step.block for step in steps]
-    sample: dict[str, Any] = {"tokens": tokens, "text": decode(tokens), "exit_blocks": exits}
-    if show_blocks:
-        sample["blocks"] = [
-            [[decode([b]), round(p, 4)] for b, p in zip(step.best, step.probability, strict=True)] for step in steps
-        ]
-    return sample
+def _as_json(steps: list[Step], tokenizer: Tokenizer, *, show_blocks: bool) -> dict[str, Any]:
+    from gptlab.interpret.generate import as_row
+
+    row = as_row([], steps, tokenizer)
+    sample = {"tokens": row["tokens"], "text": row["text"], "exit_blocks": [step.block for step in steps]}
+    return {**sample, "blocks": row["blocks"]} if show_blocks else sample
 
 
 def text(prompt: Sequence[int], steps: Iterator[Step], tokenizer: Tokenizer, blocks: int | None) -> Iterator[str]:

@@ -26,8 +26,8 @@ from gptlab.data.tokenizers import (
     read_merges,
     visible_bytes,
 )
-from gptlab.errors import DataError, needs_package, shortened, shown
-from gptlab.files import MB, is_count, parse_json, read_bytes, write_whole
+from gptlab.errors import DataError, needs_package, one_line, shown
+from gptlab.files import MB, is_count, parse_json, read_bytes
 
 WHOLE, SETTINGS, SPECIAL, ADDED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -98,11 +98,8 @@ class OwnTokenizer(Tokenizer):
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         plain = encodable(text)
-        return _guarded(
-            self.name,
-            "it has no tokens for this text",
-            lambda: self._inner.encode(plain, add_special_tokens=special).ids,
-        )
+        problem = "it has no tokens for this text"
+        return _guarded(self.name, problem, lambda: self._inner.encode(plain, add_special_tokens=special).ids)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._inner.decode([int(token) for token in tokens], skip_special_tokens=False)
@@ -148,11 +145,7 @@ def read_tokenizer(folder: Path, ids: Mapping[str, Any]) -> Tokenizer | None:
     ids: the model's config, for its bos_token_id and eos_token_id. Raises DataError where one is damaged, or is of a
     kind that is not read.
     """
-    return tokenizer_in(read_files(folder), folder, ids)
-
-
-def tokenizer_in(files: Files, folder: Path, ids: Mapping[str, Any]) -> Tokenizer | None:
-    """read_tokenizer of files that were read."""
+    files = read_files(folder)
     if WHOLE in files:
         name, text = WHOLE, _text(files, WHOLE, folder)
         description = _object(files, WHOLE, folder)
@@ -187,17 +180,7 @@ def files_of(tokenizer: str, block_size: int) -> dict[str, bytes]:
         return {WHOLE: _written(_description(*_model(tokenizer))), SETTINGS: _written(settings)}
     settings |= {"tokenizer_class": "GPT2Tokenizer"}
     settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    return {
-        MERGES: read_bytes(MERGES_FILE),
-        VOCABULARY: _written(_model(tokenizer)[0]),
-        SETTINGS: _written(settings),
-    }
-
-
-def write_tokenizer(out: Path, block_size: int, tokenizer: str = "gpt2") -> None:
-    """Write a tokenizer of ours into a folder."""
-    for name, content in files_of(tokenizer, block_size).items():
-        write_whole(out / name, content)
+    return {MERGES: read_bytes(MERGES_FILE), VOCABULARY: _written(_model(tokenizer)[0]), SETTINGS: _written(settings)}
 
 
 def _model(tokenizer: str) -> tuple[dict[str, int], list[str]]:
@@ -229,9 +212,7 @@ def _byte_level(files: Files, folder: Path, settings: Mapping[str, Any]) -> dict
     merges = [line for line in lines[lines[0].startswith("#version") :] if line.strip()]
     vocabulary = _object(files, VOCABULARY, folder)
     if not all(is_count(number) for number in vocabulary.values()) or any(len(m.split(" ")) != 2 for m in merges):
-        raise DataError(
-            f"{folder}: expected a number for each token in vocab.json and two strings a line in merges.txt"
-        )
+        raise DataError(f"{folder}: expected a number for each token of vocab.json, two strings a line of merges.txt")
     found = _description(vocabulary, merges)
     found["pre_tokenizer"] = {**found["pre_tokenizer"], "add_prefix_space": settings.get("add_prefix_space") is True}
     added = _added(files, folder, settings, vocabulary)
@@ -290,17 +271,15 @@ def _guarded(name: str, problem: str, call: Callable[[], Any]) -> Any:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise DataError(f"{name}: {problem}: {shortened(reason, 200)}") from None
+        raise DataError(f"{name}: {problem}: {one_line(error)}") from None
 
 
 def _text(files: Files, name: str, folder: Path) -> str:
     try:
         return files[name].decode().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{folder / name}: expected UTF-8, found another byte at {error.start}; copy it again"
-        ) from None
+        found = f"another byte at {error.start}"
+        raise DataError(f"{folder / name}: expected UTF-8, found {found}; copy it again") from None
 
 
 def _object(files: Files, name: str, folder: Path) -> dict[str, Any]:

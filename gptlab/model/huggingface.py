@@ -9,7 +9,6 @@ folder's pickled pytorch_model.bin as tensors alone. transformers itself is need
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import secrets
 import shutil
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import CheckpointError, DataError, UsageError, needs_package, shown
-from gptlab.files import is_count, open_regular, read_json, write_whole
+from gptlab.files import is_count, open_regular, read_json, write_json, write_whole
 from gptlab.model.gpt import GPT
 from gptlab.model.weights import CONV1D, HEAD, checked_config, load_pickled, named, shapes, with_weights
 
@@ -99,7 +98,7 @@ def write_folder(model: GPT, out: Path, files: Mapping[str, bytes], special: Map
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"expected a new or empty folder to write to, found {out} in use; give another one")
     with _new_folder(out) as building:
-        write_whole(building / CONFIG, json.dumps(config_of(model, special), indent=1) + "\n")
+        write_json(building / CONFIG, config_of(model, special))
         save_file(weights_of(model), building / "model.safetensors", metadata={"format": "pt"})
         for name, content in files.items():
             write_whole(building / name, content)
@@ -180,9 +179,8 @@ def _checked(content: Mapping[str, Any], source: object) -> dict[str, Any]:
     for key, (other, default) in SIZES.items():
         stated = [content[name] for name in (key, other) if name in content]
         if any(not is_count(value) or value != stated[0] for value in stated):
-            raise CheckpointError(
-                f"{source}: expected a whole number for {key}, found {' and '.join(map(shown, stated))}"
-            )
+            found = " and ".join(map(shown, stated))
+            raise CheckpointError(f"{source}: expected a whole number for {key}, found {found}")
         sizes[key] = stated[0] if stated else default
     expected: dict[str, tuple[object, ...]] = {
         **ARITHMETIC, "activation_function": tuple(GELU), "n_inner": (4 * sizes["n_embd"],),

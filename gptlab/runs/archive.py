@@ -19,7 +19,7 @@ from typing import Any
 
 from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError, ConfigError, shown
-from gptlab.files import MB, parse_json, parse_toml, read_bytes, refuse_links, write_whole
+from gptlab.files import MB, parse_json, parse_toml, read_bytes, refuse_links, write_json, write_whole
 from gptlab.runs.cells import ENDED, RESULTS, Cell, Results, Rows, cells_of, is_sha256
 from gptlab.runs.experiment_spec import FILE, Experiment
 from gptlab.runs.records import (
@@ -104,10 +104,8 @@ def read_pack(path: str | Path) -> Pack:
         if len(content) > LARGEST:
             raise ConfigError(f"{path}: expected at most {LARGEST // MB} MB when unzipped, found more")
         value = parse_json(content)
-        if value["version"] != VERSION:
-            raise ConfigError(
-                f"{path}: expected version {VERSION} of a packed experiment, found {shown(value['version'])}"
-            )
+        if (version := value["version"]) != VERSION:
+            raise ConfigError(f"{path}: expected version {VERSION} of a packed experiment, found {shown(version)}")
         return _from_json(value, Path(path))
     except FileNotFoundError:
         raise ConfigError(f"expected a packed experiment at {path}, found nothing; check the path") from None
@@ -133,12 +131,8 @@ def _pack(experiment: Experiment, folder: Path) -> Pack:
     cells = [_packed(cell, weights[cell.arm.name, cell.seed]) for cell in ended]
     trials = trials_folder(folder)
     has_trials = (trials / FILE).is_file()  # a choice stands without its trials, whose folder may be removed
-    return Pack(
-        experiment.text,
-        cells,
-        read_kept(folder),
-        _pack(trial_experiment(experiment), trials) if has_trials else None,
-    )
+    tried = _pack(trial_experiment(experiment), trials) if has_trials else None
+    return Pack(experiment.text, cells, read_kept(folder), tried)
 
 
 def _packed(cell: Cell, weights_sha256: str | None) -> PackedCell:
@@ -204,8 +198,8 @@ def _unpack(packed: Pack, out: Path) -> None:
     for cell in packed.cells:
         folder = out / cell.arm / f"seed_{cell.seed}"
         folder.mkdir(parents=True)
-        write_whole(folder / CONFIG, json.dumps(cell.run.config, indent=1) + "\n")
-        write_whole(folder / ENVIRONMENT, json.dumps(cell.run.environment, indent=1) + "\n")
+        write_json(folder / CONFIG, cell.run.config)
+        write_json(folder / ENVIRONMENT, cell.run.environment)
         write_whole(folder / METRICS, "".join(f"{json.dumps(row)}\n" for row in cell.run.rows))
     results = [
         {
@@ -216,10 +210,10 @@ def _unpack(packed: Pack, out: Path) -> None:
         }
         for cell in packed.cells
     ]
-    write_whole(out / RESULTS, json.dumps({"cells": results}) + "\n")  # the runner fills in the rest
+    write_json(out / RESULTS, {"cells": results})  # the runner fills in the rest
     write_whole(out / FILE, packed.text)
     if packed.tuning:
-        write_whole(out / CHOICE, json.dumps(packed.tuning, indent=1, ensure_ascii=False) + "\n")
+        write_json(out / CHOICE, packed.tuning, ensure_ascii=False)
     if packed.trials:
         _unpack(packed.trials, trials_folder(out))
 

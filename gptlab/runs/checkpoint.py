@@ -208,10 +208,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json, checked for shape: checksums tell that it is as it was written, and not by whom.
-
-    Raises CheckpointError.
-    """
+    """state.json, checked for shape, or CheckpointError: a checksum says that it is as it was written, not by whom."""
     state = read_json(path, inside=path.parent, error=CheckpointError)
     if not isinstance(state, dict) or not _well_formed(state):
         raise CheckpointError(f"{path}: expected scalars, cursor, rng and records as a run saves them; it is not read")

@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-from gptlab.errors import ConfigError, GptlabError, Stopped, did_you_mean, needs_package
+from gptlab.errors import ConfigError, GptlabError, Stopped, did_you_mean, needs_package, one_line
 from gptlab.files import open_regular, write_whole
 from gptlab.options import option, options_of, typed
 from gptlab.processes import end_with
@@ -250,8 +250,7 @@ class Jobs:
         """Wait a while where other jobs were accepted: there may be too many. Else raise ConfigError."""
         revoke(cell.folder)
         if not self._accepted:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(f"--executor {self.system}: the job was not accepted: {said}") from None
+            raise ConfigError(f"--executor {self.system}: the job was not accepted: {one_line(error)}") from None
         self._refused_until = time.monotonic() + REFUSED
 
     def again(self, cell: Cell) -> bool:

@@ -35,17 +35,12 @@ def model_in(found: checkpoint.Checkpoint) -> tuple[GPT, TrainingConfig]:
     """The model of a loaded checkpoint and the config it was trained with."""
     config = _config(found)
     model = GPT(config.shape)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(found.weights[name])
+    model.load_state_dict(found.weights, strict=False)  # the head is the token table
     return model, config
 
 
 def any_state(source: str | Path) -> tuple[TrainingState, TrainingConfig | None]:
-    """What `any_model` gives, with the optimizer's moments and the step; a Hugging Face folder's has step 0 and none.
-
-    Raises CheckpointError where there is none.
-    """
+    """What `any_model` gives, with the optimizer's moments and the step: 0 and none of a Hugging Face folder."""
     if is_huggingface(Path(source)):
         model, _ = any_model(source)
         return TrainingState(model, build_optimizer(model, TrainingConfig())), None
@@ -85,10 +80,7 @@ def _config(found: checkpoint.Checkpoint) -> TrainingConfig:
 
 
 def any_model(source: str | Path) -> tuple[GPT, TrainingConfig | None]:
-    """The model of a run, of a checkpoint or of a Hugging Face GPT-2 folder, with the run's config where it is one's.
-
-    Raises CheckpointError where there is none.
-    """
+    """The model of a run, checkpoint or Hugging Face folder, and a run's config; else raises CheckpointError."""
     if is_huggingface(Path(source)):
         return from_huggingface(source), None
     return model_of(source)

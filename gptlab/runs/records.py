@@ -320,10 +320,7 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "total_batch_tokens", "ste
 
 
 def read_config(run: Source) -> dict[str, Any]:
-    """A run's config.json: options by their kinds (not their values, which only a patch's code may know) and its data.
-
-    Raises CheckpointError.
-    """
+    """A run's config.json, or CheckpointError: options by kind (a patch alone may know their values), and data."""
     path = path_of(run) / CONFIG
     config = checked_record(path, run.config, "options") if isinstance(run, PackedRun) else read_record(path, "options")
     options, data = config["options"], config.setdefault("data", {})

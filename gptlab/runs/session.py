@@ -64,16 +64,17 @@ def begin(
     folder = RunFolder(_free(Path(config.folder), launch) if config.resume == "never" else config.folder)
     if config.resume == "must" and not folder.exists():
         raise CheckpointError(f"--resume must: expected a run in {folder.path}, found none; check --out")
-    if summary := _finished(folder, config, corpus, despite):
+    summary, _ = _look(folder, config, corpus, despite)
+    if summary:
         return folder, Beginning(str(folder.path), finished=summary)
     folder.refuse_foreign()
     folder.lock()
     try:
-        if summary := _finished(folder, config, corpus, despite):  # by the process that the lock was waited for
+        summary, changed = _look(folder, config, corpus, despite)
+        if summary:  # by the process that the lock was waited for
             folder.close()
             return folder, Beginning(str(folder.path), finished=summary)
         checkpoint.remove_debris(folder.checkpoints)
-        changed = changes(folder, config, corpus) if folder.begun() else []
         found, notes = _where_to_continue(folder, config)
         if found is None and folder.begun() and (step := folder.finished_at()):
             raise CheckpointError(
@@ -113,15 +114,19 @@ def _where_to_continue(folder: RunFolder, config: TrainingConfig) -> tuple[check
         raise
 
 
-def _finished(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> dict[str, Any] | None:
-    """The summary if the folder's run is the one asked for and finished, None if there is none or not so far.
+def _look(
+    folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the summary if the folder's run is finished, what makes it another than the one asked for, one line each).
 
-    Raises CheckpointError with the difference if it is another. A run that never made a step can be any.
+    Neither of a run that never made a step: it can be any. Raises CheckpointError if it is another, with `despite` only
+    where a checkpoint of it cannot fit.
     """
     if not folder.begun():
-        return None
-    refuse(folder, config, corpus, despite)
-    return folder.finished(config.steps)
+        return None, []
+    if lines := changes(folder, config, corpus):
+        refuse(folder, config, lines, despite)
+    return folder.finished(config.steps), lines
 
 
 def _free(path: Path, launch: str | None) -> Path:
@@ -150,13 +155,8 @@ PASSING = ("launch", "reasons", "earlier")
 def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
     """What config.json records of a run."""
     found: dict[str, Any] = {"gptlab": gptlab.__version__, "options": flatten(config), "data": corpus.identity()}
-    if code := _code(config):
-        found["code"] = code
-    if patch := applied():
-        found["patch"] = patch
-    if norms := _norms(config):
-        found["replayed"] = norms
-    return found
+    own = {"code": _code(config), "patch": applied(), "replayed": _norms(config)}
+    return found | {key: value for key, value in own.items() if value}
 
 
 def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[str]:
@@ -183,12 +183,9 @@ def differences(before: TrainingConfig, now: TrainingConfig) -> list[str]:
     ]
 
 
-def refuse(folder: RunFolder, config: TrainingConfig, corpus: Corpus, despite: bool) -> None:
-    """Raise CheckpointError with the difference if the folder's run is another; despite: only what cannot fit."""
-    lines = changes(folder, config, corpus)
-    if not lines:
-        return
-    listed = "\n  ".join(lines)
+def refuse(folder: RunFolder, config: TrainingConfig, differences: list[str], despite: bool) -> None:
+    """Raise CheckpointError with the differences of the folder's run; despite: only where a checkpoint cannot fit."""
+    listed = "\n  ".join(differences)
     if not despite:
         raise CheckpointError(
             f"{folder.path} holds another run; use --resume never for a new folder, give --out, or continue it "

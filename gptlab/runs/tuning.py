@@ -200,17 +200,11 @@ def trial_experiment(experiment: Experiment) -> Experiment:
         for of in [experiment.arms[name]]
     }
     baseline = min(found[leaders(experiment)[experiment.baseline]], key=lambda trial: trial.distance)
-    head = {
-        "name": f"{experiment.name}.tune",
-        "preset": experiment.preset,
-        "baseline": baseline.name,
-        "seeds": experiment.tune.seeds,
-        **({} if experiment.delta is None else {"delta": experiment.delta}),
-    }
+    name, preset, seeds, delta = f"{experiment.name}.tune", experiment.preset, experiment.tune.seeds, experiment.delta
+    head = {"name": name, "preset": preset, "baseline": baseline.name, "seeds": seeds}
+    head |= {} if delta is None else {"delta": delta}
     text = as_toml(head) + "".join(_table(arm) for arm in arms.values())
-    seeds, table = experiment.tune.seeds, tomllib.loads(text)
-    preset, delta = experiment.preset, experiment.delta
-    return Experiment(head["name"], preset, baseline.name, seeds, None, delta, arms, table, text)
+    return Experiment(name, preset, baseline.name, seeds, None, delta, arms, tomllib.loads(text), text)
 
 
 def _table(arm: Arm) -> str:
@@ -341,24 +335,23 @@ def accepted(content: Any) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
         raise ValueError("no arms")
     for arm in content["arms"].values():
-        if not isinstance(arm, dict) or not all(key in arm and _fits(arm[key], _OF_ARM[key]) for key in _OF_ARM):
+        if not isinstance(arm, dict) or not all(key in arm and fits(arm[key]) for key, fits in _OF_ARM.items()):
             raise ValueError("an arm's choice")
-    if not all(_fits(content[key], shape) for key, shape in _OF_ALL.items() if key in content):
+    if not all(fits(content[key]) for key, fits in _OF_ALL.items() if key in content):
         raise ValueError("seeds, trials or factors")
     arms = {name: {key: arm[key] for key in _OF_ARM} for name, arm in content["arms"].items()}
     return {**{key: content[key] for key in _OF_ALL if key in content}, "arms": arms}
 
 
-Shape = Callable[[Any], bool] | list["Shape"] | dict[str, "Shape"]
-"""A check of a value, a list of values, or a table of values under any name."""
+Check = Callable[[Any], bool]
 
 
-def _fits(value: Any, shape: Shape) -> bool:
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(_fits(one, shape[0]) for one in value)
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(_fits(one, shape[""]) for one in value.values())
-    return shape(value)
+def _listed(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(map(check, value))
+
+
+def _table_of(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(map(check, value.values()))
 
 
 def _number_or_null(value: Any) -> bool:
@@ -371,27 +364,18 @@ def _text_or_null(value: Any) -> bool:
 
 def _plain(value: Any) -> bool:
     """Whether it is what an option may be: text, a number, true or false, null, or lists and tables of these."""
-    if isinstance(value, dict | list):
-        return all(map(_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, str | bool) or is_number(value)
+    return _number_or_null(value) or isinstance(value, str | bool) or _table_of(_plain)(value) or _listed(_plain)(value)
 
 
-_OF_ARM: Mapping[str, Shape] = {
-    "follows": _text_or_null,
-    "trial": _text_or_null,
-    "learning_rate": _number_or_null,
-    "dose": _number_or_null,
-    "options": {"": _plain},
-    "loss": _number_or_null,
-    "notes": [lambda value: isinstance(value, str)],
-    "losses": {"": [_number_or_null]},
-}
-_OF_ALL: Mapping[str, Shape] = {
-    "experiment": _text_or_null,
-    "seeds": [is_count],
-    "trials": is_count,
-    "factors": {"": [_number_or_null]},
-}
+_OF_ARM: Mapping[str, Check] = {
+    "follows": _text_or_null, "trial": _text_or_null, "learning_rate": _number_or_null, "dose": _number_or_null,
+    "options": _table_of(_plain), "loss": _number_or_null, "notes": _listed(lambda value: isinstance(value, str)),
+    "losses": _table_of(_listed(_number_or_null)),
+}  # fmt: skip
+_OF_ALL: Mapping[str, Check] = {
+    "experiment": _text_or_null, "seeds": _listed(is_count), "trials": is_count,
+    "factors": _table_of(_listed(_number_or_null)),
+}  # fmt: skip
 
 
 def as_json(experiment: Experiment, made: Mapping[str, Choice]) -> dict[str, Any]:
@@ -401,16 +385,12 @@ def as_json(experiment: Experiment, made: Mapping[str, Choice]) -> dict[str, Any
     arms = {
         arm: {
             "follows": None if follows[arm] == arm else follows[arm],
-            "trial": choice.trial.name if choice.trial else None,
-            "learning_rate": choice.trial.learning_rate if choice.trial else None,
-            "dose": choice.trial.dose if choice.trial else None,
-            "options": choice.options,
-            "loss": choice.loss,
-            "notes": choice.notes,
-            "losses": choice.losses,
+            "trial": trial and trial.name, "learning_rate": trial and trial.learning_rate, "dose": trial and trial.dose,
+            "options": choice.options, "loss": choice.loss, "notes": choice.notes, "losses": choice.losses,
         }
         for arm, choice in made.items()
-    }
+        for trial in [choice.trial]
+    }  # fmt: skip
     head = {"experiment": experiment.name, "seeds": tune.seeds, "trials": tune.trials}
     factors = {"learning_rate": tune.learning_rate, "dose": tune.dose}
     return json.loads(json.dumps({**head, "factors": factors, "arms": arms}))  # as it is read: with lists for tuples

@@ -15,12 +15,17 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gptlab.cli.main import main
-from gptlab.data.huggingface_tokenizer import write_tokenizer
+from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.shards import write_shard
 
 Capture = pytest.CaptureFixture[str]
 TEXT = "the lord of the manor spoke, and they're all gone; what of the play? naïve 🙂 no more of it. " * 30
 NONE = "brings no tokenizer (tokenizer.json, or vocab.json and merges.txt) to read and write text with: put"
+
+
+def write_tokenizer(folder: Path, block_size: int, tokenizer: str) -> None:
+    for name, content in files_of(tokenizer, block_size).items():
+        (folder / name).write_bytes(content)
 
 
 def byte_level(size: int) -> Tokenizer:

@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gptlab.data import huggingface_tokenizer
-from gptlab.data.huggingface_tokenizer import OwnTokenizer, files_of, read_tokenizer, write_tokenizer
+from gptlab.data.huggingface_tokenizer import OwnTokenizer, files_of, read_tokenizer
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.errors import DataError
 
@@ -25,6 +25,11 @@ TEXTS = [
     "zzz", "a\ud800b", "\u0100 [UNK] <unk>",
 ]  # fmt: skip
 END = "<|end|>"
+
+
+def write_tokenizer(folder: Path, block_size: int, tokenizer: str) -> None:
+    for name, content in files_of(tokenizer, block_size).items():
+        (folder / name).write_bytes(content)
 
 
 def byte_level(**changes: Any) -> Tokenizer:
