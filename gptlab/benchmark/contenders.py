@@ -27,7 +27,7 @@ from gptlab.files import read_text
 from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.signals.config import SignalConfig
-from gptlab.training.block_loss import Batch
+from gptlab.training.block_graph import Batch
 from gptlab.training.config import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.state import TrainingState

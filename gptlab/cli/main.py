@@ -171,7 +171,7 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
     """A command's own parser, taken where it would print its help; values of options as choices, else files."""
     import shtab
 
-    from gptlab.signals.registry import SIGNALS
+    from gptlab.signals.registry import known_names
     from gptlab.training.presets import PRESETS
 
     found: list[argparse.ArgumentParser] = []
@@ -183,7 +183,7 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
     finally:
         argparse.ArgumentParser.print_help = print_help
     (parser,) = found
-    named = {"--preset": (*PRESETS,), "--signal.name": ("none", *SIGNALS)}  # their help is elsewhere
+    named = {"--preset": (*PRESETS,), "--signal.name": known_names()}  # their help is elsewhere
     for action in parser._actions:
         words = str(action.metavar or "")
         action.choices = action.choices or next((named[o] for o in action.option_strings if o in named), None)

@@ -22,7 +22,7 @@ from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
 from gptlab.runs.init_weights import model_in
 from gptlab.signals.config import SignalConfig
-from gptlab.training.block_loss import Batch
+from gptlab.training.block_graph import Batch
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import validate
 from gptlab.training.optimizer import build_optimizer

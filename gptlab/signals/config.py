@@ -9,8 +9,11 @@ from typing import Literal
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option
 from gptlab.randomness import uniform_index
-from gptlab.signals.registry import SIGNALS, Signal
+from gptlab.signals.registry import OBJECTIVES, SIGNALS, Objective, Signal, known_names
 from gptlab.signals.user import user_signal
+
+READING_OPTIONS = ("layers", "positions", "evaluator", "reach", "embeddings")
+"""What signals that read blocks have and other sources have not."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class SignalConfig:
     """One signal and its options. Judges are counted from 1; judge j reads z_j and teaches h_{j-1}."""
 
     name: str = option(
-        "none", "the signal that judges the blocks (none: the baseline), or FILE.py:FUNCTION with --allow_code"
+        "none", "the signal: what adds a gradient (none: the baseline), or FILE.py:FUNCTION with --allow_code"
     )
     weight: float | None = option(None, "factor of the signal in the total loss", shown="1/n_layer")
     dose: float | None = option(None, "hold |weight·g_signal|/|g_CE| at this by setting the weight")
@@ -41,9 +44,8 @@ class SignalConfig:
     flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is: any, or the likeliest")
 
     def __post_init__(self) -> None:
-        if self.name != "none" and self.name not in SIGNALS and not self.is_code:
-            known = ["none", *SIGNALS]
-            raise ConfigError(f"unknown signal {shown(self.name)}{did_you_mean(self.name, known)}")
+        if self.name not in known_names() and not self.is_code:
+            raise ConfigError(f"unknown signal {shown(self.name)}{did_you_mean(self.name, known_names())}")
         if self.is_code and not self.name.rpartition(":")[2].isidentifier():  # it is a part of the run folder's name
             raise ConfigError(
                 f"signal.name: expected FILE.py:FUNCTION with the name of a function, found {shown(self.name)}"
@@ -77,6 +79,22 @@ class SignalConfig:
             raise ConfigError(
                 f"signal.weight 0 takes the signal out, signal.dose {self.dose} asks for some; leave one out"
             )
+        if self.name != "none" and not self.is_code:  # a file says what it is once it may be run
+            self._check_kind(self.kind)
+
+    def _check_kind(self, kind: str) -> None:
+        """Raise ConfigError for an option that this kind of signal has no use for."""
+        if kind == "reading":
+            return
+        for name in READING_OPTIONS:
+            if (found := getattr(self, name)) != getattr(SignalConfig, name):
+                raise ConfigError(
+                    f"signal.{name} {found} is for signals that read blocks, and {self.name} acts at the model's end; "
+                    "leave it out"
+                )
+        if self.flip_to == "argmax":
+            raise ConfigError(f"signal.flip_to argmax needs the logits of one block, which {self.name} does not read; "
+                              "use uniform")  # fmt: skip
 
     @staticmethod
     def _within(name: str, value: float, low: float, high: float) -> None:
@@ -84,9 +102,29 @@ class SignalConfig:
             raise ConfigError(f"signal.{name} must lie above {low} and at most {high}, found {value}")
 
     @cached_property
-    def signal(self) -> Signal:
+    def signal(self) -> Signal | Objective:
         """The signal; a user's own as its file stood at the first look, so that it cannot change within a run."""
-        return user_signal(self.name) if self.is_code else SIGNALS[self.name]
+        if self.is_code:
+            return user_signal(self.name)
+        return OBJECTIVES[self.name] if self.name in OBJECTIVES else SIGNALS[self.name]
+
+    @cached_property
+    def kind(self) -> Literal["reading", "objective"]:
+        """What its gradient comes from; of a user's own function its file says it, which this runs."""
+        kind = "objective" if isinstance(self.signal, Objective) else "reading"
+        if self.is_code:
+            self._check_kind(kind)
+        return kind
+
+    @property
+    def learns(self) -> bool:
+        """Whether what reads (a live judge; head and ln_f under an objective) learns from its own reading."""
+        return self.kind != "reading" or self.evaluator == "live"
+
+    @property
+    def shuffles_gradients(self) -> bool:
+        """Whether the control shuffled moves the gradients at hidden states."""
+        return self.control == "shuffled"
 
     @property
     def is_code(self) -> bool:
@@ -106,6 +144,8 @@ class SignalConfig:
     def judges_at(self, step: int, n_layer: int, seed: int) -> tuple[tuple[int, ...], int]:
         """The judges that speak in update `step`, and the factor that keeps their sum unbiased."""
         everyone = tuple(range(1, n_layer))
+        if not self.is_code and self.kind != "reading":
+            return (), 1
         if self.layers == "all":
             return everyone, 1
         if self.layers == "rotate":

@@ -1,4 +1,5 @@
 """The signals: pure functions of a block's reading. Each gives the contribution of a token to the loss, mostly in nats.
+After them the sequence objectives, which see whole sequences.
 
 They are called as `signal(logits (n, V), targets (n,)) -> (n,)`, with `threshold=` where there is a τ and `other=` for
 another block's logits. registry.py has the table of them, docs/signals.md what each is good for and when it fails.
@@ -11,10 +12,14 @@ log(1 - p_i) = -softplus(z_i - LSE_{k≠i} z_k), which is finite for every finit
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, one_hot, softplus
+from torch.nn.functional import cross_entropy, one_hot, pad, softplus
+
+from gptlab.errors import ConfigError
 
 TWO_LEVEL_VOCABULARY = 4096
 """The smallest vocabulary for which an argmax in two levels pays."""
@@ -157,3 +162,66 @@ def self_distillation(logits: Tensor, targets: Tensor, *, other: Tensor) -> Tens
     """KL(sg p_L ‖ p_j): follow the final block (Be Your Own Teacher, 1905.08094). Gradient of L1 norm at most 2."""
     teacher = other.log_softmax(1)
     return (teacher.exp() * (teacher - logits.log_softmax(1))).sum(1)
+
+
+# Sequence objectives: of logits (B, T, V) or hidden states h_0..h_L (B, T, C), tokens and targets (B, T), to the loss
+# (B, T) of every token.
+
+
+def label_smoothing(logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+    """-mean_k log p_k; next to the true loss weight w smooths labels by ε = w/(1+w) (Szegedy 2016, 1512.00567)."""
+    return -logits.log_softmax(-1).mean(-1)
+
+
+def z_loss(logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+    """LSE(z)²: keeps logits from drifting, which the true loss does not see (PaLM, 2204.02311)."""
+    return logits.logsumexp(-1).square()
+
+
+def multi_token_prediction(
+    hidden_states: Sequence[Tensor], tokens: Tensor, targets: Tensor, read: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """CE of the token after the next, read below the last block by the model's own head (after 2404.19737).
+
+    The paper's heads are blocks of their own; here h_{L-1} has to say the token after next and block L makes the next
+    of it, without new parameters. A window's last position has no such token and counts 0.
+    """
+    logits = read(hidden_states[-2][:, :-1])
+    losses = cross_entropy(logits.transpose(1, 2), targets[:, 1:], reduction="none")
+    return pad(losses, (0, 1))
+
+
+def prefix_token_prediction(logits: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+    """CE of the longest other token whose bytes the true one begins with; 0 where there is none.
+
+    What is spelled alike is then close to right. Raises ConfigError for a vocabulary without such tokens.
+    """
+    prefix = torch.tensor(prefix_tokens(logits.shape[-1]), device=targets.device)[targets]
+    losses = cross_entropy(logits.transpose(1, 2), prefix.clamp(min=0), reduction="none")
+    return losses.where(prefix >= 0, 0.0)
+
+
+@lru_cache(maxsize=4)
+def prefix_tokens(rows: int) -> list[int]:
+    """By token of the tokenizer whose models have so many rows: its longest proper prefix that is a token too, or -1.
+
+    >>> prefixes = prefix_tokens(50304)
+    >>> prefixes[31373] == 12758, prefixes[0]  # hello begins with hell
+    (True, -1)
+    """
+    from gptlab.data.tokenizers import TOKENIZERS, get_tokenizer
+
+    tokenizers = [get_tokenizer(name) for name, kind in TOKENIZERS.items() if kind.rows == rows]
+    prefixes = [-1] * rows
+    for tokenizer in tokenizers:
+        numbers = {spelled: token for token, spelled in enumerate(tokenizer.token_table)}
+        del numbers[tokenizer.token_table[tokenizer.document_start]]  # stands for no text
+        for spelled, token in numbers.items():
+            starts = (numbers[spelled[:n]] for n in range(len(spelled) - 1, 0, -1) if spelled[:n] in numbers)
+            prefixes[token] = next(starts, -1)
+    if max(prefixes) < 0:
+        raise ConfigError(
+            f"prefix_token_prediction needs tokens that begin with other tokens, and a vocabulary of {rows} has none; "
+            "use --tokenizer gpt2"
+        )
+    return prefixes

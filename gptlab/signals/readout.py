@@ -133,8 +133,8 @@ class Readout:
             other_z = None if others is None else self._logits(others[chunk])
             for first in range(0, len(z), self.piece):
                 rows = slice(first, first + self.piece)
-                other_piece = None if other_z is None else _at_least_float32(other_z[rows])
-                parts.append(token_loss(_at_least_float32(z[rows]), y[rows], other_piece))
+                other_piece = None if other_z is None else at_least_float32(other_z[rows])
+                parts.append(token_loss(at_least_float32(z[rows]), y[rows], other_piece))
         return torch.cat(parts)
 
     def _normalise(self, h: Tensor) -> Tensor:
@@ -149,19 +149,20 @@ class Readout:
         closed_form = getattr(token_loss, "closed_form", None)
         for start in range(0, len(z), self.piece):
             rows = slice(start, start + self.piece)
-            logits, y = _at_least_float32(z[rows]), targets[rows]
+            logits, y = at_least_float32(z[rows]), targets[rows]
             if closed_form:
                 losses, gradient = closed_form(logits, y)
             else:
                 losses, gradient = _by_autograd(
-                    token_loss, logits, y, None if other is None else _at_least_float32(other[rows])
+                    token_loss, logits, y, None if other is None else at_least_float32(other[rows])
                 )
             total += losses.sum(dtype=torch.float64)
             z[rows] = gradient
         return total
 
 
-def _at_least_float32(z: Tensor) -> Tensor:
+def at_least_float32(z: Tensor) -> Tensor:
+    """z, in float32 where its dtype is narrower."""
     return z.float() if z.dtype.itemsize < 4 else z
 
 

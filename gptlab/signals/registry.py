@@ -1,12 +1,14 @@
-"""Every signal by name. Adding one is one pure function in functions.py and one line here.
+"""Every signal and sequence objective by name. Adding one is one pure function in functions.py and one line here.
 
 A signal is called as `signal(logits (n, V), targets (n,)) -> (n,)` and gives each token's contribution to the loss,
-in nats or as its formula says; what it teaches is its gradient. The table itself needs no torch: options are checked
-against it before torch is imported, and the functions are imported at the first call of one.
+in nats or as its formula says; what it teaches is its gradient. A sequence objective sees whole sequences at the end of
+the model. The tables need no torch: options are checked against them before torch is imported, and the functions are
+imported at the first call of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +57,36 @@ class Signal:
             assert other is not None, f"{self.name} reads the {self.needs} block: give its logits as other="
             options["other"] = other.detach().to(logits.dtype)
         return self.function(logits, targets, **options)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One row of the table of sequence objectives; name, formula and source are as a `Signal`'s.
+
+    reads: what its function takes first, logits (B, T, V) or the hidden states h_0..h_L (B, T, C)
+    """
+
+    name: str
+    formula: str
+    source: str
+    reads: Literal["logits", "hidden_states"] = "logits"
+
+    @cached_property
+    def function(self) -> Any:
+        from gptlab.signals import functions
+
+        return getattr(functions, self.name)
+
+    def __call__(
+        self, states: Sequence[Tensor], tokens: Tensor, targets: Tensor, read: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Each token's loss (B, T), of the hidden states h_0..h_L, tokens and targets (B, T).
+
+        read: head(ln_f(h)), from (B, T, C) to logits (B, T, V)
+        """
+        if self.reads == "logits":
+            return self.function(read(states[-1]), tokens, targets)
+        return self.function(states, tokens, targets, read)
 
 
 def _table(*signals: Signal) -> dict[str, Signal]:
@@ -114,3 +146,27 @@ SIGNALS: dict[str, Signal] = _table(
         "self_distillation", "KL(sg p_L ‖ p_j)", "Be Your Own Teacher (1905.08094)", needs="final", gradient_bound=2
     ),
 )
+
+OBJECTIVES: dict[str, Objective] = {
+    objective.name: objective
+    for objective in (
+        Objective("label_smoothing", "-mean_k log p_k", "Szegedy 2016 (1512.00567)"),
+        Objective("z_loss", "LSE(z)²", "PaLM (2204.02311)"),
+        Objective(
+            "multi_token_prediction",
+            "CE(head(ln_f(h_L-1)), the token after y)",
+            "Gloeckle 2024 (2404.19737), without heads of its own",
+            "hidden_states",
+        ),
+        Objective(
+            "prefix_token_prediction",
+            "CE(z, the longest other token that y begins with)",
+            "the NanoGPT speedrun's record of July 2026",
+        ),
+    )
+}
+
+
+def known_names() -> tuple[str, ...]:
+    """What `--signal.name` knows."""
+    return ("none", *SIGNALS, *OBJECTIVES)

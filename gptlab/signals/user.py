@@ -1,13 +1,16 @@
 """A signal from a user's own file: FILE.py:FUNCTION. Running it is running their code, so it is asked for by name.
 
-The function has a signal's form, `function(logits (n, V), targets (n,)) -> (n,)`. What else it needs it says with
-attributes: `needs = "previous" | "next" | "final"` (then it takes `other=`), `has_threshold = True` (`threshold=`),
-`uses_truth = False` where it does not look at the targets, `formula`.
+The names of its arguments say what it is. `function(logits (n, V), targets (n,)) -> (n,)` is a signal that reads
+blocks. What else it needs it says with attributes: `needs = "previous" | "next" | "final"` (then it takes `other=`),
+`has_threshold = True` (`threshold=`), `uses_truth = False` where it does not look at the targets, `formula`. A function
+that also takes `tokens` is a sequence objective: `function(logits (B, T, V), tokens, targets) -> (B, T)`, or with
+`hidden_states`, the list h_0..h_L, in the place of logits, and `read` after the targets if it wants logits of a state.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
@@ -17,34 +20,69 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.errors import ConfigError, did_you_mean
 from gptlab.files import MB, read_bytes
-from gptlab.signals.registry import Signal
+from gptlab.signals.registry import Objective, Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def user_signal(name: str) -> Signal:
-    """The signal named FILE.py:FUNCTION as its file stands now.
+def user_signal(name: str) -> Signal | Objective:
+    """The signal or sequence objective named FILE.py:FUNCTION as its file stands now.
 
     Raises ConfigError where there is none, where its file does not run, or where it says what it cannot need. What
     the function itself does wrong is said when it is called.
     """
     content = _content(name)
     function = _function(name, content)
+    takes = _arguments(function)
+    if "tokens" in takes:
+        return _objective(function, takes, name, _source(name, content))
     needs = getattr(function, "needs", None)
     if needs not in (None, "previous", "next", "final"):
         raise ConfigError(f"{name}: needs must be previous, next or final, found {needs!r}")
-    said = (function.__doc__ or "").strip() or name
     signal = Signal(
         name=name,
-        formula=getattr(function, "formula", said.splitlines()[0]),
-        source=f"{name}, sha256 {hashlib.sha256(content).hexdigest()[:12]}",
+        formula=_formula(function, name),
+        source=_source(name, content),
         needs=needs,
         uses_truth=bool(getattr(function, "uses_truth", True)),
         has_threshold=bool(getattr(function, "has_threshold", False)),
     )
     signal.__dict__["function"] = _checked(function, name)  # in place of the one that `Signal` would look up
     return signal
+
+
+def _objective(function: Callable[..., Any], takes: list[str], name: str, source: str) -> Objective:
+    if takes[:3] not in (["logits", "tokens", "targets"], ["hidden_states", "tokens", "targets"]):
+        raise ConfigError(
+            f"{name}: expected a sequence objective to take logits or hidden_states, then tokens and targets, "
+            f"found {', '.join(takes)}"
+        )
+    reads = "logits" if takes[0] == "logits" else "hidden_states"
+    objective = Objective(name, _formula(function, name), source, reads)
+    used = (
+        function
+        if reads == "logits" or "read" in takes
+        else lambda states, tokens, targets, read: function(states, tokens, targets)
+    )
+    objective.__dict__["function"] = _checked(used, name)
+    return objective
+
+
+def _arguments(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a built-in function does not say
+        return []
+
+
+def _formula(function: Callable[..., Any], name: str) -> str:
+    said = (function.__doc__ or "").strip() or name
+    return getattr(function, "formula", said.splitlines()[0])
+
+
+def _source(name: str, content: bytes) -> str:
+    return f"{name}, sha256 {hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def file_hash(name: str) -> str:
@@ -108,9 +146,10 @@ def _checked(function: Callable[..., Any], name: str) -> Callable[..., Tensor]:
     from torch import Tensor
 
     @wraps(function)
-    def signal(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    def signal(*given: Any, **options: Any) -> Tensor:  # the last tensor has a row for each value
+        targets = next(one for one in reversed(given) if isinstance(one, Tensor))
         try:
-            values = function(logits, targets, **options)
+            values = function(*given, **options)
         except Exception as error:
             raise ConfigError(f"signal {name} failed: {_one_line(error)}") from error
         if not isinstance(values, Tensor) or values.shape != targets.shape:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 from gptlab import lazy_exports
 
 if TYPE_CHECKING:
-    from gptlab.training.block_loss import Losses
+    from gptlab.training.block_graph import Losses
     from gptlab.training.config import TrainingConfig
     from gptlab.training.gradient_sources import backward
 
 __all__ = ["Losses", "TrainingConfig", "backward"]
 
 _exports = {
-    "Losses": "gptlab.training.block_loss",
+    "Losses": "gptlab.training.block_graph",
     "TrainingConfig": "gptlab.training.config",
     "backward": "gptlab.training.gradient_sources",
 }

@@ -164,9 +164,12 @@ class TrainingConfig:
 
     def _check_signal(self, signal: SignalConfig) -> None:
         """Raise ConfigError for a signal that this model or this run leaves nothing to do."""
-        if self.n_layer < 2:
+        if self.n_layer < 2 and (signal.is_code or signal.kind == "reading"):
             raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
         signal.judges_at(0, self.n_layer, self.seed)  # refuses judges that this model does not have
+        if signal.name == "prefix_token_prediction" and self.tokenizer == "bytes":
+            raise ConfigError("prefix_token_prediction needs tokens that begin with other tokens, and bytes do not; "
+                              "add --tokenizer gpt2, or leave it out")  # fmt: skip
         if signal.start >= self.steps:
             raise ConfigError(
                 f"signal.start must be below steps {self.steps}, found {signal.start}: {signal.name} would never begin"
@@ -295,6 +298,8 @@ def flops_per_token(config: TrainingConfig) -> float:
         if signal.weight == 0:
             continue
         judges, _ = signal.judges_at(0, config.n_layer, config.seed)
+        if not signal.is_code and signal.kind == "objective":
+            total += 6 * V * C  # logits, and their gradient in head and state
         live = signal.evaluator == "live"
         block = 24 * C * C + 8 * C * T + 24 * C * C * live
         reading = (4 + 2 * live) * V * C * signal.positions

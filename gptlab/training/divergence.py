@@ -10,7 +10,7 @@ import torch
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
-from gptlab.training.block_loss import ActiveSignal, Batch, Losses
+from gptlab.training.block_graph import ActiveSignal, Batch, Losses
 from gptlab.training.evaluate import hidden_states
 from gptlab.training.sharding import global_norm
 from gptlab.training.state import TrainingState

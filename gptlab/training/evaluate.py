@@ -19,7 +19,7 @@ from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
 from gptlab.signals.readout import Readout, true_loss
-from gptlab.training.block_loss import matmuls_in
+from gptlab.training.block_graph import matmuls_in
 from gptlab.training.controls import clean_loss
 from gptlab.training.sharding import blocks_are_sharded
 

@@ -24,7 +24,8 @@ from gptlab.data.batches import TrainingWindows
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
-from gptlab.training.block_loss import ActiveSignal, Batch, accumulate
+from gptlab.training.block_graph import ActiveSignal, Batch
+from gptlab.training.block_loss import accumulate
 from gptlab.training.config import TrainingConfig
 from gptlab.training.gradient_sources import Gradients, GradientSources, check_tokens
 from gptlab.training.state import TrainingState

@@ -16,7 +16,8 @@ from torch import Tensor
 from gptlab.errors import DataError
 from gptlab.model.gpt import GPT
 from gptlab.signals.config import SignalConfig
-from gptlab.training.block_loss import ActiveSignal, Batch, Losses, Source, accumulate, active_signals
+from gptlab.training.block_graph import ActiveSignal, Batch, Losses, Source, active_signals
+from gptlab.training.block_loss import accumulate
 from gptlab.training.controls import permuted
 from gptlab.training.optimizer import AdamStep
 from gptlab.training.sharding import full_tensor, global_norm, local_shards, shard_like
@@ -28,9 +29,9 @@ Gradients = list[Tensor]
 class GradientSources:
     """An update's gradient by source.
 
-    true: of the true loss. For every signal: taught, of what it teaches; judges, of what live judges learn from their
-    own reading, which is a gradient of its own only where a placebo permutes it; placebos, of what it teaches, rotated
-    (only with that control). After `scale_placebos`, parts[k] is what signal k puts into the update.
+    true: of the true loss. For every signal: taught, of what it teaches; judges, of what its source learns itself (live
+    judges, the head), which is a gradient of its own only where a placebo permutes it; placebos, of what it teaches,
+    rotated (only with that control). After `scale_placebos`, parts[k] is what signal k puts into the update.
     """
 
     def __init__(self, model: GPT, signals: Sequence[ActiveSignal], seed: int) -> None:
@@ -50,8 +51,8 @@ class GradientSources:
         return self.signals[k].config.control == "placebo"
 
     def _is_permuted(self, k: int) -> bool:
-        """Whether the control also permutes what judges learn; a frozen judge learns nothing."""
-        return self._is_placebo(k) and self.signals[k].config.evaluator == "live"
+        """Whether the control also permutes what the source itself learns; a frozen judge learns nothing."""
+        return self._is_placebo(k) and self.signals[k].config.learns
 
     @contextmanager
     def into(self, source: Source) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gptlab.distributed import World, buckets
-from gptlab.training.block_loss import Batch
+from gptlab.training.block_graph import Batch
 from gptlab.training.config import TrainingConfig
 from gptlab.training.sharding import is_sharded
 

@@ -19,7 +19,8 @@ from gptlab.data.batches import Windows
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
-from gptlab.training.block_loss import ActiveSignal, Batch, Losses, accumulate, active_signals
+from gptlab.training.block_graph import ActiveSignal, Batch, Losses, active_signals
+from gptlab.training.block_loss import accumulate
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import TargetFlip, add_drawn
 from gptlab.training.divergence import describe_divergence

@@ -19,7 +19,7 @@ from gptlab.runs.branching import Arm, Branched, GradientBias, GradientNoise, Pl
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.block_loss import Batch
+from gptlab.training.block_graph import Batch
 from gptlab.training.state import TrainingState
 
 PLACEMENT = ComputeConfig(torch.device("cpu"), None, 1, False, {})

@@ -19,6 +19,7 @@ from gptlab.model import GPT, GPTConfig
 from gptlab.options import options_of
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
+from gptlab.signals.registry import OBJECTIVES, Objective
 from gptlab.training import backward
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -105,8 +106,8 @@ def test_what_is_plotted_is_the_signal(plots: ModuleType) -> None:
     torch.testing.assert_close(slopes, p)
 
 
-FUNCTION, LINE = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
-(COMMAND,) = re.findall(r"^```\n(gptlab .*?)\n```", PAGE, flags=re.MULTILINE)
+FUNCTION, LINE, OBJECTIVE, OBJECTIVE_LINE = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^```\n(gptlab train .*?)\n```", PAGE, flags=re.MULTILINE)
 
 
 def gradients(config: SignalConfig) -> dict[str, torch.Tensor]:
@@ -116,8 +117,25 @@ def gradients(config: SignalConfig) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_example_is_ten_lines_at_most() -> None:
-    assert FUNCTION.count("\n") + LINE.count("\n") <= 10
+def test_an_example_is_ten_lines_at_most() -> None:
+    for function, line in ((FUNCTION, LINE), (OBJECTIVE, OBJECTIVE_LINE)):
+        assert function.count("\n") + line.count("\n") <= 10
+
+
+def test_the_table_of_objectives_is_the_registrys() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)`[^|]* \| ([^|]+) \|$", PAGE, flags=re.MULTILINE)
+    assert rows == [(one.name, one.formula, one.source) for one in OBJECTIVES.values()]
+
+
+def test_the_example_of_an_objective_works_as_a_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {}
+    exec(OBJECTIVE, names)
+    objective = eval(OBJECTIVE_LINE, {"Objective": Objective})
+    monkeypatch.setattr(functions, objective.name, names[objective.name], raising=False)
+    z = torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]], dtype=torch.float64)
+    (value,) = objective(list(z[:, None]), z, z, lambda h: h).flatten().tolist()
+    p = torch.tensor([1.0, 0.0], dtype=torch.float64).softmax(0)
+    assert value == pytest.approx(float((-p.log() / 2).sum() - torch.tensor(2.0).log()), rel=1e-6)
 
 
 def test_the_example_works_as_a_line_of_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,15 +154,24 @@ def test_the_example_works_as_a_line_of_the_registry(monkeypatch: pytest.MonkeyP
     assert any(not torch.equal(with_it[name], g) for name, g in without.items())
 
 
-def test_the_example_works_from_a_file_with_the_command_as_it_stands(
-    tiny: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("file", "content", "command"), [("idea.py", FUNCTION, 0), ("steady.py", OBJECTIVE, 1)])
+def test_an_example_works_from_a_file_with_the_command_as_it_stands(
+    file: str,
+    content: str,
+    command: int,
+    tiny: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The command's own words, and options that make it short."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "idea.py").write_text(FUNCTION)
-    program, *words = shlex.split(COMMAND)
+    (tmp_path / file).write_text(content)
+    program, *words = shlex.split(COMMANDS[command])
     assert program == "gptlab"
     short = tiny(tmp_path / "run", steps=2)[1:]
     assert main([*words, *short]) == 0, capsys.readouterr().err
-    assert [row["dose"] > 0 for row in RunFolder(tmp_path / "run").rows() if "dose" in row] == [True]
+    doses = [row["dose"] for row in RunFolder(tmp_path / "run").rows() if "dose" in row]
+    assert doses
+    assert min(doses) > 0
     assert main([word for word in [*words, *short] if word != "--allow_code"]) == 2

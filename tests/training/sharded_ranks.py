@@ -33,6 +33,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "signal": SignalConfig("confidence", control="shuffled", dose=0.3),
         "also": (SignalConfig("brier", control="flipped", flip=0.5),),
     },
+    "objectives": {
+        "signal": SignalConfig("multi_token_prediction", control="placebo", dose=0.2),
+        "also": (SignalConfig("z_loss", control="shuffled"), SignalConfig("label_smoothing", control="flipped")),
+    },
     "noise": {
         "signal": PLACEBO,
         "gradient_noise": 0.5,

@@ -16,7 +16,7 @@ from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.block_loss import Batch
+from gptlab.training.block_graph import Batch
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.sharding import full_tensor, shard_blocks
 from gptlab.training.state import TrainingState

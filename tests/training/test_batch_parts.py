@@ -12,7 +12,7 @@ from small_run import WINDOWS, Run, make_run
 
 from gptlab.distributed import World
 from gptlab.signals import SignalConfig
-from gptlab.training.block_loss import Batch
+from gptlab.training.block_graph import Batch
 from gptlab.training.step import Update, update
 
 SIGNALS: dict[str, dict[str, Any]] = {

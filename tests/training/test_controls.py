@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 
 from gptlab.errors import ConfigError
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
-from gptlab.training.block_loss import accumulate, active_signals
+from gptlab.training.block_graph import active_signals
+from gptlab.training.block_loss import accumulate
 from gptlab.training.controls import flipped, named, permuted, rotated, rotation, shuffled
 from gptlab.training.gradient_sources import GradientSources
 from gptlab.training.sharding import global_norm

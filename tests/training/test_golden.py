@@ -17,7 +17,7 @@ from gptlab.distributed import World
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.block_loss import Batch
+from gptlab.training.block_graph import Batch
 from gptlab.training.optimizer import build_optimizer
 from gptlab.training.presets import PRESETS
 from gptlab.training.state import TrainingState

@@ -11,7 +11,8 @@ from small_run import SEQUENCES, Run, make_run
 from torch import Tensor
 
 from gptlab.signals import SignalConfig
-from gptlab.training.block_loss import ActiveSignal, accumulate
+from gptlab.training.block_graph import ActiveSignal
+from gptlab.training.block_loss import accumulate
 from gptlab.training.gradient_noise import (
     GroupGradients,
     Groups,

@@ -25,6 +25,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "signal": SignalConfig("confidence", control="shuffled", dose=0.3),
         "also": (SignalConfig("brier", control="flipped", flip=0.5),),
     },
+    "objectives": {
+        "signal": SignalConfig("multi_token_prediction", control="placebo", dose=0.2),
+        "also": (SignalConfig("z_loss", control="shuffled"), SignalConfig("label_smoothing", control="flipped")),
+    },
     "muon": {"optimizer": "muon", "learning_rate": 0.01},
     "deterministic": {"signal": PLACEBO, "deterministic": True, "threads": 1, "batch_size": 2, "dtype": torch.float32},
     "noise": {

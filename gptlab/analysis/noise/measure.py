@@ -26,7 +26,7 @@ from gptlab.runs.folder import RunFolder
 from gptlab.signals import tuned_lens
 from gptlab.signals.config import SignalConfig
 from gptlab.signals.readout import Readout
-from gptlab.training.block_loss import ActiveSignal
+from gptlab.training.block_graph import ActiveSignal
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import SHAPE, hidden_states
 from gptlab.training.gradient_noise import (
@@ -94,7 +94,7 @@ def measure(
 def _at_full_weight(subject: Subject, config: SignalConfig) -> ActiveSignal:
     """The signal with its whole weight, whatever its schedule says of this step; of the run's own, the one it holds."""
     n_layer = subject.state.model.config.n_layer
-    if n_layer < 2:
+    if n_layer < 2 and config.kind == "reading":
         raise ConfigError("a signal needs a block that judges another: expected a model of at least 2 blocks, found 1")
     config.judges_at(subject.state.step, n_layer, subject.windows.seed)
     for own, held in zip(subject.config.signals, subject.state.weights, strict=False):
