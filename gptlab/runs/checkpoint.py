@@ -210,7 +210,7 @@ def shards(folder: Path) -> list[Path]:
 def read_state(path: Path) -> dict[str, Any]:
     """state.json, checked for shape, or CheckpointError: a checksum says that it is as it was written, not by whom."""
     state = read_json(path, inside=path.parent, error=CheckpointError)
-    if not isinstance(state, dict) or not _well_formed(state):
+    if not isinstance(state, dict) or not _well_formed(state) or not _is_finite(state):
         raise CheckpointError(f"{path}: expected scalars, cursor, rng and records as a run saves them; it is not read")
     return state
 
@@ -230,6 +230,14 @@ def _well_formed(state: Mapping[str, Any]) -> bool:
         and records.keys() <= {"metrics_bytes", "log_bytes"}
         and all(map(is_count, records.values()))
     )
+
+
+def _is_finite(state: Mapping[str, Any]) -> bool:
+    """Whether it holds neither NaN nor infinity, which JSON has no word for and a run never writes."""
+    try:
+        return bool(_canonical(state))
+    except ValueError:
+        return False
 
 
 def digest(folder: Path) -> tuple[str, int]:

@@ -129,8 +129,15 @@ def test_verify_names_a_state_that_only_its_checksum_speaks_for(tmp_path: Path, 
     reader = next(one for one in readers(tmp_path / "right") if one.name == "state.json")
     saved = tmp_path / "run" / "checkpoints" / "step_00000003"
     reader.prepare(saved)
-    (saved / "state.json").write_text('{"scalars": [], "records": {"metrics_bytes": "many"}}')
-    sign(saved)
-    assert main(["verify", str(tmp_path / "run")]) == 3
-    assert "state.json: " in (told := capsys.readouterr().out)
-    assert "expected scalars, cursor, rng and records" in told
+    right = json.loads((saved / "state.json").read_text())
+    wrong = [{"scalars": [], "records": {"metrics_bytes": "many"}}]
+    wrong += [right | {part: {"x": [value]}} for part in ("cursor", "rng") for value in (float("nan"), float("-inf"))]
+    for state in wrong:
+        (saved / "state.json").write_text(json.dumps(state))
+        sign(saved)
+        assert main(["verify", str(tmp_path / "run")]) == 3
+        out = capsys.readouterr().out
+        assert "state.json: " in out, state
+        assert "expected scalars, cursor, rng and records" in out, state
+        assert main(["digest", str(tmp_path / "run")]) == 3
+        assert "expected scalars, cursor, rng and records" in capsys.readouterr().err, state
