@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import re
@@ -30,6 +31,7 @@ from gptlab.training.loop import Record
 Capture = pytest.CaptureFixture[str]
 Words = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 class Failing(io.StringIO):
@@ -133,7 +135,7 @@ def test_a_display_that_fails_leaves_the_run_as_it_is(
         assert capsys.readouterr().err.count("nothing more is shown here (ZeroDivisionError") == 1
 
 
-@pytest.mark.parametrize("redirected", ["2>&1 | head -2", ">/dev/full 2>&1", ">&- 2>&-", "2>&1 | true"])
+@pytest.mark.parametrize("redirected", ["2>&1 | head -2", *map(slow, (">/dev/full 2>&1", ">&- 2>&-", "2>&1 | true"))])
 def test_a_run_is_whole_whatever_becomes_of_its_streams(redirected: str, tiny: Words, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = f'"$@" {redirected}; exit ${{PIPESTATUS[0]}}'
@@ -170,9 +172,9 @@ for words in (
     "variables",
     [
         {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-        {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
-        {"PYTHONIOENCODING": "ascii"},
-        {"PYTHONIOENCODING": "cp437:strict"},
+        slow({"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"}),
+        slow({"PYTHONIOENCODING": "ascii"}),
+        slow({"PYTHONIOENCODING": "cp437:strict"}),
     ],
     ids=str,
 )

@@ -166,9 +166,10 @@ def test_a_file_gets_a_line_a_change_and_a_terminal_a_table(file: Path, tmp_path
             assert shown.count("1:02 left") == 4
 
 
+@pytest.mark.slow
 def test_smoke_tells_of_every_arm_and_leaves_nothing(file: Path, capsys: Capture, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    assert main(["experiment", "smoke", str(file), "--seconds", "20", "--json"]) == 3, "an arm does not run"
+    assert main(["experiment", "smoke", str(file), "--seconds", "5", "--json"]) == 3, "an arm does not run"
     out, err = capsys.readouterr()
     found = json.loads(out)
     arms = found["arms"]

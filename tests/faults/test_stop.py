@@ -14,6 +14,8 @@ from harness import Trainer, make_corpus, outcome, rows, wait_until
 from gptlab.runs import checkpoint
 from gptlab.runs.folder import newest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.fault(number=1)
 def test_stopped_twice_and_identical(
@@ -39,7 +41,6 @@ def test_stopped_twice_and_identical(
     assert outcome(run) == outcome(uninterrupted)
 
 
-@pytest.mark.slow
 @pytest.mark.fault(number=8)
 def test_stopped_while_validating(tmp_path: Path) -> None:
     """A validation that takes seconds is not waited for; it is made anew."""
@@ -62,7 +63,6 @@ def test_stopped_while_validating(tmp_path: Path) -> None:
         trainer.close()
 
 
-@pytest.mark.slow
 def test_a_second_signal_ends_at_once(trainer: Trainer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = trainer.start(run, total_batch_tokens=400_000 // 32 * 32)  # an update takes seconds
@@ -169,7 +169,6 @@ sys.exit(guarded(functools.partial(main, defaults={"signal.name": "confidence"})
 '''
 
 
-@pytest.mark.slow
 @pytest.mark.fault(number=8)
 def test_stopped_while_compiling(trainer: Trainer, tmp_path: Path, choose: random.Random) -> None:
     """The compiler is not cut off; the first update is made, and saved."""

@@ -64,6 +64,7 @@ def results(out: Path) -> dict[str, Any]:
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_results_say_what_every_cell_came_to(whole: Path) -> None:
     cells = {(cell["arm"], cell["seed"]): cell for cell in results(whole)["cells"]}
     assert list(cells) == [(arm, seed) for arm in sorted(ARMS) for seed in (1, 2)]
@@ -84,6 +85,7 @@ def test_results_say_what_every_cell_came_to(whole: Path) -> None:
     assert not {"seconds", "tokens_per_second"} & cells["plain", 1].keys(), "a clock"
 
 
+@pytest.mark.slow
 def test_compare_reads_the_folder_as_it_is(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(whole), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -94,6 +96,7 @@ def test_compare_reads_the_folder_as_it_is(whole: Path, capsys: pytest.CaptureFi
     assert "diverged on 2 of 2 seeds, its baseline on 0" in result["arms"]["bad"]["reason"]
 
 
+@pytest.mark.slow
 def test_an_experiment_that_has_ended_runs_nothing_again(
     whole: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,6 +308,7 @@ def test_the_same_seed_gives_every_arm_the_same_weights_and_data(folder: Path, t
     assert not set(losses["plain", 1]) & set(losses["plain", 2])
 
 
+@pytest.mark.slow
 def test_what_was_declared_is_not_changed_once_cells_have_begun(whole: Path, folder: Path, tmp_path: Path) -> None:
 
     def prepare(**changes: Any) -> None:
