@@ -20,7 +20,8 @@ from gptlab.device import ComputeConfig, deterministic_or_refused
 from gptlab.distributed import World
 from gptlab.errors import Stopped
 from gptlab.model.gpt import GPT
-from gptlab.training.block_loss import Batch, accumulate, active_signals
+from gptlab.training.block_graph import Batch, active_signals
+from gptlab.training.block_loss import accumulate
 from gptlab.training.config import TrainingConfig
 from gptlab.training.evaluate import SHAPE, TEMPERED_TOKENS, Validation, hidden_states, tempered, validate
 from gptlab.training.gradient_noise import quick_noise
