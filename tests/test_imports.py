@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(("errors", "files", "parsing", "randomness", "options"), 0),
     **dict.fromkeys(("device", "distributed", "processes"), 0),
     "data": 1, "model": 2, "signals": 3, "training": 4, "runs": 5,
-    "analysis": 6, "interpret": 6, "evals": 6, "benchmark": 6, "page": 7, "cli": 8, "__main__": 9,
+    "analysis": 6, "judge": 6, "interpret": 6, "evals": 6, "benchmark": 6, "page": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 SIDE_BY_SIDE = {"analysis", "interpret", "evals", "benchmark"}
 """Rooms of one floor that know nothing of each other."""

@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "prepare a corpus, or look at one",
     "experiment": "run arms against seeds, see how they stand, or try every arm first",
     "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
+    "judge": "keep or discard ideas for any trainer, at an error rate that holds for all of them",
     "dose_response": "how many times the tokens a known error costs, against theory",
     "noise": "measure whether a signal teaches, or is bias or noise",
     "sample": "generate text from a prompt, with each block's best next token",
@@ -47,7 +48,7 @@ ELSEWHERE = {
 }
 """Commands that are not the function `main` of the module of their own name."""
 
-IN_FILES = frozenset({"train", "experiment", "data"})
+IN_FILES = frozenset({"train", "experiment", "data", "judge"})
 """Commands whose work is kept in files: they continue whatever becomes of the streams that show it."""
 
 

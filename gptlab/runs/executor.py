@@ -170,7 +170,7 @@ def patched(patch: Path) -> PatchedPackage:
     with tempfile.TemporaryDirectory(prefix="gptlab_patch_") as scratch:
         folder = Path(scratch, "package")
         _write(folder, before)
-        _apply(patch, content, folder)
+        apply_patch(patch, content, folder)
         after = {path: _changed(patch, folder, path, before) for path in _files(folder)}
     if lost := sorted(before.keys() - after.keys()):
         raise ConfigError(f"patch {patch}: it removes {shown(lost[0])}; empty the file instead")
@@ -199,8 +199,11 @@ def _changed(patch: Path, folder: Path, name: str, before: Mapping[str, str]) ->
     raise ConfigError(f"patch {patch}: expected changes of Python files in gptlab/, found {found}: {shown(name)}")
 
 
-def _apply(patch: Path, content: bytes, folder: Path) -> None:
-    """`git apply` outside of any repository: inside one git would leave out what lies elsewhere."""
+def apply_patch(patch: Path, content: bytes, folder: Path, to: str = f"gptlab {gptlab.__version__}") -> None:
+    """`git apply` outside of any repository: inside one git would leave out what lies elsewhere.
+
+    to: what the folder holds, in words. Raises ConfigError with git's reason where it does not apply.
+    """
     where = environment(without="GIT_", GIT_CEILING_DIRECTORIES=os.path.realpath(folder.parent))
     command = ["git", "apply", "--whitespace=nowarn", "-"]
     try:
@@ -210,8 +213,8 @@ def _apply(patch: Path, content: bytes, folder: Path) -> None:
     if done.returncode:
         reasons = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
         raise ConfigError(
-            f"patch {patch} does not apply to gptlab {gptlab.__version__}: {reasons[0].removeprefix('error: ')}; "
-            "make it with `git diff -- gptlab` against the code in use"
+            f"patch {patch} does not apply to {to}: {reasons[0].removeprefix('error: ')}; "
+            f"make it with `git diff{' -- gptlab' * to.startswith('gptlab ')}` against the code in use"
         )
 
 

@@ -89,7 +89,7 @@ def curves(
     if share:
         axes.set_ylim(-0.03, 1.03)
         axes.set_yticks(*QUARTERS)
-    _name_axes(figure, axes, "step", unit)
+    name_axes(figure, axes, "step", unit)
     drawn = [(line.label or "it", line.band.steps, line.band.mean) for line in lines]
     return inline(figure, name, _describe(what, drawn, "step", ".0%" if share else ".4g"))
 
@@ -168,7 +168,7 @@ def plain_scale(axes: Axes) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))
 
 
-def _name_axes(figure: Figure, axes: Axes, x: str, y: str, height: float = HEIGHT) -> None:
+def name_axes(figure: Figure, axes: Axes, x: str, y: str, height: float = HEIGHT) -> None:
     figure.text(4 / WIDTH, 1 - 14 / height, y, color=theme.MUTED, fontsize=TEXT)
     axes.set_xlabel(x, color=theme.MUTED)
 
@@ -221,7 +221,7 @@ def over_blocks(
     axes.set_xlim(0.5, blocks + 0.5)
     plain_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(min(blocks, 12), integer=True))
-    _name_axes(figure, axes, "block", unit)
+    name_axes(figure, axes, "block", unit)
     return inline(figure, name, _describe(what, [(one.label, one.x, one.y) for one in series], "block", ".3g"))
 
 
@@ -235,7 +235,7 @@ def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, di
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(*QUARTERS)
     axes.axis((-0.02, 1.02, -0.03, 1.03))
-    _name_axes(figure, axes, x, y, TALL)
+    name_axes(figure, axes, x, y, TALL)
     return inline(figure, name, _describe(what, [(one.label, one.x, one.y) for one in series], x, ".3g"))
 
 
@@ -255,6 +255,6 @@ def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> st
     each = branch["differences"]
     axes.set_xticks([0, *(1 / int(M) for M in each)], ["0", *(f"1/{M}" for M in each)])
     x_label = "1/M: of so many batches the signal’s gradient is the mean"
-    _name_axes(figure, axes, x_label, "nats above the true loss alone")
+    name_axes(figure, axes, x_label, "nats above the true loss alone")
     description = f"{what}: {bias['value']:+.4f} nats at 1/M = 0, {sum(branch['fit']):+.4f} at 1/M = 1"
     return inline(figure, name, description)

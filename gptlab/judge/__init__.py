@@ -1,0 +1,1 @@
+"""`gptlab judge`: ideas for a trainer, one after the other, kept or discarded at an error rate that holds for all."""

@@ -1,0 +1,255 @@
+"""A lab: the folder of `gptlab judge`, what its lab.toml declares, and how the first one is written.
+
+[baseline]
+command = "python train.py --seed {seed}"   run by sh in a clean copy of `path`; the seed is in GPTLAB_SEED too
+path = ".."                                 as seen from the lab; a git repository's HEAD, else the folder's files
+preset = "shakespeare-tiny"                 or, in place of both, a run of gptlab with these [options]
+[metric]
+pattern = "val_bpb: ([0-9.]+)"              its last match in the output counts
+better = "lower"
+min_gain = 0.002                            a mean gain below it is not worth having
+[plan]
+looks = [2, 4, 8]                           seeds that screening looks at
+error_rate = 0.05                           the probability of one false keep or more in the whole ledger
+time_limit = 3600                           seconds a run
+jobs = 1                                    runs at a time
+[paths]
+allow = ["train.py", "model/**"]            what an idea may change
+deny = ["evaluate.py"]                      and what it may not, whatever `allow` says
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gptlab.analysis.statistics import check_looks
+from gptlab.errors import ConfigError, did_you_mean
+from gptlab.files import MB, read_toml
+from gptlab.options import build, flatten, option, table_options
+from gptlab.training.config import TrainingConfig
+from gptlab.training.presets import PRESETS, preset_options
+
+FILE = "lab.toml"
+DECLARED = ("metric.", "plan.looks", "plan.confirm", "plan.error_rate")
+"""Keys that may not change once an idea was tried: the promise is for all ideas together."""
+
+ENVIRONMENT_SEED = "GPTLAB_SEED"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    command: str = option("", "what trains and evaluates, run by sh; {seed} stands for the seed")
+    path: str = option("", "the folder that it runs in a copy of, as seen from the lab")
+    preset: str = option("", "in place of a command: a preset of gptlab, with [options]")
+
+
+@dataclass(frozen=True)
+class Metric:
+    pattern: str = option("", "a regular expression with one group; its last match in the output counts")
+    json: str = option("", "instead: a key of a JSON line of the output; the last such line counts")
+    csv: str = option("", "instead: FILE:COLUMN of a CSV file that the command writes; its last row counts")
+    better: str = option("lower", "whether lower or higher is better", choices=("lower", "higher"))
+    min_gain: float = option(0.0, "the smallest mean gain that is kept", unit="the metric's")
+    second: str = option("", "a pattern like the first, of a second validation slice: reported, never used to choose")
+
+    @property
+    def sign(self) -> float:
+        """What makes a difference, idea minus baseline, a gain."""
+        return -1.0 if self.better == "lower" else 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    looks: tuple[int, ...] = option((2, 4, 8), "seeds at which an idea is looked at in screening")
+    confirm: tuple[int, ...] | None = option(
+        None, "fresh seeds at which it is confirmed", shown="the last look's, and twice as many"
+    )
+    error_rate: float = option(0.05, "the probability of a false keep in the whole ledger")
+    time_limit: float = option(3600.0, "of a run", unit="seconds")
+    jobs: int = option(1, "runs at a time")
+    budget: float | None = option(None, "of all runs of an idea, its own and new ones of the baseline", unit="seconds")
+    disk: float = option(4.0, "that a run may write", unit="GB")
+
+    @property
+    def confirm_looks(self) -> tuple[int, ...]:
+        return self.confirm or (self.looks[-1], 2 * self.looks[-1])
+
+
+@dataclass(frozen=True)
+class Paths:
+    allow: tuple[str, ...] = option(("**",), "globs of files that an idea may change")
+    deny: tuple[str, ...] = option((), "globs of files that it may not, whatever allow says")
+
+
+@dataclass(frozen=True)
+class LabConfig:
+    baseline: Baseline = Baseline()
+    metric: Metric = Metric()
+    plan: Plan = Plan()
+    paths: Paths = Paths()
+
+
+@dataclass(frozen=True)
+class Lab:
+    """folder: of lab.toml; options: of a preset's runs."""
+
+    folder: Path
+    config: LabConfig
+    options: Mapping[str, Any]
+
+    @cached_property
+    def tree(self) -> Path:
+        """The folder that a command's baseline is a copy of."""
+        return (self.folder / self.config.baseline.path).resolve()
+
+    def declared(self) -> dict[str, Any]:
+        """What may not change once an idea was tried."""
+        return {key: value for key, value in flatten(self.config).items() if key.startswith(DECLARED)}
+
+    def check_unchanged(self, first: Mapping[str, Any]) -> None:
+        """Raise ConfigError where this is not what the ledger's first try declared."""
+        now = json.loads(json.dumps(self.declared()))
+        if changed := [key for key in now if now[key] != first.get(key)]:
+            raise ConfigError(
+                f"{self.folder / FILE}: {', '.join(changed)} changed since the first idea was tried; the error rate is "
+                "promised for the whole ledger: undo the change, or begin a new lab"
+            )
+
+
+def read_lab(folder: str | Path) -> Lab:
+    """The lab in a folder; raises ConfigError that names the file and the nearest key."""
+    folder = Path(folder)
+    path = folder / FILE
+    try:
+        table = dict(read_toml(path, limit=MB, error=ConfigError))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"expected a lab at {folder}, found no {FILE} there; `gptlab judge --init` writes one"
+        ) from None
+    try:
+        return _lab(folder, table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _lab(folder: Path, table: dict[str, Any]) -> Lab:
+    options = table.pop("options", {})
+    baseline, paths = table.get("baseline", {}), table.get("paths", {})
+    if isinstance(baseline, dict) and "options" in baseline:
+        options, table["baseline"] = baseline["options"], {k: v for k, v in baseline.items() if k != "options"}
+    if isinstance(paths, dict) and paths.get("deny") == []:
+        table["paths"] = {k: v for k, v in paths.items() if k != "deny"}
+    config = build(LabConfig, table_options(table, LabConfig))
+    typed = table_options(options, TrainingConfig) if isinstance(options, Mapping) else {}
+    _check(config, typed)
+    lab = Lab(folder.resolve(), config, typed)
+    if config.baseline.command and not lab.tree.is_dir():
+        raise ConfigError(f"baseline.path: expected a folder, found none at {lab.tree}")
+    return lab
+
+
+def _check(config: LabConfig, options: Mapping[str, Any]) -> None:
+    baseline, metric, plan = config.baseline, config.metric, config.plan
+    if bool(baseline.command) == bool(baseline.preset):
+        raise ConfigError("[baseline]: expected either a command, with its path, or a preset")
+    if baseline.command:
+        if not baseline.path or options:
+            raise ConfigError("[baseline]: a command needs its path, and takes no [options]")
+        if sum(map(bool, (metric.pattern, metric.json, metric.csv))) != 1:
+            raise ConfigError("[metric]: expected one of pattern, json and csv")
+    elif baseline.preset not in PRESETS:
+        raise ConfigError(f"baseline.preset: no preset {baseline.preset!r}{did_you_mean(baseline.preset, PRESETS)}")
+    elif metric.pattern or metric.json or metric.csv or metric.better != "lower":
+        raise ConfigError("[metric]: a preset's is its validation loss, which is read without a pattern; leave it out")
+    else:
+        usual = preset_options(baseline.preset, options)
+        build(TrainingConfig, {**usual, **options, "preset": baseline.preset})
+    for key in ("pattern", "second"):
+        _check_pattern(f"metric.{key}", getattr(metric, key))
+    if metric.csv and not all(metric.csv.rpartition(":")[::2]):
+        raise ConfigError(f"metric.csv: expected FILE:COLUMN, found {metric.csv!r}")
+    check_looks(plan.looks)
+    check_looks(plan.confirm_looks)
+    if not 0 < plan.error_rate <= 0.1:
+        raise ConfigError(f"plan.error_rate: expected above 0 and at most 0.1, found {plan.error_rate:g}")
+    if metric.min_gain < 0:
+        raise ConfigError(f"metric.min_gain: expected at least 0, found {metric.min_gain:g}")
+    for key in ("time_limit", "jobs", "budget", "disk"):
+        if (found := getattr(plan, key)) is not None and found <= 0:
+            raise ConfigError(f"plan.{key}: expected a number above 0, found {found:g}")
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    if not pattern:
+        return
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ConfigError(f"{key}: expected a regular expression, found {pattern!r}: {error}") from None
+    if groups != 1:
+        raise ConfigError(f"{key}: expected one group, such as 'loss ([0-9.]+)', found {groups} in {pattern!r}")
+
+
+def may_change(name: str, paths: Paths) -> bool:
+    """Whether an idea may change a file, given relative to the baseline's folder with / between folders."""
+    return any(matches(name, glob) for glob in paths.allow) and not any(matches(name, glob) for glob in paths.deny)
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob means a file: * within a folder's names, ** across folders, a folder's name all below it.
+
+    >>> [matches(name, "model/*.py") for name in ("model/gpt.py", "model/old/gpt.py")]
+    [True, False]
+    >>> [matches("model/old/gpt.py", glob) for glob in ("model/**", "model", "**/gpt.py", "gpt.py")]
+    [True, True, True, False]
+    """
+    words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob.removeprefix("./").rstrip("/"))
+    return re.fullmatch("".join(words.get(part) or re.escape(part) for part in parts) + "(?:/.*)?", name) is not None
+
+
+def lab_text(given: Mapping[str, Any]) -> str:
+    """The lab.toml of given keys, with every other one in a comment.
+
+    given: {"baseline.command": ..., ...}; a key that is given with None is left out.
+    """
+    lines: list[str] = []
+    for key, default in flatten(LabConfig()).items():
+        table, _, name = key.partition(".")
+        if not lines or f"[{table}]" not in lines:
+            lines += ["", f"[{table}]"]
+        known = next(o for o in _known() if o.key == key)
+        unit = f", {known.unit}" if known.unit else ""
+        value = given.get(key)
+        shown = _toml(default) if value is None else _toml(value)
+        comment = "" if value is not None else "# "
+        lines.append(f"{comment}{name} = {shown}  # {known.help}{unit}")
+    if options := given.get("options"):
+        lines += ["", "[options]", *(f"{key} = {_toml(value)}" for key, value in options.items())]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _known() -> Sequence[Any]:
+    from gptlab.options import options_of
+
+    return list(options_of(LabConfig))
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it; none of a file's own is None."""
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps("" if value is None else value, ensure_ascii=False)
+
+
+def with_measured(text: str, lines: Sequence[str]) -> str:
+    """A lab.toml with a comment at its top, in place of the one that was written there before."""
+    kept = list(itertools.dropwhile(lambda line: line.startswith("# measured:"), text.splitlines()))
+    return "\n".join([*(f"# measured: {line}" for line in lines), *kept]) + "\n"

@@ -1,0 +1,254 @@
+"""`gptlab judge` on a trainer of ten lines: verdicts, ledger, adoption, and a lab that is written for one."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from small_lab import TRAINER, Run, Site  # pyright: ignore[reportMissingImports]
+
+from gptlab.judge.lab import Metric, matches, read_lab
+from gptlab.judge.procedure import EXIT
+from gptlab.judge.trial import last_match, read_metric
+
+
+def test_a_gain_is_kept_and_reported_from_fresh_seeds_alone(site: Site, run: Run) -> None:
+    code, found = run(site.edit("rate = 0.1", "rate = 0.9"))
+    assert (code, found["verdict"], found["exit_code"]) == (0, "keep", 0)
+    assert found["difference"] == pytest.approx(-0.08, abs=0.02)
+    assert found["interval"][0] < found["difference"] < found["interval"][1] < 0
+    fresh = found["runs"]["fresh"]
+    assert min(fresh["seeds"]) > max(found["runs"]["screening"]["seeds"])
+    pairs = zip(fresh["idea"], fresh["baseline"], strict=True)
+    assert found["difference"] == pytest.approx(sum(i - b for i, b in pairs) / found["n"])
+    assert found["level_spent"] == 0
+    assert found["level_left"] == 0.05
+    assert found["lines"] == [1, 1]
+
+
+def test_a_loss_and_a_null_are_discarded_and_an_idea_without_effect_is_inactive(site: Site, run: Run) -> None:
+    assert run(site.edit("rate = 0.1", "rate = -0.9", "worse.diff"))[0] == 10
+    code, found = run(site.edit("step in", "update in", "renamed.diff"))
+    assert (code, found["verdict"], found["difference"]) == (12, "inactive", 0.0)
+    nulls = [run(site.edit("rate = 0.1", f"rate = 0.1{k}", f"null_{k}.diff"))[1]["verdict"] for k in range(1, 4)]
+    assert "keep" not in nulls
+    assert [line["verdict"] for line in site.ledger()][:2] == ["discard", "inactive"]
+
+
+def test_the_same_idea_twice_is_answered_from_the_ledger(site: Site, run: Run) -> None:
+    idea = site.edit("rate = 0.1", "rate = -0.5")
+    code, first = run(idea)
+    again, second = run(idea.rename(site.root / "other_name.diff"))
+    assert (code, again) == (10, 10)
+    assert second["answered_from_the_ledger"]
+    assert second["hash"] == first["hash"]
+    assert len(site.ledger()) == 1
+
+
+def test_an_adopted_idea_is_the_baseline_of_the_next(site: Site, run: Run) -> None:
+    first = site.edit("rate = 0.1", "rate = 0.9", "first.diff")
+    code, found = run(first, "--adopt")
+    assert code == 0
+    assert found["adopted"]
+    assert (site.repo / "train.py").read_text() == TRAINER  # the user's own tree stays as it was
+    assert (site.lab / "baseline" / "train.py").read_text() == TRAINER.replace("rate = 0.1", "rate = 0.9")
+    second = site.edit("loss = 3.0", "loss = 2.9", "second.diff")
+    second.write_text(second.read_text().replace("rate = 0.1", "rate = 0.9"))
+    code, found = run(second, "--adopt")
+    assert code == 0
+    assert found["difference"] == pytest.approx(-0.1, abs=1e-6)  # equal noise: the rate is the adopted one
+    assert found["stack"]["difference"] == pytest.approx(-0.18, abs=0.02)
+    status = run("--status")[1]
+    assert status["adopted"] == ["first.diff", "second.diff"]
+    code, found = run(site.edit("rate = 0.1", "rate = 0.5", "third.diff"))
+    assert (code, found["verdict"]) == (13, "broken")
+    assert "does not apply" in found["reason"]
+
+
+def test_a_kept_file_that_was_changed_is_not_adopted(site: Site, run: Run) -> None:
+    run(site.edit("rate = 0.1", "rate = 0.9"), "--adopt")
+    (kept,) = (site.lab / "kept").rglob("*.diff")
+    kept.write_text(kept.read_text().replace("0.9", "0.8"))
+    code, found = run(site.edit("loss = 3.0", "loss = 2.9", "second.diff"))
+    assert code == 3
+    assert "as it was kept" in found["error"]
+
+
+def test_a_repository_is_judged_at_its_head_whatever_is_being_edited(site: Site, run: Run) -> None:
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@y", "-C", str(site.repo)]
+    (site.repo / ".gitignore").write_text("data.bin\n")
+    (site.repo / "train.py").write_text((site.repo / "train.py").read_text() + "assert open('data.bin').read()\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    (site.repo / "data.bin").write_text("not tracked, and needed")
+    idea = site.edit("rate = 0.1", "rate = 0.9")
+    (site.repo / "train.py").write_text("raise SystemExit('half edited')\n")
+    code, found = run(idea)
+    assert (code, found["verdict"]) == (0, "keep"), found
+
+
+def test_init_writes_a_lab_and_measures_its_noise(site: Site, run: Run) -> None:
+    (site.lab / "lab.toml").unlink()
+    words = ["--command", "python train.py", "--path", site.repo, "--metric", "val_loss: ([0-9.]+)"]
+    code, found = run("--init", *words)
+    assert code == 0
+    assert found["noise_floor"] == pytest.approx(0.01, rel=0.9)
+    assert found["smallest_effect"] > 0
+    text = (site.lab / "lab.toml").read_text()
+    assert text.count("# measured:") == 3
+    assert read_lab(site.lab).config.plan.looks == (2, 4, 8)
+    assert run("--init")[0] == 0
+    assert (site.lab / "lab.toml").read_text().count("# measured:") == 3
+    uncommented = re.sub(r"^# (looks|error_rate|time_limit|jobs|disk|allow|better|min_gain)", r"\1", text, flags=re.M)
+    (site.lab / "lab.toml").write_text(uncommented)
+    assert read_lab(site.lab).config.paths.allow == ("**",)
+
+
+def test_one_command_judges_without_a_lab_file(site: Site, run: Run) -> None:
+    (site.lab / "lab.toml").unlink()
+    idea = site.edit("rate = 0.1", "rate = -0.9")
+    words = ["--command", "python train.py", "--path", site.repo, "--metric", "val_loss: ([0-9.]+)"]
+    assert run(*words, "--idea", idea)[0] == 10
+    code, found = run(*words, "--idea", idea)
+    assert code == 2
+    assert "lab.toml is there" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("looks =", "look =", "plan.look'; did you mean 'plan.looks'"),
+        ("[metric]", "[metrics]", "did you mean 'metric.pattern'"),
+        ("looks = [2, 4]", "looks = [4, 2]", "rising numbers of seeds"),
+        ('pattern = "val_loss: ([0-9.]+)"', 'pattern = "val_loss"', "expected one group"),
+        ('pattern = "val_loss: ([0-9.]+)"', 'pattern = "val_loss: ("', "regular expression"),
+        ('command = "python train.py"', "", "a command"),
+        ('path = "../repo"', 'path = "../rep"', "expected a folder"),
+        ('path = "../repo"', 'path = "../repo"\npreset = "shakespeare-tiny"', "either a command"),
+        ("time_limit = 20", "time_limit = 0", "above 0"),
+        ("[plan]", '[plan]\nerror_rate = "half"', "plan.error_rate"),
+        ("[plan]", "[plan]\nerror_rate = 1.5", "plan.error_rate"),
+        ("[plan]", "[plan", "not a TOML file"),
+    ],
+)
+def test_what_is_wrong_in_a_lab_is_named(old: str, new: str, expected: str, site: Site, run: Run) -> None:
+    text = (site.lab / "lab.toml").read_text()
+    assert old in text
+    (site.lab / "lab.toml").write_text(text.replace(old, new))
+    code, found = run("--status")
+    assert code == 3
+    assert expected in found["error"]
+    assert "lab.toml" in found["error"]
+
+
+def test_what_the_ledger_promises_may_not_change_under_it(site: Site, run: Run) -> None:
+    run(site.edit("rate = 0.1", "rate = -0.9"))
+    text = (site.lab / "lab.toml").read_text()
+    (site.lab / "lab.toml").write_text(text.replace("[plan]", "[plan]\nerror_rate = 0.1"))
+    code, found = run(site.edit("rate = 0.1", "rate = 0.3"))
+    assert code == 3
+    assert "plan.error_rate changed" in found["error"]
+    (site.lab / "lab.toml").write_text(text.replace("time_limit = 20", "time_limit = 30"))
+    assert run(site.edit("rate = 0.1", "rate = -0.3"))[0] == 10
+
+
+def test_an_edited_ledger_is_refused_by_every_use_of_it(site: Site, run: Run) -> None:
+    run(site.edit("rate = 0.1", "rate = -0.9"))
+    ledger = site.lab / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"discard"', '"keep"'))
+    for words in (["--status"], ["--report"], ["--export", "csv"], ["--adopt"], [site.root / "idea.diff"]):
+        code, found = run(*words)
+        assert code == 3, words
+        assert "line 1" in found["error"]
+
+
+def test_the_report_and_the_csv_show_every_try(site: Site, run: Run) -> None:
+    assert run("--report")[0] == 0  # of an empty lab too
+    run(site.edit("rate = 0.1", "rate = 0.9", "<good>.diff"))
+    run(site.edit("rate = 0.1", "rate = -0.9", "=bad.diff"))
+    run(site.edit("SPLIT", "SPLITS", "outside.diff", "model/data.py"))
+    assert run("--report")[0] == 0
+    page = (site.lab / "report.html").read_text()
+    assert "&lt;good&gt;.diff" in page
+    assert "<good>" not in page
+    assert page.count("<svg") == 3
+    rows = list(csv.DictReader(io.StringIO(run("--export", "csv")[1]["text"])))
+    assert [row["verdict"] for row in rows] == ["keep", "discard", "broken"]
+    assert rows[1]["name"] == "'=bad.diff"
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--status", "--report"], ["--export", "xml"], ["a.diff", "--idea", "b.diff"], ["a.diff", "--status"],
+              ["--better", "more"], ["--adopt"]],
+)  # fmt: skip
+def test_wrong_usage(words: list[str], run: Run) -> None:
+    assert run(*words)[0] == 2
+
+
+def test_an_idea_that_is_not_there_is_no_try(site: Site, run: Run) -> None:
+    code, found = run(site.root / "none.diff")
+    assert code == 3
+    assert "expected an idea" in found["error"]
+    assert not (site.lab / "ledger.jsonl").exists()
+
+
+def test_a_higher_metric_and_the_second_slice(site: Site, run: Run) -> None:
+    text = (site.lab / "lab.toml").read_text()
+    second = "[metric]\nbetter = \"higher\"\nsecond = 'step ([0-9]+)'"
+    (site.lab / "lab.toml").write_text(text.replace("[metric]", second))
+    code, found = run(site.edit("rate = 0.1", "rate = -0.9"))
+    assert (code, found["second"]) == (0, 0.0)
+    assert found["difference"] > 0
+
+
+def test_exit_codes_are_the_documented_ones() -> None:
+    assert EXIT == {"keep": 0, "discard": 10, "undecided": 11, "inactive": 12, "broken": 13, "diverged": 4}
+    page = (Path(__file__).parents[2] / "docs" / "judge.md").read_text()
+    for verdict, code in EXIT.items():
+        assert re.search(rf"\| `{verdict}` \| {code} \|", page), verdict
+
+
+@pytest.mark.parametrize(
+    ("output", "metric", "value"),
+    [
+        ("loss 2.5\nloss 2.25 of 9", Metric(pattern=r"loss ([0-9.]+)"), 2.25),
+        ("a\rloss 1\rloss 2\r", Metric(pattern=r"loss (\S+)"), 2.0),
+        ("loss 1.5e-3", Metric(pattern=r"(?:final )?loss ([0-9.e+-]+)"), 1.5e-3),
+        ("loss 2.5\nloss -", Metric(pattern=r"loss ([0-9.-]+)"), 2.5),
+        ("nothing", Metric(pattern=r"loss ([0-9.]+)"), None),
+        ('{"val": 1}\n{"val": 2.5, "x": []}\n{"step": 1}\nbye', Metric(json="val"), 2.5),
+        ("[1]\n2\n", Metric(json="val"), None),
+    ],
+)
+def test_a_metric_is_read(output: str, metric: Metric, value: float | None) -> None:
+    assert read_metric(output, metric) == value
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"loss: ([0-9.]+)", r"loss: (?P<x>\d+\.\d+)", r"loss\(x\)?: ([(0-9.]+)", r"(?:val )?loss: ([\d.]+)$"]
+)
+@pytest.mark.parametrize("word", ["nan", "NaN", "inf", "-inf", "Infinity"])
+def test_a_number_that_is_none_is_seen_though_the_pattern_takes_digits_only(pattern: str, word: str) -> None:
+    found = last_match(
+        f"loss: 2.5\nloss: {word}\n" if "x" not in pattern[:8] else f"loss(x: 2.5\nloss(x: {word}", pattern
+    )
+    assert found is not None
+    assert found != 2.5
+
+
+@pytest.mark.parametrize(
+    ("name", "glob", "found"),
+    [
+        ("train.py", "train.py", True), ("x/train.py", "train.py", False), ("model/a/b.py", "model", True),
+        ("model/a/b.py", "model/", True), ("model.py", "model", False), ("a.py", "*.py", True),
+        ("x/a.py", "*.py", False),
+        ("x/a.py", "**/*.py", True), ("a.py", "**/*.py", True), ("a+b.py", "a+b.py", True), ("aab.py", "a+b.py", False),
+        ("anything/at/all", "**", True), ("a.py\n", "a.py", False),
+    ],
+)  # fmt: skip
+def test_globs(name: str, glob: str, found: bool) -> None:
+    assert matches(name, glob) is found
