@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from gptlab.analysis.statistics import (
@@ -14,8 +15,10 @@ from gptlab.analysis.statistics import (
     counts_p,
     last_look,
     look_level,
+    more_baseline_t,
     outlier,
     paired_t,
+    welch_t,
 )
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.runs.experiment_spec import Metric
@@ -31,6 +34,7 @@ class Design:
 
     delta: None where nobody declared one. seeds: those that every arm must have, in their order; None where any will
     do. planned: how many, where no more is known. controls: placebos too. signals: arms that must beat their placebo.
+    further: seeds that the baseline has besides. unpaired: equal seeds mean nothing.
     """
 
     baselines: Mapping[str, str]
@@ -44,6 +48,14 @@ class Design:
     signals: frozenset[str]
     doses: Mapping[str, float | None]
     metric: Metric
+    further: tuple[Seed, ...]
+    unpaired: bool
+
+    def pair(self, losses: Losses, arm: str, other: str) -> Pairing:
+        """The two arms under this design; unpaired too where nobody declared seeds and they have none in common."""
+        further = self.further if other == self.baselines.get(arm) else ()
+        apart = not (self.looks or self.planned) and losses[arm].keys().isdisjoint(losses[other])
+        return pair(losses, arm, other, self.looks, self.seeds, further, paired=not (self.unpaired or apart))
 
     def level(self, alpha: float, look: int | None) -> float:
         """a_k(alpha) at a look; at the first one where none is reached yet."""
@@ -64,6 +76,8 @@ def declare(
     doses: Mapping[str, float | None] | None,
     groups: Mapping[str, Sequence[str]] | None,
     metric: Metric,
+    baseline_seeds: Collection[Seed],
+    unpaired: bool,
 ) -> Design:
     """Check `compare`'s arguments against the arms that there are; raises ConfigError for what does not fit."""
     if not isinstance(losses, Mapping) or not all(isinstance(of_arm, Mapping) for of_arm in losses.values()):
@@ -81,6 +95,10 @@ def declare(
         _known(what, names, losses)
     if looks:
         check_looks(looks)
+    if unpaired and (looks or planned or baseline_seeds):
+        raise ConfigError(
+            "unpaired: expected no looks and no planned seeds, whose levels are those of paired differences"
+        )
     if delta is not None and not (isinstance(delta, int | float) and 0 <= delta < math.inf):
         raise ConfigError(f"delta: expected a number in the metric's unit, at least 0, found {shown(delta)}")
     baselines = _baselines(list(losses), baseline, groups)
@@ -98,6 +116,8 @@ def declare(
         signals=carriers - all_controls,
         doses=doses,
         metric=metric,
+        further=tuple(sorted(baseline_seeds, key=order)),
+        unpaired=unpaired,
     )
 
 
@@ -126,26 +146,31 @@ def _baselines(arms: list[str], baseline: str | None, groups: Mapping[str, Seque
 
 @dataclass(frozen=True)
 class Pairing:
-    """The pairs a verdict may use, in the order of seeds.
+    """What a verdict may use of two arms, in the order of seeds.
 
     found: seeds that both arms have, used or not; look: how many of them count now (None before the first look);
     missing: of the declared seeds up to the look, those that the arm lacks and those that the other one lacks;
-    diverged: of those in use, the seeds where one of the two has no finite loss, and failures: how many of the arm and
-    of the other one; own, other: the finite losses left.
+    seeds, others: of each arm those in use, the same ones where they pair, but for further ones of a baseline;
+    diverged: those where a run has no finite loss, and failures: how many of the arm and of the other one; own, other:
+    the finite losses left, of equal seeds where `paired`; extra: those of the baseline's further seeds.
     """
 
     found: int
     look: int | None
     seeds: tuple[Seed, ...]
+    others: tuple[Seed, ...]
     missing: tuple[tuple[Seed, ...], tuple[Seed, ...]]
     diverged: tuple[Seed, ...]
     failures: tuple[int, int]
     own: tuple[float, ...]
     other: tuple[float, ...]
+    extra: tuple[float, ...] = ()
+    paired: bool = True
 
     @property
     def n(self) -> int:
-        return len(self.own)
+        """Of the smaller sample, where they are unpaired."""
+        return min(len(self.own), len(self.other))
 
     @property
     def outlier(self) -> Seed | None:
@@ -158,60 +183,117 @@ class Pairing:
         """Whether no declared seed is missing."""
         return not any(self.missing)
 
-    @property
+    @cached_property
     def differences(self) -> list[float]:
-        """Own minus other, (n,)."""
-        return [a - b for a, b in zip(self.own, self.other, strict=True)]
+        """Own minus other, (n,); none of unpaired ones."""
+        return [a - b for a, b in zip(self.own, self.other, strict=True)] if self.paired else []
+
+    @cached_property
+    def _tested(self) -> tuple[PairedT | None, bool]:
+        """The test, and whether all of the baseline's seeds are in it; None below 2 seeds."""
+        if self.n < 2:
+            return None, False
+        if not self.paired:
+            return welch_t(self.own, self.other), False
+        return more_baseline_t(self.own, self.other, self.extra) if self.extra else (paired_t(self.differences), False)
 
     @property
     def test(self) -> PairedT | None:
-        """The paired t test; None below 2 pairs."""
-        return paired_t(self.differences) if self.n > 1 else None
+        return self._tested[0]
+
+    @property
+    def how(self) -> str:
+        """How it is tested where that is not by pairs, as the beginning of a reason."""
+        if self.paired and not self._tested[1]:
+            return ""
+        others = len(self.other) + len(self.extra)
+        why = "equal seeds mean nothing" if {*self.seeds} & {*self.others} else "no common seeds"
+        why = f"its seeds go with the baseline's at r = {self.correlation:.2f}" if self.paired else why
+        return f"unpaired, {len(self.own)} runs against {others} ({why}; Welch's t): "
 
     @property
     def p(self) -> float | None:
-        """Of the counts of runs that diverged, where one did, else of the paired t test; None below 2 pairs."""
+        """Of the counts of runs that diverged, where one did, else of the t test; None below 2 seeds."""
         if self.diverged:
-            return counts_p(self.failures[0], len(self.seeds), self.failures[1], len(self.seeds))
+            return counts_p(self.failures[0], len(self.seeds), self.failures[1], len(self.others))
         return self.test.p if self.test else None
 
     @property
+    def mean(self) -> float | None:
+        """Own minus other; None where one has no loss."""
+        if self.test:
+            return self.test.mean
+        return sum(self.own) / len(self.own) - sum(self.other) / len(self.other) if self.n else None
+
+    @property
     def effect(self) -> dict[str, Any]:
-        """JSON-ready: the mean difference, its 95% interval and n, None where there are too few pairs."""
-        mean = sum(self.differences) / self.n if self.n else None
-        return {"difference": mean, "interval": list(self.test.interval()) if self.test else [None, None], "n": self.n}
+        """JSON-ready: the mean difference, its 95% interval and n, None where there are too few seeds."""
+        interval = list(self.test.interval()) if self.test else [None, None]
+        return {"difference": self.mean, "interval": interval, "n": self.n}
 
     @property
     def correlation(self) -> float | None:
-        return correlation(self.own, self.other)
+        return correlation(self.own, self.other) if self.paired else None
 
 
 def pair(
-    losses: Losses, arm: str, other: str, looks: Sequence[int] | None, seeds: Sequence[Seed] | None = None
+    losses: Losses,
+    arm: str,
+    other: str,
+    looks: Sequence[int] | None,
+    seeds: Sequence[Seed] | None = None,
+    further: Sequence[Seed] = (),
+    *,
+    paired: bool = True,
 ) -> Pairing:
     """Pair `arm` with `other`; with looks, only the first seeds count that make a whole look.
 
     seeds: the declared ones, in their order; a look is reached once all of its first seeds are there. Without them
-    those that both arms have are taken.
+    those that both arms have are taken. further: declared ones that the other arm, a baseline, has besides.
+    paired: False where equal seeds mean nothing: all losses that each arm has are taken.
     """
     mine, theirs = losses[arm], losses[other]
-    wanted = sorted((s for s in mine if s in theirs), key=order) if seeds is None else list(seeds)
-    shared = [seed for seed in wanted if seed in mine and seed in theirs]
-    leading = next((k for k, seed in enumerate(wanted) if seed not in shared), len(wanted))
-    look = last_look(looks, leading) if looks else len(shared)
-    used = shared[: look or (0 if looks else None)]
-    next_look = wanted if not looks else wanted[:look] if look else wanted[: looks[0]]
-    whole = [seed for seed in used if finite(mine[seed]) and finite(theirs[seed])]
+    if not paired:
+        used, used_theirs = (sorted((s for s in of if seeds is None or s in seeds), key=order) for of in (mine, theirs))
+        kept, kept_theirs = _finite_of(mine, used), _finite_of(theirs, used_theirs)
+        found, look, missing = min(len(used), len(used_theirs)), None, ((), ())
+        extra = []
+    else:
+        wanted = sorted((s for s in mine if s in theirs), key=order) if seeds is None else list(seeds)
+        shared = [seed for seed in wanted if seed in mine and seed in theirs]
+        leading = next((k for k, seed in enumerate(wanted) if seed not in shared), len(wanted))
+        look, found = last_look(looks, leading) if looks else len(shared), len(shared)
+        used = shared[: look or (0 if looks else None)]
+        next_look = wanted if not looks else wanted[:look] if look else wanted[: looks[0]]
+        missing = (
+            tuple(s for s in next_look if s not in mine),
+            tuple(s for s in (*next_look, *further) if s not in theirs),
+        )
+        used_theirs = [*used, *(seed for seed in further if seed in theirs)]
+        kept = kept_theirs = [seed for seed in used if finite(mine[seed]) and finite(theirs[seed])]
+        extra = _finite_of(theirs, used_theirs[len(used) :])
+    failed = [[seed for seed in names if not finite(of[seed])] for of, names in ((mine, used), (theirs, used_theirs))]
     return Pairing(
-        found=len(shared),
+        found=found,
         look=look,
         seeds=tuple(used),
-        missing=(tuple(s for s in next_look if s not in mine), tuple(s for s in next_look if s not in theirs)),
-        diverged=tuple(seed for seed in used if seed not in whole),
-        failures=(sum(not finite(mine[seed]) for seed in used), sum(not finite(theirs[seed]) for seed in used)),
-        own=tuple(float(mine[seed]) for seed in whole),  # type: ignore[arg-type]
-        other=tuple(float(theirs[seed]) for seed in whole),  # type: ignore[arg-type]
+        others=tuple(used_theirs),
+        missing=missing,
+        diverged=tuple(sorted({*failed[0], *failed[1]}, key=order)),
+        failures=(len(failed[0]), len(failed[1])),
+        own=_values(mine, kept),
+        other=_values(theirs, kept_theirs),
+        extra=_values(theirs, extra),
+        paired=paired,
     )
+
+
+def _finite_of(losses: Mapping[Any, float | None], seeds: Iterable[Seed]) -> list[Seed]:
+    return [seed for seed in seeds if finite(losses[seed])]
+
+
+def _values(losses: Mapping[Any, float | None], seeds: Iterable[Seed]) -> tuple[float, ...]:
+    return tuple(float(losses[seed]) for seed in seeds)  # type: ignore[arg-type]
 
 
 def finite(loss: float | None) -> bool:

@@ -11,8 +11,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.comparability import COMMON, TUNED, arm_of, cost_matched, longer_runs_of, own_options, undeclared
-from gptlab.analysis.run import SUFFIXES, Run, mean_dose, norm_ratio, passport, read_log, read_run
+from gptlab.analysis.comparability import (
+    COMMON,
+    TUNED,
+    arm_of,
+    cost_matched,
+    longer_runs_of,
+    own_options,
+    steps_saved,
+    undeclared,
+)
+from gptlab.analysis.design import Seed, order
+from gptlab.analysis.logs import SUFFIXES, Logged, read_table, read_texts, text_logs
+from gptlab.analysis.run import Run, mean_dose, norm_ratio, passport, read_run
+from gptlab.analysis.statistics import repeated
 from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
@@ -54,13 +66,13 @@ class Outcomes:
 
     name: str
     step: int
-    losses: Mapping[str, Mapping[int, float | None]]
+    losses: Mapping[str, Mapping[Any, float | None]]
     arguments: Mapping[str, Any]
     passports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     undeclared: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    curves: Mapping[str, Mapping[int, Mapping[int, float]]] = field(default_factory=dict)
+    curves: Mapping[str, Mapping[Any, Mapping[int, float]]] = field(default_factory=dict)
     runs: Mapping[str, Sequence[Run]] = field(default_factory=dict)
     longer: Mapping[str, str] = field(default_factory=dict)
     tuning: Tuning = field(default_factory=Tuning)
@@ -68,9 +80,15 @@ class Outcomes:
     def _norm_ratio(self, arm: str, other: str) -> dict[str, float] | None:
         return norm_ratio(self.runs.get(arm, ()), self.runs.get(other, ()))
 
+    def _saved(self, arm: str, found: Mapping[str, Any], better: str) -> dict[str, Any] | None:
+        own, other = self.curves.get(arm, {}), self.curves.get(found["baseline"], {})
+        if found["paired"]:
+            own, other = ({seed: of[seed] for seed in found["seeds"] if seed in of} for of in (own, other))
+        return steps_saved(own, other, self.step, paired=found["paired"], better=better)
+
     def verdicts(self, **given: Any) -> dict[str, Any]:
         """`compare`'s result with each arm's passport and changes; `given` arguments override the declared ones."""
-        _refuse_equal_losses(self.losses)
+        _refuse_repeated(self.losses, self.curves)
         arguments = {**self.arguments, **{key: value for key, value in given.items() if value is not None}}
         result = {"experiment": self.name, "step": self.step, **compare(self.losses, **arguments)}
         for arm, found in result["arms"].items():
@@ -78,12 +96,13 @@ class Outcomes:
             longer = [name for name, of in self.longer.items() if of == found["baseline"]]
             if all(max(run.losses) == self.step for run in self.runs.get(arm, ())):
                 found |= cost_matched(arm, found["baseline"], longer, self.runs, result["looks"], result["metric"])
+            found["steps_saved"] = self._saved(arm, found, result["better"])
             of_signal = {name for name, runs in self.runs.items() if any(run.has_signal for run in runs)}
             if arm in of_signal and found["baseline"] not in of_signal:
                 found["dose_of_baseline"] = self._norm_ratio(arm, found["baseline"])
             if found["placebo"]:
                 found["placebo"]["norm_ratio"] = self._norm_ratio(arm, found["placebo"]["arm"])
-            figures = ("noise_floor", "seed_correlation", "smallest_difference")
+            figures = ("noise_floor", "seed_correlation", "arms_correlation", "smallest_difference")
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
         tuning = self.tuning.as_json()
         return {**result, "tuning": tuning, "undeclared": list(self.undeclared), "notes": list(self.notes)}
@@ -93,7 +112,7 @@ def read(
     sources: Sequence[str | Path], *, step: int | None = None, baseline: str | None = None,
     seeds: Sequence[int] | None = None, metric: Metric = LOSS, until: float = math.inf,
 ) -> Outcomes:  # fmt: skip
-    """The outcomes in one experiment folder, one log (.csv, .jsonl), or any number of run folders.
+    """The outcomes in one experiment folder, one table of another trainer, its text logs, or any number of run folders.
 
     step: by default the last at which every finished run was validated. baseline: an arm's name, or of single runs the
     folder of one. seeds: those that count, of runs and logs; by default all that any arm has. metric: of runs and logs.
@@ -103,7 +122,9 @@ def read(
     if len(sources) > 1 and (first.suffix in SUFFIXES or is_experiment(first)):
         raise ConfigError(f"expected {first} alone, found {len(sources)} sources; only single runs go together")
     if first.suffix in SUFFIXES:
-        return _of_log(first, step, baseline, seeds, metric)
+        return _of_log(first.stem, read_table(first, metric.name), step, baseline, seeds, metric)
+    if (texts := text_logs(sources)) is not None:
+        return _of_log("logs", read_texts(texts), step, baseline, seeds, metric)
     if is_experiment(first):
         return _of_experiment(first, step, until)
     if not first.exists():
@@ -119,40 +140,52 @@ def is_experiment(path: Path) -> bool:
 
 
 def _of_log(
-    path: Path, step: int | None, baseline: str | None, seeds: Sequence[int] | None, metric: Metric
-) -> Outcomes:
-    logged = read_log(path, metric.name)
+    name: str, log: tuple[Logged, str], step: int | None, baseline: str | None, seeds: Sequence[Seed] | None,
+    metric: Metric,
+) -> Outcomes:  # fmt: skip
+    logged, figure = log
+    better = metric.better if figure == metric.name or metric.better == "higher" else Metric.of(figure).better
     every = [(arm, seed) for arm, found in logged.items() for seed in found]
     notes = [f"{arm}: seed {seed} was not declared" for arm, seed in every if seeds is not None and seed not in seeds]
     every = [(arm, seed) for arm, seed in every if seeds is None or seed in seeds]
     whole = [(arm, seed) for arm, seed in every if all(map(math.isfinite, logged[arm][seed].values()))]
     step = _common_step({f"{arm}, seed {seed}": logged[arm][seed] for arm, seed in whole}, step)
-    losses: dict[str, dict[int, float | None]] = {arm: {} for arm in logged}
-    curves: dict[str, dict[int, Mapping[int, float]]] = {arm: {} for arm in logged}
+    losses: dict[str, dict[Seed, float | None]] = {arm: {} for arm in logged}
+    curves: dict[str, dict[Seed, Mapping[int, float]]] = {arm: {} for arm in logged}
     for arm, seed in every:
         losses[arm][seed] = logged[arm][seed][step] if (arm, seed) in whole else None
-    for arm, seed in sorted(whole, key=lambda run: run[1]):
+    for arm, seed in sorted(whole, key=lambda run: order(run[1])):
         curves[arm][seed] = logged[arm][seed]
     notes += [f"{arm}, seed {seed} has no finite loss" for arm, seed in every if (arm, seed) not in whole]
     arguments = {
         "baseline": baseline, "seeds": _all_seeds(losses.values()) if seeds is None else seeds,
-        "metric": metric.name, "better": metric.better,
+        "metric": figure, "better": better,
     }  # fmt: skip
-    return Outcomes(path.stem, step, losses, arguments, notes=tuple(notes), curves=curves)
+    return Outcomes(name, step, losses, arguments, notes=tuple(notes), curves=curves)
 
 
-def _refuse_equal_losses(losses: Mapping[str, Mapping[int, float | None]]) -> None:
-    """Raise ConfigError for an arm of four seeds or more (fewer get no verdict) whose losses are all equal: one run."""
+def _refuse_repeated(losses: Mapping[str, Mapping[Any, float | None]], curves: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an arm of which one run is there more than once.
+
+    All its losses are equal (of four seeds or more, as fewer get no verdict), or two runs agree in every digit.
+    """
     for arm, found in losses.items():
         if len(found) > 3 and len(set(found.values())) == 1 and None not in found.values():
             raise ConfigError(
                 f"{arm}: expected another loss with each seed, found {next(iter(found.values())):g} with all "
                 f"{len(found)}; was one run given more than once, or does its seed change nothing?"
             )
+        if twice := repeated(
+            {seed: [x for _, x in sorted(curve.items())] for seed, curve in curves.get(arm, {}).items()}
+        ):
+            raise ConfigError(
+                f"{arm}: expected another loss with each seed, found the same ones with {twice[0]} and {twice[1]}; one "
+                "run that is logged twice counts once: leave one out"
+            )
 
 
-def _all_seeds(losses: Iterable[Iterable[int]]) -> list[int]:
-    return sorted({seed for found in losses for seed in found})
+def _all_seeds(losses: Iterable[Iterable[Seed]]) -> list[Seed]:
+    return sorted({seed for found in losses for seed in found}, key=order)
 
 
 def _of_runs(
@@ -282,7 +315,7 @@ def _check_metric(metric: str, runs: Sequence[Run]) -> None:
 
 def _refuse_copies(arm: str, members: Sequence[Run]) -> None:
     """Raise ConfigError where two runs of an arm have one seed, or are one run under two names."""
-    seeds, seen = [run.seed for run in members], {}
+    seeds, seen, starts = [run.seed for run in members], {}, {}
     if twice := {seed for seed in seeds if seeds.count(seed) > 1}:
         where = " and ".join(str(run.path) for run in members if run.seed == min(twice))
         raise ConfigError(f"{arm}: expected one run a seed, found {where} of seed {min(twice)}; leave one out")
@@ -291,6 +324,12 @@ def _refuse_copies(arm: str, members: Sequence[Run]) -> None:
         if run.seconds and mark in seen:  # no two runs take equally long to the last digit
             raise ConfigError(f"{arm}: expected runs of their own, found {run.path} to be a copy of {seen[mark]}")
         seen[mark] = run.path
+        if run.start and run.start in starts:
+            raise ConfigError(
+                f"{arm}: expected other initial weights and data with each seed, found the first update of {run.path} "
+                f"to be that of {starts[run.start]}; what the seed does not change is counted once: leave one out"
+            )
+        starts[run.start] = run.path
 
 
 def _common_step(losses: Mapping[str, Mapping[int, float]], asked: int | None) -> int:

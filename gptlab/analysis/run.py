@@ -1,15 +1,12 @@
-"""What runs left behind: a run folder (config, environment, losses, dose, how it ended), or another trainer's log.
+"""What runs left behind in their folders: config, environment, losses, dose, how they ended.
 
-Reads, never writes. Only JSON is read, so that comparing runs needs neither torch nor the machine that trained them. A
-log of another trainer is CSV or JSON lines with step, loss, arm and seed; its other columns are ignored.
+Reads, never writes. Only JSON is read, so that comparing runs needs neither torch nor the machine that trained them.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +15,6 @@ from typing import Any
 
 from gptlab.data.prepare import known_tokens
 from gptlab.data.tokenizers import TOKENIZERS
-from gptlab.errors import DataError
-from gptlab.files import is_count, open_regular, parse_json
 from gptlab.options import flatten
 from gptlab.runs.records import EVERY, Clock, Row, Source, is_figure, path_of, read_config, read_environment, read_rows
 from gptlab.signals.config import SignalConfig
@@ -31,8 +26,8 @@ class Run:
     """figures: {figure: {step: value}} of validations, `losses` one of them, nats; doses: as measured.
 
     ended: the last event row, if nothing came after it.
-
     tempered: the last validation's loss at its best temperature; seconds: in updates, all sessions; source: of it all.
+    start: norm of the first update's gradient, which equal weights and data make equal, None where it is not on record.
     norms: by step, of the signals' weighted gradient where it was measured; of a run without any, of the whole
     gradient, at the steps that a pack keeps too.
     """
@@ -49,6 +44,7 @@ class Run:
     seconds: float = 0.0
     source: Source = field(default="", repr=False)
     norms: Mapping[int, float] = field(default_factory=dict, repr=False)
+    start: float | None = None
 
     @property
     def losses(self) -> Mapping[int, float]:
@@ -95,7 +91,7 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
     doses: list[float] = []
     norms: dict[int, float] = {}
     norm = "grad_norm" if config["options"].get("signal.name", "none") == "none" else "signal_norm"
-    ended, last, step, clock = {}, {}, 0, Clock()
+    ended, last, step, clock, start = {}, {}, 0, Clock(), None
     for row in read_rows(source, blocks=blocks_of(config), until=until):
         each(row)
         step = row["step"]
@@ -106,6 +102,7 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
                     figures.setdefault(name, {})[step] = value
         elif row["kind"] == "train":
             clock.tick(row)
+            start = row.get("grad_norm") if step == 1 else start
             doses += [row["dose"]] if row.get("dose") is not None else []
             if row.get(norm) is not None and (norm == "signal_norm" or step % EVERY in (0, 1)):
                 norms[step] = row[norm]
@@ -114,7 +111,7 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
     environment = read_environment(source)
     return Run(
         path_of(source), config, environment, figures, step, ended, tuple(doses), tempered, bits, clock.seconds, source,
-        norms,
+        norms, start,
     )  # fmt: skip
 
 
@@ -180,73 +177,3 @@ def _training_tokens(run: Run) -> int | None:
         return data.get("train_tokens") or known_tokens(run.options["data"], run.options["tokenizer"], data["train"])
     except OSError:  # a name that no folder of this machine can have
         return None
-
-
-COLUMNS = ("step", "loss", "arm", "seed")
-SUFFIXES = (".csv", ".jsonl")
-
-Logged = dict[str, dict[int, dict[int, float]]]
-"""{arm: {seed: {step: loss}}}"""
-
-
-def read_log(path: str | Path, metric: str = "loss") -> Logged:
-    """What a log holds of `metric`, arms in the order of first rows; raises DataError naming the line that is wrong.
-
-    An empty loss, or one that is no finite number, is a run that diverged.
-    """
-    path = Path(path)
-    found: Logged = {}
-    try:
-        with io.TextIOWrapper(open_regular(path), encoding="utf-8", newline="") as file:
-            for number, row in _rows(path, file):
-                arm, seed, step, loss = _typed(path, number, row, metric)
-                steps = found.setdefault(arm, {}).setdefault(seed, {})
-                if step in steps:
-                    raise DataError(f"{path}, line {number}: {arm} with seed {seed} has a loss at step {step} already")
-                steps[step] = loss
-    except FileNotFoundError:
-        raise DataError(f"expected a log at {path}, found none; check the path") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected text in UTF-8: {error}") from None
-    if not found:
-        raise DataError(f"{path}: expected rows with {', '.join(_columns(metric))}, found none")
-    return found
-
-
-def _columns(metric: str) -> list[str]:
-    return [metric if column == "loss" else column for column in COLUMNS]
-
-
-def _rows(path: Path, file: Iterable[str]) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    if path.suffix == ".csv":
-        try:
-            yield from enumerate(csv.DictReader(file), 2)
-        except csv.Error as error:
-            raise DataError(f"{path}: expected comma-separated values: {error}") from None
-        return
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: expected a JSON object: {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found {line.strip()[:40]!r}")
-        yield number, row
-
-
-def _typed(path: Path, number: int, row: Mapping[str, Any], metric: str) -> tuple[str, int, int, float]:
-    columns = _columns(metric)
-    if missing := [column for column in columns if column not in row]:
-        have = ", ".join(map(str, row))
-        raise DataError(f"{path}, line {number}: expected {', '.join(columns)}, found no {missing[0]} among {have}")
-    try:
-        loss = float("nan") if row[metric] in ("", None) else float(row[metric])
-        seed, step = int(row["seed"]), int(row["step"])
-        if is_count(seed) and is_count(step):
-            return str(row["arm"]), seed, step, loss if math.isfinite(loss) else math.nan
-    except (ValueError, TypeError, OverflowError):
-        pass
-    shown = ", ".join(f"{column}={row[column]!r:.60}" for column in columns)
-    raise DataError(f"{path}, line {number}: expected numbers in step, {metric} and seed, found {shown}")

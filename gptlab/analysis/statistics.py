@@ -1,4 +1,4 @@
-"""The statistics under a verdict: paired t, intervals, Wilcoxon, Holm, jackknife, and levels for repeated looks.
+"""The statistics under a verdict: paired and Welch's t, Wilcoxon, Holm, jackknife, and levels for repeated looks.
 
 Pure functions of numbers; what a verdict makes of them is in verdict.py. scipy is imported when first
 needed.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -27,16 +27,21 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class PairedT:
-    """n paired differences: their mean, their standard deviation (n - 1), the two-sided p of mean 0."""
+    """n paired differences: their mean, their standard deviation (n - 1), the two-sided p of mean 0.
+
+    Of unpaired samples the smaller n, and what paired differences with the same standard error would have for a spread.
+    freedom: degrees of freedom, n - 1 where it is None.
+    """
 
     n: int
     mean: float
     deviation: float
     p: float
+    freedom: float | None = None
 
     def interval(self, level: float = 0.95) -> Interval:
         """The two-sided t interval of the mean that covers it with probability `level`."""
-        half = critical_t(1 - level, self.n - 1) * self.deviation / math.sqrt(self.n)
+        half = critical_t(1 - level, self.freedom or self.n - 1) * self.deviation / math.sqrt(self.n)
         return self.mean - half, self.mean + half
 
 
@@ -58,14 +63,70 @@ def paired_t(differences: Sequence[float]) -> PairedT:
     return PairedT(len(x), mean, deviation, two_sided_p(mean / error if error else math.inf, len(x) - 1))
 
 
-def two_sided_p(t: float, freedom: int) -> float:
+def welch_t(own: Sequence[float], other: Sequence[float]) -> PairedT:
+    """Welch's t test of own minus other, two unpaired samples of at least 2 (Welch 1947).
+
+    >>> welch_t([1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]).mean
+    -0.5
+    """
+    x, y = np.asarray(own, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    a, b = float(x.var(ddof=1)) / len(x), float(y.var(ddof=1)) / len(y)
+    freedom = (a + b) ** 2 / (a * a / (len(x) - 1) + b * b / (len(y) - 1)) if a + b else 1.0
+    return _unpaired(float(x.mean() - y.mean()), math.sqrt(a + b), freedom, min(len(x), len(y)))
+
+
+def _unpaired(mean: float, error: float, freedom: float, n: int) -> PairedT:
+    p = two_sided_p(mean / error, freedom) if error else float(mean == 0)
+    return PairedT(n, mean, error * math.sqrt(n), p, freedom)
+
+
+CHOICE = 1.04
+"""What the choice between two tests costs: by so much their standard errors are widened (benchmarks/rigor.py)."""
+
+
+def more_baseline_t(own: Sequence[float], other: Sequence[float], extra: Sequence[float]) -> tuple[PairedT, bool]:
+    """The test of n pairs where the baseline has further seeds, and whether those were used.
+
+    They are, unpaired, where the correlation r of the pairs says that this has the smaller standard error: with N
+    seeds of the baseline in all where 2(1 - r)/n > 1/n + 1/N, spreads being equal. Both have n - 1 degrees of freedom.
+    """
+    n, every = len(own), [*other, *extra]
+    r = correlation(own, other)
+    used = r is not None and r < (1 - n / len(every)) / 2
+    test = welch_t(own, every) if used else paired_t([a - b for a, b in zip(own, other, strict=True)])
+    return _unpaired(test.mean, CHOICE * test.deviation / math.sqrt(n), n - 1, n), used
+
+
+EXACT_DIGITS, EXACT_STEPS = 8, 5
+"""Significant digits of a figure, or validations on end, in which no two runs of different seeds agree."""
+
+
+def repeated(runs: Mapping[Any, Sequence[float]]) -> tuple[Any, Any] | None:
+    """The names of the first two runs that are one run: all their figures are equal, and enough of them.
+
+    >>> repeated({1: [2.7182818], 2: [2.7182818], 3: [2.5]}), repeated({1: [2.5], 2: [2.5]})
+    ((1, 2), None)
+    """
+    seen: dict[tuple[str, ...], Any] = {}
+    for name, figures in runs.items():
+        mark = tuple(f"{x:.10g}" for x in figures)
+        digits = max((len(x.partition("e")[0].replace(".", "").lstrip("-0")) for x in mark), default=0)
+        if digits < EXACT_DIGITS and len(set(mark)) < EXACT_STEPS:
+            continue
+        if mark in seen:
+            return seen[mark], name
+        seen[mark] = name
+    return None
+
+
+def two_sided_p(t: float, freedom: float) -> float:
     """P(|T| >= |t|) of Student's T with `freedom` degrees of freedom."""
     from scipy.special import stdtr
 
     return float(2 * stdtr(freedom, -abs(t)))
 
 
-def critical_t(level: float, freedom: int) -> float:
+def critical_t(level: float, freedom: float) -> float:
     """The t whose two-sided p is `level`."""
     from scipy.special import stdtrit
 

@@ -51,7 +51,7 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     metric = Metric(result["metric"], result["better"])
     unit = f", {metric.unit}" * bool(metric.unit)
     what = f"{metric.label} minus its baseline's{unit}"
-    title = f"{result['experiment']} at step {result['step']:,}: {what}, paired by seed"
+    title = f"{result['experiment']} at step {result['step']:,}: {what}, {paired(arms)}"
     marked = {name + (" (control)" if arm["control"] else ""): arm for name, arm in arms.items()}
     yield _table(title, "arm", marked, VERDICT_COLUMNS)
     yield _table("Why", "arm", arms, {"against": lambda arm: arm["baseline"], "reason": lambda arm: arm["reason"]})
@@ -59,6 +59,11 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         title = f"At equal cost, and against the placebo: difference and 95% interval{unit}"
         rows = [(name, *(_difference(arm.get(key)) for key in ALSO_SHOWN)) for name, arm in arms.items()]
         yield Table(title, ("arm", *ALSO_SHOWN.values()), rows)
+    if saved := {name: arm["steps_saved"] for name, arm in arms.items() if arm.get("steps_saved")}:
+        yield _table("Steps saved: how much earlier it is where its baseline ends", "arm", saved, {
+            "steps": lambda found: f"{found['value']:+,.0f} of {found['of']:,}",
+            "95% interval": lambda found: "{:+,.0f} to {:+,.0f}".format(*found["interval"]),
+        })  # fmt: skip
     if any("parameters" in arm["passport"] for arm in arms.values()):
         yield _table("How far to trust it", "arm", arms, {"passport": lambda arm: _passport(arm["passport"])})
     if tuning := result.get("tuning"):
@@ -66,6 +71,12 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         title = f"What {number(tuning['trials'], 'd')} trials an arm chose, on seeds {seeds}"
         rows = [(name, *_choice(arm)) for name, arm in tuning["arms"].items()]
         yield Table(title, ("arm", "options", "factors", "loss", "note"), rows)
+
+
+def paired(arms: Mapping[str, Mapping[str, Any]]) -> str:
+    """How arms were compared, in words."""
+    ways = [arm["paired"] for arm in arms.values()]
+    return "paired by seed" if all(ways) else "paired by seed or not, as said" if any(ways) else "unpaired (Welch's t)"
 
 
 def _choice(found: Mapping[str, Any]) -> tuple[str, ...]:
@@ -105,6 +116,7 @@ def _passport(found: Mapping[str, Any]) -> str:
             f"{number(found.get('clipped_share'), '.0%')} of steps clipped",
             f"seed-to-seed SD {number(found['noise_floor'], '.4f')}",
             f"seed correlation {number(found['seed_correlation'], '.2f')}",
+            *([f"correlation with other arms' errors {r:.2f}"] if (r := found["arms_correlation"]) is not None else []),
             f"minimum detectable effect (80% power) {number(found['smallest_difference'], '.4f')}",
         ]
     )

@@ -9,15 +9,17 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptlab.analysis import power
-from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order, pair
+from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order
 from gptlab.analysis.statistics import (
     ALPHA,
     EQUIVALENCE,
     by_size,
+    correlation,
     equivalent,
     failure_rate_bound,
     holm,
     looks_normal,
+    repeated,
     sign_flip_p,
     spread,
     wilcoxon_p,
@@ -47,6 +49,8 @@ def compare(
     groups: Mapping[str, Sequence[str]] | None = None,
     metric: str = "loss",
     better: str | None = None,
+    baseline_seeds: Collection[Seed] = (),
+    unpaired: bool = False,
 ) -> dict[str, Any]:
     """The verdict on every arm, in the shape of `gptlab compare --json`. Losses may be any metric.
 
@@ -65,6 +69,8 @@ def compare(
         groups: {group: [its baseline, its other arms...]} for arms that pair only within a group.
         metric: what the losses are, a figure of val rows; delta and differences are in its unit.
         better: "lower" or "higher"; by default what is known of the metric.
+        baseline_seeds: declared seeds of baselines beyond `seeds`, used unpaired where that has the smaller error.
+        unpaired: equal seeds mean nothing. So it is, too, where arms have none in common and nobody declared them.
 
     Raises ConfigError for names or numbers that do not fit. Never gives NaN; None where a figure needs more seeds.
 
@@ -86,8 +92,10 @@ def compare(
         doses=doses,
         groups=groups,
         metric=Metric.of(metric, better),
+        baseline_seeds=baseline_seeds,
+        unpaired=unpaired,
     )
-    pairings = {arm: _pair(losses, design, arm, design.baselines[arm]) for arm in design.baselines}
+    pairings = {arm: design.pair(losses, arm, design.baselines[arm]) for arm in design.baselines}
     tests = step_down(design, {arm: pairing for arm, pairing in pairings.items() if arm not in design.controls})
     for arm in sorted(design.controls):
         tests |= step_down(design, {arm: pairings[arm]})
@@ -101,30 +109,31 @@ def compare(
         "metric": metric,
         "better": design.metric.better,
         "unit": design.metric.unit,
-        "arms": {arm: _arm(losses, design, arm, pairings[arm], tests[arm]) for arm in pairings},
+        "arms": {arm: _arm(losses, design, arm, pairings, tests[arm]) for arm in pairings},
     }
 
 
-def _pair(losses: Losses, design: Design, arm: str, other: str) -> Pairing:
-    return pair(losses, arm, other, design.looks, design.seeds)
-
-
-def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: FamilyTest) -> dict[str, Any]:
+def _arm(
+    losses: Losses, design: Design, arm: str, pairings: Mapping[str, Pairing], in_family: FamilyTest
+) -> dict[str, Any]:
+    pairing = pairings[arm]
     test, differences = pairing.test, pairing.differences
     decision, apart = decide(losses, design, arm, pairing, in_family), pairing.outlier
     equivalence = test.interval(1 - design.level(EQUIVALENCE, pairing.look)) if test else (None, None)
     return {
         "verdict": decision.verdict,
-        "reason": decision.reason + (f"; seed {apart} stands apart from the others" if apart is not None else ""),
-        "difference": _mean(differences),
-        "interval": list(test.interval()) if test else [None, None],
-        "n": pairing.n,
+        "reason": pairing.how
+        + decision.reason
+        + (f"; seed {apart} stands apart from the others" if apart is not None else ""),
+        **pairing.effect,
+        "n_baseline": len(pairing.other) + len(pairing.extra),
+        "paired": not pairing.how,
         "p_holm": in_family.p_holm,
         "more_seeds": decision.more_seeds,
         "dose": design.doses.get(arm),
         "p": in_family.p,
         "level": in_family.level,
-        "wilcoxon_p": wilcoxon_p(differences) if test else None,
+        "wilcoxon_p": wilcoxon_p(differences) if test and differences else None,
         "equivalence_interval": list(equivalence),
         "baseline": design.baselines[arm],
         "group": design.groups.get(arm),
@@ -139,6 +148,7 @@ def _arm(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family: 
         "noise_floor": _floor(losses, design.baselines[arm]),
         "sigma": test.deviation if test else None,
         "seed_correlation": pairing.correlation,
+        "arms_correlation": _shared(pairings, arm),
         "failures": list(pairing.failures),
         "failure_rate_bound": failure_rate_bound(pairing.failures[0], len(pairing.seeds)) if pairing.seeds else None,
         "outlier": apart,
@@ -150,16 +160,24 @@ def _placebo(losses: Losses, design: Design, arm: str) -> dict[str, Any] | None:
     """The arm minus its placebo, or None where it has none."""
     if arm not in design.placebos:
         return None
-    pairing = _pair(losses, design, arm, design.placebos[arm])
-    test = pairing.test
+    pairing = design.pair(losses, arm, design.placebos[arm])
     return {
         "arm": design.placebos[arm],
-        "n": pairing.n,
-        "difference": _mean(pairing.differences),
-        "interval": list(test.interval()) if test else [None, None],
-        "p": test.p if test else None,
+        **pairing.effect,
+        "p": pairing.test.p if pairing.test else None,
         "level": design.level(ALPHA, pairing.look),
     }
+
+
+def _shared(pairings: Mapping[str, Pairing], arm: str) -> float | None:
+    """The mean correlation of an arm's differences with those of other arms of its baseline: errors come together."""
+    own = pairings[arm]
+    found = [
+        correlation(own.differences, other.differences)
+        for name, other in pairings.items()
+        if name != arm and own.seeds == other.seeds and own.other == other.other and own.paired
+    ]
+    return _mean([r for r in found if r is not None])
 
 
 def _floor(losses: Losses, arm: str) -> float | None:
@@ -221,10 +239,18 @@ def decide(losses: Losses, design: Design, arm: str, pairing: Pairing, in_family
         return early
     if pairing.diverged:
         return _by_counts(losses, design, arm, pairing, in_family)
-    if n and not any(pairing.differences):
+    if n and pairing.paired and not any(pairing.differences):
         return Decision("no difference", f"the difference is exactly 0 on {'all ' * (n > 1)}{_seeds(n)}")
-    if same := next((whose for whose, x in (("its", pairing.own), ("its baseline's", pairing.other)) if _equal(x)), ""):
-        return _undecided(f"{same} losses are equal on all {_seeds(n)}: one run more than once, it seems", None)
+    for whose, x, seeds in (("its", pairing.own, pairing.seeds), ("its baseline's", pairing.other, pairing.others)):
+        if len(x) > 1 and len(set(x)) == 1:
+            return _undecided(
+                f"{whose} losses are equal on all {_seeds(len(x))}: one run more than once, it seems", None
+            )
+        named = [seed for seed in seeds if seed not in pairing.diverged]
+        if twice := repeated({seed: (value,) for seed, value in zip(named, x, strict=False)}):
+            return _undecided(
+                f"{whose} losses of {_listed(twice)} are equal to many digits: one run twice, it seems", None
+            )
     if test is None:
         return _undecided(
             f"{_seeds(n)}: a spread takes at least 2, a verdict about {SEEDS_FOR_A_SPREAD}", SEEDS_FOR_A_SPREAD - n
@@ -271,15 +297,11 @@ def _by_counts(losses: Losses, design: Design, arm: str, pairing: Pairing, in_fa
         return Decision("better", f"better at not diverging: {compared}")
     if placebo is None:
         return _undecided(f"no placebo arm: {compared}, but so might a signal be that knows nothing", None)
-    against, level = _pair(losses, design, arm, placebo), design.level(ALPHA, pairing.look)
+    against, level = design.pair(losses, arm, placebo), design.level(ALPHA, pairing.look)
     counts = f"its placebo {placebo} on {against.failures[1]}"
     if against.p is not None and against.failures[1] > against.failures[0] and against.p < level:
         return Decision("better", f"better at not diverging: {compared}, {counts} (p = {against.p:.2g})")
     return _undecided(f"no better at not diverging than its placebo: {compared}, {counts}", None)
-
-
-def _equal(losses: Sequence[float]) -> bool:
-    return len(losses) > 1 and len(set(losses)) == 1
 
 
 def _too_early(design: Design, pairing: Pairing) -> Decision | None:
@@ -289,8 +311,6 @@ def _too_early(design: Design, pairing: Pairing) -> Decision | None:
         missing = f"; {_missing(pairing)}" * (not pairing.whole)
         reason = f"{_seeds(pairing.found)}, and the first declared look is at {design.looks[0]}{missing}"
         return _undecided(reason, max(wait, 1))
-    if design.looks:
-        return None
     if not pairing.whole:
         finished = f"{pairing.found} of the {len(design.seeds or ())} declared seeds are there, {_missing(pairing)}"
         more = len({*pairing.missing[0], *pairing.missing[1]})
@@ -317,7 +337,7 @@ def _against_placebo(losses: Losses, design: Design, arm: str, n: int, better: D
     placebo = design.placebos.get(arm)
     if placebo is None:
         return _undecided(f"no placebo arm: {better.reason}, but so might a signal be that knows nothing", None)
-    pairing = _pair(losses, design, arm, placebo)
+    pairing = design.pair(losses, arm, placebo)
     test = pairing.test
     if test is None or pairing.n < n:
         missing = f"{_seeds(pairing.n)} of {n} pair with it"

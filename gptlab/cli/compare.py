@@ -17,7 +17,7 @@ from gptlab.files import write_whole
 if TYPE_CHECKING:
     from gptlab.analysis.load import Outcomes
 
-DECLARED = ("baseline", "delta", "looks", "seeds", "placebo", "metric", "higher_is_better")
+DECLARED = ("baseline", "delta", "looks", "seeds", "placebo", "metric", "higher_is_better", "unpaired")
 """Options that an experiment's file declares for its own runs."""
 
 
@@ -53,7 +53,9 @@ def _parser() -> Parser:
         description="Say of every arm whether it is better or worse than its baseline, no different, inactive or "
         "undecided, and why (docs/verdicts.md). An experiment's folder, or the file of a packed one, "
         "holds what was declared; single runs are sorted into arms by their options, the arm without a signal being "
-        "the baseline; a log of another trainer is CSV or JSON lines with step, loss, arm and seed.",
+        "the baseline; a log of another trainer is a table (CSV, TSV, JSON lines) with step, loss, arm and "
+        "seed, or one text log a run (nanoGPT, llm.c, modded-nanogpt, build-nanogpt): files, folders of them, or "
+        "ARM=either.",
     )
     parser.add_argument("sources", nargs="*", metavar="RUN|EXPERIMENT|LOG", help="run folders, or one of the others")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
@@ -69,6 +71,7 @@ def _parser() -> Parser:
     own.add_argument("--looks", type=numbers, metavar="N,N,..", help="seeds at which looks were declared [none]")
     own.add_argument("--seeds", type=numbers, metavar="N,N,..", help="the seeds that count [all that any arm has]")
     own.add_argument("--placebo", action="append", default=[], metavar="ARM=PLACEBO", help="a log's placebo arms")
+    own.add_argument("--unpaired", action="store_true", help="equal seeds mean nothing: Welch's t instead of pairs")
     own.add_argument("--metric", metavar="NAME", help="what is judged: a column, or a figure of val rows [loss]")
     own.add_argument("--higher_is_better", action="store_true", help="of it [known of the usual figures, else lower]")
     plan = parser.add_argument_group("Planning")
@@ -109,7 +112,8 @@ def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
             f"expected runs that differ only in what their arms declare, found other differences; leave runs out, "
             f"or use --despite:\n  {listed}"
         )
-    result = outcomes.verdicts(delta=options.delta, looks=options.looks, placebos=_placebos(options.placebo))
+    given = {"delta": options.delta, "looks": options.looks, "placebos": _placebos(options.placebo)}
+    result = outcomes.verdicts(**given, unpaired=options.unpaired or None)
     return outcomes, result
 
 

@@ -115,7 +115,7 @@ class Metric:
 
 FIGURES = {
     "lower": {
-        **dict.fromkeys(("loss", "excess_loss", "clean_loss", "tempered_loss"), "nats"),
+        **dict.fromkeys(("loss", "val_loss", "excess_loss", "clean_loss", "tempered_loss"), "nats"),
         **dict.fromkeys(("bits_per_byte", "val_bpb", "bpb"), "bits a byte"), "perplexity": "",
     },
     "higher": {"accuracy": "share of tokens", "truth_probability": "probability"},

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from gptlab.analysis.comparability import steps_saved
 from gptlab.analysis.load import Outcomes, read
 from gptlab.analysis.report.comparison import page
 from gptlab.analysis.run import count_parameters, read_run
@@ -478,6 +479,96 @@ def test_a_log_without_a_column_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0, "run": "a"}\n')
     with pytest.raises(DataError, match="found no arm among step, loss, run"):
         read([tmp_path / "log.jsonl"])
+
+
+TABLES = {
+    "results.tsv": "commit\tval_bpb\tstatus\n" + "".join(f"{a}\t{x}\tkeep\n" for a, x in (
+        ("base", 1.012), ("base", 1.015), ("base", 1.011), ("idea", 0.95), ("idea", 0.953))) + "idea\t0.0\tcrash\n",
+    "log.csv": "iter,name,val_loss\n" + "".join(f"{s},{a},{x}\n" for s in (1, 9) for a, x in (
+        ("base", 1.012), ("base", 1.015), ("base", 1.011), ("idea", 0.95), ("idea", 0.953), ("idea", "nan"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_without_seeds_is_compared_unpaired(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(TABLES[name])
+    outcomes = read([tmp_path / name], baseline="base")
+    result = outcomes.verdicts()
+    assert outcomes.losses["idea"] == {"run 1": 0.95, "run 2": 0.953, "run 3": None}
+    assert (result["metric"], result["unit"]) == (("val_bpb", "bits a byte") if "tsv" in name else ("val_loss", "nats"))
+
+
+TEXT_LOGS = {
+    "nanoGPT": "step {}: train loss 2.5, val loss {}\niter 10: loss 2.4, time 5ms, mfu 1%\n",
+    "modded-nanogpt": "print(f'step:{{step}}/20 val_loss:{{x}}')\nstep:{}/20 val_loss:{} train_time:9ms step_avg:1ms\n",
+    "llm.c": "s:{0} trl:2.5 lr:0.01\ns:{0} tel:{1}\n",
+    "build-nanogpt": "{0} train 2.5\n{0} hella 0.25\n{0} val {1}\n",
+}
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+@pytest.mark.parametrize("trainer", TEXT_LOGS)
+def test_text_logs_of_other_trainers_are_read_by_their_lines(tmp_path: Path, trainer: str, seeded: bool) -> None:
+    for arm, shift in (("adam", 0.0), ("mine", -0.2)):
+        (tmp_path / arm).mkdir()
+        for k, noise in enumerate((0.01, 0.02, 0.0, 0.013), 1):
+            name = f"{arm}_seed{k}.log" if seeded else f"{arm}-{k * len(arm)}-{'abcd'[k - 1]}.txt"
+            lines = "".join(TEXT_LOGS[trainer].format(s, round(3.5 - s / 20 + shift + noise, 4)) for s in (10, 20))
+            (tmp_path / arm / name).write_text("code and its comments\n" + lines)
+    outcomes = read([tmp_path / "adam", tmp_path / "mine"], baseline="adam")
+    found = outcomes.verdicts()["arms"]["mine"]
+    assert (outcomes.step, found["verdict"], found["paired"]) == (20, "better", seeded)
+    assert found["difference"] == pytest.approx(-0.2)
+    named = [f"plain={tmp_path / 'adam'}", *(f"new={file}" for file in (tmp_path / "mine").iterdir())]
+    assert list(read(named, baseline="plain").losses) == ["plain", "new"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a/x.log": "step 1: nothing"}, "expected lines with losses of validation as nanoGPT, "),
+        ({"a/x.log": "10 val 2.5", "a/y.log": "val_bpb: 1.5"}, "expected one figure in all logs, found loss in"),
+        ({"a/x_seed3.log": "10 val 2.5", "a/y_seed3.log": "10 val 2.6"}, "one run a seed, found a second one of a with 3"),
+        ({"a/x_seed3.log": "10 val 2.71828182", "a/y.log": "10 val 2.71828182", "b/z.log": "10 val 1.5"},
+         "the same ones with 3 and y.log"),
+    ],
+)  # fmt: skip
+def test_text_logs_that_say_nothing_or_one_thing_twice_are_refused(
+    tmp_path: Path, files: dict[str, str], message: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    with pytest.raises((ConfigError, DataError), match=message):
+        read(sorted({str((tmp_path / name).parent) for name in files})).verdicts()
+
+
+def test_seeds_that_begin_alike_are_refused(experiment: Path) -> None:
+    for seed in (1, 2, 3):
+        file = experiment / "plain" / f"seed_{seed}" / "metrics.jsonl"
+        first = {"step": 1, "kind": "train", "loss": 5.5, "grad_norm": 1.25 + (seed == 1)}
+        file.write_text(json.dumps(first) + "\n" + file.read_text())
+    with pytest.raises(ConfigError, match=r"other initial weights and data .*plain/seed_3 to be that of"):
+        read([experiment])
+
+
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("better", ["lower", "higher"])
+def test_steps_saved_are_where_the_baselines_end_is_reached(paired: bool, better: str) -> None:
+    sign = 1 if better == "lower" else -1
+    steps = range(0, 101, 10)
+    baseline = {k: {s: sign * (3 - 0.01 * s + 0.001 * k) for s in steps} for k in range(5)}
+    twice = {k + 10 * (not paired): {s: sign * (3 - 0.02 * s + 0.001 * k) for s in steps} for k in range(5)}
+    found = steps_saved(twice, baseline, 100, paired=paired, better=better)
+    assert found
+    assert found["value"] == pytest.approx(50)
+    low, high = found["interval"]
+    assert low <= 50 <= high
+    assert (high - low < 1e-6) == paired, "what seeds share cancels in pairs"
+    back = steps_saved(baseline, twice, 100, paired=paired, better=better)
+    assert back
+    assert back["value"] == pytest.approx(-50)
+    assert steps_saved({1: {100: 1.0}, 2: {100: 1.0}}, baseline, 100, paired=paired, better=better) is None
 
 
 def test_a_run_from_before_an_option_existed_had_its_default(experiment: Path) -> None:

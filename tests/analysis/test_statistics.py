@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from gptlab.analysis import statistics
-from gptlab.analysis.statistics import PairedT, equivalent, holm, jackknife, paired_t, wilcoxon_p
+from gptlab.analysis.statistics import (
+    CHOICE,
+    PairedT,
+    equivalent,
+    holm,
+    jackknife,
+    more_baseline_t,
+    paired_t,
+    repeated,
+    welch_t,
+    wilcoxon_p,
+)
 
 SAMPLES = {
     "two": [0.01, 0.03],
@@ -37,6 +50,48 @@ def test_differences_without_spread_have_a_p_and_an_interval(differences: list[f
 def test_what_cannot_be_tested_is_refused(differences: list[float]) -> None:
     with pytest.raises(ValueError, match="at least 2 finite"):
         paired_t(differences)
+
+
+@pytest.mark.parametrize("others", [3, 5, 40])
+@pytest.mark.parametrize("own", SAMPLES.values(), ids=SAMPLES)
+def test_welchs_t_is_scipys(own: list[float], others: int) -> None:
+    other = list(np.random.default_rng(1).standard_normal(others) * 0.3)
+    expected, found = stats.ttest_ind(own, other, equal_var=False), welch_t(own, other)
+    interval = expected.confidence_interval(0.9)
+    assert (found.p, found.freedom) == (pytest.approx(expected.pvalue, rel=1e-9), pytest.approx(expected.df, rel=1e-9))
+    assert found.interval(0.9) == pytest.approx((interval.low, interval.high), rel=1e-9)
+
+
+def test_a_larger_baseline_is_used_where_seeds_pair_badly_and_costs_a_little() -> None:
+    rng = np.random.default_rng(2)
+    other, extra = list(rng.standard_normal(8)), list(rng.standard_normal(12))
+    alike, apart = (
+        [x + 0.1 * e for x, e in zip(other, rng.standard_normal(8), strict=True)],
+        list(rng.standard_normal(8)),
+    )
+    for own, expected in ((alike, paired_t([a - b for a, b in zip(alike, other, strict=True)])), (apart, None)):
+        found, used = more_baseline_t(own, other, extra)
+        expected = expected or welch_t(own, [*other, *extra])
+        assert used == (own is apart)
+        assert found.mean == expected.mean
+        assert (found.n, found.freedom) == (8, 7)
+        assert found.deviation == pytest.approx(CHOICE * expected.deviation)
+
+
+@pytest.mark.parametrize(
+    ("runs", "found"),
+    [
+        ({1: [2.71828183], 2: [2.5], 3: [2.71828183]}, (1, 3)),
+        ({1: [10.98, 5.1, 4.2, 3.9, 3.8], 2: [10.98, 5.1, 4.2, 3.9, 3.8]}, (1, 2)),
+        ({1: [10.98, 5.1, 4.2, 3.9], 2: [10.98, 5.1, 4.2, 3.9]}, None),
+        ({1: [3.279], 2: [3.279]}, None),
+        ({1: [0.0] * 9, 2: [0.0] * 9}, None),
+        ({1: [2.71828183], 2: [2.71828184]}, None),
+        ({}, None),
+    ],
+)
+def test_one_run_under_two_names_is_found_and_short_figures_may_agree(runs: Any, found: Any) -> None:
+    assert repeated(runs) == found
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_the_figures_are_those_of_the_paired_test() -> None:
 
 def with_p(p: float, seeds: int = 5) -> dict[int, float]:
     """An arm above the baseline whose paired t test has just this p."""
-    jitter = np.array((JITTER * 4)[:seeds])
+    jitter = np.array((JITTER * 4)[:seeds]) + 1e-6 * np.arange(seeds)  # no two seeds are equal
     t = stats.t.isf(p / 2, seeds - 1)
     mean = t * jitter.std(ddof=1) / seeds**0.5 + jitter.mean() * 0
     return {s + 1: BASELINE[s + 1] + float(jitter[s] - jitter.mean() + mean) for s in range(seeds)}
@@ -238,6 +238,66 @@ def test_seeds_are_in_the_order_of_numbers(seed: Any) -> None:
     }
     losses["a"] |= {seed(10): 9.0}
     assert compare(losses, looks=[5, 10])["arms"]["a"]["seeds"] == [seed(s) for s in range(1, 6)]
+
+
+RUNS = {
+    "clear": ([2.95, 2.94, 2.96, 2.953], "better", "unpaired, 4 runs against 20 (no common seeds; Welch's t): 0."),
+    "worse": ([3.1, 3.12, 3.11], "worse", "unpaired, 3 runs"),
+    "unclear": ([3.0, 3.02, 2.98], "undecided", "Welch's t): p ="),
+    "one": ([2.9], "undecided", "unpaired, 1 runs"),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("numbered", [False, True], ids=["no common seeds", "declared unpaired"])
+def test_runs_without_common_seeds_are_compared_by_welchs_t(case: str, numbered: bool) -> None:
+    runs, expected, reason = RUNS[case]
+    own = {k if numbered else f"run {k}": x for k, x in enumerate(runs, 1)}
+    found = compare({"baseline": BASELINE, "tried": own}, delta=0.001, unpaired=numbered)["arms"]["tried"]
+    assert found["verdict"] == expected
+    assert (
+        reason.replace("no common seeds", "equal seeds mean nothing" if numbered else "no common seeds")
+        in found["reason"]
+    )
+    assert (found["paired"], found["n"], found["n_baseline"]) == (False, len(runs), 20)
+    if len(runs) > 1:
+        assert found["p"] == pytest.approx(stats.ttest_ind(runs, list(BASELINE.values()), equal_var=False).pvalue)
+
+
+def test_seeds_that_overlap_in_part_stay_pairs_with_the_missing_named() -> None:
+    found = compare({"baseline": BASELINE, "tried": arm(-0.05)}, seeds=range(1, 21))["arms"]["tried"]
+    assert (found["verdict"], found["paired"]) == ("undecided", True)
+
+
+@pytest.mark.parametrize("arguments", [{"looks": [2, 4]}, {"planned": 3}, {"baseline_seeds": [9]}])
+def test_a_plan_of_pairs_is_not_read_unpaired(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="unpaired: expected no looks"):
+        compare({"baseline": BASELINE, "tried": arm(-0.05)}, unpaired=True, **arguments)
+    apart = {"a": {1: 1.0, 2: 1.1}, "b": {3: 1.2, 4: 1.4}}
+    if "baseline_seeds" not in arguments:
+        assert compare(apart, baseline="a", seeds=[1, 2], **arguments)["arms"]["b"]["verdict"] == "undecided"
+
+
+def test_further_seeds_of_the_baseline_are_used_as_declared_or_missed() -> None:
+    baseline = {s: 3 + 0.01 * math.sin(7 * s) for s in range(1, 21)}
+    own = {s: 2.985 + 0.01 * math.cos(5 * s * s) for s in range(1, 6)}
+    losses, further = {"baseline": baseline, "tried": own}, range(6, 21)
+    found = compare(losses, seeds=range(1, 6), planned=5, baseline_seeds=further)["arms"]["tried"]
+    assert (found["paired"], found["n"], found["n_baseline"]) == (False, 5, 20)
+    assert "unpaired, 5 runs against 20 (its seeds go with the baseline's at r =" in found["reason"]
+    assert found["difference"] == pytest.approx(np.mean([*own.values()]) - np.mean([*baseline.values()]))
+    del baseline[17]
+    found = compare(losses, seeds=range(1, 6), planned=5, baseline_seeds=further)["arms"]["tried"]
+    assert (found["verdict"], found["seeds_missing"]) == ("undecided", [17])
+    assert "seed 17 of its baseline missing" in found["reason"]
+
+
+def test_two_seeds_that_are_one_run_give_no_verdict() -> None:
+    twice = {**arm(-0.05), 4: arm(-0.05)[2]}
+    twice = {s: x + 1e-9 * math.pi * 1000 for s, x in twice.items()}
+    found = verdict(twice)
+    assert (found["verdict"], found["more_seeds"]) == ("undecided", None)
+    assert "its losses of seeds 2, 4 are equal to many digits" in found["reason"]
 
 
 METRICS = {"accuracy": None, "truth_probability": None, "a figure of a patch": "higher"}

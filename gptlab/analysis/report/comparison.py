@@ -28,7 +28,7 @@ from gptlab.analysis.report.run import (
 )
 from gptlab.analysis.report.theme import standalone
 from gptlab.analysis.statistics import paired_t
-from gptlab.analysis.tables import NO_DELTA, interval, number, tables
+from gptlab.analysis.tables import NO_DELTA, interval, number, paired, tables
 from gptlab.runs.experiment_spec import Metric
 
 Histories = Mapping[str, Sequence[History]]
@@ -72,6 +72,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
         "title": result["experiment"],
         **{key: result[key] for key in shown},
         "no_delta": NO_DELTA,
+        "paired": paired(result["arms"]),
         "verdicts": [
             {
                 **found,
