@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gptlab.analysis.noise import THRESHOLDS, TRUE_LOSS
+from gptlab.analysis.noise import ALTERNATIVES, TEXT, THRESHOLDS, TRUE_LOSS
 from gptlab.runs.experiment_spec import Metric
 
 ALSO_SHOWN = {
@@ -229,6 +229,61 @@ def aligned(alignment: Mapping[str, Any] | None) -> str:
         return "–"
     low, high = alignment["interval"]
     return f"{'' if alignment['resolved'] else '~'}{alignment['value']:+z.2f} [{low:+z.2f}, {high:+z.2f}]"
+
+
+def conversation_tables(result: Mapping[str, Any]) -> Iterator[Table]:
+    """How often a reply is surer after the text than after each alternative, by its length, and by block."""
+    found = result["conversation"]
+    lengths = {f"reply of {length}": str(length) for length in found["replies"]}
+    title = "Surer after what was really said: share of pairs (area under the curve), 95% interval"
+    rows = [
+        (f"than after {words}", *(_area(found["against"][name]["total"][length]) for length in lengths.values()))
+        for name, words in ALTERNATIVES.items()
+    ]
+    yield Table(title, ("", *lengths), rows)
+    first = str(found["replies"][0])
+    by_block = zip(*(found["against"][name]["blocks"] for name in ALTERNATIVES), strict=True)
+    rows = [(f"block {j}", *(_area(of[first]) for of in block)) for j, block in enumerate(by_block, 1)]
+    yield Table(f"The same by block, reply of {first}", ("", *ALTERNATIVES.values()), rows)
+    rows = [
+        (words, *(f"{found['confidence'][name][length]:.3f}" for length in lengths.values()))
+        for name, words in {TEXT: "what was really said", **ALTERNATIVES}.items()
+    ]
+    yield Table("Mean p_max over the reply", ("after", *lengths), rows)
+
+
+def _area(one: Mapping[str, Any]) -> str:
+    low, high = one["interval"]
+    return f"{one['auc']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def conversation_remarks(result: Mapping[str, Any]) -> list[str]:
+    """The answer, and what was compared."""
+    found = result["conversation"]
+    return [
+        _answer(found),
+        f"step {result['step']:,}, seed {result['seed']}, {result['dtype']}; {found['windows']:,} windows: "
+        f"{found['context']} tokens of context, {found['say']} said, replies greedy; {found['shuffled']} shuffled; "
+        "0.5 means no difference",
+    ]
+
+
+def _answer(found: Mapping[str, Any]) -> str:
+    """In a sentence, whether the first token of a reply is surer after the text."""
+    length = str(found["replies"][0])
+    low = {name: one["total"][length]["interval"][0] for name, one in found["against"].items()}
+    surer = [ALTERNATIVES[name] for name, bound in low.items() if bound > 0.5]
+    others = [ALTERNATIVES[name] for name, bound in low.items() if bound <= 0.5]
+    if not others:
+        return f"Yes: a reply is surer after what was really said than after {_listed(surer, 'and')}."
+    if not surer:
+        return f"No: a reply is not surer after what was really said than after {_listed(others, 'or')}."
+    than = f"surer after what was really said than after {_listed(surer, 'and')}"
+    return f"In part: a reply is {than}, but not than after {_listed(others, 'or')}."
+
+
+def _listed(words: Sequence[str], last: str) -> str:
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def noise_remarks(result: Mapping[str, Any]) -> list[str]:

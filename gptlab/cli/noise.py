@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
         check_signals({"signal.name": split_name(name)[0]}, allow_code=parsed.allow_code, kind=UsageError)
     if parsed.html and not Path(parsed.html).resolve().parent.is_dir():  # said before minutes are spent
         raise UsageError(f"--html: expected a file in a folder that exists, found {parsed.html}")
+    if parsed.conversation and (unused := [key for key in given if key == "signals" or key.startswith("signal.")]):
+        raise UsageError(f"--{unused[0]}: --conversation measures the model without any signal; leave one out")
     changes = {key.removeprefix("signal."): value for key, value in given.items() if key.startswith("signal.")}
     result = _measure(parsed, options, names, changes)
     if parsed.html:
@@ -50,6 +52,12 @@ def main(argv: list[str]) -> int:
         say(f"report: {parsed.html}")
     if parsed.json:
         print(json.dumps(result, indent=1, allow_nan=False))
+    elif parsed.conversation:
+        from gptlab.analysis.tables import conversation_remarks, conversation_tables
+
+        first, *others = conversation_remarks(result)
+        show_result([], [first, ""])
+        show_result(conversation_tables(result), others)
     else:
         from gptlab.analysis.tables import noise_remarks, noise_tables
 
@@ -65,6 +73,9 @@ def _parser() -> Parser:
         "as labels; whether anything collapses. docs/noise.md says how to read it.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint, or a Hugging Face GPT-2 folder")
+    parser.add_argument(
+        "--conversation", action="store_true", help="measure this alone: is a reply surer after what was really said?"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots too")
     parser.add_argument("--allow_code", action="store_true", help="let a signal be a function in a file of yours")
@@ -75,7 +86,8 @@ def _parser() -> Parser:
 def _measure(
     parsed: argparse.Namespace, options: NoiseConfig, names: list[str], changes: Mapping[str, Any]
 ) -> dict[str, Any]:
-    from gptlab.analysis.noise.measure import alignment_history, measure
+    from gptlab.analysis.noise.conversation import conversation
+    from gptlab.analysis.noise.measure import about, alignment_history, measure
     from gptlab.runs.init_weights import any_state
 
     state, config = any_state(parsed.checkpoint)
@@ -87,6 +99,9 @@ def _measure(
     with Counter() as shown:
         progress = shown.count
         subject = _subject(parsed.checkpoint, state, config, options, shown.note)
+        if parsed.conversation:
+            found = conversation(subject, options, progress)
+            return {"source": str(parsed.checkpoint), **about(subject), "conversation": found}
         signals = signal_configs(names, own, changes)
         branches = _branches(parsed.checkpoint, config, subject, options, signals, progress)
         result = measure(subject, options, signals, branches, progress)
@@ -151,7 +166,7 @@ def _subject(
     state.model.to(placement.device)
     for moments in state.optimizer.state.values():
         moments.update({key: value.to(placement.device) for key, value in moments.items()})
-    return Subject(state, config, windows, validation, placement)
+    return Subject(state, config, windows, validation, placement, vocabulary.known)
 
 
 def _made_up(state: TrainingState, vocabulary: Vocabulary) -> TrainingConfig:

@@ -144,9 +144,10 @@ class Decoder:
         self._keys_values = [kept.permute(2, 0, 3, 1, 4).unbind() for kept in self.kept]  # (B, H, capacity, C/H) each
         self.length = 0
 
-    def forget(self) -> None:
-        """Empty all rows."""
-        self.length = 0
+    def forget(self, kept: int = 0) -> None:
+        """Empty all rows but for their first `kept` tokens, after which others may be read."""
+        assert 0 <= kept <= self.length
+        self.length = kept
 
     @torch.no_grad()
     def states(self, tokens: Tensor) -> Iterator[Tensor]:

@@ -17,6 +17,15 @@ THRESHOLDS = (*(round(0.05 * k, 2) for k in range(20)), 0.99)
 LEAST_GROUPS = 32
 """Fewer make intervals wide, and the jackknife too sure of them."""
 
+TEXT = "text"
+ALTERNATIVES = {
+    "sample": "the model's own sample",
+    "elsewhere": "text from elsewhere",
+    "shuffled": "the same shuffled",
+    "random": "random tokens",
+}
+"""What is said in a conversation: what really was, and what is said in its place."""
+
 
 @dataclass(frozen=True)
 class NoiseConfig:
@@ -33,6 +42,7 @@ class NoiseConfig:
     branch_steps: int = option(20, "length of the branch test, 0 leaves it out", unit="updates")
     eval_tokens: int = option(65536, "validation tokens for labels and collapse", unit="tokens", group="Labels")
     reader_tokens: int = option(65536, "training tokens for the tuned affine readers, 0: none", unit="tokens")
+    say: int = option(16, "length of what is said in a conversation", unit="tokens", group="Conversation")
     data: str | None = option(None, "a corpus by name, or a folder of shards", shown="the run's", group="Data")
     tokenizer: Literal["bytes", "gpt2"] | None = option(None, "of the corpus", shown="the run's")
     block_size: int | None = option(None, "length of a sequence", unit="tokens", shown="the model's")
@@ -42,8 +52,17 @@ class NoiseConfig:
     signal: SignalConfig = field(default_factory=SignalConfig)
 
     def __post_init__(self) -> None:
-        least = {"groups": LEAST_GROUPS, "group": 1, "batch_size": 1, "eval_tokens": 1, "block_size": 1}
-        for name in ("groups", "group", "batch_size", "branch_steps", "eval_tokens", "reader_tokens", "block_size"):
+        least = {"groups": LEAST_GROUPS, "group": 1, "batch_size": 1, "eval_tokens": 1, "block_size": 1, "say": 1}
+        for name in (
+            "say",
+            "groups",
+            "group",
+            "batch_size",
+            "branch_steps",
+            "eval_tokens",
+            "reader_tokens",
+            "block_size",
+        ):
             found = getattr(self, name)
             if found is not None and found < least.get(name, 0):
                 raise ConfigError(f"{name} must be at least {least.get(name, 0)}, found {found}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gptlab.analysis.noise import TRUE_LOSS, NoiseConfig
 from gptlab.analysis.noise.estimators import Readings, collapse, figures, quality, token_figures
 from gptlab.data.batches import TrainingWindows, ValidationWindows
+from gptlab.data.tokenizers import Tokenizer
 from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError, DivergedError
 from gptlab.runs.folder import RunFolder
@@ -49,13 +50,17 @@ READER_BATCH = 512
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be measured, with the config it was trained with (or one made up for another's model) and its data."""
+    """A model to be measured, with the config it was trained with (or one made up for another's model) and its data.
+
+    tokenizer: what its tokens stand for, where that is known.
+    """
 
     state: TrainingState
     config: TrainingConfig
     windows: TrainingWindows
     validation: ValidationWindows
     placement: ComputeConfig
+    tokenizer: Tokenizer | None = None
 
 
 def measure(
@@ -78,16 +83,23 @@ def measure(
     for name, branch in (branches or {}).items():
         found["signals"][name]["branch"] = branch
     return {
-        "step": step,
-        "seed": seed,
+        **about(subject),
         "groups": groups.count,
         "group": groups.size,
         "sequences": [first, unread],
+        **found,
+        **_reading_figures(subject, options, unread, progress),
+    }
+
+
+def about(subject: Subject) -> dict[str, Any]:
+    """What was measured, for every measure."""
+    return {
+        "step": subject.state.step,
+        "seed": subject.windows.seed,
         "block_size": subject.windows.block_size,
         "n_layer": subject.state.model.config.n_layer,
         "dtype": subject.placement.dtype_name,
-        **found,
-        **_reading_figures(subject, options, unread, progress),
     }
 
 

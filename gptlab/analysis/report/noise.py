@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptlab.analysis.noise import THRESHOLDS, TRUE_LOSS
+from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS, TRUE_LOSS
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.page import Panel, arm_class, render, write
 from gptlab.analysis.report.plots import Band, Line, Series, averages, curves, over_blocks, shares
 from gptlab.analysis.report.run import block_legend
-from gptlab.analysis.tables import noise_remarks, noise_tables, number
+from gptlab.analysis.tables import conversation_remarks, conversation_tables, noise_remarks, noise_tables, number
 
 
 def write_noise(result: Mapping[str, Any], path: Path) -> None:
@@ -21,18 +21,39 @@ def write_noise(result: Mapping[str, Any], path: Path) -> None:
 
 def page(result: Mapping[str, Any]) -> str:
     """The page as HTML; the same bytes for the same figures."""
-    others = {name: one for name, one in result["signals"].items() if name != TRUE_LOSS}
-    return render(
-        "noise.html",
-        title=f"Signal, bias or noise: {Path(result['source']).resolve().name}",
-        lead=noise_remarks(result),
-        facts=list(facts(result)),
-        branches=list(branches(others)),
-        alignment=list(alignment(result, others)),
-        labels=list(labels(result)),
-        collapse=list(collapse(result)),
-        tables=list(noise_tables(result)),
+    name = Path(result["source"]).resolve().name
+    sections: dict[str, Any] = dict.fromkeys(
+        ("facts", "conversations", "branches", "alignment", "labels", "collapse"), ()
     )
+    if "conversation" in result:
+        sections["conversations"] = list(conversations(result))
+        lead, shown = conversation_remarks(result), list(conversation_tables(result))
+        return render("noise.html", title=f"Conversation: {name}", lead=lead, tables=shown, **sections)
+    others = {name: one for name, one in result["signals"].items() if name != TRUE_LOSS}
+    sections |= {
+        "facts": list(facts(result)),
+        "branches": list(branches(others)),
+        "alignment": list(alignment(result, others)),
+        "labels": list(labels(result)),
+        "collapse": list(collapse(result)),
+    }
+    lead, shown = noise_remarks(result), list(noise_tables(result))
+    return render("noise.html", title=f"Signal, bias or noise: {name}", lead=lead, tables=shown, **sections)
+
+
+def conversations(result: Mapping[str, Any]) -> Iterator[Panel]:
+    """How much surer each block's reading of the reply is after the text than after what is said in its place."""
+    found, blocks = result["conversation"], result["n_layer"]
+    legend = [(arm_class(k), words) for k, words in enumerate(ALTERNATIVES.values(), 1)]
+    for length in found["replies"]:
+        series = []
+        for k, (name, words) in enumerate(ALTERNATIVES.items(), 1):
+            of_blocks = [block[str(length)] for block in found["against"][name]["blocks"]]
+            areas, bounds = [one["auc"] for one in of_blocks], [tuple(one["interval"]) for one in of_blocks]
+            series.append(Series(words, theme.arm(k), list(range(1, blocks + 1)), areas, bounds))
+        title = f"Reply of {length} token{'s' * (length > 1)}"
+        svg = over_blocks(series, blocks, f"reply-{length}", title, unit="area under the curve", limits=(0, 1))
+        yield Panel(title, svg, legend, "with 95% intervals; 0.5: as sure after the one as after the other")
 
 
 def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
