@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptlab import signals
+    from gptlab.api import Comparison, compare, load, record, train
+
 __version__ = "0.1.0"
+__all__ = ["Comparison", "compare", "load", "record", "signals", "train"]
+
+_exports: dict[str, str] = dict.fromkeys(("Comparison", "compare", "load", "record", "train"), "gptlab.api")
 
 
-def lazy_exports(package: str, exports: dict[str, str], name: str) -> object:
+def __getattr__(name: str) -> Any:
+    if name == "signals":
+        import importlib
+
+        return importlib.import_module("gptlab.signals")
+    return lazy_exports(__name__, _exports, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def lazy_exports(package: str, exports: dict[str, str], name: str) -> Any:
     """The object `name` of `package`, imported now from the module that `exports` names for it (PEP 562).
 
     Options are checked and help is shown before torch is imported; a package whose `__init__` imported its modules

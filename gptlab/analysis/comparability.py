@@ -120,7 +120,7 @@ def longer_runs_of(arms: Arms, baselines: Mapping[str, str]) -> dict[str, str]:
             continue
         own, theirs = own_options(arms[arm][0]), own_options(arms[baseline][0])
         differ = {key for key in {**own, **theirs} if own.get(key) != theirs.get(key)}
-        if "steps" in differ and differ <= LENGTH and own["steps"] > theirs["steps"]:
+        if "steps" in differ & own.keys() & theirs.keys() and differ <= LENGTH and own["steps"] > theirs["steps"]:
             found[arm] = baseline
     return found
 

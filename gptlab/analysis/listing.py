@@ -65,7 +65,7 @@ def figures_of(run: Run, name: str) -> dict[str, Any]:
         "run": name,
         "state": "running" if is_locked(run.path / LOCK) else STATES.get(run.ended.get("event"), "failed"),
         "step": run.last_step,
-        "steps": run.options["steps"],
+        "steps": run.options.get("steps"),
         "loss": run.losses[last] if last is not None else None,
         "bits_per_byte": run.ended.get("bits_per_byte", run.bits_per_byte),
         "dose": run.dose if run.has_signal else None,

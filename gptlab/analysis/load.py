@@ -22,6 +22,7 @@ from gptlab.analysis.comparability import (
     undeclared,
 )
 from gptlab.analysis.design import Seed, order
+from gptlab.analysis.listing import find_runs
 from gptlab.analysis.logs import SUFFIXES, Logged, read_table, read_texts, text_logs
 from gptlab.analysis.run import Run, mean_dose, norm_ratio, passport, read_run
 from gptlab.analysis.statistics import repeated
@@ -131,7 +132,23 @@ def read(
         raise ConfigError(f"expected a run, an experiment's folder or a log at {first}, found nothing; check the path")
     if first.is_file():
         raise ConfigError(f"{first}: expected a log that ends in {' or '.join((*SUFFIXES, SUFFIX))}, or a folder")
-    return _of_runs([read_run(path, until) for path in sources], step, baseline, seeds, metric)
+    runs = [path for source in map(Path, sources) for path in _runs_in(source)]
+    return _of_runs([read_run(path, until) for path in runs], step, baseline, seeds, metric)
+
+
+def _runs_in(source: Path) -> list[Path]:
+    """The runs in a folder at any depth, itself included; itself where it has none, for an error to name it."""
+    return list(find_runs(source)) or [source] if source.is_dir() else [source]
+
+
+def refuse_undeclared(outcomes: Outcomes, *, despite: bool) -> None:
+    """Raise ConfigError with the differences where runs differ in what nobody declared, unless asked to go ahead."""
+    if outcomes.undeclared and not despite:
+        listed = "\n  ".join(outcomes.undeclared)
+        raise ConfigError(
+            f"expected runs that differ only in what their arms declare, found other differences; leave runs out, "
+            f"or use --despite:\n  {listed}"
+        )
 
 
 def is_experiment(path: Path) -> bool:
@@ -195,19 +212,21 @@ def _of_runs(
     notes = [f"{run.path}: seed {run.seed} was not declared" for run in runs if seeds and run.seed not in seeds]
     runs = [run for run in runs if not seeds or run.seed in seeds]
     plain = [run for run in runs if not run.has_signal]
-    named = [run for run in runs if baseline and run.path == Path(baseline)]
+    of_arm = [run for run in plain if run.options.get("arm") == (baseline or "baseline")]
+    named = of_arm or [run for run in runs if baseline and run.path == Path(baseline)]
     if baseline and not named:
-        raise ConfigError(f"--baseline: expected the folder of one of the runs, found {baseline!r}")
+        raise ConfigError(f"--baseline: expected the folder of one of the runs, or an arm's name, found {baseline!r}")
     if not runs:
         raise ConfigError(f"--seeds: expected seeds that the runs have, found none of them; {'; '.join(notes)}")
     reference = (named or plain or runs)[0]
-    arms: dict[str, list[Run]] = {"baseline": []}
+    first = str(reference.options.get("arm", "baseline"))
+    arms: dict[str, list[Run]] = {first: []}
     for run in runs:
-        name = arm_of(own_options(run), own_options(reference)) or "baseline"
+        name = run.options.get("arm") or arm_of(own_options(run), own_options(reference)) or first
         arms.setdefault(name, []).append(run)
     differ = frozenset(key for run in runs for key in own_options(run)) - COMMON | {"code"}
     declared = {arm: own_options(members[0]) for arm, members in arms.items()}
-    arguments = {"baseline": "baseline", "seeds": seeds, "metric": metric.name, "better": metric.better}
+    arguments = {"baseline": first, "seeds": seeds, "metric": metric.name, "better": metric.better}
     return _outcomes("runs", arms, declared, step, arguments, dict.fromkeys(arms, differ), Tuning(), notes)
 
 

@@ -33,12 +33,12 @@ class Run:
     """
 
     path: Path
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
-    figures: Mapping[str, Mapping[int, float]]
+    config: Mapping[str, Any] = field(repr=False)
+    environment: Mapping[str, Any] = field(repr=False)
+    figures: Mapping[str, Mapping[int, float]] = field(repr=False)
     last_step: int
     ended: Mapping[str, Any] = field(default_factory=dict)
-    doses: tuple[float, ...] = ()
+    doses: tuple[float, ...] = field(default=(), repr=False)
     tempered: float | None = None
     bits_per_byte: float | None = None
     seconds: float = 0.0
@@ -52,10 +52,25 @@ class Run:
 
     @cached_property
     def options(self) -> Mapping[str, Any]:
-        """The recorded options; one that came into being after the run has its default, which is how it was then."""
+        """The recorded options; one that came into being after the run has its default, which is how it was then.
+
+        Of a run of another trainer only what was recorded with it.
+        """
+        if self.is_foreign:
+            return {"also": [], **self.config["options"]}
         found, usual = self.config["options"], flatten(TrainingConfig())
         usual_signal = flatten(SignalConfig())
         return {**usual, **found, "also": [{**usual_signal, **signal} for signal in found.get("also", [])]}
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another trainer made it, and `gptlab.record` kept it."""
+        return "recorder" in self.config
+
+    @property
+    def loss(self) -> float | None:
+        """The last validation loss, nats; None where there is none."""
+        return self.losses[max(self.losses)] if self.losses else None
 
     @property
     def seed(self) -> int:
@@ -129,12 +144,21 @@ def norm_ratio(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, float] |
 
 def blocks_of(config: Mapping[str, Any]) -> int | None:
     """The blocks that a run's validations list; None of patched code, which may have others."""
-    return None if "patch" in config else config["options"].get("n_layer", TrainingConfig().n_layer)
+    return (
+        None
+        if "patch" in config or "recorder" in config
+        else config["options"].get("n_layer", TrainingConfig().n_layer)
+    )
 
 
 def passport(runs: list[Run], step: int) -> dict[str, Any]:
-    """What an arm's figures rest on, from its runs at `step`; None for what the folders do not hold."""
+    """What an arm's figures rest on, from its runs at `step`; None for what the folders do not hold.
+
+    Nothing is known of another trainer's runs.
+    """
     options = runs[0].options
+    if runs[0].is_foreign:
+        return {}
     tokens, trained = step * options["total_batch_tokens"], _training_tokens(runs[0])
     vocabulary = count_vocabulary(options)
     parameters = count_parameters(options, vocabulary) if vocabulary else None

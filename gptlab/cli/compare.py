@@ -95,7 +95,7 @@ def numbers(text: str) -> list[int]:
 
 
 def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
-    from gptlab.analysis.load import EXPERIMENT, is_experiment, read
+    from gptlab.analysis.load import EXPERIMENT, is_experiment, read, refuse_undeclared
     from gptlab.runs.experiment_spec import Metric
 
     given = [name for name in DECLARED if getattr(options, name) not in (None, [], False)]
@@ -106,12 +106,7 @@ def _verdicts(options: argparse.Namespace) -> tuple[Outcomes, dict[str, Any]]:
         )
     metric = Metric.of(options.metric or "loss", "higher" if options.higher_is_better else None, "lower")
     outcomes = read(options.sources, step=options.step, baseline=options.baseline, seeds=options.seeds, metric=metric)
-    if outcomes.undeclared and not options.despite:
-        listed = "\n  ".join(outcomes.undeclared)
-        raise ConfigError(
-            f"expected runs that differ only in what their arms declare, found other differences; leave runs out, "
-            f"or use --despite:\n  {listed}"
-        )
+    refuse_undeclared(outcomes, despite=options.despite)
     given = {"delta": options.delta, "looks": options.looks, "placebos": _placebos(options.placebo)}
     result = outcomes.verdicts(**given, unpaired=options.unpaired or None)
     return outcomes, result

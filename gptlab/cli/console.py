@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -362,6 +363,16 @@ def show_result(tables: Iterable[Table], lines: Iterable[str]) -> None:
         show_table(shown_on, table)
     for line in lines:
         shown_on.print(Text(printable(line)))
+
+
+def result_text(tables: Iterable[Table], lines: Iterable[str]) -> str:
+    """What `show_result` shows, as text with rows as long as they are."""
+    from rich.console import Console
+
+    shown_on = Console(file=io.StringIO(), highlight=False, width=PIPE_WIDTH)
+    for table in tables:
+        show_table(shown_on, table)
+    return "\n".join([shown_on.file.getvalue().rstrip(), "", *map(printable, lines)])  # type: ignore[attr-defined]
 
 
 def show_table(shown_on: Console, table: Table) -> None:

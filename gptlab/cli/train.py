@@ -51,21 +51,26 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     parsed = parser.parse(argv)
     given = given_options(parsed, TrainingConfig)
     filed = file_options(parsed.config, TrainingConfig) if parsed.config else {}
-    for values, where, kind in ((given, "--preset", UsageError), (filed, parsed.config, ConfigError)):
-        preset = values.get("preset", "shakespeare-tiny")
-        if preset not in PRESETS:
-            hint = did_you_mean(preset, PRESETS)
-            raise kind(f"{where}: unknown preset {shown(preset)}{hint}; presets are {', '.join(PRESETS)}")
+    check_values(given, "--preset", allow_code=parsed.allow_code, kind=UsageError)
+    check_values(filed, parsed.config, allow_code=parsed.allow_code, kind=ConfigError)
     values = {**(defaults or {}), **filed, **given}
-    check_log(given, UsageError)
-    check_log(filed, ConfigError)
-    check_signals(given, allow_code=parsed.allow_code, kind=UsageError)
     check_signals(values, allow_code=parsed.allow_code, kind=ConfigError)
     with StopRequest(raising=True) as stop:
-        try:
-            return _run(values, stop, as_json=parsed.json, despite=parsed.despite)
-        except Interrupted as request:
-            raise _stopped_early(values, request) from None
+        run(values, stop, as_json=parsed.json, despite=parsed.despite)
+    return 0
+
+
+def check_values(values: Mapping[str, Any], where: str, *, allow_code: bool, kind: type[GptlabError]) -> None:
+    """Refuse, as an error of this kind, what can be seen before torch is imported. where: the preset was given."""
+    preset = values.get("preset", "shakespeare-tiny")
+    if preset not in PRESETS:
+        hint = did_you_mean(preset, PRESETS)
+        raise kind(f"{where}: unknown preset {shown(preset)}{hint}; presets are {', '.join(PRESETS)}")
+    try:
+        TrainingConfig(log=values.get("log", "none"))  # refuses an unknown tracker
+    except ConfigError as error:
+        raise kind(str(error)) from None
+    check_signals(values, allow_code=allow_code, kind=kind)
 
 
 def _stopped_early(values: Mapping[str, Any], request: Interrupted) -> BaseException:
@@ -77,14 +82,6 @@ def _stopped_early(values: Mapping[str, Any], request: Interrupted) -> BaseExcep
             return Stopped(f"stopped by {name} before the first step; run the same command again to resume")
     request.args = (f"stopped by {name} before there was anything to save; run the same command again",)
     return request
-
-
-def check_log(values: Mapping[str, Any], kind: type[GptlabError]) -> None:
-    """Refuse, as an error of this kind, a tracker that is unknown."""
-    try:
-        TrainingConfig(log=values.get("log", "none"))
-    except ConfigError as error:
-        raise kind(str(error)) from None
 
 
 def check_signals(values: Mapping[str, Any], *, allow_code: bool, kind: type[GptlabError]) -> None:
@@ -123,7 +120,20 @@ def check(words: Sequence[str]) -> int:
     return 0
 
 
-def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite: bool) -> int:
+def run(
+    values: Mapping[str, Any], stop: StopRequest, *, as_json: bool = False, despite: bool = False, quiet: bool = False
+) -> dict[str, Any]:
+    """Train with these values and give the run's summary and its folder; as_json: print them, where this is rank 0.
+
+    Raises Stopped where a stop was asked for and a checkpoint waits, Interrupted where none does.
+    """
+    try:
+        return _run(values, stop, as_json=as_json, despite=despite, quiet=quiet)
+    except Interrupted as request:
+        raise _stopped_early(values, request) from None
+
+
+def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite: bool, quiet: bool) -> dict[str, Any]:
     from gptlab.device import Machine, choose_compute
     from gptlab.distributed import World, end_with_launcher
 
@@ -140,17 +150,18 @@ def _run(values: Mapping[str, Any], stop: StopRequest, *, as_json: bool, despite
     placement.apply()
     config.micro_batch(world.size)  # refuses what cannot be shared, before any waiting
     try:
-        summary = _train(config, machine, placement, world, stop, despite)
+        summary = _train(config, machine, placement, world, stop, despite=despite, quiet=quiet or not world.main)
     finally:
         world.disconnect()
     if world.main and as_json:
         print(json.dumps(summary))
-    return 0
+    return summary
 
 
 def _train(
-    config: TrainingConfig, machine: Machine, placement: ComputeConfig, world: World, stop: StopRequest, despite: bool
-) -> dict[str, Any]:
+    config: TrainingConfig, machine: Machine, placement: ComputeConfig, world: World, stop: StopRequest, *,
+    despite: bool, quiet: bool,
+) -> dict[str, Any]:  # fmt: skip
     from gptlab.analysis.report import after_run, lacks_report
     from gptlab.cli.data import open_or_prepare
     from gptlab.cli.progress import Display
@@ -162,7 +173,7 @@ def _train(
     from gptlab.runs.trackers import check_installed, tracking
 
     check_installed(config)
-    display = Display(config, quiet=not world.main)
+    display = Display(config, quiet=quiet)
     corpus, alive = open_or_prepare(config.data, config.tokenizer, world, display.note)
     vocabulary = min(config.vocab_size, corpus.vocab_size)  # the model's may be padded
     windows = TrainingWindows(corpus, config.block_size, vocabulary, config.seed, alive)

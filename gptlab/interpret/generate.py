@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gptlab.data.tokenizers import Tokenizer
+from gptlab.device import ComputeConfig
+from gptlab.errors import ConfigError
 from gptlab.model.decoder import Decoder, Weights
 from gptlab.model.gpt import GPT
+from gptlab.randomness import torch_generator
 from gptlab.signals.tuned_lens import TunedLens
 
 
@@ -33,6 +36,19 @@ class Sampling:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float = 1.0
+
+
+class OpenedModel(Protocol):
+    """A model in evaluation mode where it computes, and its tokenizer. vocabulary.size: tokens it may draw."""
+
+    @property
+    def model(self) -> GPT: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def placement(self) -> ComputeConfig: ...
+    @property
+    def vocabulary(self) -> Any: ...
 
 
 PLAIN = Sampling()
@@ -66,6 +82,40 @@ class _Reading:
         if self.best is None or self.probability is None:
             return Step(token, self.block)
         return Step(token, self.block, self.best[:, row].tolist(), self.probability[:, row].tolist())
+
+
+class TextModel(GPT):
+    """A GPT with its tokenizer, which writes text. It shares the modules of the model that was opened."""
+
+    def __init__(self, opened: OpenedModel) -> None:
+        self.__dict__.update(opened.model.__dict__)
+        self._opened = opened
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What its tokens stand for; raises DataError where that is not known."""
+        return self._opened.tokenizer
+
+    def generate(
+        self, prompt: str = "\n", max_new_tokens: int = 200, *, temperature: float = 0.8, top_k: int | None = None,
+        top_p: float = 1.0, seed: int = 1,
+    ) -> str:  # fmt: skip
+        """Text that continues `prompt`, which is not repeated; it ends with a document, or after max_new_tokens.
+
+        temperature: 0 always takes the likeliest token; top_k, top_p: draw from the k likeliest, or the fewest that
+        hold p of the probability. The same seed draws the same text. Raises ConfigError for what is out of range.
+        """
+        if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+            raise ConfigError(
+                "expected max_new_tokens and temperature of at least 0, top_k of at least 1 and 0 < top_p <= 1, found "
+                f"{max_new_tokens}, {temperature}, {top_k} and {top_p}"
+            )
+        steps = generate(
+            Weights(self, self._opened.placement.autocast), self.tokenizer.prompt(prompt), max_new_tokens,
+            Sampling(temperature, top_k, top_p), generator=torch_generator("sample", seed, 0),
+            vocab_size=self._opened.vocabulary.size, end=self.tokenizer.end_of_text,
+        )  # fmt: skip
+        return self.tokenizer.decode([step.token for step in steps])
 
 
 def generate(

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from gptlab.errors import ConfigError, GptlabError
 from gptlab.page.guard import AccessPolicy, Guard
 from gptlab.page.run_index import RunIndex, key_of
-from gptlab.page.views import Missing, Models, Opened, View, Views, prepare, static
+from gptlab.page.views import Missing, Models, View, Views, prepare, static
 from gptlab.page.worker_queue import Busy, Late, WorkerQueue
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
     from starlette.types import ASGIApp
+
+    from gptlab.interpret.generate import OpenedModel
 
 READ = "/read"
 """The one address that takes POST: a prompt is no part of an address, which browsers remember."""
@@ -61,7 +63,7 @@ class Queues(NamedTuple):
 
 
 def create_app(
-    root: Path, model: str | None, open_model: Callable[[str], Opened], policy: AccessPolicy
+    root: Path, model: str | None, open_model: Callable[[str], OpenedModel], policy: AccessPolicy
 ) -> tuple[ASGIApp, Queues]:
     """The page over the runs below `root`, behind its guard. model: another one that the lens offers."""
     extra = {key_of(f"model {model}"): Path(model)} if model else {}

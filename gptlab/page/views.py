@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptlab.analysis.listing import Listed, differing, figures_of, ordered
 from gptlab.analysis.load import read
@@ -27,9 +27,7 @@ from gptlab.page.worker_queue import Cache
 from gptlab.runs.records import SlowReadError
 
 if TYPE_CHECKING:
-    from gptlab.data.tokenizers import Tokenizer
-    from gptlab.device import ComputeConfig
-    from gptlab.model.gpt import GPT
+    from gptlab.interpret.generate import OpenedModel
     from gptlab.signals.tuned_lens import TunedLens
 
 HERE = Path(__file__).parent
@@ -192,21 +190,10 @@ def _has_weights(run: Path) -> bool:
     return bool(checkpoint.complete(run / "checkpoints"))
 
 
-class Opened(Protocol):
-    """A model in evaluation mode where it computes, and its tokenizer."""
-
-    @property
-    def model(self) -> GPT: ...
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-    @property
-    def placement(self) -> ComputeConfig: ...
-
-
 class Models:
     """Models by where they lie, opened when they are asked for. Used by one thread, so that one computes at a time."""
 
-    def __init__(self, open_model: Callable[[str], Opened]) -> None:
+    def __init__(self, open_model: Callable[[str], OpenedModel]) -> None:
         self._open_model = open_model
         self._opened = Cache(MOST_MODELS)
 
@@ -223,7 +210,7 @@ class Models:
         found = readings(opened.model, opened.tokenizer, prompt, readers, autocast=opened.placement.autocast)
         return {"prompt": prompt, "readers": found, "note": note}
 
-    def _open(self, source: Path) -> tuple[Opened, TunedLens | None, str]:
+    def _open(self, source: Path) -> tuple[OpenedModel, TunedLens | None, str]:
         from gptlab.signals.tuned_lens import load, path_of
 
         opened = self._open_model(str(source))

@@ -349,8 +349,9 @@ def read_config(run: Source) -> dict[str, Any]:
     for split in ("train", "val"):
         if not _all_texts(data.setdefault(split, [])):
             refuse("its shards' checksums", f"data {split}", data[split])
-    if not _or_null(_is_text, config.get("replayed")):
-        refuse("a checksum", "replayed", config["replayed"])
+    for key in ("replayed", "recorder"):
+        if not _or_null(_is_text, config.get(key)):
+            refuse("text", key, config[key])
     if not isinstance(config.get("despite", []), list):
         refuse("a list of differences", "despite", config["despite"])
     if not _or_null(is_count, data.get("train_tokens")):

@@ -10,7 +10,7 @@ from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option
 from gptlab.randomness import uniform_index
 from gptlab.signals.registry import OBJECTIVES, SIGNALS, Objective, Signal, known_names
-from gptlab.signals.user import user_signal
+from gptlab.signals.user import GivenFunction, user_signal
 
 READING_OPTIONS = ("layers", "positions", "evaluator", "reach", "embeddings")
 """What signals that read blocks have and other sources have not."""
@@ -18,7 +18,13 @@ READING_OPTIONS = ("layers", "positions", "evaluator", "reach", "embeddings")
 
 @dataclass(frozen=True)
 class SignalConfig:
-    """One signal and its options. Judges are counted from 1; judge j reads z_j and teaches h_{j-1}."""
+    """One signal and its options. Judges are counted from 1; judge j reads z_j and teaches h_{j-1}.
+
+    In Python, name may also be a function `(logits (n, V), targets (n,)) -> (n,)` of one's own.
+
+    >>> SignalConfig("confidence", layers=(1, 3)).judges_at(step=0, n_layer=4, seed=1)
+    ((1, 3), 1)
+    """
 
     name: str = option(
         "none", "the signal: what adds a gradient (none: the baseline), or FILE.py:FUNCTION with --allow_code"
@@ -44,6 +50,10 @@ class SignalConfig:
     flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is: any, or the likeliest")
 
     def __post_init__(self) -> None:
+        if callable(self.name):
+            object.__setattr__(self, "name", GivenFunction(self.name))
+        if not isinstance(self.name, str):
+            raise ConfigError(f"signal.name must be a signal's name or a function, found {shown(self.name)}")
         if self.name not in known_names() and not self.is_code:
             raise ConfigError(f"unknown signal {shown(self.name)}{did_you_mean(self.name, known_names())}")
         if self.is_code and not self.name.rpartition(":")[2].isidentifier():  # it is a part of the run folder's name

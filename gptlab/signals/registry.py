@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
+from gptlab.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -49,12 +51,28 @@ class Signal:
     def __call__(
         self, logits: Tensor, targets: Tensor, *, other: Tensor | None = None, threshold: float = 0.9
     ) -> Tensor:
-        """Loss contributions (n,) of logits (n, V), computed in float32 or better; targets (n,) are true tokens."""
+        """Loss contributions (n,) of logits (n, V), computed in float32 or better; targets (n,) are true tokens.
+
+        other: the logits (n, V) of the block that `needs` names, for the same tokens; threshold: τ. Raises ConfigError
+        for shapes that do not fit, and where a signal that needs another block's logits gets none.
+
+        >>> import torch
+        >>> SIGNALS["confidence"](torch.tensor([[0.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 1]))
+        tensor([-0.6931, -9.0001])
+        """
+        if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+            found = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+            raise ConfigError(f"{self.name}: expected logits (n, V) and targets (n,), found {found}; flatten B and T")
         if logits.dtype.itemsize < 4:
             logits = logits.float()
         options: dict[str, Any] = {"threshold": threshold} if self.has_threshold else {}
         if self.needs is not None:
-            assert other is not None, f"{self.name} reads the {self.needs} block: give its logits as other="
+            if other is None or other.shape != logits.shape:
+                found = "none" if other is None else f"shape {tuple(other.shape)}"
+                raise ConfigError(
+                    f"{self.name} reads the {self.needs} block: expected its logits for the same tokens, of shape "
+                    f"{tuple(logits.shape)}, found {found}; give its logits as other="
+                )
             options["other"] = other.detach().to(logits.dtype)
         return self.function(logits, targets, **options)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import marshal
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
@@ -26,6 +27,44 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class GivenFunction(str):
+    """The name FILE.py:FUNCTION of a function that was given as an object, and the function.
+
+    It is a text wherever a name is one, so that it is copied, compared and recorded as such. FILE.py is the file in
+    which the function stands, or the name of its module where there is none, as in a notebook.
+    """
+
+    function: Callable[..., Any]
+
+    def __new__(cls, function: Callable[..., Any]) -> GivenFunction:
+        word = getattr(function, "__name__", type(function).__name__)
+        if not word.isidentifier():
+            raise ConfigError(f"signal.name: expected a function with a name, found {word}; define it with def")
+        found = super().__new__(cls, f"{_file_of(function) or getattr(function, '__module__', 'given') + '.py'}:{word}")
+        found.function = function
+        return found
+
+    @property
+    def content(self) -> bytes:
+        """What the record's checksum is taken of: its file, else its source, else its compiled code."""
+        if file := _file_of(self.function):
+            return read_bytes(file, limit=MB, error=ConfigError)
+        try:
+            return inspect.getsource(self.function).encode()
+        except (OSError, TypeError):
+            code = getattr(self.function, "__code__", None)
+            return marshal.dumps(code) if code else repr(type(self.function)).encode()
+
+
+def _file_of(function: Callable[..., Any]) -> str | None:
+    """The Python file in which a function is defined; None where there is none on disk."""
+    try:
+        file = inspect.getsourcefile(inspect.unwrap(function))
+    except (TypeError, ValueError):
+        return None
+    return os.path.relpath(file) if file and file.endswith(".py") and os.path.isfile(file) else None
+
+
 def user_signal(name: str) -> Signal | Objective:
     """The signal or sequence objective named FILE.py:FUNCTION as its file stands now.
 
@@ -33,7 +72,7 @@ def user_signal(name: str) -> Signal | Objective:
     the function itself does wrong is said when it is called.
     """
     content = _content(name)
-    function = _function(name, content)
+    function = name.function if isinstance(name, GivenFunction) else _function(name, content)
     takes = _arguments(function)
     if "tokens" in takes:
         return _objective(function, takes, name, _source(name, content))
@@ -115,6 +154,8 @@ def _renamed(options: Mapping[str, Any], rename: Callable[[str], str]) -> dict[s
 
 
 def _content(name: str) -> bytes:
+    if isinstance(name, GivenFunction):
+        return name.content
     path = Path(name.rpartition(":")[0])
     try:
         return read_bytes(path, limit=MB, error=ConfigError)

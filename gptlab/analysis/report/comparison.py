@@ -90,7 +90,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
         "doses": list(_doses(arms, histories)),
         "costs": list(_costs(result, arms, histories)),
         "changes": list(_changes(outcomes, result)),
-        "preset": first.options["preset"] if first else None,
+        "preset": first.options.get("preset") if first else None,
         "common": changes(of[0].options) if (of := outcomes.runs.get(result["baseline"])) else [],
         "samples": [
             sample(of[0].samples[-1], f"{arm}, seed {outcomes.runs[arm][0].seed}")

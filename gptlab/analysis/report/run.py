@@ -161,7 +161,8 @@ def content(run: Run, history: History) -> dict[str, Any]:
     signal, path = options.get("signal.name", "none"), run.path.resolve()
     return {
         "title": f"{path.parent.name}/{path.name}" if path.name.startswith("seed_") else path.name,  # a cell's arm too
-        "preset": options["preset"],
+        "preset": options.get("preset"),
+        "arm": options.get("arm"),
         "signal": None if signal == "none" else signal,
         "seed": run.seed,
         "step": run.last_step,
@@ -181,10 +182,13 @@ def facts(run: Run, history: History) -> Iterator[tuple[str, str, str]]:
     yield "validation loss", number(last.get("loss"), ".4f"), "nats a token"
     if "excess_loss" in last:
         yield "over the floor", number(last["excess_loss"], "+.4f"), "nats a token"
-    yield "for each byte of text", number(last.get("bits_per_byte"), ".4f"), "bits a byte"
+    if of:
+        yield "for each byte of text", number(last.get("bits_per_byte"), ".4f"), "bits a byte"
     if last.get("tempered_loss") is not None:
         at = number(last.get("temperature"), ".3g")
         yield "at the best temperature", number(last["tempered_loss"], ".4f"), f"nats, at {at}"
+    if not of:  # of another trainer: nothing more is known
+        return
     yield "parameters", number(of["parameters"], ","), f"{number(of['tokens_per_parameter'], '.3g')} tokens each"
     epochs = f", {number(of['epochs'], '.3g')} epochs" if of["epochs"] else ""
     yield "training tokens", number(of["tokens"], ","), f"{run.last_step:,} updates{epochs}"
@@ -238,7 +242,8 @@ def block_legend(blocks: int, most: int = 8) -> list[tuple[str, str]]:
 
 def changes(options: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(option, the preset's value, the run's) of what the run sets over its preset."""
-    usual = flatten(build(TrainingConfig, PRESETS.get(options["preset"], {})))
+    preset = options.get("preset")
+    usual = flatten(build(TrainingConfig, PRESETS.get(preset, {}))) if preset else {"also": []}
     rows = [(key, usual.get(key), value) for key, value in options.items() if key not in PLACES]
     return [row for row in rows if row[1] != row[2]]
 
