@@ -1,6 +1,6 @@
 """How often a verdict is wrong: thousands of experiments whose truth is known, judged by `gptlab.analysis.compare`.
 
-python benchmarks/rigor.py [--experiments 10000]   simulated ones; about 20 minutes
+python benchmarks/rigor.py [--experiments 10000]   simulated ones; about 30 minutes, less with --part NAME
 python benchmarks/rigor.py --real FOLDER           drawn from a real experiment of twins (experiments/aa.toml)
 
 Each keeps the other's part of benchmarks/results/rigor.json, and renews the table in docs/verdicts.md.
@@ -12,8 +12,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ NOTHING = SIGMA / 1000
 """A delta that lets no verdict be 'no difference', so that 'better' and 'worse' have no shelter."""
 
 DECIDED = ("better", "worse")
+KINDS = ("better", "worse", "no difference", "inactive", "undecided")
 NAMES = ("baseline", "arm 1", "arm 2", "arm 3", "arm 4")
 
 
@@ -55,6 +56,7 @@ class Scenario:
     seeds: the numbers of seeds at which the experiment is judged, declared as looks where there are several.
     tails: the noise: "normal"; "heavy" (Student's t with 3 degrees of freedom); "skewed", that of an arm's difference
     being lognormal with mean 0; "rare failure", in which an arm adds its effect on 85% of seeds and 25 sigma on 15%.
+    baseline_seeds: of the baseline in all, where that is more; unpaired: its seeds are no arm's.
     """
 
     name: str
@@ -62,6 +64,9 @@ class Scenario:
     seeds: tuple[int, ...]
     delta: float = NOTHING
     tails: str = "normal"
+    correlation: float = CORRELATION
+    baseline_seeds: int = 0
+    unpaired: bool = False
 
     @property
     def looks(self) -> tuple[int, ...] | None:
@@ -69,12 +74,13 @@ class Scenario:
 
     def draw(self, generator: np.random.Generator) -> dict[str, dict[int, float]]:
         """The losses of one experiment at its last look."""
-        shape = (len(self.effects) + 2, self.seeds[-1])  # what all arms share, the baseline, the arms
+        seeds = max(self.seeds[-1], self.baseline_seeds)
+        shape = (len(self.effects) + 2, seeds)  # what all arms share, the baseline, the arms
         if self.tails == "heavy":
             noise = generator.standard_t(3, shape) / np.sqrt(3)
         else:
             noise = generator.standard_normal(shape)
-        own = np.sqrt(CORRELATION) * noise[0] + np.sqrt(1 - CORRELATION) * noise[1:]
+        own = np.sqrt(self.correlation) * noise[0] + np.sqrt(1 - self.correlation) * noise[1:]
         effects = np.broadcast_to(np.array([0.0, *self.effects])[:, None], own.shape)
         if self.tails == "skewed":
             effects = effects + np.vstack([0 * own[:1], np.exp(own[1:]) - np.exp(0.5)])
@@ -82,13 +88,19 @@ class Scenario:
             failed = generator.random(own.shape) < 0.15
             failed[0] = False
             effects = np.where(failed, 25.0, effects)
-        return named(3.0 + SIGMA * (own + effects))
+        drawn = named(3.0 + SIGMA * (own + effects))
+        if self.unpaired:
+            return {arm: {f"{arm} {seed}": x for seed, x in row.items()} for arm, row in drawn.items()}
+        return {a: {s: x for s, x in row.items() if a == NAMES[0] or s <= self.seeds[-1]} for a, row in drawn.items()}
 
     def verdicts(self, losses: dict[str, dict[int, float]]) -> Iterator[dict[str, str]]:
         """The verdict on every arm at each look."""
         for n in self.seeds:
-            seen = {arm: {seed: x for seed, x in row.items() if seed <= n} for arm, row in losses.items()}
-            arms = compare(seen, delta=self.delta, looks=self.looks)["arms"]
+            further = range(self.seeds[-1] + 1, self.baseline_seeds + 1)
+            seen = {arm: {s: x for k, (s, x) in enumerate(row.items()) if k < n} for arm, row in losses.items()}
+            seen[NAMES[0]] |= {s: losses[NAMES[0]][s] for s in further}
+            declared: dict[str, Any] = {"seeds": range(1, n + 1), "baseline_seeds": further} if further else {}
+            arms = compare(seen, delta=self.delta, looks=self.looks, **declared)["arms"]
             yield {arm: verdict["verdict"] for arm, verdict in arms.items()}
 
 
@@ -100,6 +112,79 @@ NO_EFFECT = (
     Scenario("one arm, looks at 3, 6 and 9", (0.0,), (3, 6, 9)),
     Scenario("one arm, 5 seeds", (0.0,), (5,)),
 )
+APART = tuple(
+    Scenario(f"{arms} arm{'s' * (arms > 1)}, {n} runs each, no common seeds", (0.0,) * arms, (n,), unpaired=True)
+    for arms, n in ((1, 2), (1, 3), (1, 5), (4, 5), (4, 20))
+)
+"""Logs without seeds, whose arms are compared by Welch's t."""
+
+LARGER = tuple(
+    Scenario(f"four arms, {n} seeds, correlation {r:g}" + f", {more} of the baseline" * bool(more), (0.0,) * 4, (n,),
+             correlation=r, baseline_seeds=more)
+    for n in (5,) for r in (0.0, 0.5, 0.9) for more in (0, 20)
+)  # fmt: skip
+BADLY_PAIRED = tuple(
+    Scenario("-2 sigma, 5 seeds, correlation 0" + f", {more} of the baseline" * bool(more), (-2.0, 0.0, 0.0, 0.0), (5,),
+             correlation=0.0, baseline_seeds=more)
+    for more in (0, 20)
+)  # fmt: skip
+"""Experiments with a larger baseline, which is used where seeds pair badly."""
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What somebody may feed to `compare`, and what is right. change: of the losses drawn, in place.
+
+    arguments: of `compare`; effect: of the arm, in units of SIGMA.
+    """
+
+    name: str
+    right: str
+    change: Callable[[dict[str, dict[int, float]], np.random.Generator], None]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 5
+    effect: float = 0.0
+
+
+def _repeat(losses: dict[str, dict[int, float]], generator: np.random.Generator) -> None:
+    for row in losses.values():
+        row |= {seed: row[(seed + 1) // 2] for seed in sorted(row, reverse=True)}
+
+
+def _nothing(losses: dict[str, dict[int, float]], generator: np.random.Generator) -> None:
+    pass
+
+
+def _same(losses: dict[str, dict[int, float]], generator: np.random.Generator) -> None:
+    losses["arm 1"] |= dict.fromkeys(losses["arm 1"], 2.9)
+
+
+def _lose(losses: dict[str, dict[int, float]], generator: np.random.Generator) -> None:
+    for seed in generator.permutation(list(losses["arm 1"]))[:2]:
+        del losses["arm 1"][int(seed)]
+
+
+def _diverge(rates: tuple[float, float]) -> Callable[[dict[str, dict[int, float]], np.random.Generator], None]:
+    """Runs of the baseline and of the arm diverge at these rates."""
+
+    def change(losses: dict[str, dict[int, float]], generator: np.random.Generator) -> None:
+        for row, share in zip(losses.values(), rates, strict=True):
+            row |= {seed: math.nan for seed in row if generator.random() < share}
+
+    return change
+
+
+FED = (
+    Fed("five identical losses of an arm", "undecided", _same),
+    Fed("an arm without 2 of 5 seeds, 5 sigma lower", "undecided", _lose, {"seeds": range(1, 6)}, effect=-5.0),
+    Fed("ten seeds that are five runs, each twice", "undecided", _repeat, seeds=10),
+    Fed("an arm that diverges on 5 of 5 seeds", "worse", _diverge((0.0, 1.0))),
+    Fed("a baseline that diverges on 5 of 5 seeds", "better", _diverge((1.0, 0.0))),
+    Fed("both diverge on 30% of 10 seeds", "undecided", _diverge((0.3, 0.3)), seeds=10),
+    Fed("50 sigma of harm at a dose of 0.9%", "worse", _nothing, {"doses": {"arm 1": 0.009}}, effect=50.0),
+    Fed("no effect at a dose of 0.9%", "inactive", _nothing, {"doses": {"arm 1": 0.009}}),
+    Fed("-3 sigma on 20 seeds, no delta declared", "better", _nothing, seeds=20, effect=-3.0),
+)  # fmt: skip
 TWO_SEEDS = (
     Scenario("no effect", (0.0,), (2,), SIGMA / 2),
     Scenario("an effect of 1 sigma", (1.0,), (2,), SIGMA / 2),
@@ -143,18 +228,20 @@ def planned(effect: float, looks: Callable[[int], tuple[int, ...]]) -> tuple[int
 
 def errors(scenario: Scenario, experiments: int, generator: np.random.Generator) -> dict[str, Any]:
     """How often, at any look, an arm that does nothing is called better or worse: of all experiments, of all arms."""
-    family = arms = none = 0
+    family = several = arms = none = 0
     for _ in range(experiments):
         wrong: set[str] = set()
         last: dict[str, str] = {}
         for last in scenario.verdicts(scenario.draw(generator)):
             wrong |= {arm for arm, verdict in last.items() if verdict in DECIDED}
         family += bool(wrong)
+        several += len(wrong) > 1
         arms += len(wrong)
         none += sum(verdict == "no difference" for verdict in last.values())
     total = experiments * len(scenario.effects)
     return _described(scenario) | {
         "experiments_with_an_error": rate(family, experiments),
+        "several_where_one": rate(several, family) if family else None,
         "arms_in_error": rate(arms, total),
         "arms_with_no_difference_at_last": rate(none, total),
     }
@@ -185,6 +272,17 @@ def two_seeds(scenario: Scenario, experiments: int, generator: np.random.Generat
     return _described(scenario) | {kind: rate(said.count(kind), experiments) for kind in kinds}
 
 
+def fed(kind: Fed, experiments: int, generator: np.random.Generator) -> dict[str, Any]:
+    """The share of each verdict on the arm."""
+    said = []
+    for _ in range(experiments):
+        losses = Scenario(kind.name, (kind.effect,), (kind.seeds,)).draw(generator)
+        kind.change(losses, generator)
+        said.append(compare(losses, **kind.arguments)["arms"]["arm 1"]["verdict"])
+    shares = {verdict: rate(said.count(verdict), experiments) for verdict in KINDS}
+    return {"name": kind.name, "seeds": (kind.seeds,), "right": kind.right, **shares}
+
+
 def _described(scenario: Scenario) -> dict[str, Any]:
     return {
         "name": scenario.name,
@@ -200,21 +298,27 @@ def rate(hits: int, trials: int) -> dict[str, Any]:
     return {"hits": hits, "of": trials, "rate": hits / trials, "interval": binomtest(hits, trials).proportion_ci()}
 
 
-def simulated(experiments: int) -> dict[str, Any]:
-    """The simulated part of the results; every scenario has its own stream of numbers.
+def simulated(experiments: int, only: str | None = None) -> dict[str, Any]:
+    """The simulated parts of the results, or one of them; every scenario has its own stream of numbers.
 
     Wilcoxon's p and the seeds still needed are left out: they decide nothing and take three quarters of the time.
     """
     verdict.wilcoxon_p = lambda differences: math.nan
     verdict._more = lambda design, pairing, in_family: None
-    parts: tuple[tuple[str, Any, tuple[Scenario, ...]], ...] = (
+    parts: tuple[tuple[str, Any, Any], ...] = (
         ("no_effect", errors, NO_EFFECT),
         ("planted", found, planted()),
         ("two_seeds", two_seeds, TWO_SEEDS),
         ("misleading", misled, MISLEADING),
+        ("unpaired", errors, APART),
+        ("larger_baseline", errors, LARGER),
+        ("badly_paired", found, BADLY_PAIRED),
+        ("fed", fed, FED),
     )
     results: dict[str, Any] = {"experiments": experiments}
     for number, (part, judge, scenarios) in enumerate(parts):
+        if only and part != only:
+            continue
         results[part] = []
         for i, scenario in enumerate(scenarios):
             print(f"{part}: {scenario.name}", file=sys.stderr, flush=True)
@@ -294,7 +398,11 @@ def table(results: dict[str, Any]) -> str:
         "| no effect anywhere | experiments with a 'better' or 'worse' | arms with one | 'no difference' at the end |",
         "|---|---|---|---|",
     ]
-    rows = [*results.get("no_effect", []), *([results["real"]] if "real" in results else [])]
+    rows = [
+        *results.get("no_effect", []),
+        *([results["real"]] if "real" in results else []),
+        *results.get("unpaired", []),
+    ]
     for row in rows:
         cells = (row[key] for key in ("experiments_with_an_error", "arms_in_error"))
         none = row["arms_with_no_difference_at_last"]["rate"]
@@ -323,6 +431,19 @@ def table(results: dict[str, Any]) -> str:
         for row in results["misleading"]:
             open_rate = f"{row['failure_rate_bound']:.0%}"
             lines.append(f"| {row['name']} | {row['seeds'][0]} | {percent(row['better'])} | {open_rate} |")
+    if "larger_baseline" in results:
+        lines += ["", "| a shared baseline, no effect anywhere | experiments with an error | of these with several |"]
+        lines.append("|---|---|---|")
+        for row in results["larger_baseline"]:
+            together = f"{row['several_where_one']['rate']:.0%}" if row["several_where_one"] else "–"
+            lines.append(f"| {row['name']} | {percent(row['experiments_with_an_error'])} | {together} |")
+        lines += ["", "| a planted effect that pairs badly | found |", "|---|---|"]
+        lines += [f"| {row['name']} | {percent(row['found'])} |" for row in results.get("badly_paired", [])]
+    if "fed" in results:
+        lines += ["", f"| what is fed | seeds | right | {' | '.join(KINDS)} |", "|---|---|---|" + "---|" * len(KINDS)]
+        for row in results["fed"]:
+            shares = " | ".join(f"{row[kind]['rate']:.1%}" for kind in KINDS)
+            lines.append(f"| {row['name']} | {row['seeds'][0]} | {row['right']} | {shares} |")
     return "\n".join(lines)
 
 
@@ -335,12 +456,13 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", type=int, default=10_000, help="experiments of each kind [10000]")
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="the folder of experiments/aa.toml, or one like it")
+    parser.add_argument("--part", metavar="NAME", help="renew one part of the simulated ones [all]")
     options = parser.parse_args(argv)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     if options.real:
         results |= real(options.real, options.experiments)
     else:
-        results |= simulated(options.experiments)
+        results |= simulated(options.experiments, options.part)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(table(results))

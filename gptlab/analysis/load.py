@@ -239,7 +239,10 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
         cells = sorted(path for path in (folder / arm).glob("seed_*") if (path / "config.json").is_file())
         sources = [cell.run for cell in packed.cells if cell.arm == arm] if packed else cells
         found[arm] = [read_run(source, until) for source in sources]
-    arms = {arm: [run for run in runs if run.seed in experiment.seeds] for arm, runs in found.items()}
+    declared_seeds = {
+        arm: (*experiment.seeds, *(experiment.further if arm in experiment.baselines else ())) for arm in found
+    }
+    arms = {arm: [run for run in runs if run.seed in declared_seeds[arm]] for arm, runs in found.items()}
     own = {arm: flat_options(table) for arm, table in experiment.table["arms"].items()}
     allowed = {
         arm: frozenset(options) | (TUNED if experiment.tune else set())
@@ -250,10 +253,11 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
         "baseline": experiment.baseline, "delta": experiment.delta, "looks": experiment.looks,
         "seeds": experiment.seeds, "planned": None if experiment.looks else len(experiment.seeds),
         "groups": experiment.table.get("groups"), "metric": experiment.metric.name, "better": experiment.metric.better,
+        "baseline_seeds": experiment.further,
     }  # fmt: skip
     common = flat_options(experiment.table.get("options", {}))
     declared = {arm: {**common, **own[arm]} for arm in arms}
-    extra = [run for runs in found.values() for run in runs if run.seed not in experiment.seeds]
+    extra = [run for arm, runs in found.items() for run in runs if run.seed not in declared_seeds[arm]]
     notes = [f"{run.path}: seed {run.seed} was not declared" for run in extra]
     kept = packed.tuning if packed else read_kept(folder) if experiment.tune else None
     tuning = Tuning(experiment.tune is not None, kept or {})

@@ -51,16 +51,18 @@ class Cell:
 def cells_of(experiment: Experiment, folder: Path, seeds: int | None = None) -> list[Cell]:
     """The cells in the order in which they are run: seed by seed, so that what is there early can be paired.
 
-    seeds: only so many of the first.
+    seeds: only so many of the first; one, which tries an arm, leaves out what baselines have besides.
     """
     sized = [
         (arm, arm.count("steps", experiment.preset), arm.count("n_embd", experiment.preset))
         for arm in experiment.arms.values()
     ]
+    further = experiment.further if seeds != 1 else ()
     return [
         Cell(arm, seed, folder / arm.name / f"seed_{seed}", steps, n_embd)
-        for seed in experiment.seeds[:seeds]
+        for seed in (*experiment.seeds[:seeds], *further)
         for arm, steps, n_embd in sized
+        if seed not in further or arm.name in experiment.baselines
     ]
 
 

@@ -7,6 +7,7 @@ seeds = [1, 2, 3, 4, 5]               or: looks = [5, 10, 20], which are seeds 1
 delta = 0.01                          the largest difference that does not matter, in the metric's unit
 metric = "loss"                       what is judged: any figure of val rows; the default
 better = "lower"                      or "higher": which way it is better; known of the usual figures
+baseline_seeds = 20                   so many of the baseline in all, where that is more
 placebo_match = "gradient"            what placebos take of their arms: or "update", or "own", the default
 [options]                             for every arm
 steps = 700
@@ -54,7 +55,7 @@ TRIALS = ".tune"
 
 KEYS = (
     "name", "preset", "baseline", "seeds", "looks", "delta", "metric", "better", "placebo_match", "options", "arms",
-    "groups", "tune",
+    "groups", "tune", "baseline_seeds",
 )  # fmt: skip
 PLACEBO_MATCHES = ("own", "gradient", "update")
 TUNE_KEYS = ("seeds", "learning_rate", "dose")
@@ -179,7 +180,7 @@ class Tune:
 class Experiment:
     """seeds: all that were declared, of looks those of the last one; delta: None where the file declares none;
     table: the file's content; tune: [tune] of it; placebo_match: "own" where placebos are scaled on their own model;
-    metric: what is judged.
+    metric: what is judged; further: seeds that baselines have besides.
     """
 
     name: str
@@ -194,6 +195,7 @@ class Experiment:
     tune: Tune | None = None
     placebo_match: str = "own"
     metric: Metric = Metric()
+    further: tuple[int, ...] = ()
 
     @cached_property
     def replayed(self) -> Mapping[str, str]:
@@ -308,7 +310,8 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     delta, match = None if delta is None else float(delta), _text(table, "placebo_match", "own")
     _check_known("placebo_match: expected one of", match, PLACEBO_MATCHES)
     metric = Metric.of(_text(table, "metric", "loss"), _text(table, "better") if "better" in table else None)
-    found = Experiment(name, preset, baseline, seeds, looks, delta, arms, table, text, tune, match, metric)
+    further = _further(table, [*seeds, *(tune.seeds if tune else ())], len(seeds))
+    found = Experiment(name, preset, baseline, seeds, looks, delta, arms, table, text, tune, match, metric, further)
     _check_replayed(found)
     return found
 
@@ -463,6 +466,17 @@ def _seeds(table: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...] |
     if numbers[0] < 2:
         raise ConfigError(f"looks: expected the first at 2 seeds or more, found {shown(numbers)}")
     return tuple(range(1, numbers[-1] + 1)), tuple(numbers)
+
+
+def _further(table: Mapping[str, Any], taken: Collection[int], seeds: int) -> tuple[int, ...]:
+    """The seeds of a baseline beyond every arm's: the next ones that nothing else has."""
+    wanted = table.get("baseline_seeds", seeds)
+    if not is_count(wanted) or not seeds <= wanted <= MOST_SEEDS:
+        raise ConfigError(
+            f"baseline_seeds: expected how many seeds the baseline has in all, from the arms' {seeds} to "
+            f"{MOST_SEEDS:,}, found {shown(wanted)}"
+        )
+    return tuple(range(max(taken) + 1, max(taken) + 1 + wanted - seeds))
 
 
 def _tune(table: Mapping[str, Any], verdict: Collection[int]) -> Tune:

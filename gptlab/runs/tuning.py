@@ -222,7 +222,10 @@ def cells_an_arm(experiment: Experiment, seeds: int) -> dict[str, int]:
     """{arm: how many cells it takes} over so many of the verdict's seeds, its trials included."""
     trials = {arm: len(found) for arm, found in all_trials(experiment).items()} if experiment.tune else {}
     tries = len(experiment.tune.seeds) if experiment.tune else 0
-    return {arm: seeds + tries * trials.get(arm, 0) for arm in experiment.arms}
+    further = len(experiment.further) if seeds > 1 else 0
+    return {
+        arm: seeds + further * (arm in experiment.baselines) + tries * trials.get(arm, 0) for arm in experiment.arms
+    }
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,16 @@ def test_looks_are_seeds_up_to_the_last(tmp_path: Path) -> None:
     assert (found.seeds, found.looks) == ((1, 2, 3, 4), (2, 4))
 
 
+def test_a_baseline_may_have_seeds_of_its_own_that_nothing_else_uses(tmp_path: Path) -> None:
+    text = GOOD.replace("delta", "baseline_seeds = 4\ndelta") + "[tune]\nseeds = [101]\n"
+    found = read(tmp_path, text)
+    assert (found.seeds, found.further) == ((3, 1), (102, 103))
+    cells = [cell.name for cell in cells_of(found, Path("x"))]
+    assert cells[-3:] == ["wide/seed_1", "plain/seed_102", "plain/seed_103"]
+    assert len(cells) == 8
+    assert len(cells_of(found, Path("x"), seeds=1)) == 3, "to try an arm takes none of them"
+
+
 MANY_ARMS = "".join(f"[arms.a{k}]\nweight_decay = {k}\n" for k in range(5_001)) + "[arms.sure]"
 CELLS = "".join(f"arms.b{k}.weight_decay = {k}\n" for k in range(5))
 
@@ -89,6 +99,8 @@ CELLS = "".join(f"arms.b{k}.weight_decay = {k}\n" for k in range(5))
         ("delta", "metric = 3\ndelta", "metric: expected text, found 3"),
         ("delta", "metric = 'wins'\ndelta", "better: expected .* for the metric 'wins', found None"),
         ("delta", "better = 'more'\ndelta", "better: expected .* for the metric 'loss', found 'more'"),
+        ("delta", "baseline_seeds = 1\ndelta", "in all, from the arms' 2 to 10,000, found 1"),
+        ("delta", "baseline_seeds = true\ndelta", "from the arms' 2 to 10,000, found True"),
         ("delta = 0.02", "delta = true", "delta: expected a number"),
         ("tiny", "tyni", "unknown preset 'shakespeare-tyni'; did you mean 'shakespeare-tiny'"),
         ('"plain"', '"plian"', "baseline: no arm 'plian'; did you mean 'plain'.; there are plain, sure, wide"),
