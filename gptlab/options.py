@@ -82,7 +82,8 @@ def options_of(config: type, prefix: str = "") -> Iterator[Option]:
             continue
         meta = field.metadata
         group = meta.get("group") or group
-        choices = meta.get("choices") or _literals(kind)
+        literals = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        choices = meta.get("choices") or literals
         help, unit, shown_default = (meta.get(name, "") for name in ("help", "unit", "shown"))
         yield Option(prefix + field.name, kind, field.default, help, unit, choices, shown_default, group)
 
@@ -199,10 +200,6 @@ def _alternatives(kind: Any) -> list[Any]:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return sorted(typing.get_args(kind), key=lambda k: k is str)  # text matches anything: tried last
     return [kind]
-
-
-def _literals(kind: Any) -> tuple[str, ...]:
-    return tuple(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else ()
 
 
 def _as(kind: Any, value: Any) -> Any:

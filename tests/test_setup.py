@@ -214,7 +214,10 @@ def make_parcel(folder: Path) -> str:
     return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("right", "others"), [(True, "bare"), (True, "hashed"), (False, "bare"), (False, "hashed")])
+@pytest.mark.parametrize(
+    ("right", "others"),
+    [(True, "hashed"), pytest.param(True, "bare", marks=pytest.mark.slow), (False, "bare"), (False, "hashed")],
+)
 def test_a_package_is_installed_by_its_hash_or_not_at_all(
     right: bool, others: str, checkout: Path, tmp_path: Path
 ) -> None:

@@ -104,15 +104,11 @@ def vocabulary_of(source: str, model: GPT, own: Callable[[], Tokenizer | None], 
     except DataError as error:
         known, missing = None, error
     if asked and known and known.name != asked:
-        raise ConfigError(
-            f"--tokenizer {asked}: {source} has a tokenizer of its own, {known.name}; leave the option out"
-        )
+        raise ConfigError(f"--tokenizer: {source} has a tokenizer of its own, {known.name}; leave the option out")
     known = get_tokenizer(asked) if asked else known
     rows = model.config.vocab_size
     if known and (beyond := known.beyond(rows)):
-        raise ConfigError(
-            f"{source} knows {rows} tokens, {beyond}; give the model's own tokenizer, or resize the model to this one"
-        )
+        raise ConfigError(f"{source} knows {rows} tokens, {beyond}; give the model's own, or resize it")
     size = min(known.vocab_size, model.config.tokens) if known else model.config.tokens
     return Vocabulary(known, missing, size)
 

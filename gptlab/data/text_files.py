@@ -102,9 +102,7 @@ def find_files(
             wanted = [file for file in files if _is_wanted(file, suffixes, text_field, known, left_out)]
             if not wanted:
                 others = f" ({left_out})" if left_out.count else ""
-                raise DataError(
-                    f"expected {kinds} files in folder {given}, found none{others}: choose another with --input"
-                )
+                raise DataError(f"expected {kinds} files in folder {given}, found none{others}: look at --input")
             found += wanted
         elif not given.exists():
             raise DataError(f"expected a file or folder at {given}, found nothing: look at --input")
@@ -417,9 +415,7 @@ def _read_parquet(file: Path, start: int, text_field: str) -> Iterator[Row]:
     except MemoryError:
         raise
     except (ValueError, OSError, pyarrow.ArrowException) as error:  # what damaged pages come to
-        raise DataError(
-            f"{file} is damaged after row {number}: {one_line(error)}: mend or leave out that file"
-        ) from error
+        raise DataError(f"{file} is damaged after row {number}: {one_line(error)}: mend it or leave it out") from error
 
 
 def _row_groups(table: Any) -> list[int]:
@@ -523,9 +519,7 @@ def _check_column(schema: Any, text_field: str, file: Path) -> None:
     names = schema.names
     if names.count(text_field) != 1:
         columns = shortened(", ".join(names), 200) or "none"
-        raise DataError(
-            f"{file}: expected a column {shown(text_field)}, found {columns}: rename one, or name it with --text_field"
-        )
+        raise DataError(f"{file}: expected a column {shown(text_field)}, found {columns}: name one with --text_field")
     kind = schema.field(text_field).type
     inner = kind.value_type if types.is_dictionary(kind) else kind
     fitting = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_null)

@@ -69,7 +69,8 @@ class Record:
             content = read_json(self.path)
             if content["identity"] != self.identity:
                 return {}
-            return {int(row): _pairs(outcome) for row, outcome in content["done"].items()}
+            done = {int(row): torch.tensor(pairs, dtype=torch.float64) for row, pairs in content["done"].items()}
+            return {row: pairs.view(-1, 2).tolist() for row, pairs in done.items()}
         except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
             return {}
 
@@ -82,10 +83,6 @@ class Record:
             write_whole(self.path, json.dumps({"identity": self.identity, "done": self.done}))
         except OSError as error:
             raise DataError(f"could not write {self.path}: {error.strerror}; give another folder with --out") from None
-
-
-def _pairs(outcome: Any) -> list[list[float]]:
-    return torch.tensor(outcome, dtype=torch.float64).view(-1, 2).tolist()
 
 
 def portions(rows: Sequence[Row]) -> list[list[int]]:

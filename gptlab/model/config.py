@@ -28,9 +28,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         check_sizes(self, "block_size", "vocab_size", "n_layer", "n_head", "n_embd")
         if not 0 <= (self.padding or 0) < self.vocab_size:
-            raise ConfigError(
-                f"padding must be at least 0 and below vocab_size {self.vocab_size}, found {self.padding}"
-            )
+            raise ConfigError(f"padding must be from 0 to below vocab_size {self.vocab_size}, found {self.padding}")
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd must be a multiple of n_head, found n_embd {self.n_embd} and n_head {self.n_head}; "

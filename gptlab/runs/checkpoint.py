@@ -351,9 +351,7 @@ def _together(name: str, pieces: list[tuple[int, Tensor]], folder: Path) -> Tens
     shapes = {(piece.dtype, piece.shape[1:]) for _, piece in pieces}
     for first, piece in pieces:
         if first != expected or not piece.dim() or len(shapes) > 1:
-            raise CheckpointError(
-                f"{folder}: expected row {expected} of {name} next, found row {first}, or another cut"
-            )
+            raise CheckpointError(f"{folder}: expected row {expected} of {name} next, found {first}, or another cut")
         expected += len(piece)
     return torch.cat([piece for _, piece in pieces])
 
@@ -409,7 +407,7 @@ def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: Wo
 
     said = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     stored = {
-        name: _shaped(entry.size, entry.properties.dtype)
+        name: torch.zeros((), dtype=entry.properties.dtype).expand(entry.size)  # of its shape, without the memory
         for name, entry in said.items()
         if isinstance(entry, TensorStorageMetadata)
     }
@@ -426,8 +424,3 @@ def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: Wo
         load_rows(into, storage_reader=HuggingFaceStorageReader(str(folder)))
     rest = read_state(folder / STATE)
     state.restore(*apart(into), rest["scalars"])
-
-
-def _shaped(size: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape that takes no memory."""
-    return torch.zeros((), dtype=dtype).expand(size)

@@ -192,9 +192,7 @@ class Jobs:
         try:
             self._executor = submitit.AutoExecutor(folder / FOLDER, cluster=system, slurm_python=python)
         except RuntimeError:
-            raise ConfigError(
-                "--executor slurm: expected Slurm's srun and sbatch on PATH, found none; run this on a login node"
-            ) from None
+            raise ConfigError("expected Slurm's srun and sbatch on PATH, found none; use a login node") from None
         parameters = {**options.parameters(), "name": name, "stderr_to_stdout": True}
         if system == "local" and options.timeout_min == JobOptions.timeout_min:
             parameters["timeout_min"] = 60 * 24 * 365  # nobody waits for this machine

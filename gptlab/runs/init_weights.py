@@ -115,9 +115,7 @@ def initial_model(source: str, shape: GPTConfig, seed: int, tokenizer: str) -> G
     own = tokenizer_of(source, config)
     if own and own.name != tokenizer:
         way = f"add --tokenizer {own.name}" if own.name in TOKENIZERS else f"start from a model of {tokenizer} tokens"
-        raise CheckpointError(
-            f"--init_from {source}: its tokens are those of {own.name}, the data's of {tokenizer}; {way}"
-        )
+        raise CheckpointError(f"{source}: its tokens are those of {own.name}, the data's of {tokenizer}; {way}")
     same = source_model.config.tokens == shape.tokens
     known = own.vocab_size if own else shape.tokens if same else shape.vocab_size
     given = dict(source_model.named_parameters())
@@ -126,9 +124,7 @@ def initial_model(source: str, shape: GPTConfig, seed: int, tokenizer: str) -> G
     for name in (*parameters, *given):
         if name not in given or name not in parameters:
             where = "here" if name in given else "there"
-            raise CheckpointError(
-                f"--init_from {source}: {name} is missing {where}; give that model's --n_layer and --share_blocks"
-            )
+            raise CheckpointError(f"--init_from {source}: {name} is missing {where}; give that model's --n_layer")
     with torch.no_grad():
         for name, p in parameters.items():
             w, rows = given[name], len(p)

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptlab.errors import ConfigError, needs_package, one_line
+from gptlab.errors import ConfigError, needs_package
 from gptlab.options import flatten
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record
@@ -139,7 +139,7 @@ def tracking(
                     action(tracker)
             except Exception as error:
                 del trackers[name]
-                note(f"{name} logs no more: {type(error).__name__}: {one_line(error)}")
+                note(f"{name} logs no more: {type(error).__name__}: {error}".partition("\n")[0])
 
     def write(record: Record) -> None:
         if record.kind in ("train", "val"):
@@ -152,8 +152,8 @@ def tracking(
                 with contextlib.redirect_stdout(sys.stderr):
                     trackers[name] = TRACKERS[name](config, folder, step)
             except Exception as error:
-                reason = f"{type(error).__name__}: {one_line(error)}"
-                raise ConfigError(f"--log {name} cannot begin: {reason}; leave it out, or mend its settings") from error
+                line = f"--log {name} cannot begin: {type(error).__name__}: {error}".partition("\n")[0]
+                raise ConfigError(f"{line}; leave it out, or mend its settings") from error
         yield write
     finally:
         each(lambda one: one.close())
