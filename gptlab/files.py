@@ -151,7 +151,7 @@ def writing(path: str | Path, *, error: type[GptlabError] = DataError) -> Iterat
         found = path.lstat().st_mode
         mode = None if stat.S_ISLNK(found) else stat.S_IMODE(found)  # what others may not read stays so
     _remove_abandoned(path)
-    building, file = _new_file_beside(path)
+    building, file = _temporary_file(path)
     try:
         with file:
             if mode is not None:
@@ -289,7 +289,7 @@ def _refuse_unwritable(path: Path, error: type[GptlabError]) -> None:
         raise error(f"{path}: expected the name of a file to write, found {kind_of(mode)}; give another")
 
 
-def _new_file_beside(path: Path) -> tuple[Path, BufferedWriter]:
+def _temporary_file(path: Path) -> tuple[Path, BufferedWriter]:
     """A new file in the folder of `path`, with the lock that tells other writers that it is no debris."""
     while True:
         building = path.with_name(f".{path.name[:_NAMED]}.{secrets.token_hex(8)}.tmp")

@@ -221,7 +221,7 @@ def stream_documents(dataset: datasets.IterableDataset, position: Position = Non
 
 
 def describe_files(files: Sequence[Path]) -> dict[str, Any]:
-    """How many files, how many bytes, and a hash over names and sizes, which tells other files apart."""
+    """How many files, how many bytes, and a hash over names and sizes, which distinguishes other files."""
     sizes = [(str(file), file.stat().st_size) for file in files]
     return {
         "files": len(sizes),

@@ -276,7 +276,7 @@ def wait_for_shard(
 ) -> Corpus:
     """The corpus in `folder` as soon as it has shard `index` of `split`, or is complete without it.
 
-    The folder need not exist yet. `alive` tells whether anyone is still preparing it. Raises DataError after `timeout`
+    The folder need not exist yet. `alive` says whether anyone is still preparing it. Raises DataError after `timeout`
     seconds, or when nobody prepares it and the shard is not there.
     """
     deadline = time.monotonic() + timeout

@@ -2,7 +2,7 @@
 
 Rows are taken in portions of like length that depend on the test alone. A portion is scored whole, its outcomes are
 written, and a later run begins with the first portion that is not there; the figures are those of an unbroken run.
-The rows of a test come from a local file, JSON lines or parquet as its content tells, or through the package datasets.
+The rows of a test come from a local file, JSON lines or parquet by its content, or through the package datasets.
 """
 
 from __future__ import annotations
