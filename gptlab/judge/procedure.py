@@ -24,7 +24,7 @@ from gptlab.analysis.power import seeds_for_difference, smallest_difference
 from gptlab.analysis.statistics import paired_t, spread
 from gptlab.errors import ConfigError, DivergedError, Stopped
 from gptlab.files import read_bytes, write_whole
-from gptlab.judge.error_control import design, keeps, level_left, next_level, screened
+from gptlab.judge.error_control import PASS, design, keeps, level_left, next_level, screened, screening_z
 from gptlab.judge.lab import Lab
 from gptlab.judge.ledger import Ledger, Line
 from gptlab.judge.trial import Outcome, Subject, Trials, arm_options, baseline_of
@@ -147,6 +147,8 @@ class Judge:
             raise Verdict("inactive", "it changes nothing that is run")
         self._note("smoke: 1 seed")
         self._pairs("screening", [1], subject, evidence)  # what cannot run ends after one run
+        self._note(f"the baseline's noise: {self.plan.looks[-1]} seeds, once")
+        self._baseline_runs()
         for n in self.plan.looks:
             self._note(f"screening: {n} seeds")
             self._pairs("screening", range(1, n + 1), subject, evidence)
@@ -179,7 +181,7 @@ class Judge:
 
     def _unconfirmed(self, gains: np.ndarray, level: float, evidence: _Evidence) -> Verdict:
         mean, n = float(gains.mean()), len(gains)
-        if mean <= 0 or mean < self.metric.min_gain:
+        if mean < self.metric.min_gain or screening_z(gains, gains.std(ddof=1) / math.sqrt(2)) < PASS:
             return Verdict("discard", f"not confirmed on {n} fresh seeds", evidence)
         needed = seeds_for_difference(mean, float(gains.std(ddof=1)), 2 * level)
         more = max(1, needed - n) if needed else None
@@ -190,8 +192,22 @@ class Judge:
 
     def _floor(self) -> float:
         """The baseline's standard deviation over the seeds of screening that have run."""
-        found = [self.trials.cached(self.baseline, seed) for seed in range(1, self.plan.looks[-1] + 1)]
-        return spread([one.value for one in found if one and one.value is not None]) or 0.0
+        return spread(self._screened_baseline()) or 0.0
+
+    def _screened_baseline(self) -> list[float]:
+        found = [self.trials.cached(self.baseline, seed) for seed in self._screening_seeds()]
+        return [one.value for one in found if one and one.value is not None]
+
+    def _screening_seeds(self) -> list[int]:
+        return list(range(1, self.plan.looks[-1] + 1))
+
+    def _baseline_runs(self) -> list[Outcome]:
+        """The baseline's runs at the seeds of screening; raises where one of them fails."""
+        seeds = self._screening_seeds()
+        ran = self.run([(self.baseline, seed) for seed in seeds])
+        for seed, outcome in zip(seeds, ran, strict=True):
+            check_baseline(seed, outcome)
+        return ran
 
     def _pairs(self, how: str, seeds: Sequence[int], subject: Subject, evidence: list[_Evidence]) -> None:
         """Run the idea and the baseline at seeds and add what they gave; raises Verdict where the idea fails."""
@@ -272,10 +288,11 @@ class Judge:
 
     def _figures(self, verdict: Verdict, level: float | None) -> dict[str, Any]:
         """The statistics of a verdict: of the fresh seeds where there are any, else of screening's."""
-        floor, last = self._floor(), self.plan.confirm_looks[-1]
+        floor, last, ran = self._floor(), self.plan.confirm_looks[-1], self._screened_baseline()
         figures: dict[str, Any] = {
             "difference": None, "interval": [None, None], "n": 0, "seeds": None, "second": None,
-            "more_seeds": verdict.more_seeds, "noise_floor": floor, "smallest_effect": None, "equal_flops": None,
+            "more_seeds": verdict.more_seeds, "noise_floor": floor,
+            "baseline_metric": float(np.mean(ran)) if ran else None, "smallest_effect": None, "equal_flops": None,
         }  # fmt: skip
         if verdict.evidence is None or len(differences := verdict.evidence.differences()) < 2:
             return figures
@@ -313,10 +330,7 @@ class Judge:
 
     def measure(self) -> dict[str, Any]:
         """The noise floor, from runs of the baseline at the seeds of screening, and what the lab can find with it."""
-        seeds = range(1, self.plan.looks[-1] + 1)
-        ran = self.run([(self.baseline, seed) for seed in seeds])
-        for seed, outcome in zip(seeds, ran, strict=True):
-            check_baseline(seed, outcome)
+        ran = self._baseline_runs()
         values = [one.value for one in ran if one.value is not None]
         floor, seconds = spread(values) or 0.0, float(np.mean([one.seconds for one in ran]))
         found = design(math.sqrt(2) * floor, self.plan.looks, self.plan.confirm_looks, self.plan.error_rate)

@@ -76,17 +76,18 @@ def write_report(judge: Judge) -> Path:
         legend = [(_CLASSES[name], name) for name in EXIT if any(line["verdict"] == name for line in tries)]
         note = "A mark an idea with its 95% interval: of fresh seeds where it was confirmed, else of screening."
         left = [(line["line"], line["level_left"]) for line in tries]
-        ran = [(line["line"], line["runs"].get("screening")) for line in tries]
-        course = [(number, sum(found["baseline"]) / len(found["baseline"])) for number, found in ran if found]
+        course = [(line["line"], line["baseline_metric"]) for line in tries if line["baseline_metric"] is not None]
         panels = [
             Panel("Every idea", _night(tries, judge.metric.better), legend, note),
             Panel("Error rate", _course("left", "error rate that is left", [(0, judge.plan.error_rate), *left])),
             Panel(
-                "Baseline", _course("baseline", "its metric, mean over screening", course), note="Adoptions move it."
+                "Baseline",
+                _course("baseline", "its metric, mean over the seeds of screening", course),
+                note="Adoptions move it.",
             ),
         ]
     stack = [line for line in journal if line["kind"] == "stack"]
-    about = {"title": "Judge", "found": status(judge), "better": judge.metric.better, "stack": stack}
+    about = {"title": "Ideas judged", "found": status(judge), "better": judge.metric.better, "stack": stack}
     return write(judge.lab.folder / "report.html", render("judge.html", panels=panels, rows=rows, **about))
 
 
@@ -106,18 +107,20 @@ def _night(tries: Sequence[Line], better: str) -> str:
 
     shown = [line for line in tries if line["difference"] is not None]
     ends = sorted(abs(line["difference"]) for line in shown) or [1.0]
-    reach = 2.5 * max(ends[int(0.9 * (len(ends) - 1))], *(line["noise_floor"] for line in tries), 1e-12)
+    kept = [abs(end) for line in tries if line["verdict"] == "keep" for end in line["interval"]]
+    usual = 2.5 * max(ends[int(0.9 * (len(ends) - 1))], *(line["noise_floor"] for line in tries), 1e-12)
+    reach = max(usual, *kept) if kept else usual  # an interval of two seeds may be a hundred times as wide
     figure, axes = _axes(f"difference of the metric; {better} is better")
     axes.axhline(0, color=theme.MUTED, linewidth=1)
     for line in tries:
-        colour, kept = theme.VERDICTS[_CLASSES[line["verdict"]].replace("-", " ")], line["verdict"] == "keep"
-        marker = "D" if kept else "o" if line in shown else "x"
+        colour, strong = theme.VERDICTS[_CLASSES[line["verdict"]].replace("-", " ")], line["verdict"] == "keep"
+        marker = "D" if strong else "o" if line in shown else "x"
         low, middle, high = (
             max(-reach, min(reach, value or 0.0))
             for value in (line["interval"][0], line["difference"], line["interval"][1])
         )
-        axes.plot([line["line"]] * 2, [low, high], color=colour, linewidth=2.4 if kept else 1.2)
-        axes.plot([line["line"]], [middle], marker, color=colour, markersize=7 if kept else 4)
+        axes.plot([line["line"]] * 2, [low, high], color=colour, linewidth=2.4 if strong else 1.2)
+        axes.plot([line["line"]], [middle], marker, color=colour, markersize=7 if strong else 4)
     words = "; ".join(f"{line['name']}: {line['verdict']}, {_figure(line['difference'], '+.4g')}" for line in tries)
     return theme.inline(figure, "night", f"every idea: {words}")
 
@@ -130,16 +133,21 @@ def _course(name: str, what: str, points: Sequence[tuple[int, float]]) -> str:
     figure, axes = _axes(what)
     axes.step(*zip(*points or [(0, 0.0)], strict=True), where="post", color=theme.arm(1), linewidth=1.8)
     plain_scale(axes)
+    _whole_numbers(axes)
     words = f"goes from {points[0][1]:.4g} to {points[-1][1]:.4g}" if points else "has no value"
     return theme.inline(figure, name, f"{what} {words}")
 
 
 def _axes(what: str) -> tuple[Any, Any]:
-    from matplotlib.ticker import MaxNLocator
-
     from gptlab.analysis.report.plots import HEIGHT, blank, name_axes
 
     figure, axes = blank(HEIGHT)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _whole_numbers(axes)
     name_axes(figure, axes, "idea, in the order of trying", what)
     return figure, axes
+
+
+def _whole_numbers(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
