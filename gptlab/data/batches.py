@@ -64,6 +64,8 @@ class TrainingWindows:
         self.corpus, self.block_size, self.vocab_size, self.seed = corpus, block_size, vocab_size, seed
         self.alive = alive
         self._order = lru_cache(maxsize=4)(self._shuffled)
+        self._later = lru_cache(maxsize=2)(self._shuffled_shards)
+        self._ends: list[int] = []  # windows up to the end of each shard, as far as they were needed
         self._wait_for(0)
         if self._windows(0) < 1:
             raise DataError(
@@ -88,24 +90,21 @@ class TrainingWindows:
     def _shuffled(self, epoch: int, shard: int) -> np.ndarray:
         return permutation(self._windows(shard), "windows", self.seed, epoch, shard)
 
-    def _shards(self, epoch: int) -> np.ndarray:
-        count = len(self.corpus.train)
-        return np.arange(count) if epoch == 0 else permutation(count, "shards", self.seed, epoch)
+    def _shuffled_shards(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The shards of a later epoch in its order, and how many windows there are up to the end of each."""
+        shards = permutation(len(self.corpus.train), "shards", self.seed, epoch).tolist()
+        return shards, list(accumulate(map(self._windows, shards)))
 
     def locate(self, n: int) -> tuple[int, int, int]:
         """(epoch, shard, window of the shard) of sequence n of the run."""
-        epoch, place = 0, n
-        while True:
-            shards = self._shards(epoch) if epoch else iter(range(2**31))
-            for shard in shards:
-                shard = int(shard)
-                if epoch == 0 and not self._wait_for(shard):
-                    break
-                if place < self._windows(shard):
-                    return epoch, shard, int(self._order(epoch, shard)[place])
-                place -= self._windows(shard)
-            per_epoch = sum(self.counts)
-            epoch, place = epoch + 1 + place // per_epoch, place % per_epoch
+        ends = self._ends
+        while (not ends or n >= ends[-1]) and self._wait_for(len(ends)):
+            ends.append((ends[-1] if ends else 0) + self._windows(len(ends)))
+        epoch, place = divmod(n, ends[-1])
+        shards, ends = self._later(epoch) if epoch else (range(len(ends)), ends)
+        at = bisect_right(ends, place)
+        shard = shards[at]
+        return epoch, shard, int(self._order(epoch, shard)[place - (ends[at - 1] if at else 0)])
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets, (count, T) int64 each, of sequences first..first+count-1 of the run."""

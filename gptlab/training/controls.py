@@ -116,8 +116,10 @@ def add_drawn(gradients: dict[str, Tensor], norm: float, *key: str | int) -> Non
     """Add a Gaussian draw, in place, whose expected squared norm over all parameters is norm².
 
     key: what it depends on. With the step in it, it is noise, another in every update; without, a bias, one direction.
+    Drawn where the gradients are: a GPU's generator gives other numbers than a CPU's.
     """
     deviation = norm / sum(g.numel() for g in gradients.values()) ** 0.5
     for name, g in gradients.items():
-        noise = torch.randn(g.shape, dtype=g.dtype, generator=torch_generator(*key, name))
-        g.add_(shard_like(noise.to(g.device), g), alpha=deviation)
+        generator = torch_generator(*key, name, device=str(g.device))
+        noise = torch.randn(g.shape, dtype=g.dtype, device=g.device, generator=generator)
+        g.add_(shard_like(noise, g), alpha=deviation)

@@ -13,6 +13,7 @@ from gptlab.data.batches import RandomWindows, TrainingWindows
 from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import write_shard
 from gptlab.errors import DataError
+from gptlab.randomness import permutation
 
 T = 4
 SIZES = (21, 41, 9)
@@ -32,6 +33,33 @@ def windows(tmp_path: Path) -> TrainingWindows:
 
 ALL = [(0, n) for n in range(5)] + [(1, n) for n in range(10)] + [(2, n) for n in range(2)]
 TAKEN = [(0, 3), (1, 0), (1, 9), (2, 0)]
+
+
+def test_a_sequence_is_found_without_a_walk_over_the_shards(
+    windows: TrainingWindows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every epoch the window that the walk finds, asked for in any order; shards are counted once an epoch."""
+
+    def walked(n: int) -> tuple[int, int, int]:
+        epoch, place = divmod(n, len(ALL))
+        shards = permutation(3, "shards", 1, epoch) if epoch else range(3)
+        for shard in map(int, shards):
+            count = (SIZES[shard] - 1) // T
+            if place < count:
+                return epoch, shard, int(permutation(count, "windows", 1, epoch, shard)[place])
+            place -= count
+        raise AssertionError(n)
+
+    asked = [40, 0, 16, 17, 5, 4, 14, 15, 33, 34, 50, 51, 3, 1000, *range(60)]
+    assert [windows.locate(n) for n in asked] == [walked(n) for n in asked]
+    for epoch in range(3):
+        assert {windows.locate(epoch * 17 + n)[1:] for n in range(17)} == set(ALL)
+    counted: list[int] = []
+    plain = TrainingWindows._windows
+    monkeypatch.setattr(TrainingWindows, "_windows", lambda self, shard: counted.append(shard) or plain(self, shard))
+    for n in range(16):
+        windows.locate(n)
+    assert len(counted) <= len(SIZES)  # to shuffle a shard that is not remembered
 
 
 def test_draws_are_uniform_over_every_shard_and_leave_out_what_is_taken(windows: TrainingWindows) -> None:

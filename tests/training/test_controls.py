@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from gptlab.errors import ConfigError
+from gptlab.randomness import torch_generator
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
+from gptlab.training import controls
 from gptlab.training.block_graph import active_signals
 from gptlab.training.block_loss import accumulate
 from gptlab.training.controls import flipped, named, permuted, rotated, rotation, shuffled
@@ -44,6 +46,19 @@ def of_signal(cut: tuple[int, ...] = (12,), seed: int = 1, step: int = 0, **opti
     run, plain = (make_run(seed=seed, signal=s) for s in (SignalConfig(**options), SignalConfig()))
     run.state.step = plain.state.step = step
     return minus(run.gradient(cut), plain.gradient(cut))
+
+
+def test_noise_is_drawn_where_the_gradient_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hundreds of millions of numbers are not to come from the host; a CPU's own are what they always were."""
+    asked: list[str] = []
+    monkeypatch.setattr(controls, "torch_generator", lambda *key, device: asked.append(device))
+    controls.add_drawn({"weight": torch.zeros(3, 2, device="meta")}, 1.0, "gradient noise", 1, 0)
+    assert asked == ["meta"]
+    monkeypatch.undo()
+    gradient = torch.zeros(2, 3)
+    controls.add_drawn({"weight": gradient}, 6**0.5, "gradient noise", 1, 0)
+    drawn = torch.randn(2, 3, generator=torch_generator("gradient noise", 1, 0, "weight"))
+    assert torch.equal(gradient, drawn)
 
 
 def test_rotations_are_orthogonal_and_fixed_for_seed_and_judge() -> None:
