@@ -51,7 +51,7 @@ RESPONSE, TUNING = "dose_response", "tune_"
 LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 """What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
 
-RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "learning_rate", "steps")
+RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "learning_rate", "steps")
 """Options in which the arms of tune_* differ."""
 
 MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches|losses): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
@@ -106,15 +106,15 @@ def _last_losses(packed: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for cell in read_pack(packed).cells:
         run = read_run(cell.run)
-        recipe = {key: run.options[key] for key in RECIPE}
+        recipe = {key: run.options.get(key, 0.95) for key in RECIPE}  # beta2 was no option, and 0.95, once
         arm = found.setdefault(cell.arm, {**recipe, "tokens": run.last_step * recipe["total_batch_tokens"], "loss": []})
         arm["loss"].append(run.losses[run.last_step])
     return found
 
 
 def _losses(result: Mapping[str, Any]) -> str:
-    head = "| arm | optimizer | window | batch, tokens | width | rate | updates | tokens | loss, nats a byte | seeds |"
-    lines = [head, "|---" * 10 + "|"]
+    head = "| arm | optimizer | window | batch, tokens | width | beta2 | rate | updates | tokens | loss, nats a byte | seeds |"
+    lines = [head, "|---" * 11 + "|"]
     for name, arm in result.items():
         recipe = " | ".join(f"{arm[key]:,}" if isinstance(arm[key], int) else str(arm[key]) for key in RECIPE)
         spread = f" ± {statistics.stdev(arm['loss']):.3f}" if len(arm["loss"]) > 1 else ""

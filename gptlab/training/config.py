@@ -49,7 +49,7 @@ class TrainingConfig:
     n_embd: int = option(128, "width of the hidden states", unit="channels")
     share_blocks: bool = option(False, "use one block n_layer times over")
 
-    steps: int = option(1500, "updates to make", unit="updates", group="Optimisation")
+    steps: int = option(1300, "updates to make", unit="updates", group="Optimisation")
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "AdamW, or Muon for the blocks' matrices and AdamW for the rest"
     )
@@ -70,10 +70,10 @@ class TrainingConfig:
     """Further signals, each with its own weight: the second and later [[signal]] tables of a TOML file."""
 
     log_every: int = option(20, "print a line; 0 = never, as for all intervals", unit="updates", group="Records")
-    eval_every: int = option(500, "validation loss; also after the last step", unit="updates")
+    eval_every: int = option(650, "validation loss; also after the last step", unit="updates")
     eval_tokens: int = option(131072, "validation tokens that are read, the first of the pinned set", unit="tokens")
-    checkpoint_every: int = option(500, "save; also after the last step", unit="updates")
-    sample_every: int = option(750, "write a sample, with each block's best next token", unit="updates")
+    checkpoint_every: int = option(650, "save; also after the last step", unit="updates")
+    sample_every: int = option(1300, "write a sample, with each block's best next token", unit="updates")
     dose_every: int = option(100, "measure the signal's dose", unit="updates")
     log: str = option("none", "also log figures with tensorboard, wandb or trackio; several with commas")
     noise_every: int = option(0, "log noise scale and alignment, from 32 sequences", unit="updates")

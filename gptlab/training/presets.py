@@ -22,7 +22,7 @@ _V1: dict[str, Any] = {  # what shakespeare-tiny was when the findings were made
     "dose_every": 50,
 }
 
-_TINY: dict[str, Any] = {"min_lr": 0.0}  # the rest are defaults: docs/options.md says how they were tuned
+_TINY: dict[str, Any] = {"beta2": 0.99, "min_lr": 0.0}  # the rest are defaults: docs/options.md says how they were tuned
 
 _FINEWEB: dict[str, Any] = _V1 | {  # build-nanogpt's recipe: one pass over 10B tokens
     "data": "fineweb-edu",
@@ -66,7 +66,7 @@ def ladder(depth: int) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     "shakespeare-tiny": _TINY,
     "shakespeare-tiny-muon": _TINY
-    | {"optimizer": "muon", "learning_rate": 3e-3, "steps": 1100, "eval_every": 550, "sample_every": 550},
+    | {"optimizer": "muon", "learning_rate": 8e-3, "steps": 850, "eval_every": 425, "sample_every": 850},
     "shakespeare-tiny-v1": _V1,
     "ladder": ladder(RUNGS[0]),
     "shakespeare-gpt2": _V1
