@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
 from gptlab.runs.experiment_spec import FILE as EXPERIMENT
-from gptlab.runs.experiment_spec import Metric, experiment_from, flat_options, read_experiment
+from gptlab.runs.experiment_spec import Metric, declaration, experiment_from, flat_options, read_experiment
+from gptlab.runs.records import edited_rows
 from gptlab.runs.tuning import read_kept
 from gptlab.training.presets import PRESETS
 
@@ -62,7 +63,8 @@ class Outcomes:
 
     changes: {arm: {option: [the baseline's, its own]}}; undeclared: differences that forbid to compare; notes: runs
     left out, and why. curves: {arm: {seed: {step: the metric}}}, runs: {arm: its finished runs, none of a log's},
-    both in the order of seeds. longer: {arm: baseline} of arms that are only a longer run of it.
+    both in the order of seeds. longer: {arm: baseline} of arms that are only a longer run of it. declared:
+    when and as what, in words.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Outcomes:
     runs: Mapping[str, Sequence[Run]] = field(default_factory=dict)
     longer: Mapping[str, str] = field(default_factory=dict)
     tuning: Tuning = field(default_factory=Tuning)
+    declared: str = ""
 
     def _norm_ratio(self, arm: str, other: str) -> dict[str, float] | None:
         return norm_ratio(self.runs.get(arm, ()), self.runs.get(other, ()))
@@ -106,7 +109,13 @@ class Outcomes:
             figures = ("noise_floor", "seed_correlation", "arms_correlation", "smallest_difference")
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
         tuning = self.tuning.as_json()
-        return {**result, "tuning": tuning, "undeclared": list(self.undeclared), "notes": list(self.notes)}
+        return {
+            **result,
+            "declared": self.declared or None,
+            "tuning": tuning,
+            "undeclared": list(self.undeclared),
+            "notes": list(self.notes),
+        }
 
 
 def read(
@@ -262,7 +271,9 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
     kept = packed.tuning if packed else read_kept(folder) if experiment.tune else None
     tuning = Tuning(experiment.tune is not None, kept or {})
     name = experiment.table.get("name", folder.name)
-    return _outcomes(name, arms, declared, step, arguments, allowed, tuning, notes)
+    outcomes = _outcomes(name, arms, declared, step, arguments, allowed, tuning, notes)
+    words, changed = ("", []) if packed else declaration(experiment, folder)
+    return replace(outcomes, declared=words, undeclared=(*changed, *outcomes.undeclared))
 
 
 def _outcomes(
@@ -298,6 +309,7 @@ def _outcomes(
         may_differ = allowed[arm] | allowed[baselines[arm]] if arm != baselines[arm] else frozenset()
         for run in members:
             differences += undeclared(run, references[0], may_differ, members[0])
+            differences += [edited] if run.finished and (edited := edited_rows(run.source)) else []
     has_signal = [arm for arm in arms if declared[arm].get("signal.name", "none") != "none"]
     controls = [arm for arm in has_signal if declared[arm].get("signal.control", "none") != "none"]
     signals = [

@@ -129,6 +129,7 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
     declared = NO_DELTA if result["delta"] is None else f"delta {result['delta']:g}"
     judged = "" if result["metric"] == "loss" else f"{result['metric']} is judged: {result['better']} is better; "
     lines = [f"{judged}{declared}; seed-to-seed SD of {result['baseline']}: {deviation}{looks}"]
+    lines += [result["declared"]] if result.get("declared") else []
     lines += [f"COMPARED DESPITE: {line}" for line in result["undeclared"]]
     return lines + [f"left out: {line}" for line in result["notes"]]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,20 @@ if TYPE_CHECKING:
     from gptlab.runs.folder import RunFolder
 
 
+COVERS = (
+    "checkpoints, by checksums; a finished run's rows in metrics.jsonl but for a clock's figures, by the hash in the "
+    "last; an experiment's declaration, by the one of its first start. Not covered: config.json, "
+    "environment.json, log.txt, runs from before such hashes, and whoever changes a hash too"
+)
+
+
 def main(argv: list[str]) -> int:
     """Print what is damaged and return 3 if anything is; raises CheckpointError where there is no run."""
     description = (
-        "Check every checkpoint of a run against its checksums, and that its records can be read. Training falls back "
-        "to the newest checkpoint that is whole. Exit code 3 if anything is damaged."
+        "Check every checkpoint of a run against its checksums, that its records can be read, and that the rows of a "
+        "finished run are those that it ended with; of an experiment's folder every cell, and that its declaration is "
+        "that of its first start. Training falls back to the newest checkpoint that is whole. Exit code 3 if anything "
+        "is damaged."
     )
     options = _parse(argv, "verify", description, 'print {"ok", "problems": [{"file", "problem"}]}')
     problems = list(_problems(Path(options.run)))
@@ -39,7 +47,7 @@ def main(argv: list[str]) -> int:
             f"expected {options.run} as it was written, found {len(problems)} damaged file(s), listed above; "
             "training continues from the newest checkpoint that is whole"
         )
-    print(f"{options.run}: every file is as it was written")
+    print(f"{options.run}: every file is as it was written\ncovered: {COVERS}")
     return 0
 
 
@@ -60,15 +68,26 @@ def digest(argv: list[str]) -> int:
 
 def _parse(argv: list[str], name: str, description: str, json_help: str) -> argparse.Namespace:
     parser = Parser(prog=f"gptlab {name}", description=description)
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, or one of its checkpoints; for verify an experiment's too"
+    )
     parser.add_argument("--json", action="store_true", help=json_help)
     return parser.parse(argv)
 
 
 def _problems(path: Path) -> Iterator[Problem]:
     from gptlab.runs import checkpoint
+    from gptlab.runs.experiment_spec import FILE, declaration, read_experiment
     from gptlab.runs.folder import RunFolder
 
+    if (path / FILE).is_file() and not (path / "config.json").exists():
+        yield from (
+            checkpoint.Problem(str(path / FILE), line)
+            for line in declaration(read_experiment(path / FILE, copy=True), path)[1]
+        )
+        for config in sorted(path.glob("*/seed_*/config.json")):
+            yield from _problems(config.parent)
+        return
     folder = RunFolder(path)
     if not folder.exists() and not folder.checkpoints.is_dir():
         if not path.is_dir() or not any((path / name).exists() for name in (checkpoint.MANIFEST, checkpoint.WEIGHTS)):
@@ -93,6 +112,7 @@ def _problems(path: Path) -> Iterator[Problem]:
 def _unreadable(folder: RunFolder, needed: dict[str, int]) -> Iterator[Problem]:
     """The records that do not parse, or are shorter than a checkpoint needs to cut them back to."""
     from gptlab.runs.checkpoint import Problem
+    from gptlab.runs.records import edited_rows
 
     for name, length in needed.items():
         path = folder.path / name
@@ -102,10 +122,12 @@ def _unreadable(folder: RunFolder, needed: dict[str, int]) -> Iterator[Problem]:
     reads = {
         "config.json": folder.config,
         "environment.json": lambda: folder.recorded("environment.json"),
-        "metrics.jsonl": lambda: deque(folder.rows(), maxlen=0),
+        "metrics.jsonl": lambda: edited_rows(folder.path),
     }
     for name, read in reads.items():
         try:
-            read()
+            found = read()
+            if isinstance(found, str):
+                yield Problem(str(folder.path / name), found)
         except CheckpointError as error:
             yield Problem(str(folder.path / name), str(error))

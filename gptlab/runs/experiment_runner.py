@@ -19,7 +19,7 @@ from gptlab.files import MB, open_append, read_toml, refuse_links, write_whole
 from gptlab.processes import how_it_ended, python_command
 from gptlab.runs.cells import CLAIM, ENDED, OUTPUT, Cell, Claim, Results, Rows, State, cells_of, claimed
 from gptlab.runs.executor import Children, Executor, Packing, PatchedPackage, Queue, Worker, patched
-from gptlab.runs.experiment_spec import FILE, Arm, Experiment, options_file, options_text
+from gptlab.runs.experiment_spec import FILE, Arm, Experiment, keep_declaration, options_file, options_text
 from gptlab.runs.tuning import Choice, choices, chosen, keep, trial_experiment, trials_folder
 
 LOOK_EVERY = 0.5
@@ -109,6 +109,7 @@ class Runner(_Runner):
                 f"{len(failed)} of {len(self.experiment.arms)} arms cannot run; nothing is trained:{listed}"
             )
         write_whole(self.folder / FILE, self.experiment.text)  # the copy that status and compare read
+        keep_declaration(self.experiment, self.folder)
 
     def _unreadable(self, arm: Arm) -> str | None:
         """Write an arm's options, and its patch for the record; why its patch does not fit, if it does not."""

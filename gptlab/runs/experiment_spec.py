@@ -27,6 +27,7 @@ dose = [0.5, 1, 2]                    factors of its signal.dose, or weight; [1]
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -34,13 +35,14 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError, did_you_mean, shown
-from gptlab.files import MB, is_count, is_number, parse_toml, read_text
+from gptlab.files import MB, is_count, is_number, parse_toml, read_json, read_text, write_whole
 from gptlab.options import LARGEST_SIZES, build, check_size, flatten, flatten_table, options_of, table_options, typed
 from gptlab.processes import package
 from gptlab.signals.user import next_to
@@ -314,6 +316,59 @@ def _experiment(table: Mapping[str, Any], text: str, folder: Path | None) -> Exp
     found = Experiment(name, preset, baseline, seeds, looks, delta, arms, table, text, tune, match, metric, further)
     _check_replayed(found)
     return found
+
+
+DECLARATION = "declaration.json"
+"""What an experiment declared when its first cell began, and when that was."""
+
+
+def keep_declaration(experiment: Experiment, folder: Path) -> None:
+    """Record the declaration as long as no cell has begun; later only arms that were added, with their date."""
+    path, now = folder / DECLARATION, datetime.now(UTC).isoformat(timespec="seconds")
+    begun = any(folder.glob("*/seed_*/metrics.jsonl"))
+    before = _recorded(folder) if begun else {"at": now, "added": {}, "declared": experiment.table}
+    if not before:  # it began before declarations were recorded: a date of today would say too much
+        return
+    table, arms = before["declared"], experiment.table["arms"]
+    added = {**before["added"], **{arm: now for arm in arms if arm not in table["arms"]}}
+    table = {**table, "arms": {**arms, **table["arms"]}}
+    record = {"at": before["at"], "added": added, "declared": table, "sha256": _hash(table)}
+    write_whole(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(folder / DECLARATION, limit=4 * MB, inside=folder, error=ConfigError))
+    except FileNotFoundError:
+        return {}
+
+
+def _hash(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def declaration(experiment: Experiment, folder: Path) -> tuple[str, list[str]]:
+    """When and as what an experiment was declared, in words, "" where that is not on record; and what changed since."""
+    record = _recorded(folder)
+    if not record:
+        return "", []
+    try:
+        before, at, sha256 = dict(record["declared"]), str(record["at"]), str(record["sha256"])
+        if _hash(before) != sha256:
+            return "", [f"{folder / DECLARATION}: its content is not what its checksum says"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{folder / DECLARATION} is damaged: {shown(error)}") from None
+    now = json.loads(json.dumps(experiment.table))
+    pairs = {**{key: (before.get(key), now.get(key)) for key in {**before, **now} if key != "arms"},
+             **{f"arms.{arm}": (before["arms"].get(arm), now["arms"].get(arm))
+                for arm in {**before["arms"], **now["arms"]}}}  # fmt: skip
+    changed = [
+        f"{folder / FILE}: {key}: declared {shown(old, 80)} on {at}, found {shown(new, 80)}"
+        for key, (old, new) in pairs.items()
+        if old != new
+    ]
+    added = "".join(f"; {arm} was added on {date}" for arm, date in record.get("added", {}).items())
+    return f"declared on {at}, SHA-256 {sha256[:16]}{added}", changed
 
 
 def _check_replayed(experiment: Experiment) -> None:

@@ -7,6 +7,8 @@ CheckpointError that names file and line. Only JSON is read, row by row; torch i
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import time
@@ -122,7 +124,8 @@ ROWS: Mapping[str, Mapping[str, Check]] = {
         "blocks": ("each block's [text, probability] for each token", partial(_all, partial(_all, _is_guess))),
     },
     "event": {
-        "event": _TEXT, "text": _TEXT, "validation_sha256": _TEXT, "tokens": _COUNT, "tokens_per_second": _SPEED,
+        "event": _TEXT, "text": _TEXT, "validation_sha256": _TEXT, "rows_sha256": _TEXT,
+        "tokens": _COUNT, "tokens_per_second": _SPEED,
         **dict.fromkeys(("loss", "excess_loss", "bits_per_byte", "mfu", "seconds", "clipped_share"), _FIGURE),
         "differences": ("a list of texts", partial(_all, _is_text)),
     },
@@ -232,6 +235,30 @@ def replayed_norms(config: TrainingConfig) -> dict[int, float]:
             "its end, with --dose_every 1"
         )
     return norms
+
+
+CLOCK = ("tokens_per_second", "mfu")
+"""Figures of train rows that differ between two equal runs."""
+
+
+def rows_sha256(rows: Iterable[Row]) -> str:
+    """SHA-256 over train and val rows without what a clock measures: equal for equal runs, killed on the way or not."""
+    h = hashlib.sha256()
+    for row in rows:
+        if row["kind"] in ("train", "val"):
+            h.update(json.dumps({key: value for key, value in row.items() if key not in CLOCK}).encode() + b"\n")
+    return h.hexdigest()
+
+
+def edited_rows(run: Source) -> str | None:
+    """What to say where a finished run's rows are not those that it ended with; None too where none are on record."""
+    if isinstance(run, PackedRun):
+        return None
+    rows = list(read_rows(run))
+    recorded = rows[-1].get("rows_sha256") if rows and rows[-1].get("event") == "finished" else None
+    if not recorded or rows_sha256(rows) == recorded:
+        return None
+    return f"{path_of(run) / METRICS}: its rows are not those that the run ended with; they were changed since"
 
 
 def last_row(run: str | Path) -> tuple[Row | None, int]:

@@ -31,7 +31,7 @@ from gptlab.runs import checkpoint
 from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import initial_model, jitter
-from gptlab.runs.records import read_config, replayed_norms
+from gptlab.runs.records import read_config, replayed_norms, rows_sha256
 from gptlab.signals.user import file_hash, without_folders
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 from gptlab.training.loop import Record, rehearse, train
@@ -376,5 +376,6 @@ class Session:
             "steps_in_this_session": steps,
         }
         if self.folder:
+            summary["rows_sha256"] = rows_sha256(self.folder.rows())
             self.folder.write("event", self.state.step, summary)
         return {"step": self.state.step, "kind": "event", **summary}

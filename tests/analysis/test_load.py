@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from gptlab.analysis.load import Outcomes, read
 from gptlab.analysis.report.comparison import page
 from gptlab.analysis.run import count_parameters, read_run
 from gptlab.analysis.tables import tables
+from gptlab.cli.main import main
 from gptlab.errors import CheckpointError, ConfigError, DataError
 from gptlab.options import build, flatten
+from gptlab.runs.experiment_spec import DECLARATION, experiment_from, keep_declaration
 from gptlab.runs.folder import RunFolder
+from gptlab.runs.records import rows_sha256
 from gptlab.training.config import TrainingConfig
 
 EXPERIMENT = """
@@ -541,6 +545,68 @@ def test_text_logs_that_say_nothing_or_one_thing_twice_are_refused(
         (tmp_path / name).write_text(text + "\n")
     with pytest.raises((ConfigError, DataError), match=message):
         read(sorted({str((tmp_path / name).parent) for name in files})).verdicts()
+
+
+def started(folder: Path, text: str = EXPERIMENT) -> None:
+    """Record the declaration as a runner does whose first cell is about to begin."""
+    experiment = experiment_from(text, folder / "experiment.toml")
+    with tempfile.TemporaryDirectory() as empty:
+        keep_declaration(experiment, Path(empty))
+        shutil.copy(Path(empty) / DECLARATION, folder)
+
+
+CHANGED = {
+    "delta": ("delta = 0.02", "delta = 0.2", "delta: declared 0.02 on 2"),
+    "no delta": ("delta = 0.02", "", "delta: declared 0.02 on 2.*, found None"),
+    "seeds": ("seeds = [1, 2, 3]", "seeds = [1, 2]", r"seeds: declared \[1, 2, 3\] on"),
+    "looks": ("seeds = [1, 2, 3]", "looks = [2, 3]", r"looks: declared None on .*, found \[2, 3\]"),
+    "an arm": ("learning_rate = 0.002", "learning_rate = 0.003", "arms.faster: declared .*0.002.* found .*0.003"),
+    "an arm less": ("[arms.faster]\nlearning_rate = 0.002", "", "arms.faster: declared .*, found None"),
+    "the metric": ("delta", "metric = 'loss'\nbetter = 'higher'\ndelta", "better: declared None on .*, found 'higher'"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_what_was_declared_is_what_counts(experiment: Path, change: str) -> None:
+    old, new, message = CHANGED[change]
+    started(experiment)
+    outcomes = read([experiment])
+    assert outcomes.undeclared == ()
+    assert re.match("declared on 20.*, SHA-256 [0-9a-f]{16}$", outcomes.declared)
+    (experiment / "experiment.toml").write_text(EXPERIMENT.replace(old, new))
+    assert re.search(message, "\n".join(read([experiment]).undeclared))
+    assert main(["verify", str(experiment), "--json"]) == 3
+    changed = experiment_from((experiment / "experiment.toml").read_text(), experiment / "experiment.toml")
+    keep_declaration(changed, experiment)  # starting it again does not make it the declared one
+    assert re.search(message, "\n".join(read([experiment]).undeclared))
+
+
+def test_an_arm_that_is_added_later_has_its_date_and_a_forged_record_is_found(experiment: Path) -> None:
+    started(experiment, EXPERIMENT.replace("[arms.faster]\nlearning_rate = 0.002", ""))
+    keep_declaration(experiment_from(EXPERIMENT, experiment / "experiment.toml"), experiment)
+    outcomes = read([experiment])
+    assert outcomes.undeclared == ()
+    assert "; faster was added on 20" in outcomes.declared
+    file = experiment / DECLARATION
+    file.write_text(file.read_text().replace("0.02", "0.2"))
+    assert "its content is not what its checksum says" in read([experiment]).undeclared[0]
+    file.unlink()
+    keep_declaration(experiment_from(EXPERIMENT, experiment / "experiment.toml"), experiment)
+    assert not file.exists(), "a date of today would say too much of runs that are there"
+
+
+@pytest.mark.parametrize("edit", [("3.002", "2.002"), ('"kind": "train", "loss"', '"kind": "train", "lost"')])
+def test_rows_that_were_edited_after_the_end_are_named(experiment: Path, edit: tuple[str, str]) -> None:
+    run = experiment / "plain" / "seed_1"
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[-1]["rows_sha256"] = rows_sha256(rows)
+    clock = [{**row, "mfu": 0.5} if row["kind"] == "train" else row for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in clock))
+    assert read([experiment]).undeclared == ()
+    file.write_text(file.read_text().replace(*edit))
+    assert "its rows are not those that the run ended with" in read([experiment]).undeclared[0]
+    assert main(["verify", str(run), "--json"]) == 3
 
 
 def test_seeds_that_begin_alike_are_refused(experiment: Path) -> None:
