@@ -113,8 +113,8 @@ def _last_losses(packed: Path) -> dict[str, Any]:
 
 
 def _losses(result: Mapping[str, Any]) -> str:
-    head = "| arm | optimizer | window | batch, tokens | width | beta2 | rate | updates | tokens | loss, nats a byte | seeds |"
-    lines = [head, "|---" * 11 + "|"]
+    head = "arm optimizer window batch,&tokens width beta2 rate updates tokens loss,&nats&a&byte seeds".split()
+    lines = [f"| {' | '.join(head).replace('&', ' ')} |", "|---" * len(head) + "|"]
     for name, arm in result.items():
         recipe = " | ".join(f"{arm[key]:,}" if isinstance(arm[key], int) else str(arm[key]) for key in RECIPE)
         spread = f" ± {statistics.stdev(arm['loss']):.3f}" if len(arm["loss"]) > 1 else ""

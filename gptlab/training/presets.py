@@ -22,7 +22,7 @@ _V1: dict[str, Any] = {  # what shakespeare-tiny was when the findings were made
     "dose_every": 50,
 }
 
-_TINY: dict[str, Any] = {"beta2": 0.99, "min_lr": 0.0}  # the rest are defaults: docs/options.md says how they were tuned
+_TINY: dict[str, Any] = {"beta2": 0.99, "min_lr": 0.0}  # the rest are defaults, tuned: docs/options.md
 
 _FINEWEB: dict[str, Any] = _V1 | {  # build-nanogpt's recipe: one pass over 10B tokens
     "data": "fineweb-edu",
