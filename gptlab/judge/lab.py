@@ -41,6 +41,8 @@ DECLARED = ("metric.", "plan.looks", "plan.confirm", "plan.error_rate")
 """Keys that may not change once an idea was tried: the promise is for all ideas together."""
 
 ENVIRONMENT_SEED = "GPTLAB_SEED"
+FIRST_FRESH = 1001
+"""The first seed that confirms; screening has seeds 1, 2, ... below it."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ def _check(config: LabConfig, options: Mapping[str, Any]) -> None:
         raise ConfigError(f"metric.csv: expected FILE:COLUMN, found {metric.csv!r}")
     check_looks(plan.looks)
     check_looks(plan.confirm_looks)
+    if plan.looks[-1] >= FIRST_FRESH:
+        raise ConfigError(f"plan.looks: expected fewer than {FIRST_FRESH} seeds, found {plan.looks[-1]}")
     if not 0 < plan.error_rate <= 0.1:
         raise ConfigError(f"plan.error_rate: expected above 0 and at most 0.1, found {plan.error_rate:g}")
     if metric.min_gain < 0:

@@ -25,13 +25,10 @@ from gptlab.analysis.statistics import paired_t, spread
 from gptlab.errors import ConfigError, DivergedError, Stopped
 from gptlab.files import read_bytes, write_whole
 from gptlab.judge.error_control import PASS, design, keeps, level_left, next_level, screened, screening_z
-from gptlab.judge.lab import Lab
+from gptlab.judge.lab import FIRST_FRESH, Lab
 from gptlab.judge.ledger import Ledger, Line
 from gptlab.judge.trial import Outcome, Subject, Trials, arm_options, baseline_of
 from gptlab.runs.executor import LARGEST_PATCH
-
-FIRST_FRESH = 1001
-"""The first seed that confirms; screening has seeds 1, 2, ... below it."""
 
 EXIT = {"keep": 0, "discard": 10, "undecided": 11, "inactive": 12, "broken": 13, "diverged": 4}
 """Exit codes by verdict."""

@@ -44,12 +44,14 @@ def main(words: list[str]) -> int:
         library.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     work, started = Path(asked["cwd"]), time.monotonic()
     room = min(asked["disk"], shutil.disk_usage(work).free // 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))  # for the command, which inherits it
     os.environ.pop("PYTHONSAFEPATH", None)  # that is for our own processes; a trainer imports what lies next to it
     command = subprocess.Popen(
         asked["argv"], cwd=work, env={**os.environ, **asked["environment"]}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert command.stdout
     os.set_blocking(command.stdout.fileno(), False)
     output, ended, measured = bytearray(), "", started

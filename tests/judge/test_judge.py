@@ -124,6 +124,7 @@ def test_one_command_judges_without_a_lab_file(site: Site, run: Run) -> None:
         ("looks =", "look =", "plan.look'; did you mean 'plan.looks'"),
         ("[metric]", "[metrics]", "did you mean 'metric.pattern'"),
         ("looks = [2, 4]", "looks = [4, 2]", "rising numbers of seeds"),
+        ("looks = [2, 4]", "looks = [2, 1001]", "fewer than 1001"),
         ('pattern = "val_loss: ([0-9.]+)"', 'pattern = "val_loss"', "expected one group"),
         ('pattern = "val_loss: ([0-9.]+)"', 'pattern = "val_loss: ("', "regular expression"),
         ('command = "python train.py"', "", "a command"),
