@@ -54,23 +54,24 @@ def environment(*, without: str, **more: str) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if not key.startswith(without)}, **more}
 
 
-def end_with(parent: int) -> None:
+def end_with(parent: int, *, watch: bool = True) -> None:
     """Make this process end when its parent ends, so that no orphan writes on; at once where that is gone already.
 
     On Linux the kernel sends SIGKILL; elsewhere, and in a container whose first process takes orphans over, a thread
-    looks every second.
+    looks every second, unless `watch` is False.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
-    def watch() -> None:
+    def look() -> None:
         while os.getppid() == parent:
             time.sleep(1.0)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+    if watch:
+        threading.Thread(target=look, daemon=True, name="parent-watch").start()
 
 
 def how_it_ended(code: int) -> str:

@@ -258,6 +258,9 @@ class Jobs:
         self._futile[cell.name] = 0 if further else self._futile.get(cell.name, 0) + 1
         return self._futile[cell.name] < TRIES
 
+    def close(self) -> None:
+        """Jobs outlive their runner."""
+
 
 def train_cell(archive: str, sha256: str, folder: str, token: str, with_launcher: str, *words: str) -> int:
     """Run `gptlab WORDS` on a node, with the code that an archive of this hash holds, or the package in use.

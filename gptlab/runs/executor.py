@@ -16,8 +16,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from gptlab.errors import ConfigError, Stopped, shown
 from gptlab.files import MB, kind_of, open_new, read_bytes, read_text
 from gptlab.processes import environment, how_it_ended, package, python_command, usable_cores
 from gptlab.runs.cells import OUTPUT, Cell, Claim, revoke
+from gptlab.runs.forking import ForkServer, wait_for
 
 SIDE_BY_SIDE = 512
 """The widest model, in channels, of which one run a core is trained rather than one run over all cores.
@@ -37,6 +40,11 @@ Two single-threaded runs of the preset shakespeare-tiny (128 wide) side by side 
 one run with two threads: threads of small matrices wait for each other. Wider models fill their threads, and two of
 them need twice the memory and share the caches.
 """
+
+
+def _gpu_files() -> list[Path]:
+    """The device files of GPUs, empty where there is none."""
+    return [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev").glob("dxg")]
 
 
 @dataclass(frozen=True)
@@ -50,9 +58,8 @@ class Packing:
     @classmethod
     def of_this_machine(cls, jobs: int | None = None) -> Packing:
         """torch is only asked where a GPU's device file is there: loading it takes seconds and memory."""
-        files = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd"), *Path("/dev").glob("dxg")]
         gpus = 0
-        if files:
+        if _gpu_files():
             from gptlab.device import Machine
 
             gpus = len(Machine.probe().gpus)
@@ -276,6 +283,10 @@ class Executor(Protocol):
         """Whether a cell that could continue, and whose worker has ended nevertheless, is to be started again."""
         ...
 
+    def close(self) -> None:
+        """Called when a runner needs no more workers for now."""
+        ...
+
 
 class Child:
     """A process of this machine that runs `gptlab WORDS` for the cell in a folder, and ends with this process."""
@@ -318,15 +329,52 @@ class Child:
         return self._process.returncode
 
 
+class ForkedChild(Child):
+    """The same, forked from a server that has imported PyTorch already."""
+
+    def __init__(self, server: ForkServer, folder: Path, claim: Claim, words: Sequence[str]) -> None:
+        self._claim, self._server, self._code = claim, server, None
+        with open_new(folder / OUTPUT) as output:
+            self._cell = server.fork(words, output.fileno(), claim.descriptor)
+
+    def over(self) -> bool:
+        return self._server.code(self._cell) is not None
+
+    def stop(self) -> None:
+        self._server.send_signal(self._cell, signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._server.send_signal(self._cell, signal.SIGKILL)
+        wait_for(self._server, self._cell)
+
+    @property
+    def code(self) -> int:
+        return wait_for(self._server, self._cell)
+
+
 class Children:
     """Starts cells as processes of this machine. One that was killed is not tried again before the next `run`."""
+
+    def __init__(self) -> None:
+        self._server: ForkServer | None = None
+        self._forks = sys.platform == "linux" and not _gpu_files()
 
     def find(self, cell: Cell) -> Child | None:
         return None
 
     def start(self, cell: Cell, claim: Claim, code: PatchedPackage | None, words: Sequence[str]) -> Child:
         revoke(cell.folder)  # a job that still waits for this cell somewhere is not needed any more
-        return Child(cell.folder, claim, code, words)
+        if code or not self._forks:
+            return Child(cell.folder, claim, code, words)
+        if self._server is None or not self._server.alive:
+            self.close()
+            self._server = ForkServer()
+        return ForkedChild(self._server, cell.folder, claim, words)
 
     def again(self, cell: Cell) -> bool:
         return False
+
+    def close(self) -> None:
+        if self._server:
+            self._server.close()
+            self._server = None

@@ -176,6 +176,7 @@ class Runner(_Runner):
                 time.sleep(LOOK_EVERY)
         finally:
             self._end_all()
+            self.executor.close()
             self.results.write()
         left = [cell.name for cell in self.cells if self._state(cell) not in (*ENDED, "failed")]
         if left:

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from gptlab.errors import Stopped
 from gptlab.options import build
 from gptlab.processes import how_it_ended
 from gptlab.runs.cells import Cell, Claim, Rows
-from gptlab.runs.executor import Child, Packing, Queue
+from gptlab.runs.executor import Child, Children, Packing, Queue
 from gptlab.runs.experiment_runner import Runner
 from gptlab.runs.experiment_spec import Arm, Experiment
 from gptlab.runs.records import read_rows
@@ -71,12 +72,12 @@ def smoke(
         )
         for arm in experiment.arms.values()
     }
-    with tempfile.TemporaryDirectory(prefix="gptlab_smoke_") as scratch:
+    with tempfile.TemporaryDirectory(prefix="gptlab_smoke_") as scratch, closing(Children()) as children:
         runner = Runner(replace(experiment, arms=arms), Path(scratch), packing, seeds=1, allow_code=allow_code)
         runner.prepare()
         groups = list(_side_by_side(runner.cells, packing))
         for group in groups:
-            for cell, code, start_up in _try(runner, group, budget / len(groups), stop):
+            for cell, code, start_up in _try(runner, children, group, budget / len(groups), stop):
                 yield _trial(experiment, replace(cell, arm=experiment.arms[cell.arm.name]), code, start_up)
 
 
@@ -92,7 +93,7 @@ def _side_by_side(cells: list[Cell], packing: Packing | Queue) -> Iterator[list[
 
 
 def _try(
-    runner: Runner, cells: list[Cell], seconds: float, stop: Callable[[], bool]
+    runner: Runner, children: Children, cells: list[Cell], seconds: float, stop: Callable[[], bool]
 ) -> Iterator[tuple[Cell, int, float]]:
     """Train cells for a while: each with its exit code, and the seconds until its first step."""
     started, first = time.monotonic(), dict.fromkeys((cell.name for cell in cells), 0.0)
@@ -103,7 +104,7 @@ def _try(
         for slot, cell in enumerate(cells):
             claim = Claim.take(cell.folder)
             assert claim, "the folder is nobody else's"
-            processes.append(Child(cell.folder, claim, runner.code(cell), runner.words(cell, slot)))
+            processes.append(children.start(cell, claim, runner.code(cell), runner.words(cell, slot)))
         while not all(process.over() for process in processes):
             time.sleep(0.2)
             if stop():

@@ -67,8 +67,9 @@ class RunnerProcess:
         return self.process.poll() is not None
 
     def trainers(self) -> list[int]:
-        """The processes that it started, as far as they run."""
-        self._seen |= set(children(self.process.pid))
+        """The processes that it started, and those that they forked, as far as they run."""
+        started = children(self.process.pid)
+        self._seen |= {*started, *(cell for server in started for cell in children(server))}
         return sorted(filter(alive, self._seen))
 
     def wait_for_rows(self, count: int) -> None:
