@@ -161,9 +161,11 @@ def test_what_is_said_instead() -> None:
     for before, after in zip(text, said["shuffled"], strict=True):
         assert sorted(before) == sorted(after)
         assert (before != after).any()
+        assert before[-1] == after[-1]
     for row in said["shuffled"][::3]:
         words = bytes(row.astype(np.uint8)).decode().split()
         assert sorted(words) == ["be", "be", "not", "or", "to"]
+        assert words[-1] == "be"
     assert sorted(map(bytes, said["elsewhere"].astype(np.uint8))) == sorted(map(bytes, text.astype(np.uint8)))
     assert said["random"].min() >= 0
     assert said["random"].max() < 256

@@ -106,13 +106,16 @@ def utterances(text: np.ndarray, begins: np.ndarray | None, size: int, seed: int
 
 
 def shuffled(row: np.ndarray, begins: np.ndarray | None, *key: int) -> np.ndarray:
-    """The words of a row (say,) in another order, if there is one; its tokens where it is a single word."""
+    """The words of a row (say,) but the last in another order, or where there is none its tokens but the last.
+
+    The end stays, since how sure a reply is depends on it: in the middle of a word less than after one.
+    """
     cuts = [] if begins is None else [place for place in range(1, len(row)) if begins[row[place]]]
-    words = np.split(row, cuts or range(1, len(row)))
-    for attempt in range(MOST_SHUFFLES):
-        order = _uniform(len(words), *key, "shuffled", attempt).argsort(kind="stable")
-        if ((found := np.concatenate([words[place] for place in order])) != row).any():
-            return found
+    for words in (np.split(row, cuts), np.split(row, range(1, len(row)))):
+        for attempt in range(MOST_SHUFFLES * (len(words) > 2)):
+            order = _uniform(len(words) - 1, *key, "shuffled", attempt).argsort(kind="stable")
+            if ((found := np.concatenate([*(words[place] for place in order), words[-1]])) != row).any():
+                return found
     return row
 
 
