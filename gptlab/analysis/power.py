@@ -7,7 +7,7 @@ between seeds. It says nothing of data that are there already; verdict.py does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +42,27 @@ def plan(
         "seeds_for_no_difference": for_none,
         "seeds": shown,
     }  # fmt: skip
+
+
+def pooled_sigma(arms: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The spread of paired differences over all arms of `compare`'s result; None where none has 2 seeds."""
+    found = [arm["sigma"] for arm in arms.values() if arm["sigma"] is not None]
+    return math.sqrt(sum(s * s for s in found) / len(found)) if found else None
+
+
+def smallest_delta(sigma: float, n: int, level: float = 0.10, power: float = POWER) -> float:
+    """The smallest delta within which n seeds show no effect to lie with probability `power`, to a thousandth of it.
+
+    >>> round(smallest_delta(0.017, 26), 3)
+    0.01
+    """
+    low, high = 0.0, sigma
+    while power_of_equivalence(0.0, sigma, n, high, level) < power:
+        low, high = high, 2 * high
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power_of_equivalence(0.0, sigma, n, middle, level) >= power else (middle, high)
+    return high
 
 
 def power_of_difference(difference: float, sigma: float, n: int, level: float = 0.05) -> float:

@@ -142,18 +142,17 @@ def _placebos(given: list[str]) -> dict[str, str] | None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from gptlab.analysis.power import plan, pooled_sigma
+
     sigma = options.sigma
     if sigma is None:
         if not options.sources:
             raise UsageError("--plan: expected --sigma X, or runs to take it from; see `gptlab compare --help`")
-        found = [arm["sigma"] for arm in _verdicts(options)[1]["arms"].values() if arm["sigma"] is not None]
-        if not found:
+        sigma = pooled_sigma(_verdicts(options)[1]["arms"])
+        if sigma is None:
             raise UsageError("--plan: expected at least 2 seeds of an arm and its baseline, found fewer; give --sigma")
-        sigma = math.sqrt(sum(s * s for s in found) / len(found))
     if not 0 < options.power < 1 or options.arms < 1 or sigma == 0:
         raise UsageError("--plan: expected a power between 0 and 1, at least 1 arm and a sigma above 0")
-
-    from gptlab.analysis.power import plan
 
     wanted = sigma if options.difference is None else options.difference
     found = plan(sigma, wanted, delta=options.delta, arms=options.arms, power=options.power, looks=options.looks)

@@ -7,6 +7,7 @@ A person sees a live table on a terminal, and a line a cell elsewhere.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from gptlab.runs.experiment_spec import Experiment
     from gptlab.runs.smoke import Trial
 
-ACTIONS = ("run", "status", "smoke", "pack", "unpack")
+ACTIONS = ("run", "status", "smoke", "plan", "pack", "unpack")
 EXECUTORS = ("slurm", "local")
 SMOKE_SECONDS = 120.0
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--executor is for run, found it with {options.action}")
     if options.slurm and not options.executor:
         raise UsageError("--slurm is for jobs of a cluster: add --executor slurm")
-    actions = {"run": _run, "status": _status, "smoke": _smoke, "pack": _pack, "unpack": _unpack}
+    actions = {"run": _run, "status": _status, "smoke": _smoke, "plan": _plan, "pack": _pack, "unpack": _unpack}
     return actions[options.action](options)
 
 
@@ -60,7 +61,8 @@ def _parser() -> Parser:
         prog="gptlab experiment",
         description="run: train every cell (arm and seed) that is missing, as many at a time as suits the machine; run "
         "it again after any stop or kill. status: how the cells stand, from any terminal. smoke: in two minutes, does "
-        "every arm run, is its signal active, at what dose, and what will the whole cost? pack: write all that "
+        "every arm run, is its signal active, at what dose, and what will the whole cost? plan: what can its "
+        "seeds find, and is 'no difference' within reach? pack: write all that "
         "verdicts need, and no weights, to one small file to commit or send. unpack: make a folder of such a file, in "
         "which run trains what is missing.",
         epilog="A file declares arms, seeds and delta (ready: first_look, 1_noise); `gptlab compare` gives "
@@ -79,6 +81,7 @@ def _parser() -> Parser:
     add("--executor", choices=EXECUTORS, help=executor)
     add("--slurm", action="append", metavar="KEY=VALUE", help=slurm)
     add("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
+    add("--sigma", type=float, metavar="X", help="plan: spread of paired differences between seeds [its runs']")
     add("--seconds", type=_count, default=SMOKE_SECONDS, metavar="N", help=f"time of smoke [{SMOKE_SECONDS:.0f}]")
     return parser
 
@@ -280,6 +283,44 @@ def _smoke(options: argparse.Namespace) -> int:
             f"{duration(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"
         )
     return 3 if any(trial.reason for trial in trials) else 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    """What the declared seeds can find, from the spread that was given or that runs of the experiment show."""
+    from gptlab.analysis.load import read
+    from gptlab.analysis.power import plan, pooled_sigma, smallest_delta, smallest_difference
+    from gptlab.analysis.statistics import EQUIVALENCE, look_level
+    from gptlab.runs.tuning import cells_an_arm
+
+    experiment, folder = _read(options)
+    sigma = options.sigma
+    if sigma is None:
+        with contextlib.suppress(GptlabError):
+            sigma = pooled_sigma(read([folder]).verdicts()["arms"])
+    if not sigma or not 0 < sigma < 1e6:
+        raise UsageError(
+            f"experiment plan: expected --sigma X, the spread of paired differences between seeds, or at least 2 "
+            f"finished seeds of an arm and its baseline in {folder}, found {sigma}"
+        )
+    n, looks = len(experiment.seeds), experiment.looks
+    arms = [a for a in experiment.arms.values() if a.options.get("signal.control", "none") == "none"]
+    judged = max(1, len(arms) - len(experiment.baselines))
+    found = plan(sigma, sigma, delta=experiment.delta, arms=judged, looks=looks)
+    proposed = smallest_delta(sigma, n, look_level(EQUIVALENCE, looks, n))
+    cells, needed = sum(cells_an_arm(experiment, n).values()), found["seeds_for_no_difference"]
+    smallest = smallest_difference(sigma, n, found["level"])
+    if options.json:
+        own = {"n": n, "smallest_difference": smallest, "delta_in_reach": proposed, "cells": cells}
+        print(json.dumps({**found, **own}))
+        return 0
+    print(f"{cells} cells; {n} seeds with a spread of {sigma:.4g}, {judged} arm(s) to judge:")
+    print(f"  a difference of {smallest:.4g} is found with probability 0.8")
+    print(f"  'no difference' is within reach for a delta of {proposed:.4g} or more")
+    if experiment.delta is None:
+        print(f"  none is declared, so that it is only said of exact equality: delta = {proposed:.2g} would do")
+    elif experiment.delta < proposed:
+        print(f"  out of reach for the declared {experiment.delta:g}, which takes {needed or 'over 10,000'} seeds")
+    return 0
 
 
 def _total(experiment: Experiment, trials: list[Trial], cells: dict[str, int], packing: Any) -> dict[str, Any]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from gptlab.analysis import power
 from gptlab.analysis.statistics import critical_t
+from gptlab.cli.experiment import main
+from gptlab.errors import UsageError
 
 
 @pytest.mark.parametrize(("effect", "n", "level"), [(0.5, 20, 0.05), (1.0, 10, 0.0125), (2.0, 5, 0.05), (5.0, 2, 0.05)])
@@ -58,3 +63,31 @@ def test_more_arms_and_looks_take_more_seeds() -> None:
     several = power.plan(0.02, 0.02, arms=4, looks=[5, 10, 20])
     assert alone["seeds_for_difference"] < several["seeds_for_difference"]
     assert [row["n"] for row in several["seeds"]] == [5, 10, 20]
+
+
+PLANS = {
+    "out of reach": ("delta = 0.01", "out of reach for the declared 0.01, which takes 2"),
+    "within reach": ("delta = 0.05", "'no difference' is within reach for a delta of 0.0"),
+    "undeclared": ("", "none is declared, so that it is only said of exact equality: delta = 0.0"),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_plan_says_before_the_runs_what_is_out_of_reach(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    declared, message = PLANS[case]
+    file = tmp_path / "x.toml"
+    head = f"name = 'x'\nbaseline = 'a'\nseeds = [1, 2, 3, 4, 5, 6, 7]\n{declared}\n"
+    file.write_text(f"{head}[arms.a]\n[arms.b]\nweight_decay = 0.5\n")
+    words = ["plan", str(file), "--out", str(tmp_path / "x")]
+    assert main([*words, "--sigma", "0.017"]) == 0
+    shown = capsys.readouterr().out
+    assert message in shown
+    assert ("out of reach" in shown) == (case == "out of reach")
+    assert main([*words, "--sigma", "0.017", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["n"], found["cells"], found["arms"]) == (7, 14, 1)
+    assert power.power_of_equivalence(0.0, 0.017, 7, found["delta_in_reach"]) == pytest.approx(0.8, abs=0.01)
+    with pytest.raises(UsageError, match="expected --sigma X"):
+        main(words)
