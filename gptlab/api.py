@@ -132,20 +132,20 @@ class Comparison:
         return self.arms[arm]
 
     def __repr__(self) -> str:
-        from gptlab.analysis.tables import remarks, tables
+        from gptlab.analysis.tables import remarks, sentences, tables
         from gptlab.cli.console import result_text
 
-        return result_text(tables(self.result), remarks(self.result))
+        return result_text(tables(self.result), remarks(self.result), first=sentences(self.result))
 
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        from gptlab.analysis.tables import remarks, tables
+        from gptlab.analysis.tables import remarks, sentences, tables
 
         def row(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-        parts = []
+        parts = [f"<p><b>{html.escape(line)}</b></p>" for line in sentences(self.result)]
         for title, header, rows in tables(self.result):
             body = "".join(row(cells, "td") for cells in rows)
             head = f"<caption>{html.escape(title)}</caption><thead>{row(header, 'th')}</thead>"

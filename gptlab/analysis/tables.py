@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ def _table(title: str, first: str, named: Mapping[str, Any], columns: Mapping[st
 
 VERDICT_COLUMNS: dict[str, Callable[[Any], str]] = {
     "verdict": lambda arm: arm["verdict"],
+    "mean": lambda arm: number(arm["loss"], ".4f"),
     "difference": lambda arm: number(arm["difference"], "+z.4f"),
     "95% interval": lambda arm: interval(arm["interval"]),
     "n": lambda arm: str(arm["n"]),
@@ -65,12 +67,47 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
             "95% interval": lambda found: "{:+,.0f} to {:+,.0f}".format(*found["interval"]),
         })  # fmt: skip
     if any("parameters" in arm["passport"] for arm in arms.values()):
-        yield _table("How far to trust it", "arm", arms, {"passport": lambda arm: _passport(arm["passport"])})
+        yield Table("How far to trust it", ("arm", "passport"), _passports(arms))
     if tuning := result.get("tuning"):
         seeds = ", ".join(map(str, tuning["seeds"] or ())) or "–"
         title = f"What {number(tuning['trials'], 'd')} trials an arm chose, on seeds {seeds}"
         rows = [(name, *_choice(arm)) for name, arm in tuning["arms"].items()]
         yield Table(title, ("arm", "options", "factors", "loss", "note"), rows)
+
+
+EFFECTS = {"better": "helps", "worse": "harms", "no difference": "makes no difference", "inactive": "is inactive"}
+
+
+def sentences(result: Mapping[str, Any]) -> list[str]:
+    """The answer in plain words, one sentence for each arm that is no control."""
+    found = [f"{name} {_effect(arm, result)}" for name, arm in result["arms"].items() if not arm["control"]]
+    return found or [f"{name} (control) {_effect(arm, result)}" for name, arm in result["arms"].items()]
+
+
+def _effect(arm: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What an arm does, by how much, over how many seeds, and what its placebo does."""
+    effect = EFFECTS.get(arm["verdict"], "is undecided")
+    if arm["difference"] is None:
+        return f"{effect}: {arm['reason']}"
+    low, high = arm["interval"]
+    half = (high - low) / 2 if low is not None else 0.0
+    digits = min(6, max(2, math.ceil(-math.log10(half)))) if half else 4
+    unit = f" {unit}" if (unit := Metric(result["metric"], result["better"]).unit) else ""
+    around = "" if low is None else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
+    text = (
+        f"{effect}: {arm['loss']:.{digits}f} against {arm['baseline_loss']:.{digits}f}{unit}, difference "
+        f"{arm['difference']:+z.{digits}f}{around}, {arm['n']} seed{'s' * (arm['n'] != 1)}"
+    )
+    name = (arm["placebo"] or {}).get("arm")
+    placebo = result["arms"].get(name, {}).get("difference")
+    if placebo is None or not arm["difference"]:
+        return text
+    share = placebo / arm["difference"]
+    same = arm["difference"] * (1 if result["better"] == "lower" else -1) > 0
+    does = "harms" if same == (share > 0) else "helps"
+    size = abs(share)
+    times = f"{size:.0%} as much" if size < 0.95 else "as much" if size < 1.05 else f"{size:.1f} times as much"
+    return f"{text}; its placebo {does} {'half as much' if 0.45 <= size <= 0.55 else times}"
 
 
 def paired(arms: Mapping[str, Mapping[str, Any]]) -> str:
@@ -104,9 +141,19 @@ def _difference(found: Mapping[str, Any] | None) -> str:
     return f"{text} against {found['against']}, at {found['ratio']:.2f} of its cost" if "against" in found else text
 
 
-def _passport(found: Mapping[str, Any]) -> str:
-    return ", ".join(
-        [
+def _passports(arms: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What all arms' figures rest on, once, and of each arm what is its own."""
+    parts = {name: _passport(arm["passport"]) for name, arm in arms.items()}
+    first = next(iter(parts.values()))
+    common = [part for part in first if len(parts) > 1 and all(part in found for found in parts.values())]
+    own = {name: [part for part in found if part not in common] for name, found in parts.items()}
+    rows = [(name, ", ".join(found)) for name, found in own.items() if found]
+    return [("all arms", ", ".join(common)), *rows] if common else rows
+
+
+def _passport(found: Mapping[str, Any]) -> list[str]:
+    return [
+        *(
             f"{number(found.get('parameters'), ',')} parameters",
             f"{number(found.get('tokens_per_parameter'), '.3g')} tokens each",
             f"{number(found.get('epochs'), '.3g')} epochs",
@@ -118,8 +165,8 @@ def _passport(found: Mapping[str, Any]) -> str:
             f"seed correlation {number(found['seed_correlation'], '.2f')}",
             *([f"correlation with other arms' errors {r:.2f}"] if (r := found["arms_correlation"]) is not None else []),
             f"minimum detectable effect (80% power) {number(found['smallest_difference'], '.4f')}",
-        ]
-    )
+        ),
+    ]
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:

@@ -32,9 +32,29 @@ class Parser(argparse.ArgumentParser):
             commands = [action.choices.values() for action in self._actions if isinstance(action.choices, dict)]
             parsers = itertools.chain([self], *commands)
             known = [name for parser in parsers for action in parser._actions for name in action.option_strings]
-            hint = did_you_mean(word, known) if word.startswith("-") else ""
+            hint = _hint(word, known) if word.startswith("-") else ""
             raise UsageError(f"unknown argument {shown(word)}{hint}; see `{self.prog} --help`")
         return parsed
+
+
+ELSEWHERE = {
+    "--lr": "--learning_rate", "--wandb": "--log wandb", "--tensorboard": "--log tensorboard",
+    "--trackio": "--log trackio", "--max_iters": "--steps", "--max_steps": "--steps", "--num_steps": "--steps",
+    "--bs": "--batch_size", "--micro_batch_size": "--batch_size",
+    "--wd": "--weight_decay", "--warmup": "--warmup_steps",
+    "--warmup_iters": "--warmup_steps", "--lr_decay": "--schedule", "--eval_interval": "--eval_every",
+    "--save_every": "--checkpoint_every", "--log_interval": "--log_every", "--seq_len": "--block_size",
+    "--context_length": "--block_size", "--depth": "--n_layer", "--n_layers": "--n_layer", "--n_heads": "--n_head",
+    "--d_model": "--n_embd", "--hidden_size": "--n_embd", "--out_dir": "--out", "--output_dir": "--out",
+    "--dataset": "--data", "--signal": "--signal.name", "--loss": "--signal.name",
+}  # fmt: skip
+"""What other programs call an option, and where ours has it."""
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    """The option that was probably meant: by its name in other programs, else the nearest one."""
+    meant = ELSEWHERE.get(word)
+    return f"; did you mean '{meant}'?" if meant and meant.split()[0] in known else did_you_mean(word, known)
 
 
 def at_least(least: int, options: argparse.Namespace, *names: str) -> None:

@@ -41,9 +41,9 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        from gptlab.analysis.tables import remarks, tables
+        from gptlab.analysis.tables import remarks, sentences, tables
 
-        show_result(tables(result), remarks(result))
+        show_result(tables(result), remarks(result), first=sentences(result))
     return 0
 
 

@@ -354,25 +354,30 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, boxed:
     return shown
 
 
-def show_result(tables: Iterable[Table], lines: Iterable[str]) -> None:
-    """Tables and what is to be read with them, on standard output."""
+def show_result(
+    tables: Iterable[Table], lines: Iterable[str], *, first: Sequence[str] = (), on: Console | None = None
+) -> None:
+    """The answer in words, tables, and what is to be read with them, on standard output or another console."""
     from rich.text import Text
 
-    shown_on = console()
+    shown_on = on or console()
+    for line in first:
+        shown_on.print(Text(printable(line), "bold"))
+    if first:
+        shown_on.print()
     for table in tables:
         show_table(shown_on, table)
     for line in lines:
         shown_on.print(Text(printable(line)))
 
 
-def result_text(tables: Iterable[Table], lines: Iterable[str]) -> str:
+def result_text(tables: Iterable[Table], lines: Iterable[str], *, first: Sequence[str] = ()) -> str:
     """What `show_result` shows, as text with rows as long as they are."""
     from rich.console import Console
 
-    shown_on = Console(file=io.StringIO(), highlight=False, width=PIPE_WIDTH)
-    for table in tables:
-        show_table(shown_on, table)
-    return "\n".join([shown_on.file.getvalue().rstrip(), "", *map(printable, lines)])  # type: ignore[attr-defined]
+    text = io.StringIO()
+    show_result(tables, lines, first=first, on=Console(file=text, highlight=False, width=PIPE_WIDTH))
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def show_table(shown_on: Console, table: Table) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gptlab.analysis.tables import sentences
 from gptlab.cli.compare import main as compare
 from gptlab.cli.main import guarded
 from gptlab.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ def test_the_tables_show_names_as_they_are(log: Path, tmp_path: Path, capsys: py
     assert "--better: #" in str(drawn[0].text)
     shown, page = capsys.readouterr().out, (tmp_path / "page.md").read_text()
     assert all(text in shown for text in ("a|b", "[bold]c", "better", "worse", "below its baseline"))
-    assert r"| a\|b | better | -0.1012 |" in page
+    assert re.search(r"^\| a\\\|b \| better \| 2\.9\d\d\d \| -0\.1012 \|", page, re.MULTILINE)
     assert r"\[bold\]c" in page
 
 
@@ -139,3 +144,41 @@ def test_help_needs_no_torch_and_no_scipy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+Arm = dict[str, Any]
+ANSWERS = {
+    "sure": "sure harms: 2.50 against 2.23 nats, difference +0.27 [0.25, 0.30], 5 seeds; its placebo "
+    "harms half as much",
+    "wide": "wide helps: 2.00 against 2.23 nats, difference -0.23 [-0.30, -0.16], 1 seed; its placebo harms 1.1 times "
+    "as much",
+    "same": "same makes no difference: 2.2300 against 2.2300 nats, difference +0.0000 [0.0000, 0.0000], 5 seeds",
+    "early": "early is undecided: too few",
+}
+
+
+def _arm(verdict: str, loss: float | None, interval: list[float | None], placebo: str | None, n: int = 5) -> Arm:
+    difference = None if loss is None else loss - 2.23
+    return {"verdict": verdict, "loss": loss, "baseline_loss": 2.23, "difference": difference, "interval": interval,
+            "n": n, "reason": "too few", "control": verdict == "control",
+            "placebo": placebo and {"arm": placebo}}  # fmt: skip
+
+
+def test_the_answer_stands_first_in_plain_words(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {
+        "sure": _arm("worse", 2.5, [0.25, 0.30], "p"), "wide": _arm("better", 2.0, [-0.30, -0.16], "q", 1),
+        "same": _arm("no difference", 2.23, [0.0, 0.0], None), "early": _arm("undecided", None, [None, None], "p"),
+        "p": _arm("control", 2.365, [0.1, 0.2], None), "q": _arm("control", 2.485, [0.1, 0.2], None),
+    }  # fmt: skip
+    assert sentences({"arms": arms, "metric": "loss", "better": "lower"}) == list(ANSWERS.values())
+    assert compare([str(log)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("a|b helps: 2.960 against 3.061 nats, difference -0.101 [")
+
+
+def test_what_all_arms_share_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare([str(ROOT / "docs/findings/1_noise.json.gz")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("842,496") == 1
+    assert "all arms" in shown
+    assert "minimum detectable effect (80% power)" in shown

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from gptlab.cli import arguments
 from gptlab.cli.arguments import Parser
 from gptlab.cli.console import StopRequest, printable
 from gptlab.cli.main import COMMANDS, guarded, main
@@ -233,3 +234,12 @@ def test_gptlab_is_a_module_too_and_a_reader_may_leave_early(finished_run: Path)
     )  # fmt: skip
     assert done.stderr == b""
     assert len(done.stdout) == 10
+
+
+@pytest.mark.parametrize(("word", "meant"), arguments.ELSEWHERE.items())
+def test_the_names_of_other_programs_lead_to_ours(word: str, meant: str, capsys: Capture) -> None:
+    known = {f"--{option.key}" for option in options_of(TrainingConfig)}
+    assert meant.split()[0] in known
+    if word not in known:
+        assert main(["train", word.replace("_", "-"), "3"]) == 2
+        assert f"did you mean '{meant}'?" in capsys.readouterr().err
