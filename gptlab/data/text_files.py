@@ -102,7 +102,7 @@ def find_files(
             wanted = [file for file in files if _is_wanted(file, suffixes, text_field, known, left_out)]
             if not wanted:
                 others = f" ({left_out})" if left_out.count else ""
-                raise DataError(f"expected {kinds} files in folder {given}, found none{others}: look at --input")
+                raise DataError(f"expected {kinds} files in folder {given}, found none{others}: choose another")
             found += wanted
         elif not given.exists():
             raise DataError(f"expected a file or folder at {given}, found nothing: look at --input")
