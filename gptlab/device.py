@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +20,7 @@ import torch
 
 from gptlab.errors import ConfigError, shown
 from gptlab.processes import usable_cores
+from gptlab.randomness import torch_generator
 
 MOST_THREADS = 1024
 """Of a process: with many more PyTorch does not start."""
@@ -216,22 +217,30 @@ def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reas
     return torch.device("cuda", chosen)
 
 
-def matmul_peak(compute: ComputeConfig, size: int | None = None) -> float:
-    """The machine's matmul rate in FLOP/s for this process: the best of a few square products, measured now."""
-    gpu = compute.device.type == "cuda"
-    n = size or (8192 if gpu else 1024)
-    dtype = compute.autocast or torch.float32
-    a = torch.ones(n, n, dtype=dtype, device=compute.device)
-    best = float("inf")
-    for _ in range(6):
-        if gpu:
-            torch.cuda.synchronize()
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """How long `device` takes for what an action gives it: by a GPU's own events, without the host's share."""
+    if device.type != "cuda":
         start = time.perf_counter()
-        torch.matmul(a, a)
-        if gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        action()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    action()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def matmul_peak(compute: ComputeConfig, size: int | None = None) -> float:
+    """The machine's matmul rate in FLOP/s for this process: the best of some square products, measured now.
+
+    Of random numbers, since ones cost a GPU less power and so run at a higher clock than training's.
+    """
+    n = size or (8192 if compute.device.type == "cuda" else 1024)
+    generator = torch_generator("matmul peak", device=str(compute.device))
+    a = torch.randn(n, n, device=compute.device, generator=generator).to(compute.autocast or torch.float32)
+    out = a @ a  # warms up
+    return 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=out), compute.device) for _ in range(12))
 
 
 def environment(compute: ComputeConfig, machine: Machine) -> dict[str, Any]:

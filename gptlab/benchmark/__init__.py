@@ -12,6 +12,8 @@ SIZES: dict[str, dict[str, int]] = {
     "small": {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 50304, "block_size": 256, "batch": 4},
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "block_size": 256, "batch": 4},
 }
+ON_A_GPU = {name: {"block_size": 1024, "batch": batch} for name, batch in (("tiny", 128), ("small", 64), ("124m", 32))}
+"""What is larger there: a GPU waits for its host where a step's products are small."""
 PEERS = ("nanogpt", "build-nanogpt")
 """Peers that are measured from a checkout."""
 MODES: dict[str, dict[str, Any]] = {

@@ -1,7 +1,8 @@
 """What is measured: whole optimizer steps of ours and of peers, on the same tokens, each a function without arguments.
 
-Peers are run as their users run them: their own model, eager, autocast for bf16, gradient clipping at 1, AdamW as they
-set it. transformers is a package; nanoGPT and build-nanogpt come from a checkout that the caller names.
+Peers are run as their users run them: their own model, eager on a CPU and compiled on a GPU, autocast for bf16,
+gradient clipping at 1, AdamW as they set it. transformers is a package; nanoGPT and build-nanogpt come from a checkout
+that the caller names.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.signals.config import SignalConfig
 from gptlab.training.block_graph import Batch
 from gptlab.training.config import TrainingConfig
+from gptlab.training.loop import rehearse
 from gptlab.training.optimizer import build_optimizer
+from gptlab.training.sharding import compile_blocks
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, update
 
@@ -69,6 +72,7 @@ def ours(
     )  # fmt: skip
     model = GPT(c).to(placement.device)
     install(model, placement)
+    compile_blocks(model, placement, partial(rehearse, model, plain, world, placement))
     state = TrainingState(model, build_optimizer(model, plain))
     tokens, targets = work.data(placement.device)
 
@@ -146,6 +150,7 @@ def _plain_step(
 ) -> Step:
     """One step as nanoGPT-like trainers make it: autocast forward, backward, clip, update."""
     parameters = list(model.parameters())
+    loss = torch.compile(loss) if placement.compile else loss  # the whole model, as its users do on a GPU
 
     def step() -> None:
         keep_freed_memory(False)  # glibc as the peer's users have it

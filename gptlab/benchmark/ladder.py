@@ -142,7 +142,7 @@ def run_of_ladder(words: list[str]) -> None:
     sizes: dict[str, Any] = dict(SIZES[size])
     own = sizes.pop("batch")
     count = int(threads)
-    placement = placed(replace(choose_compute(Machine.probe(), threads=count, compile="off"), threads=count), dtype)
+    placement = placed(replace(choose_compute(Machine.probe(), device="cpu", threads=count), threads=count), dtype)
     placement.apply()
     rank, number = map(int, place.split("/"))
     world = World(rank, number, rank, number, store=store, store_stays=True) if store else World()
@@ -160,7 +160,7 @@ def run_of_ladder(words: list[str]) -> None:
 def weak_scaling(size: str, rounds: int, per_round: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
     """Measure the teams in turn at one size; JSON values."""
     machine = Machine.probe()
-    placement = choose_compute(machine, n_embd=SIZES[size]["n_embd"], compile="off")
+    placement = choose_compute(machine, device="cpu", n_embd=SIZES[size]["n_embd"])
     batch = SIZES[size]["batch"]
     with ExitStack() as running:
         teams = {

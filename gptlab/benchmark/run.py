@@ -16,7 +16,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -26,11 +25,11 @@ from typing import Any
 
 import torch
 
-from gptlab.benchmark import MODES, SIZES, contenders
+from gptlab.benchmark import MODES, ON_A_GPU, SIZES, contenders
 from gptlab.benchmark.contenders import Step, Work, placed
 from gptlab.benchmark.ladder import STEPS, Ladder, Timing, interleave, wait
-from gptlab.device import ComputeConfig, Machine, choose_compute
-from gptlab.errors import ConfigError
+from gptlab.device import ComputeConfig, Machine, choose_compute, seconds
+from gptlab.errors import ConfigError, UsageError
 from gptlab.model.gpt import GPTConfig
 from gptlab.processes import python_command
 from gptlab.signals.config import SignalConfig
@@ -63,12 +62,12 @@ class Bench:
 
     @property
     def placement(self) -> ComputeConfig:
-        n_embd = self.work.config.n_embd
-        return choose_compute(self.machine, threads=self.threads, n_embd=n_embd, compile="off", dtype=self.dtype)
+        n_embd = SIZES[self.size]["n_embd"]
+        return choose_compute(self.machine, threads=self.threads, n_embd=n_embd, dtype=self.dtype)
 
     @property
     def work(self) -> Work:
-        size: dict[str, Any] = dict(SIZES[self.size])
+        size: dict[str, Any] = SIZES[self.size] | (ON_A_GPU[self.size] if self.machine.gpus else {})
         batch = size.pop("batch")
         return Work(GPTConfig(**size), self.batch or batch)
 
@@ -97,6 +96,8 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """Measure; JSON values."""
         placement, work, own = self.placement, self.work, ("baseline", *self.modes)
+        if self.ladder and self.machine.gpus:
+            raise UsageError("--ladder runs one process a core, and this machine's steps are a GPU's; leave it out")
         for name, path in self.peers:
             contenders.check_checkout(name, Path(path))
         placement.apply()
@@ -133,8 +134,9 @@ class Bench:
             "size": self.size,
             "batch": work.batch,
             "dtype": placement.dtype_name,
-            "processor": self.machine.processor,
-            "bf16": self.machine.cpu_bf16,
+            "processor": self.machine.gpus[0] if self.machine.gpus else self.machine.processor,
+            "bf16": "" if self.machine.gpus else self.machine.cpu_bf16,
+            "compiled": placement.compile,
             "threads": placement.threads,
             "rounds": self.rounds,
             "matmul_limit_tokens_per_second": work.tokens / limits["baseline"],
@@ -152,7 +154,8 @@ class Bench:
         step()
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as found:
             step()
-        table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=48)
+        by = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=48)
         return f"{mode}, {self.size}, {self.placement.dtype_name}, {self.placement.threads} threads\n{table}"
 
 
@@ -193,18 +196,15 @@ class MatmulTimes:
         self._times: dict[Product, list[float]] = defaultdict(list)
 
     def measure(self, needed: Counter[Product], repeats: int = 3) -> None:
-        """Time every product of `needed` some times more."""
+        """Time every product of `needed`, of random numbers, some times more."""
         device = self.placement.device
         for m, k, n in needed:
-            a = torch.ones(m, k, dtype=self.dtype, device=device)
-            b = torch.ones(n, k, dtype=self.dtype, device=device).t()
+            a = torch.randn(m, k, device=device).to(self.dtype)
+            b = torch.randn(n, k, device=device).to(self.dtype).t()
             out = a @ b  # warms up, and takes the memory that the system would else clear within the measurement
-            for _ in range(repeats):
-                wait()
-                start = time.perf_counter()
-                torch.mm(a, b, out=out)
-                wait()
-                self._times[m, k, n].append(time.perf_counter() - start)
+            wait()
+            product = partial(torch.mm, a, b, out=out)
+            self._times[m, k, n] += [seconds(product, device) for _ in range(repeats)]
 
     def seconds(self, needed: Counter[Product]) -> float:
         """The medians of the products of `needed`, summed."""
@@ -221,8 +221,11 @@ def peak_bytes(bench: Bench, contender: str) -> int:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _most() -> int:
-    """The most resident memory so far. On Linux from the kernel's own mark: getrusage's starts at the parent's."""
+def _most(device: torch.device) -> int:
+    """The most memory so far: of a GPU what tensors take; of a host what is resident, on Linux from the kernel's own
+    mark, since getrusage's starts at the parent's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
@@ -234,8 +237,9 @@ def print_peak(words: list[str]) -> None:
     contender, bench = words
     what = Bench(**json.loads(bench))
     what.placement.apply()
-    before = _most()
+    device = what.placement.device
+    before = _most(device)
     step = what.build(contender)
     for _ in range(3):
         step()
-    print(json.dumps(_most() - before))
+    print(json.dumps(_most(device) - before))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
+from gptlab import device
 from gptlab.benchmark.contenders import ours
 from gptlab.benchmark.ladder import STEPS, TEAMS, Ladder, Timing, rows
 from gptlab.benchmark.run import Bench
 from gptlab.cli.main import main
+from gptlab.errors import UsageError
 
 
 @pytest.mark.slow
@@ -52,6 +56,39 @@ def test_peers_run_in_both_dtypes_where_asked_or_narrow(size: str, both: bool) -
     assert set(bench.theirs()) == names
     bench.__dict__["machine"] = replace(bench.machine, cpu_bf16="")
     assert set(bench.theirs()) == {"transformers fp32"}
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "124m"])
+def test_a_gpu_is_measured_with_its_own_sizes_and_compiled(size: str) -> None:
+    bench = Bench(size, ladder=True)
+    bench.__dict__["machine"] = replace(
+        bench.machine, gpus=("H200",), gpu_bf16=True, gpu_capability=(9, 0), cpu_bf16=""
+    )
+    assert (bench.placement.device.type, bench.placement.compile, bench.placement.dtype_name) == ("cuda", True, "bf16")
+    assert bench.work.config.block_size == 1024
+    assert bench.work.tokens >= 32 * 1024
+    with pytest.raises(UsageError, match="--ladder runs one process a core"):
+        bench.run()
+    bench.__dict__["machine"] = replace(bench.machine, gpus=())
+    assert bench.placement.compile is False
+    assert bench.work.config.block_size <= 256
+
+
+def test_the_peak_is_the_best_of_repeats_on_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy for most of them still shows its rate; ones would be multiplied faster on a GPU."""
+    seen: list[torch.Tensor] = []
+    busy = iter([8.0, 2.0, 4.0, 1.0, 9.0, *[5.0] * 50])
+    plain = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: seen.append(a.clone()) or plain(a, b, out=out))
+
+    def took(action: Callable[[], object], where: torch.device) -> float:
+        action()
+        return next(busy)
+
+    monkeypatch.setattr(device, "seconds", took)
+    compute = device.choose_compute(device.Machine.probe(), device="cpu", dtype="fp32", threads=1)
+    assert device.matmul_peak(compute, 32) == 2 * 32**3 / 1.0
+    assert all(a.unique().numel() > 1000 for a in seen)
 
 
 @pytest.mark.slow
