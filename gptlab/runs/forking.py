@@ -132,8 +132,6 @@ def serve(words: Sequence[str]) -> int:
 
 def _cell(words: Sequence[str], server: int, output: int, claim: int) -> int:
     """Be `gptlab WORDS` in a process that was just forked. The claim stays open until it ends."""
-    from gptlab.cli.main import main
-
     os.setsid()
     end_with(server)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -143,7 +141,7 @@ def _cell(words: Sequence[str], server: int, output: int, claim: int) -> int:
     os.close(output)
     os.set_inheritable(claim, False)
     sys.argv[1:] = words
-    return main(words)
+    return importlib.import_module("gptlab.cli.main").main(words)
 
 
 def wait_for(server: ForkServer, cell: int) -> int:
