@@ -52,7 +52,10 @@ class Display(Observer):
     ) -> None:
         """Say what is about to run, and where."""
         signal = config.signal
-        judged = "the plain baseline" if signal.name == "none" else f"block loss {signal.name}: {signal.signal.formula}"
+        judged = "the plain baseline"
+        if signal.name != "none":
+            what = "block loss" if signal.kind == "reading" else "signal"
+            judged = f"{what} {signal.name}: {signal.signal.formula}"
         verb = f"resuming from {beginning.checkpoint}, {placement.repeats}" if beginning.checkpoint else "starting"
         for text in (
             Text.assemble(("gptlab ", "bold"), f"{config.preset}, {judged}"),

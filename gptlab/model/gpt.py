@@ -9,6 +9,8 @@ Shapes: B batch, T time, C channels (n_embd), H heads, L blocks (n_layer), V voc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,6 +58,10 @@ class CausalAttention(nn.Module):
         return y.transpose(1, 2).reshape(B, T, C)
 
 
+Attend = Callable[[Tensor, Tensor | None], Tensor]
+"""Another attention in place of a block's own: of q, k and v (B, Q, 3C) of states, and of others they may see."""
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -63,8 +69,10 @@ class CausalSelfAttention(nn.Module):
         self.attend = CausalAttention(config.n_head)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        return self.c_proj(self.attend(self.c_attn(x)))
+    def forward(self, x: Tensor, attend: Attend | None = None, context: Tensor | None = None) -> Tensor:
+        if attend is None:
+            return self.c_proj(self.attend(self.c_attn(x)))
+        return self.c_proj(attend(self.c_attn(x), None if context is None else self.c_attn(context)))
 
 
 class MLP(nn.Module):
@@ -88,8 +96,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, attend: Attend | None = None, context: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C). attend: in place of the block's own attention, to x and to `context` (B, T', C)."""
+        x = x + self.attn(self.ln_1(x), attend, None if context is None else self.ln_1(context))
         return x + self.mlp(self.ln_2(x))
 
 

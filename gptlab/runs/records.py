@@ -108,7 +108,8 @@ _BLOCKS: Check = ("a number for each block", partial(_all, is_figure))
 ROWS: Mapping[str, Mapping[str, Check]] = {
     "train": {
         **dict.fromkeys(("loss", "signal_loss", "grad_norm", "lr", "mfu", "dose", "weight", "noise_scale",
-                        "signal_norm", "step_change"), _FIGURE),
+                        "signal_norm", "step_change", "reward", "reward_passed", "distinct_ngrams",
+                        "argmax_entropy"), _FIGURE),
         **dict.fromkeys(("signal_by_judge", "doses", "weights", "alignment"), _LIST),
         **dict.fromkeys(("signals_by_judge", "alignment_by_block"), _LISTS),
         "clipped": _BOOL, "tokens": _COUNT, "tokens_per_second": _SPEED,

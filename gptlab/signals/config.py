@@ -9,11 +9,14 @@ from typing import Literal
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option
 from gptlab.randomness import uniform_index
-from gptlab.signals.registry import OBJECTIVES, SIGNALS, Objective, Signal, known_names
+from gptlab.signals.registry import CONVERSATION, OBJECTIVES, SAMPLED, SIGNALS, Objective, Sampled, Signal, known_names
 from gptlab.signals.user import GivenFunction, user_signal
 
 READING_OPTIONS = ("layers", "positions", "evaluator", "reach", "embeddings")
 """What signals that read blocks have and other sources have not."""
+CONVERSATION_OPTIONS = ("say", "reply", "samples", "turns", "advantage", "exact", "listener")
+EXACT_VOCABULARY = 1024
+"""The most utterances that are enumerated at each turn."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class SignalConfig:
     threshold: float = option(0.9, "τ of the signals that have one")
     start: int = option(0, "the signal's first step", unit="steps")
     anneal: int | None = option(None, "the weight falls to 0 over so many steps after start", unit="steps", shown="off")
-    control: Literal["none", "placebo", "shuffled", "flipped"] = option("none", "turn the signal into its own control")
+    control: Literal["none", "placebo", "shuffled", "flipped", "self"] = option(
+        "none", "turn the signal into its own control; self: a conversation's without a listener"
+    )
     placebo_of: str | None = option(
         None, "a run, of whose signal the placebo takes the norm of every update", shown="its own signal's norm"
     )
@@ -48,6 +53,15 @@ class SignalConfig:
     )
     flip: float = option(1.0, "share of wrong targets that the control flipped shows the signal")
     flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is: any, or the likeliest")
+    say: int = option(1, "length of a conversation's utterance", unit="tokens")
+    reply: int = option(1, "length of the reply whose confidence is the reward", unit="tokens")
+    samples: int = option(4, "utterances sampled at each turn")
+    turns: int = option(4, "positions of each sequence at which something is said")
+    advantage: Literal["positive", "signed", "raw"] = option(
+        "positive", "an utterance's reward less the others' mean, where above 0 or as it is; or the reward itself"
+    )
+    exact: bool = option(False, "enumerate all utterances of one token instead of sampling some")
+    listener: str = option("self", "who replies: the model itself")
 
     def __post_init__(self) -> None:
         if callable(self.name):
@@ -92,8 +106,36 @@ class SignalConfig:
         if self.name != "none" and not self.is_code:  # a file says what it is once it may be run
             self._check_kind(self.kind)
 
+    def _check_conversation(self) -> None:
+        """Raise ConfigError for options of a conversation that contradict each other."""
+        for name in ("say", "reply", "samples", "turns"):
+            if (found := getattr(self, name)) < 1:
+                raise ConfigError(f"signal.{name} must be at least 1, found {found}")
+        if self.control == "flipped":
+            raise ConfigError("signal.control flipped shows wrong targets, and a conversation sees none; "
+                              "use shuffled, self or placebo")  # fmt: skip
+        if self.exact and (self.say > 1 or self.control == "shuffled"):
+            found = f"say {self.say}" if self.say > 1 else "control shuffled, which deals rewards of sampled ones"
+            raise ConfigError(f"signal.exact enumerates utterances of one token, found signal.{found}; leave one out")
+        if self.samples < 2 and self.advantage != "raw" and not self.exact:
+            raise ConfigError(f"signal.advantage {self.advantage} compares utterances, found signal.samples 1; "
+                              "sample 2 or more, or use raw")  # fmt: skip
+        if self.listener != "self":
+            raise ConfigError(
+                f"signal.listener: expected self, found {shown(self.listener)}; another model's weights would be "
+                "a second model in every session, and an average's in every checkpoint"
+            )
+
     def _check_kind(self, kind: str) -> None:
         """Raise ConfigError for an option that this kind of signal has no use for."""
+        own = () if kind == CONVERSATION else CONVERSATION_OPTIONS
+        for name in own:
+            if (found := getattr(self, name)) != getattr(SignalConfig, name):
+                raise ConfigError(f"signal.{name} {found} is an option of a conversation, found signal {self.name}; "
+                                  "leave it out")  # fmt: skip
+        if kind != CONVERSATION and self.control == "self":
+            raise ConfigError(f"signal.control self is a conversation without its listener, found signal {self.name}; "
+                              "use another control")  # fmt: skip
         if kind == "reading":
             return
         for name in READING_OPTIONS:
@@ -102,7 +144,9 @@ class SignalConfig:
                     f"signal.{name} {found} is for signals that read blocks, and {self.name} acts at the model's end; "
                     "leave it out"
                 )
-        if self.flip_to == "argmax":
+        if self.kind == CONVERSATION:
+            self._check_conversation()
+        elif self.flip_to == "argmax":
             raise ConfigError(f"signal.flip_to argmax needs the logits of one block, which {self.name} does not read; "
                               "use uniform")  # fmt: skip
 
@@ -112,15 +156,17 @@ class SignalConfig:
             raise ConfigError(f"signal.{name} must lie above {low} and at most {high}, found {value}")
 
     @cached_property
-    def signal(self) -> Signal | Objective:
+    def signal(self) -> Signal | Objective | Sampled:
         """The signal; a user's own as its file stood at the first look, so that it cannot change within a run."""
         if self.is_code:
             return user_signal(self.name)
-        return OBJECTIVES[self.name] if self.name in OBJECTIVES else SIGNALS[self.name]
+        return {**SIGNALS, **OBJECTIVES, **SAMPLED}[self.name]
 
     @cached_property
-    def kind(self) -> Literal["reading", "objective"]:
+    def kind(self) -> Literal["reading", "objective", "conversation"]:
         """What its gradient comes from; of a user's own function its file says it, which this runs."""
+        if self.name == CONVERSATION:
+            return "conversation"
         kind = "objective" if isinstance(self.signal, Objective) else "reading"
         if self.is_code:
             self._check_kind(kind)
@@ -133,8 +179,8 @@ class SignalConfig:
 
     @property
     def shuffles_gradients(self) -> bool:
-        """Whether the control shuffled moves the gradients at hidden states."""
-        return self.control == "shuffled"
+        """Whether the control shuffled moves the gradients at hidden states; of a conversation it deals the rewards."""
+        return self.control == "shuffled" and self.kind != CONVERSATION
 
     @property
     def is_code(self) -> bool:

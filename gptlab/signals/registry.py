@@ -107,6 +107,15 @@ class Objective:
         return self.function(states, tokens, targets, read)
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """One row of the table of sampled objectives."""
+
+    name: str
+    formula: str
+    source: str
+
+
 def _table(*signals: Signal) -> dict[str, Signal]:
     return {signal.name: signal for signal in signals}
 
@@ -185,6 +194,11 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+CONVERSATION = "conversation"
+SAMPLED = {CONVERSATION: Sampled(CONVERSATION, "-mean_k A_k·log p(a_k|x)", "N3, between tokens")}
+"""The sampled objectives. What one does is in training/conversation.py."""
+
+
 def known_names() -> tuple[str, ...]:
     """What `--signal.name` knows."""
-    return ("none", *SIGNALS, *OBJECTIVES)
+    return ("none", *SIGNALS, *OBJECTIVES, *SAMPLED)

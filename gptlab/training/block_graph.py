@@ -121,7 +121,7 @@ def build_graph(model: GPT, tokens: Tensor, autocast: torch.dtype | None, *, rec
     inputs, outputs = [], []
     with matmuls_in(autocast, model, tokens.device):
         with torch.no_grad():
-            h = model.embed(tokens)  # its backward is _embedding_backward
+            h = model.embed(tokens)  # its backward is embedding_backward
         for block in model.blocks:
             inputs.append(h.detach().requires_grad_())
             with torch.set_grad_enabled(not recompute):
@@ -174,11 +174,11 @@ def backprop_blocks(
             below = block_vjp(model, graph, j, passing.pop(j), learn=True, keep=keep)
             passing[j - 1] = below + passing[j - 1] if j - 1 in passing else below
     if embeddings and 0 in passing:
-        _embedding_backward(model, graph.tokens, passing[0])
+        embedding_backward(model, graph.tokens, passing[0])
 
 
-def _embedding_backward(model: GPT, tokens: Tensor, gradient: Tensor) -> None:
-    """Add the gradient (B, T, C) at h_0 to both embeddings."""
+def embedding_backward(model: GPT, tokens: Tensor, gradient: Tensor, positions: Tensor | None = None) -> None:
+    """Add the gradient (B, T, C) at h_0 to both embeddings. positions (B, T): where they are not 0, 1, .."""
     wte, wpe = model.wte.weight, model.wpe.weight
     T = tokens.shape[1]
     flat = gradient.flatten(0, 1)  # (N, C)
@@ -190,7 +190,10 @@ def _embedding_backward(model: GPT, tokens: Tensor, gradient: Tensor) -> None:
         add_gradient(wte, torch.ops.aten.embedding_dense_backward(flat, tokens.flatten(), len(wte), -1, False))
     if wpe.grad is None:
         wpe.grad = torch.zeros_like(wpe)
-    wpe.grad[:T] += gradient.sum(0)
+    if positions is None:
+        wpe.grad[:T] += gradient.sum(0)
+    else:
+        wpe.grad += torch.ops.aten.embedding_dense_backward(flat, positions.flatten(), len(wpe), -1, False)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from gptlab.training.block_graph import (
     build_graph,
 )
 from gptlab.training.controls import UNFLIPPED, TargetFlip, flipped, named, rotated, shuffled
+from gptlab.training.conversation import run_conversation
 from gptlab.training.sequence_objectives import run_objective
 
 
@@ -126,6 +127,7 @@ def _argmax_flipped_loss(logits: Tensor, targets: Tensor, other: Tensor | None =
 SOURCES: Mapping[str, Callable[[GPT, BlockGraph, Readout, ActiveSignal, Batch], SourceOutput]] = {
     "reading": run_judges,
     "objective": run_objective,
+    "conversation": run_conversation,
 }
 """By `SignalConfig.kind`: what a signal's gradient comes from."""
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import check_sizes, option
-from gptlab.signals.config import SignalConfig
+from gptlab.signals.config import EXACT_VOCABULARY, SignalConfig
+from gptlab.signals.registry import CONVERSATION
 
 if TYPE_CHECKING:
     from gptlab.model.config import GPTConfig
@@ -167,6 +168,8 @@ class TrainingConfig:
         if self.n_layer < 2 and (signal.is_code or signal.kind == "reading"):
             raise ConfigError("a signal needs a block that judges another: n_layer must be at least 2, found 1")
         signal.judges_at(0, self.n_layer, self.seed)  # refuses judges that this model does not have
+        if signal.name == CONVERSATION:
+            self._check_conversation(signal)
         if signal.name == "prefix_token_prediction" and self.tokenizer == "bytes":
             raise ConfigError("prefix_token_prediction needs tokens that begin with other tokens, and bytes do not; "
                               "add --tokenizer gpt2, or leave it out")  # fmt: skip
@@ -188,6 +191,22 @@ class TrainingConfig:
                 f"signal.flip and signal.flip_to are for signal.control flipped, found control {signal.control}; "
                 "add --signal.control flipped, or leave them out"
             )
+
+    def _check_conversation(self, signal: SignalConfig) -> None:
+        """Raise ConfigError for a conversation that this model's windows, vocabulary or figures have no room for."""
+        room = self.block_size - signal.say - signal.reply + 1
+        if room < signal.turns:
+            raise ConfigError(
+                f"signal.turns must be at most {max(0, room)} in windows of block_size {self.block_size} with room for "
+                f"signal.say {signal.say} and signal.reply {signal.reply}, found {signal.turns}"
+            )
+        if signal.exact and self.vocab_size > EXACT_VOCABULARY:
+            raise ConfigError(
+                f"signal.exact enumerates a vocabulary of at most {EXACT_VOCABULARY}, found {self.vocab_size}; "
+                "leave it out, or use --tokenizer bytes"
+            )
+        if sum(other.name == CONVERSATION for other in self.signals) > 1:
+            raise ConfigError("a run logs the figures of one conversation, found several; leave all but one out")
 
     def _check_sharded(self) -> None:
         """Raise ConfigError for what needs whole matrices, or gradients, on one process."""

@@ -150,6 +150,7 @@ def _train_row(
         "mfu": speed * mfu_per_speed,
     }
     if done.dose is not None:
+        row |= done.conversation or {}
         row |= {"dose": done.dose, "signal_norm": done.signal_norm, "step_change": done.step_change}
         if len(done.weights) == 1:
             row |= {"weight": done.weights[0], "signal_by_judge": done.by_judge[0]}

@@ -19,10 +19,13 @@ from gptlab.data.batches import Windows
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
+from gptlab.model.config import GPTConfig
+from gptlab.signals.registry import CONVERSATION
 from gptlab.training.block_graph import ActiveSignal, Batch, Losses, active_signals
 from gptlab.training.block_loss import accumulate
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import TargetFlip, add_drawn
+from gptlab.training.conversation import figure_count, named_figures
 from gptlab.training.divergence import describe_divergence
 from gptlab.training.gradient_sources import GradientSources
 from gptlab.training.optimizer import AdamStep
@@ -46,6 +49,7 @@ class Update:
     signal_norm, step_change: |weight·g_signal| of all signals together, and the norm of what they change in Adam's step
     before its learning rate (None with another optimizer), where the dose was measured
     weights: of every signal of the config, as used; 0 of one that is out of the graph
+    conversation: its figures by name, where there is one
     """
 
     loss: float
@@ -60,6 +64,7 @@ class Update:
     doses: list[float] | None = None
     signal_norm: float | None = None
     step_change: float | None = None
+    conversation: dict[str, float | None] | None = None
 
 
 def update(
@@ -82,7 +87,7 @@ def update(
     injects_noise = config.gradient_noise > 0 or config.gradient_bias > 0
     by_source = any(s.config.control == "placebo" or s.config.dose is not None or injects_noise for s in signals)
     sources = GradientSources(model, signals, config.seed) if by_source or (measure_dose and signals) else None
-    metrics = MetricSums(len(signals), config.n_layer, compute.device, stop)
+    metrics = MetricSums(signals, model.config, compute.device, stop)
 
     # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
@@ -260,24 +265,39 @@ def _inject_noise(
 
 
 class MetricSums:
-    """What is summed over micro-batches and ranks, in one float64 tensor: two losses, stops, every judge's mean."""
+    """What is summed over micro-batches and ranks, in one float64 tensor.
 
-    def __init__(self, signals: int, n_layer: int, device: torch.device, stop: bool) -> None:
-        self.all = torch.zeros(3 + signals * (n_layer + 1), dtype=torch.float64, device=device)
+    Two losses, stops, every judge's mean, and the figures of a conversation (`figure_count`).
+    """
+
+    def __init__(self, signals: Sequence[ActiveSignal], model: GPTConfig, device: torch.device, stop: bool) -> None:
+        judges = len(signals) * (model.n_layer + 1)
+        self.talk = next((k for k, signal in enumerate(signals) if signal.config.name == CONVERSATION), None)
+        figures = 0 if self.talk is None else figure_count(model.vocab_size)
+        self.all = torch.zeros(3 + judges + figures, dtype=torch.float64, device=device)
         self.loss, self.signal, self.stop = self.all[0], self.all[1], self.all[2]
         self.stop += stop
-        self.judges = self.all[3:].view(signals, n_layer + 1)  # a signal's judge j in column j
-        self.read: list[set[int]] = [set() for _ in range(signals)]
+        self.judges = self.all[3 : 3 + judges].view(len(signals), model.n_layer + 1)  # a signal's judge j in column j
+        self.figures = self.all[3 + judges :]
+        self.read: list[set[int]] = [set() for _ in signals]
         """The judges of each signal that read in this update."""
 
     def add(self, losses: Losses, share: float) -> None:
         """Add what a micro-batch gave."""
         self.loss += losses.loss * share
         self.signal += losses.signal_loss * share
+        if losses.figures and self.talk is not None:
+            figures = losses.figures[self.talk]
+            assert figures is not None
+            self.figures += figures * share
         for k, means in enumerate(losses.by_judge):
             self.read[k] |= means.keys()
             for judge, mean in means.items():
                 self.judges[k, judge] += mean * share
+
+    def conversation(self, signals: Sequence[ActiveSignal]) -> dict[str, float | None] | None:
+        """The figures of the conversation by name; None where there is none."""
+        return None if self.talk is None else named_figures(signals[self.talk].config, self.figures.tolist())
 
     def unweighted(self, signals: Sequence[ActiveSignal]) -> list[float]:
         """Each signal's sum over its judges as it stands in the loss, before its weight."""
@@ -320,4 +340,5 @@ def _as_update(
         doses=None if weights.doses is None else fill_inactive(config, signals, weights.doses, 0.0),
         signal_norm=weights.signal_norm,
         step_change=weights.step_change,
+        conversation=metrics.conversation(signals),
     )

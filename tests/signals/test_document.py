@@ -64,7 +64,10 @@ def test_an_entry_names_the_notes_and_papers_that_the_registry_names(name: str) 
 def test_every_option_and_control_is_explained() -> None:
     explained = set(re.findall(r"\*\*`(\w+)`\*\*", PAGE))
     options = {option.key for option in options_of(SignalConfig)} - {"name", "control", "flip", "flip_to"}
-    assert options | {"placebo", "shuffled", "flipped", "target_flip", "gradient_noise", "gradient_bias"} == explained
+    assert (
+        options | {"placebo", "shuffled", "flipped", "self", "target_flip", "gradient_noise", "gradient_bias"}
+        == explained
+    )
     assert all(f"`{key}" in PAGE for key in ("control", "flip", "flip_to"))
 
 
@@ -122,6 +125,14 @@ def test_an_example_is_ten_lines_at_most() -> None:
         assert function.count("\n") + line.count("\n") <= 10
 
 
+def test_the_conversations_command_runs_as_it_stands(
+    tiny: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, *words = shlex.split(COMMANDS[0])
+    assert main([*words, *tiny(tmp_path / "run", steps=2)[1:]]) == 0, capsys.readouterr().err
+    assert [row["reward"] >= 0 for row in RunFolder(tmp_path / "run").rows() if "dose" in row] == [True]
+
+
 def test_the_table_of_objectives_is_the_registrys() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)`[^|]* \| ([^|]+) \|$", PAGE, flags=re.MULTILINE)
     assert rows == [(one.name, one.formula, one.source) for one in OBJECTIVES.values()]
@@ -154,7 +165,7 @@ def test_the_example_works_as_a_line_of_the_registry(monkeypatch: pytest.MonkeyP
     assert any(not torch.equal(with_it[name], g) for name, g in without.items())
 
 
-@pytest.mark.parametrize(("file", "content", "command"), [("idea.py", FUNCTION, 0), ("steady.py", OBJECTIVE, 1)])
+@pytest.mark.parametrize(("file", "content", "command"), [("idea.py", FUNCTION, 1), ("steady.py", OBJECTIVE, 2)])
 def test_an_example_works_from_a_file_with_the_command_as_it_stands(
     file: str,
     content: str,

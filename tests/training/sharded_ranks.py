@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "signal": SignalConfig("confidence", control="shuffled", dose=0.3),
         "also": (SignalConfig("brier", control="flipped", flip=0.5),),
     },
+    "conversation": {"signal": SignalConfig("conversation", say=2, reply=2, turns=2, threshold=0.1, dose=0.2)},
     "objectives": {
         "signal": SignalConfig("multi_token_prediction", control="placebo", dose=0.2),
         "also": (SignalConfig("z_loss", control="shuffled"), SignalConfig("label_smoothing", control="flipped")),
@@ -78,9 +79,9 @@ def counting_whole_blocks(run: Run) -> Iterator[list[int]]:
     def count(*_: object) -> None:
         counts.append(sum(not is_sharded(block.mlp.c_fc.weight) for block in blocks))
 
-    def counted(self: Block, x: Tensor) -> Tensor:
+    def counted(self: Block, *given: Any) -> Tensor:
         count()
-        y = forward(self, x)
+        y = forward(self, *given)
         if y.requires_grad:
             y.register_hook(count)  # called on the way down, within the block's unit
         return y

@@ -25,6 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "signal": SignalConfig("confidence", control="shuffled", dose=0.3),
         "also": (SignalConfig("brier", control="flipped", flip=0.5),),
     },
+    "conversation": {"signal": SignalConfig("conversation", say=2, reply=2, turns=2, threshold=0.1, dose=0.2)},
     "objectives": {
         "signal": SignalConfig("multi_token_prediction", control="placebo", dose=0.2),
         "also": (SignalConfig("z_loss", control="shuffled"), SignalConfig("label_smoothing", control="flipped")),

@@ -10,7 +10,7 @@ from gptlab.errors import ConfigError
 from gptlab.options import option
 from gptlab.signals.config import SignalConfig
 
-CONTROLS = ("placebo", "shuffled", "flipped")
+CONTROLS = ("placebo", "shuffled", "flipped", "self")
 TRUE_LOSS = "true_loss"
 THRESHOLDS = (*(round(0.05 * k, 2) for k in range(20)), 0.99)
 """The τ at which coverage and precision are given."""
