@@ -144,7 +144,7 @@ class SignalConfig:
                     f"signal.{name} {found} is for signals that read blocks, and {self.name} acts at the model's end; "
                     "leave it out"
                 )
-        if self.kind == CONVERSATION:
+        if kind == CONVERSATION:
             self._check_conversation()
         elif self.flip_to == "argmax":
             raise ConfigError(f"signal.flip_to argmax needs the logits of one block, which {self.name} does not read; "
