@@ -113,7 +113,13 @@ NO_EFFECT = (
     Scenario("one arm, 5 seeds", (0.0,), (5,)),
 )
 APART = tuple(
-    Scenario(f"{arms} arm{'s' * (arms > 1)}, {n} runs each, no common seeds", (0.0,) * arms, (n,), unpaired=True)
+    Scenario(
+        f"{arms} arm{'s' * (arms > 1)}, {n} runs each, no common seeds",
+        (0.0,) * arms,
+        (n,),
+        correlation=0.0,
+        unpaired=True,
+    )
     for arms, n in ((1, 2), (1, 3), (1, 5), (4, 5), (4, 20))
 )
 """Logs without seeds, whose arms are compared by Welch's t."""
