@@ -37,6 +37,7 @@ TOKENIZER_FILE = "tokenizer.txt"  # in a folder of another program's shards: the
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.bin", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FOREIGN_SHARD = re.compile(r"((?!\.).*_)?(train|val)(_\d{6})?(\.(?i:bin|npy))", re.DOTALL)
+_PART = re.compile(r"part_\d{5}_")
 UNKNOWN = "unknown"
 """The tokenizer of shards that name none and cannot be GPT-2's: they can be read and scored, not turned into text."""
 VOCABULARY_FILE = "meta.pkl"  # nanoGPT's, of its character-level sets; a pickle, which is never opened
@@ -347,7 +348,7 @@ def _foreign_shards(folder: Path) -> dict[str, list[str]]:
     """
     sets: dict[str, list[re.Match[str]]] = {}
     for match in filter(None, map(_FOREIGN_SHARD.fullmatch, shard_names(folder))):
-        sets.setdefault(match[1] or "", []).append(match)
+        sets.setdefault(_PART.sub("part_", match[1] or ""), []).append(match)
     if {match[2] for match in sets.get("", ())} == set(SPLITS):
         sets = {"": sets[""]}
     if len(sets) > 1:
