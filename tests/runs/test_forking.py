@@ -124,6 +124,7 @@ def test_a_server_that_dies_takes_its_cells_along_and_is_replaced(place: Path, w
     os.kill(server._process.pid, signal.SIGKILL)
     assert end(child) == (-signal.SIGKILL, "ended by SIGKILL; was memory short?")
     wait_until(lambda: not alive(process), "the cell's end", 30.0)
+    wait_until(lambda: not is_locked(cell.folder / CLAIM), "the claim, which the last of its threads lets go", 30.0)
     child = start(workers, cell, ["--version"])
     assert end(child) == (0, None)
     assert (cell.folder / OUTPUT).read_text().startswith("gptlab ")
