@@ -236,7 +236,8 @@ def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, t
         quick["init_from"] = str(tmp_path / "prior")
     for arm in experiment.arms.values():
         file = tmp_path / f"{arm.name}.toml"
-        file.write_text(as_toml({"preset": experiment.preset, **arm.options, **quick}))
+        begins = {"signal.start": 1} if "signal.start" in arm.options else {}
+        file.write_text(as_toml({"preset": experiment.preset, **arm.options, **quick, **begins}))
         assert main(["train", "--config", str(file), "--out", str(tmp_path / arm.name), "--json"]) == 0
         last = json.loads((tmp_path / arm.name / "metrics.jsonl").read_text().splitlines()[-1])
         assert (last["event"], math.isfinite(last["loss"])) == ("finished", True)
