@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_experiment import ROOT, alive, children, wait_until, write
+from tiny_experiment import ROOT, alive, children, wait_until, write  # pyright: ignore
 
 from gptlab.errors import Stopped
 from gptlab.files import is_locked
