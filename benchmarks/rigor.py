@@ -72,7 +72,7 @@ class Scenario:
     def looks(self) -> tuple[int, ...] | None:
         return self.seeds if len(self.seeds) > 1 else None
 
-    def draw(self, generator: np.random.Generator) -> dict[str, dict[int, float]]:
+    def draw(self, generator: np.random.Generator) -> dict[str, dict[Any, float]]:
         """The losses of one experiment at its last look."""
         seeds = max(self.seeds[-1], self.baseline_seeds)
         shape = (len(self.effects) + 2, seeds)  # what all arms share, the baseline, the arms
@@ -311,7 +311,7 @@ def simulated(experiments: int, only: str | None = None) -> dict[str, Any]:
     """
     verdict.wilcoxon_p = lambda differences: math.nan
     verdict._more = lambda design, pairing, in_family: None
-    parts: tuple[tuple[str, Any, Any], ...] = (
+    parts: list[tuple[str, Any, Any]] = [
         ("no_effect", errors, NO_EFFECT),
         ("planted", found, planted()),
         ("two_seeds", two_seeds, TWO_SEEDS),
@@ -320,7 +320,7 @@ def simulated(experiments: int, only: str | None = None) -> dict[str, Any]:
         ("larger_baseline", errors, LARGER),
         ("badly_paired", found, BADLY_PAIRED),
         ("fed", fed, FED),
-    )
+    ]
     results: dict[str, Any] = {"experiments": experiments}
     for number, (part, judge, scenarios) in enumerate(parts):
         if only and part != only:
@@ -393,7 +393,7 @@ class Drawn(Scenario):
 
     draw_from: Callable[[np.random.Generator], dict[str, dict[int, float]]] | None = None
 
-    def draw(self, generator: np.random.Generator) -> dict[str, dict[int, float]]:
+    def draw(self, generator: np.random.Generator) -> dict[str, dict[Any, float]]:
         assert self.draw_from is not None
         return self.draw_from(generator)
 
