@@ -172,7 +172,7 @@ GUARDS = (
           '        if not level:\n            return value\n    raise ValueError("nested too deeply")',
           "        pass\n    return value", (DEEP,)),
     Guard("a state is well formed, whoever signed it", "runs/checkpoint.py",
-          "if not isinstance(state, dict) or not _well_formed(state):", "if False:",
+          "if not isinstance(state, dict) or not _well_formed(state) or not _is_finite(state):", "if False:",
           ("tests/security/test_payloads.py::test_verify_names_a_state_that_only_its_checksum_speaks_for",)),
     Guard("rows of a cut tensor make a whole", "runs/checkpoint.py",
           "if first != expected or not piece.dim() or len(shapes) > 1:", "if False:",

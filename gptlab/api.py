@@ -145,7 +145,7 @@ class Comparison:
         def row(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-        parts = [f"<p><b>{html.escape(line)}</b></p>" for line in sentences(self.result)]
+        parts = [f"<p><strong>{html.escape(line)}</strong></p>" for line in sentences(self.result)]
         for title, header, rows in tables(self.result):
             body = "".join(row(cells, "td") for cells in rows)
             head = f"<caption>{html.escape(title)}</caption><thead>{row(header, 'th')}</thead>"

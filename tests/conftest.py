@@ -20,14 +20,9 @@ from gptlab.cli.main import main
 from gptlab.data.shards import write_shard
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what several tests import: pages, browser, ranks, run_folders
+from run_folders import TINY
 from run_folders import hostile_experiment as hostile_experiment
 from run_folders import write_run as write_run
-
-TINY = {
-    "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "total_batch_tokens": 64, "steps": 6,
-    "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 0,
-    "sample_every": 0, "dose_every": 2, "log_every": 1, "threads": 1,
-}  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

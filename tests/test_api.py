@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from run_folders import TINY
 
 import gptlab
 from gptlab import api

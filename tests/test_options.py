@@ -130,7 +130,9 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "signal.reach": ("local",), "signal.embeddings": (False,), "signal.threshold": (0.1, 1.0),
     "signal.start": (1, 700), "signal.anneal": (0, 99_999), "signal.control": ("placebo", "shuffled", "flipped"),
     "signal.placebo_of": ("x",), "signal.placebo_match": ("update",), "signal.flip": (0.0, 0.5),
-    "signal.flip_to": ("argmax",),
+    "signal.flip_to": ("argmax",), "signal.say": (2, 9), "signal.reply": (3,), "signal.samples": (1, 9),
+    "signal.turns": (1, 99), "signal.advantage": ("signed", "raw"), "signal.exact": (True,),
+    "signal.listener": ("self",),
 }  # fmt: skip
 """Values of every option that are legal for some value of the others."""
 BOUND = (
@@ -141,6 +143,7 @@ BOUND = (
     ("signal.weight", "signal.dose"), ("signal.flip", "signal.control"), ("signal.flip_to", "signal.control"),
     ("signal.placebo_of", "signal.control"), ("signal.placebo_match", "signal.placebo_of"),
     ("signal.placebo_match", "optimizer"),
+    *((f"signal.{name}", "signal.name") for name in ("say", "reply", "samples", "turns", "advantage", "exact")),
 )  # fmt: skip
 """The pairs of options that can contradict each other, which is said in one line that names both."""
 

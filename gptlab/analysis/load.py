@@ -30,7 +30,14 @@ from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
 from gptlab.runs.experiment_spec import FILE as EXPERIMENT
-from gptlab.runs.experiment_spec import Metric, declaration, experiment_from, flat_options, read_experiment
+from gptlab.runs.experiment_spec import (
+    Metric,
+    declaration,
+    experiment_from,
+    flat_options,
+    read_experiment,
+    recorded_declaration,
+)
 from gptlab.runs.records import edited_rows
 from gptlab.runs.tuning import read_kept
 from gptlab.training.presets import PRESETS
@@ -272,7 +279,7 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
     tuning = Tuning(experiment.tune is not None, kept or {})
     name = experiment.table.get("name", folder.name)
     outcomes = _outcomes(name, arms, declared, step, arguments, allowed, tuning, notes)
-    words, changed = ("", []) if packed else declaration(experiment, folder)
+    words, changed = declaration(experiment, folder, packed.declared if packed else recorded_declaration(folder))
     return replace(outcomes, declared=words, undeclared=(*changed, *outcomes.undeclared))
 
 

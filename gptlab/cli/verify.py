@@ -77,13 +77,13 @@ def _parse(argv: list[str], name: str, description: str, json_help: str) -> argp
 
 def _problems(path: Path) -> Iterator[Problem]:
     from gptlab.runs import checkpoint
-    from gptlab.runs.experiment_spec import FILE, declaration, read_experiment
+    from gptlab.runs.experiment_spec import FILE, declaration, read_experiment, recorded_declaration
     from gptlab.runs.folder import RunFolder
 
     if (path / FILE).is_file() and not (path / "config.json").exists():
         yield from (
             checkpoint.Problem(str(path / FILE), line)
-            for line in declaration(read_experiment(path / FILE, copy=True), path)[1]
+            for line in declaration(read_experiment(path / FILE, copy=True), path, recorded_declaration(path))[1]
         )
         for config in sorted(path.glob("*/seed_*/config.json")):
             yield from _problems(config.parent)

@@ -158,7 +158,7 @@ def read_files(
                 if large is not None and found.st_size > LARGE:
                     large[name] = path
                 else:
-                    yield name, ("program" if found.st_mode & 0o100 else "file", path.read_bytes())
+                    yield name, ("program" if found.st_mode & 0o100 else "file", read_bytes(path, limit=GB))
 
 
 def baseline_of(lab: Lab) -> Subject:

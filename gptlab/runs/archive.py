@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError, ConfigError, shown
 from gptlab.files import MB, parse_json, parse_toml, read_bytes, refuse_links, write_json, write_whole
 from gptlab.runs.cells import ENDED, RESULTS, Cell, Results, Rows, cells_of, is_sha256
-from gptlab.runs.experiment_spec import FILE, Experiment
+from gptlab.runs.experiment_spec import DECLARATION, FILE, Experiment, recorded_declaration
 from gptlab.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -66,12 +66,14 @@ class PackedCell:
 
 @dataclass(frozen=True)
 class Pack:
-    """text: of the experiment file; tuning: what [tune] chose; trials: what it chose from, an experiment too."""
+    """text: of the experiment file; tuning: what [tune] chose; trials: what it chose from, an experiment too; declared:
+    declaration.json of its first start, {} where there was none."""
 
     text: str
     cells: Sequence[PackedCell]
     tuning: Mapping[str, Any] | None = None
     trials: Pack | None = None
+    declared: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_pack(path: Path) -> bool:
@@ -132,7 +134,7 @@ def _pack(experiment: Experiment, folder: Path) -> Pack:
     trials = trials_folder(folder)
     has_trials = (trials / FILE).is_file()  # a choice stands without its trials, whose folder may be removed
     tried = _pack(trial_experiment(experiment), trials) if has_trials else None
-    return Pack(experiment.text, cells, read_kept(folder), tried)
+    return Pack(experiment.text, cells, read_kept(folder), tried, recorded_declaration(folder))
 
 
 def _packed(cell: Cell, weights_sha256: str | None) -> PackedCell:
@@ -156,7 +158,7 @@ def _as_json(packed: Pack) -> dict[str, Any]:
         for cell in packed.cells
     }
     trials = packed.trials and _as_json(packed.trials)
-    head = {"experiment": packed.text, "tuning": packed.tuning, "trials": trials}
+    head = {"experiment": packed.text, "tuning": packed.tuning, "trials": trials, "declared": packed.declared}
     return {**head, "columns": list(columns), "cells": cells}
 
 
@@ -178,6 +180,7 @@ def _from_json(value: Mapping[str, Any], path: Path) -> Pack:
         [_cell(name, cell, columns, path) for name, cell in value["cells"].items()],
         None if tuning is None else accepted(tuning),
         None if trials is None else _from_json(trials, path),
+        dict(value.get("declared", {})),  # packs of before have none
     )
 
 
@@ -214,6 +217,8 @@ def _unpack(packed: Pack, out: Path) -> None:
     write_whole(out / FILE, packed.text)
     if packed.tuning:
         write_json(out / CHOICE, packed.tuning, ensure_ascii=False)
+    if packed.declared:
+        write_json(out / DECLARATION, packed.declared, ensure_ascii=False)
     if packed.trials:
         _unpack(packed.trials, trials_folder(out))
 

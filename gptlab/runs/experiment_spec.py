@@ -326,7 +326,7 @@ def keep_declaration(experiment: Experiment, folder: Path) -> None:
     """Record the declaration as long as no cell has begun; later only arms that were added, with their date."""
     path, now = folder / DECLARATION, datetime.now(UTC).isoformat(timespec="seconds")
     begun = any(folder.glob("*/seed_*/metrics.jsonl"))
-    before = _recorded(folder) if begun else {"at": now, "added": {}, "declared": experiment.table}
+    before = recorded_declaration(folder) if begun else {"at": now, "added": {}, "declared": experiment.table}
     if not before:  # it began before declarations were recorded: a date of today would say too much
         return
     table, arms = before["declared"], experiment.table["arms"]
@@ -336,7 +336,8 @@ def keep_declaration(experiment: Experiment, folder: Path) -> None:
     write_whole(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def _recorded(folder: Path) -> dict[str, Any]:
+def recorded_declaration(folder: Path) -> dict[str, Any]:
+    """What declaration.json of an experiment's folder holds; {} where there is none."""
     try:
         return dict(read_json(folder / DECLARATION, limit=4 * MB, inside=folder, error=ConfigError))
     except FileNotFoundError:
@@ -347,28 +348,27 @@ def _hash(table: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def declaration(experiment: Experiment, folder: Path) -> tuple[str, list[str]]:
-    """When and as what an experiment was declared, in words, "" where that is not on record; and what changed since."""
-    record = _recorded(folder)
+def declaration(experiment: Experiment, folder: Path, record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """When and as what an experiment was declared, in words, "" where `record` is empty; and what changed since."""
     if not record:
         return "", []
     try:
         before, at, sha256 = dict(record["declared"]), str(record["at"]), str(record["sha256"])
+        arms, added = dict(before["arms"]), dict(record["added"])
         if _hash(before) != sha256:
             return "", [f"{folder / DECLARATION}: its content is not what its checksum says"]
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder / DECLARATION} is damaged: {shown(error)}") from None
     now = json.loads(json.dumps(experiment.table))
     pairs = {**{key: (before.get(key), now.get(key)) for key in {**before, **now} if key != "arms"},
-             **{f"arms.{arm}": (before["arms"].get(arm), now["arms"].get(arm))
-                for arm in {**before["arms"], **now["arms"]}}}  # fmt: skip
+             **{f"arms.{arm}": (arms.get(arm), now["arms"].get(arm)) for arm in {**arms, **now["arms"]}}}  # fmt: skip
     changed = [
         f"{folder / FILE}: {key}: declared {shown(old, 80)} on {at}, found {shown(new, 80)}"
         for key, (old, new) in pairs.items()
         if old != new
     ]
-    added = "".join(f"; {arm} was added on {date}" for arm, date in record.get("added", {}).items())
-    return f"declared on {at}, SHA-256 {sha256[:16]}{added}", changed
+    later = "".join(f"; {arm} was added on {date}" for arm, date in added.items())
+    return f"declared on {at}, SHA-256 {sha256[:16]}{later}", changed
 
 
 def _check_replayed(experiment: Experiment) -> None:

@@ -328,7 +328,9 @@ def read_kept(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise ConfigError(f"{path} is damaged: expected what trials chose for every arm; remove it") from None
+        raise ConfigError(
+            f"{path} is damaged: expected what trials chose; remove it and run the experiment again"
+        ) from None
 
 
 def accepted(content: Any) -> dict[str, Any]:

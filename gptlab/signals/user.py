@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import marshal
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache, wraps
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gptlab.errors import ConfigError, did_you_mean
@@ -53,7 +52,13 @@ class GivenFunction(str):
             return inspect.getsource(self.function).encode()
         except (OSError, TypeError):
             code = getattr(self.function, "__code__", None)
-            return marshal.dumps(code) if code else repr(type(self.function)).encode()
+            return repr(_compiled(code) if code else type(self.function)).encode()
+
+
+def _compiled(code: CodeType) -> tuple[Any, ...]:
+    """What a function does, of its compiled code and that of the functions in it: nothing that says where it stands."""
+    constants = [_compiled(c) if inspect.iscode(c) else c for c in code.co_consts]
+    return code.co_code, code.co_names, constants
 
 
 def _file_of(function: Callable[..., Any]) -> str | None:

@@ -17,6 +17,7 @@ EXCEPTED = {
     ("gptlab/benchmark/contenders.py", "exec_module"): "a peer's training script, which --peer NAME=PATH asks to run",
     ("gptlab/cli/main.py", "importlib.import_module"): "a command of COMMANDS",
     ("gptlab/evals/harness.py", "importlib.import_module"): "a module of lm_eval, named in the file itself",
+    ("gptlab/runs/forking.py", "importlib.import_module"): "modules of ours and of PyTorch, named in the file itself",
 }
 
 
@@ -42,14 +43,18 @@ OPENED = {
     ("gptlab/distributed.py", ".read_bytes"): "/proc",
     ("gptlab/distributed.py", "os.open"): "in torchrun's own folder, no link followed",
     ("gptlab/cli/console.py", "open"): "/dev/null",
+    ("gptlab/runs/forking.py", "os.open"): "/dev/null",
+    ("gptlab/judge/procedure.py", ".read_text"): "/proc",
+    ("gptlab/judge/supervisor.py", ".read_text"): "/proc",
+    ("gptlab/judge/trial.py", "tempfile.TemporaryDirectory"): OUR_OWN,
+    ("gptlab/judge/trial.py", ".write_bytes"): "a copy of the baseline, in a new folder of the lab",
+    ("gptlab/judge/trial.py", "shutil.move"): "the patched package, from a fresh folder into a new one of the lab",
     ("gptlab/cli/console.py", "os.open"): "/dev/null",
-    ("gptlab/data/shards.py", "os.open"): "a folder, to flush it",
     ("gptlab/data/shards.py", "numpy.memmap"): "of a file that open_regular gave",
     ("gptlab/data/shards.py", "numpy.load"): "of a path that open_regular has opened; numpy maps a path alone",
     ("gptlab/model/formats.py", "numpy.fromfile"): "of a file that open_regular gave",
     ("gptlab/model/huggingface.py", ".rename"): "a folder, put in its place whole",
     ("gptlab/runs/checkpoint.py", ".rename"): "a folder, put in its place whole, or away",
-    ("gptlab/runs/checkpoint.py", "os.open"): "what was just written, to flush it",
     ("gptlab/runs/folder.py", ".rename"): "a run's folder, into the trash",
 }
 """Who opens files without gptlab/files.py, and why."""
