@@ -25,7 +25,7 @@ from gptlab.analysis.design import Seed, order
 from gptlab.analysis.listing import find_runs
 from gptlab.analysis.logs import SUFFIXES, Logged, read_table, read_texts, text_logs
 from gptlab.analysis.run import Run, mean_dose, norm_ratio, passport, read_run
-from gptlab.analysis.statistics import repeated
+from gptlab.analysis.statistics import repeated, spread
 from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean
 from gptlab.runs.archive import SUFFIX, is_pack, read_pack
@@ -91,6 +91,28 @@ class Outcomes:
     def _norm_ratio(self, arm: str, other: str) -> dict[str, float] | None:
         return norm_ratio(self.runs.get(arm, ()), self.runs.get(other, ()))
 
+    def _mark_plateau(self, arm: str, found: dict[str, Any]) -> None:
+        """Count the runs of an arm, its baseline and its placebo that are at the plateau; its reason says so."""
+        placebo, baseline = found["placebo"], found["baseline"]
+        which = [("", arm, baseline, found, "at_plateau")]
+        which += [(" of its baseline", baseline, arm, found, "baseline_at_plateau")]
+        which += [(" of its placebo", placebo["arm"], arm, placebo, "at_plateau")] if placebo else []
+        for whose, name, other, to, key in which:
+            runs = self.runs.get(name, ())
+            known = [run.at_plateau(self.step) for run in runs]
+            count = to[key] = sum(map(bool, known)) if known and None not in known else None
+            if not count:
+                continue
+            found["reason"] += (
+                f"; {count} of {len(runs)} runs{whose} {'is' if count == 1 else 'are'} at the plateau, no better than "
+                f"the frequencies of tokens ({runs[0].unigram_loss:.4f} nats)"
+            )
+            own, others = (spread([x for x in self.losses[of].values() if x is not None]) for of in (name, other))
+            if count == len(runs) and own is not None and others is not None and 10 * own < others:
+                found["reason"] += (
+                    f": they hardly differ, so that the interval between the two is {other}'s spread alone"
+                )
+
     def _saved(self, arm: str, found: Mapping[str, Any], better: str) -> dict[str, Any] | None:
         own, other = self.curves.get(arm, {}), self.curves.get(found["baseline"], {})
         if found["paired"]:
@@ -113,6 +135,7 @@ class Outcomes:
                 found["dose_of_baseline"] = self._norm_ratio(arm, found["baseline"])
             if found["placebo"]:
                 found["placebo"]["norm_ratio"] = self._norm_ratio(arm, found["placebo"]["arm"])
+            self._mark_plateau(arm, found)
             figures = ("noise_floor", "seed_correlation", "arms_correlation", "smallest_difference")
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}
         tuning = self.tuning.as_json()

@@ -20,6 +20,9 @@ from gptlab.runs.records import EVERY, Clock, Row, Source, is_figure, path_of, r
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 
+UNIGRAM_LOSSES = {"8668a430ddac561d66c6d4a1e044d57e410fd837517d19455942589a3bbcd0fe": 3.3293496725902556}
+"""By validation_sha256, of runs that recorded none: of the first 131,072 bytes of Shakespeare's validation text."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -71,6 +74,16 @@ class Run:
     def loss(self) -> float | None:
         """The last validation loss, nats; None where there is none."""
         return self.losses[max(self.losses)] if self.losses else None
+
+    @property
+    def unigram_loss(self) -> float | None:
+        """Of its validation set (`ValidationWindows.unigram_loss`); None where it is not on record."""
+        return self.ended.get("unigram_loss", UNIGRAM_LOSSES.get(self.ended.get("validation_sha256", "")))
+
+    def at_plateau(self, step: int) -> bool | None:
+        """Whether it is no better at `step` than the frequencies of tokens; None where that is not known."""
+        found = [self.figures[name][step] for name in ("loss", "clean_loss") if step in self.figures.get(name, {})]
+        return None if self.unigram_loss is None or not found else min(found) >= self.unigram_loss
 
     @property
     def seed(self) -> int:

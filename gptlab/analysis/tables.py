@@ -54,18 +54,28 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
     unit = f", {metric.unit}" * bool(metric.unit)
     what = f"{metric.label} minus its baseline's{unit}"
     title = f"{result['experiment']} at step {result['step']:,}: {what}, {paired(arms)}"
-    marked = {name + (" (control)" if arm["control"] else ""): arm for name, arm in arms.items()}
+    marked = {f"{name}{_brackets('control' * arm['control'], plateau(arm))}": arm for name, arm in arms.items()}
+    names = {name: f"{name}{_brackets(plateau(arm))}" for name, arm in arms.items()}
     yield _table(title, "arm", marked, VERDICT_COLUMNS)
     yield _table("Why", "arm", arms, {"against": lambda arm: arm["baseline"], "reason": lambda arm: arm["reason"]})
     if any(arm.get(key) for arm in arms.values() for key in ALSO_SHOWN):
         title = f"At equal cost, and against the placebo: difference and 95% interval{unit}"
-        rows = [(name, *(_difference(arm.get(key)) for key in ALSO_SHOWN)) for name, arm in arms.items()]
+        rows = [(names[name], *(_difference(arm.get(key)) for key in ALSO_SHOWN)) for name, arm in arms.items()]
         yield Table(title, ("arm", *ALSO_SHOWN.values()), rows)
-    if saved := {name: arm["steps_saved"] for name, arm in arms.items() if arm.get("steps_saved")}:
+    if saved := {names[name]: arm["steps_saved"] for name, arm in arms.items() if arm.get("steps_saved")}:
         yield _table("Steps saved: how much earlier it is where its baseline ends", "arm", saved, {
             "steps": lambda found: f"{found['value']:+,.0f} of {found['of']:,}",
             "95% interval": lambda found: "{:+,.0f} to {:+,.0f}".format(*found["interval"]),
         })  # fmt: skip
+    if any(_norms(arm) for arm in arms.values()):
+        title = "Norm of its gradient, median (lowest to highest) over seeds and steps"
+        columns = ("arm", *dict.fromkeys(key for arm in arms.values() for key in _norms(arm)))
+        rows = [
+            (name, *(found.get(key, "–") for key in columns[1:]))
+            for name, arm in arms.items()
+            if (found := _norms(arm))
+        ]
+        yield Table(title, columns, rows)
     if any("parameters" in arm["passport"] for arm in arms.values()):
         yield Table("How far to trust it", ("arm", "passport"), _passports(arms))
     if tuning := result.get("tuning"):
@@ -73,6 +83,25 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
         title = f"What {number(tuning['trials'], 'd')} trials an arm chose, on seeds {seeds}"
         rows = [(name, *_choice(arm)) for name, arm in tuning["arms"].items()]
         yield Table(title, ("arm", "options", "factors", "loss", "note"), rows)
+
+
+def plateau(arm: Mapping[str, Any]) -> str:
+    """How many runs of an arm, or of its baseline, are no better than the frequencies of tokens; mostly nothing."""
+    counts = {"": arm.get("at_plateau"), " of its baseline": arm.get("baseline_at_plateau")}
+    return ", ".join(f"{n} run{'s' * (n > 1)}{whose} at the plateau" for whose, n in counts.items() if n)
+
+
+def _brackets(*parts: str) -> str:
+    return f" ({', '.join(filter(None, parts))})" if any(parts) else ""
+
+
+def _norms(arm: Mapping[str, Any]) -> dict[str, str]:
+    """How long an arm's gradient is against others, by column."""
+    found = {
+        "over its baseline's true one": arm.get("dose_of_baseline"),
+        "over its placebo's": (arm.get("placebo") or {}).get("norm_ratio"),
+    }
+    return {key: "{median:.3g} ({lowest:.3g} to {highest:.3g})".format_map(one) for key, one in found.items() if one}
 
 
 EFFECTS = {"better": "helps", "worse": "harms", "no difference": "makes no difference", "inactive": "is inactive"}
@@ -96,7 +125,7 @@ def _effect(arm: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     around = "" if low is None else f" [{low:z.{digits}f}, {high:z.{digits}f}]"
     text = (
         f"{effect}: {arm['loss']:.{digits}f} against {arm['baseline_loss']:.{digits}f}{unit}, difference "
-        f"{arm['difference']:+z.{digits}f}{around}, {arm['n']} seed{'s' * (arm['n'] != 1)}"
+        f"{arm['difference']:+z.{digits}f}{around}, {arm['n']} seed{'s' * (arm['n'] != 1)}{_brackets(plateau(arm))}"
     )
     name = (arm["placebo"] or {}).get("arm")
     placebo = result["arms"].get(name, {}).get("difference")
@@ -137,7 +166,7 @@ def _tuned(found: Mapping[str, Any]) -> str:
 def _difference(found: Mapping[str, Any] | None) -> str:
     if not found:
         return "–"
-    text = f"{number(found['difference'], '+z.4f')} ({interval(found['interval'])})"
+    text = f"{number(found['difference'], '+z.4f')} ({interval(found['interval'])}){_brackets(plateau(found))}"
     return f"{text} against {found['against']}, at {found['ratio']:.2f} of its cost" if "against" in found else text
 
 

@@ -81,7 +81,7 @@ def _parser() -> Parser:
     add("--executor", choices=EXECUTORS, help=executor)
     add("--slurm", action="append", metavar="KEY=VALUE", help=slurm)
     add("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
-    add("--sigma", type=float, metavar="X", help="plan: spread of paired differences between seeds [its runs']")
+    add("--sigma", type=float, metavar="X", help="plan, smoke: spread of paired differences between seeds [its runs']")
     add("--seconds", type=_count, default=SMOKE_SECONDS, metavar="N", help=f"time of smoke [{SMOKE_SECONDS:.0f}]")
     return parser
 
@@ -261,8 +261,10 @@ def _smoke(options: argparse.Namespace) -> int:
     from gptlab.runs.smoke import equal_steps, smoke
     from gptlab.runs.tuning import cells_an_arm
 
-    experiment, _ = _read(options)
+    experiment, folder = _read(options)
     packing = Packing.of_this_machine(options.jobs)
+    sigma = _sigma(options, folder)
+    reach = _reach(experiment, sigma) if sigma else None
     seeds = len(experiment.seeds[: options.seeds])
     cells, trials = cells_an_arm(experiment, seeds), []
     with StopRequest() as stop:
@@ -274,7 +276,7 @@ def _smoke(options: argparse.Namespace) -> int:
     tuning = f", {total['cells'] - seeds * len(cells)} of them trials that choose options" if experiment.tune else ""
     if options.json:
         arms = {t.arm: {**vars(t), "equal_flops_steps": longer.get(t.arm)} for t in trials}
-        print(json.dumps({"experiment": experiment.name, "arms": arms, "total": total}))
+        print(json.dumps({"experiment": experiment.name, "arms": arms, "total": total, "plan": reach}))
     else:
         shown_on = console()
         shown_on.print(smoke_table(trials, cells, longer), "")
@@ -282,45 +284,74 @@ def _smoke(options: argparse.Namespace) -> int:
             f"One cell of each is shown; in all {total['cells']} cells{tuning}, {total['at_a_time']} at a time: about "
             f"{duration(total['seconds'])}, {megabytes(total['bytes'])}, {total['flops']:.2g} FLOPs"
         )
+        if reach and (out := _out_of_reach(experiment, reach)):
+            shown_on.print(f"'No difference' with a spread of {sigma:.4g}: {out}")
     return 3 if any(trial.reason for trial in trials) else 0
 
 
 def _plan(options: argparse.Namespace) -> int:
     """What the declared seeds can find, from the spread that was given or that runs of the experiment show."""
-    from gptlab.analysis.load import read
-    from gptlab.analysis.power import plan, pooled_sigma, smallest_delta, smallest_difference
-    from gptlab.analysis.statistics import EQUIVALENCE, look_level
-    from gptlab.runs.tuning import cells_an_arm
-
     experiment, folder = _read(options)
-    sigma = options.sigma
-    if sigma is None:
-        with contextlib.suppress(GptlabError):
-            sigma = pooled_sigma(read([folder]).verdicts()["arms"])
-    if not sigma or not 0 < sigma < 1e6:
+    sigma = _sigma(options, folder)
+    if not sigma:
         raise UsageError(
             f"experiment plan: expected --sigma X, the spread of paired differences between seeds, or at least 2 "
             f"finished seeds of an arm and its baseline in {folder}, found {sigma}"
         )
+    found = _reach(experiment, sigma)
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    print(f"{found['cells']} cells; {found['n']} seeds with a spread of {sigma:.4g}, {found['arms']} arm(s) to judge:")
+    print(f"  a difference of {found['smallest_difference']:.4g} is found with probability 0.8")
+    print(f"  'no difference' is within reach for a delta of {found['delta_in_reach']:.4g} or more")
+    if out := _out_of_reach(experiment, found):
+        print(f"  {out}")
+    return 0
+
+
+def _sigma(options: argparse.Namespace, folder: Path) -> float | None:
+    """The spread that was given, or that of the runs in an experiment's folder; None where there are too few."""
+    from gptlab.analysis.load import read
+    from gptlab.analysis.power import pooled_sigma
+
+    if options.sigma is None:
+        with contextlib.suppress(GptlabError):
+            return pooled_sigma(read([folder]).verdicts()["arms"])
+        return None
+    if not 0 < options.sigma < 1e6:
+        raise UsageError(
+            f"--sigma: expected a spread above 0, of paired differences between seeds, found {options.sigma}"
+        )
+    return options.sigma
+
+
+def _reach(experiment: Experiment, sigma: float) -> dict[str, Any]:
+    """What the declared seeds can find with that spread: `power.plan`, and what is in reach of so many."""
+    from gptlab.analysis.power import plan, smallest_delta, smallest_difference
+    from gptlab.analysis.statistics import EQUIVALENCE, look_level
+    from gptlab.runs.tuning import cells_an_arm
+
     n, looks = len(experiment.seeds), experiment.looks
     arms = [a for a in experiment.arms.values() if a.options.get("signal.control", "none") == "none"]
-    judged = max(1, len(arms) - len(experiment.baselines))
-    found = plan(sigma, sigma, delta=experiment.delta, arms=judged, looks=looks)
-    proposed = smallest_delta(sigma, n, look_level(EQUIVALENCE, looks, n))
-    cells, needed = sum(cells_an_arm(experiment, n).values()), found["seeds_for_no_difference"]
-    smallest = smallest_difference(sigma, n, found["level"])
-    if options.json:
-        own = {"n": n, "smallest_difference": smallest, "delta_in_reach": proposed, "cells": cells}
-        print(json.dumps({**found, **own}))
-        return 0
-    print(f"{cells} cells; {n} seeds with a spread of {sigma:.4g}, {judged} arm(s) to judge:")
-    print(f"  a difference of {smallest:.4g} is found with probability 0.8")
-    print(f"  'no difference' is within reach for a delta of {proposed:.4g} or more")
+    found = plan(sigma, sigma, delta=experiment.delta, arms=max(1, len(arms) - len(experiment.baselines)), looks=looks)
+    return {
+        **found,
+        "n": n,
+        "smallest_difference": smallest_difference(sigma, n, found["level"]),
+        "delta_in_reach": smallest_delta(sigma, n, look_level(EQUIVALENCE, looks, n)),
+        "cells": sum(cells_an_arm(experiment, n).values()),
+    }
+
+
+def _out_of_reach(experiment: Experiment, found: Mapping[str, Any]) -> str | None:
+    """In words, why the declared seeds will hardly say 'no difference'; None where they may."""
+    proposed, needed = found["delta_in_reach"], found["seeds_for_no_difference"]
     if experiment.delta is None:
-        print(f"  none is declared, so that it is only said of exact equality: delta = {proposed:.2g} would do")
-    elif experiment.delta < proposed:
-        print(f"  out of reach for the declared {experiment.delta:g}, which takes {needed or 'over 10,000'} seeds")
-    return 0
+        return f"no delta is declared, so that it is only said of exact equality: delta = {proposed:.2g} would do"
+    if experiment.delta < proposed:
+        return f"out of reach for the declared {experiment.delta:g}, which takes {needed or 'over 10,000'} seeds"
+    return None
 
 
 def _total(experiment: Experiment, trials: list[Trial], cells: dict[str, int], packing: Any) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def _train(
             if track:
                 track(record)
         display.stage("writing the report")
-        summary = session.finish(validation.sha256, time.perf_counter() - began, first, peak * world.size)
+        summary = session.finish(validation, time.perf_counter() - began, first, peak * world.size)
         if folder:
             display.note(f"  report  {after_run(folder.path)}")
         display.finished(beginning.folder, summary, again=False)

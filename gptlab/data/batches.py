@@ -14,7 +14,7 @@ import copy
 import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -209,6 +209,13 @@ class ValidationWindows:
 
     def __len__(self) -> int:
         return self.count
+
+    @cached_property
+    def unigram_loss(self) -> float:
+        """Entropy of the targets' own frequencies, nats: no model that only counts tokens has a lower loss."""
+        counts = np.bincount(self.stream[1:])
+        shares = counts[counts > 0] / (len(self.stream) - 1)
+        return float(-(shares * np.log(shares)).sum())
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets, (count, T) int64 each; rows beyond the last window are zeros (one shape for all)."""

@@ -127,7 +127,8 @@ ROWS: Mapping[str, Mapping[str, Check]] = {
     "event": {
         "event": _TEXT, "text": _TEXT, "validation_sha256": _TEXT, "rows_sha256": _TEXT,
         "tokens": _COUNT, "tokens_per_second": _SPEED,
-        **dict.fromkeys(("loss", "excess_loss", "bits_per_byte", "mfu", "seconds", "clipped_share"), _FIGURE),
+        **dict.fromkeys(("loss", "excess_loss", "unigram_loss", "bits_per_byte", "mfu", "seconds",
+                        "clipped_share"), _FIGURE),
         "differences": ("a list of texts", partial(_all, _is_text)),
     },
 }  # fmt: skip

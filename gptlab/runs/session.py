@@ -351,7 +351,7 @@ class Session:
             "records": folder.written(),
         }
 
-    def finish(self, validation_hash: str, seconds: float, first_step: int, peak: float) -> dict[str, Any]:
+    def finish(self, validation: ValidationWindows, seconds: float, first_step: int, peak: float) -> dict[str, Any]:
         """Write the summary as the run's last row and give it."""
         config, steps = self.config, self.state.step - first_step
         if self.folder and not steps:  # killed before its summary was written: the rows have the session before
@@ -367,7 +367,8 @@ class Session:
             "loss": self._final.get("loss"),
             **({"excess_loss": self._final["excess_loss"]} if "excess_loss" in self._final else {}),
             "bits_per_byte": self._final.get("bits_per_byte"),
-            "validation_sha256": validation_hash,
+            "unigram_loss": validation.unigram_loss,
+            "validation_sha256": validation.sha256,
             "clipped_share": self.state.clipped / max(1, self.state.step),
             "tokens": self.state.step * config.total_batch_tokens,
             "tokens_per_second": speed,

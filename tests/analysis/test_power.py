@@ -13,6 +13,7 @@ from gptlab.analysis import power
 from gptlab.analysis.statistics import critical_t
 from gptlab.cli.experiment import main
 from gptlab.errors import UsageError
+from gptlab.runs.smoke import Trial
 
 
 @pytest.mark.parametrize(("effect", "n", "level"), [(0.5, 20, 0.05), (1.0, 10, 0.0125), (2.0, 5, 0.05), (5.0, 2, 0.05)])
@@ -68,7 +69,7 @@ def test_more_arms_and_looks_take_more_seeds() -> None:
 PLANS = {
     "out of reach": ("delta = 0.01", "out of reach for the declared 0.01, which takes 2"),
     "within reach": ("delta = 0.05", "'no difference' is within reach for a delta of 0.0"),
-    "undeclared": ("", "none is declared, so that it is only said of exact equality: delta = 0.0"),
+    "undeclared": ("", "no delta is declared, so that it is only said of exact equality: delta = 0.0"),
 }
 
 
@@ -91,3 +92,28 @@ def test_a_plan_says_before_the_runs_what_is_out_of_reach(
     assert power.power_of_equivalence(0.0, 0.017, 7, found["delta_in_reach"]) == pytest.approx(0.8, abs=0.01)
     with pytest.raises(UsageError, match="expected --sigma X"):
         main(words)
+    for wrong in ("0", "-1", "nan"):
+        with pytest.raises(UsageError, match="--sigma: expected a spread above 0"):
+            main([*words, "--sigma", wrong])
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_smoke_says_it_too_where_a_spread_is_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    declared, message = PLANS[case]
+    file = tmp_path / "x.toml"
+    head = f"name = 'x'\nbaseline = 'a'\nseeds = [1, 2, 3, 4, 5, 6, 7]\n{declared}\n"
+    file.write_text(f"{head}[arms.a]\n[arms.b]\nweight_decay = 0.5\n")
+    tried = [Trial(arm, 9, "no signal", None, None, 1.0, 10, 1e9) for arm in ("a", "b")]
+    monkeypatch.setattr("gptlab.runs.smoke.smoke", lambda *_, **__: iter(tried))
+    words = ["smoke", str(file), "--out", str(tmp_path / "x")]
+    assert main([*words, "--sigma", "0.017"]) == 0
+    assert (message in " ".join(capsys.readouterr().out.split())) == (case != "within reach")
+    assert main(words) == 0
+    assert "'No difference'" not in capsys.readouterr().out, "nothing is known"
+    for sigma in (["--sigma", "0.017"], []):
+        assert main([*words, *sigma, "--json"]) == 0
+        planned = json.loads(capsys.readouterr().out)["plan"]
+        assert (planned is None) == (not sigma)
+        assert not planned or (planned["n"], planned["delta"]) == (7, planned["delta"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptlab.data.batches import RandomWindows, TrainingWindows
+from gptlab.data.batches import RandomWindows, TrainingWindows, ValidationWindows
 from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import write_shard
 from gptlab.errors import DataError
@@ -90,3 +91,19 @@ def test_the_rows_are_those_of_the_windows(windows: TrainingWindows) -> None:
 def test_a_corpus_too_small_to_draw_from_is_refused(windows: TrainingWindows) -> None:
     with pytest.raises(DataError, match="17 training windows of 4 tokens and 9 of them are spoken for"):
         RandomWindows(windows, ALL[:9], "test")
+
+
+@pytest.mark.parametrize("tokens", [9, 16, 1000])
+def test_the_unigram_loss_is_that_of_the_best_model_that_only_counts(tmp_path: Path, tokens: int) -> None:
+    """Of the targets of whole windows alone, for any cut into shards."""
+    (tmp_path / "tokenizer.txt").write_text("bytes\n")
+    stream = np.random.default_rng(1).geometric(0.2, 60).astype(np.uint16)
+    write_shard(tmp_path / "train_000000.bin", stream)
+    for shard, part in enumerate(np.split(stream, [7, 30])):
+        write_shard(tmp_path / f"val_{shard:06d}.bin", part)
+    validation = ValidationWindows(open_corpus(tmp_path), T, 256, tokens)
+    targets = torch.cat([validation.rows(n, 1)[1].flatten() for n in range(len(validation))]).tolist()
+    counts = Counter(targets)
+    assert validation.unigram_loss == pytest.approx(
+        -sum(math.log(counts[x] / len(targets)) for x in targets) / len(targets)
+    )

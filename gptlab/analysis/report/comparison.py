@@ -28,7 +28,7 @@ from gptlab.analysis.report.run import (
 )
 from gptlab.analysis.report.theme import standalone
 from gptlab.analysis.statistics import paired_t
-from gptlab.analysis.tables import NO_DELTA, interval, number, paired, tables
+from gptlab.analysis.tables import NO_DELTA, interval, number, paired, plateau, tables
 from gptlab.runs.experiment_spec import Metric
 
 Histories = Mapping[str, Sequence[History]]
@@ -77,6 +77,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
             {
                 **found,
                 "name": arm,
+                "plateau": plateau(found),
                 "swatch": arm_class(arms.index(arm)),
                 "shown_difference": number(found["difference"], "+z.4f"),
                 "shown_interval": interval(found["interval"]),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.theme import TEXT, inline, settings
+from gptlab.analysis.tables import plateau
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,6 +114,7 @@ def forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str
             axes.plot([low, high], [-i - 0.12] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
         if mean is not None:
             axes.plot([mean], [-i - 0.12], "D", color=colour, markersize=6)
+        verdict = ", ".join(filter(None, (verdict, plateau(found))))
         texts[f"arm {i}"] = f"{shortened(label)}: {verdict}"
         axes.text(0.01, -i + 0.26, f"arm {i}", color=theme.INK, fontsize=TEXT, **place)
         difference = "no difference measured" if mean is None else f"difference {mean:+.4f}"
