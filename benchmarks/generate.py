@@ -110,7 +110,7 @@ def ours(weights: Weights, batch: int, tokens: int) -> None:
 def transformers(model: Any, batch: int, tokens: int) -> None:
     """The same through transformers, as its users call it; no end token, so that every text is as long."""
     keep_freed_memory(False)
-    prompt = torch.tensor([PROMPT]).expand(batch, -1)
+    prompt = torch.tensor([PROMPT], device=model.device).expand(batch, -1)
     model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
         pad_token_id=0,

@@ -102,7 +102,7 @@ def transformers_step(work: Work, placement: ComputeConfig) -> Step:
     def loss() -> Tensor:
         return F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten())
 
-    return _plain_step(model, optimizer, loss, placement)
+    return plain_step(model, optimizer, loss, placement)
 
 
 def nanogpt_step(work: Work, placement: ComputeConfig, checkout: Path) -> Step:
@@ -124,7 +124,7 @@ def _checkout_step(
     model = module.GPT(module.GPTConfig(**_sizes(work.config), **options)).to(placement.device)
     configured = model.configure_optimizers(*optimizer, placement.device.type)
     tokens, targets = work.data(placement.device)
-    return _plain_step(model, configured, lambda: model(tokens, targets)[1], placement)
+    return plain_step(model, configured, lambda: model(tokens, targets)[1], placement)
 
 
 def _sizes(c: GPTConfig) -> dict[str, int]:
@@ -145,7 +145,7 @@ def check_checkout(name: str, path: Path) -> None:
         raise UsageError(f"--peer {name}: expected a checkout with {FILES[name]}, found none at {path}")
 
 
-def _plain_step(
+def plain_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], placement: ComputeConfig
 ) -> Step:
     """One step as nanoGPT-like trainers make it: autocast forward, backward, clip, update."""

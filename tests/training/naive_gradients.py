@@ -6,8 +6,9 @@ logits are kept, and autograd does the rest. No tests here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,11 +97,11 @@ def said(
 
     own: the judges' own weights are in it, as they are for live ones; taught: what they teach is, through h_{j-1}
     """
-    tokens, targets = data
+    (tokens, targets), L = data, model.config.n_layer
     seen = targets
     if config.control == "flipped":
         names = [(0, b) for b in range(len(tokens))]
-        seen = flipped(targets, config.flip, config.flip_to, V, seed, names, "flip")
+        seen = flipped(targets, config.flip, config.flip_to, model.config.vocab_size, seed, names, "flip")
     needs = config.signal.needs
     logits = [model.read(h).detach().flatten(0, 1) for h in model.hidden_states(tokens)] if needs else []
 
@@ -123,7 +124,7 @@ def said(
             elif control == "shuffled":
                 h.register_hook(lambda g, j=j: shuffled(g, seed, step, 0, j))
         z = apply(model.lm_head, apply(model.ln_f, apply(model.blocks[j - 1], h))).flatten(0, 1)
-        chosen = torch.arange(B * T) if rows is None else rows[j]
+        chosen = torch.arange(tokens.numel()) if rows is None else rows[j]
         other = logits[{"previous": j - 1, "next": j + 1, "final": L}[needs]][chosen] if needs else None
         shown = named(z, seen.flatten())[chosen]
         total = total + factor * config.signal(z[chosen], shown, other=other, threshold=config.threshold).mean()
@@ -137,18 +138,19 @@ def naive(
     step: int = 0,
     seed: int = 0,
     data: tuple[Tensor, Tensor] | None = None,
+    make: Callable[[], GPT] | None = None,
 ) -> tuple[Gradients, float, float]:
-    """(gradients, true loss, signal loss) of the text by autograd."""
-    data = data or text()
+    """(gradients, true loss, signal loss) of the text by autograd; make: builds the same float64 model every time."""
+    data, make = data or text(), make or partial(build, share_blocks)
 
     def part(control: str = "none", *, own: bool = False, taught: bool = False) -> tuple[Gradients, float]:
-        model = build(share_blocks)
+        model = make()
         value = said(model, config, data, rows, step, seed, own=own, taught=taught, control=control)
         if value.requires_grad:
             value.backward()
         return gradients(model), value.item()
 
-    model, (tokens, targets) = build(share_blocks), data
+    model, (tokens, targets) = make(), data
     true = cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     true.backward()
     taught, value = part(config.control, taught=True)
