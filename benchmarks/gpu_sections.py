@@ -26,28 +26,28 @@ from generate import ours as own_text
 from generate import transformers as peer_text
 from torch.nn import functional as F
 
+from gptlab.benchmark import MODES, contenders
+from gptlab.benchmark.contenders import Step, Work
+from gptlab.benchmark.ladder import interleave
+from gptlab.benchmark.run import MatmulTimes, products
+from gptlab.data.shards import write_shard
+from gptlab.device import DTYPES, ComputeConfig, Machine, choose_compute
+from gptlab.interpret.generate import Sampling, generate_batch
+from gptlab.model import GPT, GPTConfig
+from gptlab.model.decoder import Weights
+from gptlab.model.fast_cpu import install
+from gptlab.model.huggingface import to_huggingface
+from gptlab.processes import how_it_ended
+from gptlab.runs.checkpoint import digest
+from gptlab.runs.folder import newest
+from gptlab.signals import SIGNALS, SignalConfig
+from gptlab.training import backward
+from gptlab.training.sharding import compile_blocks
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
+sys.path.insert(0, str(ROOT / "tests" / "training"))  # for the naive reference, which stands with the tests
 
 from naive_gradients import gradients, naive  # noqa: E402  # pyright: ignore[reportMissingImports]
-
-from gptlab.benchmark import MODES, contenders  # noqa: E402
-from gptlab.benchmark.contenders import Step, Work  # noqa: E402
-from gptlab.benchmark.ladder import interleave  # noqa: E402
-from gptlab.benchmark.run import MatmulTimes, products  # noqa: E402
-from gptlab.data.shards import write_shard  # noqa: E402
-from gptlab.device import DTYPES, ComputeConfig, Machine, choose_compute  # noqa: E402
-from gptlab.interpret.generate import Sampling, generate_batch  # noqa: E402
-from gptlab.model import GPT, GPTConfig  # noqa: E402
-from gptlab.model.decoder import Weights  # noqa: E402
-from gptlab.model.fast_cpu import install  # noqa: E402
-from gptlab.model.huggingface import to_huggingface  # noqa: E402
-from gptlab.processes import how_it_ended  # noqa: E402
-from gptlab.runs.checkpoint import digest  # noqa: E402
-from gptlab.runs.folder import newest  # noqa: E402
-from gptlab.signals import SIGNALS, SignalConfig  # noqa: E402
-from gptlab.training import backward  # noqa: E402
-from gptlab.training.sharding import compile_blocks  # noqa: E402
 
 TINY = GPTConfig(block_size=32, vocab_size=512, n_layer=3, n_head=2, n_embd=32)
 REPORT = partial(print, file=sys.stderr, flush=True)

@@ -293,7 +293,7 @@ def _finite_of(losses: Mapping[Any, float | None], seeds: Iterable[Seed]) -> lis
 
 
 def _values(losses: Mapping[Any, float | None], seeds: Iterable[Seed]) -> tuple[float, ...]:
-    return tuple(float(losses[seed]) for seed in seeds)  # type: ignore[arg-type]
+    return tuple(float(loss) for seed in seeds if (loss := losses[seed]) is not None)
 
 
 def finite(loss: float | None) -> bool:

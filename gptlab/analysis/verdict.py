@@ -80,21 +80,10 @@ def compare(
     """
     losses = losses_by_arm_and_seed
     design = declare(
-        losses,
-        baseline=baseline,
-        delta=delta,
-        looks=looks,
-        seeds=seeds,
-        planned=planned,
-        placebos=placebos,
-        controls=controls,
-        signals=signals,
-        doses=doses,
-        groups=groups,
-        metric=Metric.of(metric, better),
-        baseline_seeds=baseline_seeds,
-        unpaired=unpaired,
-    )
+        losses, baseline=baseline, delta=delta, looks=looks, seeds=seeds, planned=planned, placebos=placebos,
+        controls=controls, signals=signals, doses=doses, groups=groups, metric=Metric.of(metric, better),
+        baseline_seeds=baseline_seeds, unpaired=unpaired,
+    )  # fmt: skip
     pairings = {arm: design.pair(losses, arm, design.baselines[arm]) for arm in design.baselines}
     tests = step_down(design, {arm: pairing for arm, pairing in pairings.items() if arm not in design.controls})
     for arm in sorted(design.controls):

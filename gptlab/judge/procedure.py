@@ -35,7 +35,10 @@ EXIT = {"keep": 0, "discard": 10, "undecided": 11, "inactive": 12, "broken": 13,
 
 
 def machine_type() -> str:
-    """What a run's numbers may depend on besides its files: system, processor and GPUs."""
+    """What a run's numbers may depend on besides its files: system, processor and GPUs.
+
+    gptlab.device knows them too, by way of torch, which a judge of other people's trainers need not import.
+    """
     found = [platform.system(), platform.machine(), platform.processor()]
     for path, key in ((Path("/proc/cpuinfo"), "model name"), *((p, "Model") for p in _gpus())):
         try:
