@@ -190,3 +190,8 @@ def test_a_patch_is_a_file_of_a_patchs_size(kind: str, tmp_path: Path) -> None:
         patch.write_text(new("gptlab/idea.py", "#" * 2_000_000))
     with pytest.raises(ConfigError, match=r"expected a regular file, found|expected at most 1 MB, found 1 MB"):
         patched(patch)
+
+
+@pytest.mark.parametrize("path", sorted((package().parent / "experiments/patches").glob("*.diff")), ids=lambda p: p.stem)
+def test_a_shipped_patch_applies_to_the_code_as_it_is(path: Path) -> None:
+    assert any(name.startswith("gptlab/model/") for name in patched(path).files)
