@@ -192,6 +192,9 @@ def test_a_patch_is_a_file_of_a_patchs_size(kind: str, tmp_path: Path) -> None:
         patched(patch)
 
 
-@pytest.mark.parametrize("path", sorted((package().parent / "experiments/patches").glob("*.diff")), ids=lambda p: p.stem)
+SHIPPED = sorted((package().parent / "experiments/patches").glob("*.diff"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_patch_applies_to_the_code_as_it_is(path: Path) -> None:
     assert any(name.startswith("gptlab/model/") for name in patched(path).files)
