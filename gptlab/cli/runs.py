@@ -14,7 +14,14 @@ from gptlab.cli.console import console, grid, printable
 from gptlab.errors import UsageError
 
 if TYPE_CHECKING:
-    from gptlab.analysis.listing import Listed
+    from gptlab.analysis.listing import Group
+
+COLUMNS = {"arm or run": 0, "state": 0, "step": 72, "loss": 0, "bits/byte": 120, "dose": 90, "differs in": 0}
+"""From how many characters of width on each is shown."""
+FIGURES = {"step": "step", "loss": "loss", "bits/byte": "bits_per_byte", "dose": "dose"}
+"""Columns of figures, aligned to the right."""
+MOST_WORDS = 6
+"""Differences that are shown of a group; --json has all."""
 
 
 def main(argv: list[str]) -> int:
@@ -26,18 +33,18 @@ def main(argv: list[str]) -> int:
     if options.delete:
         return _delete(root, options)
 
-    from gptlab.analysis.listing import differing, find_runs, listed, ordered, where
+    from gptlab.analysis.listing import differing, find_runs, grouped, listed, ordered, where
 
     runs = where([listed(root, path) for path in find_runs(root)], options.where)
     runs = ordered(runs, options.sort, reverse=options.reverse)
-    keys = differing(runs)
     if options.json:
+        keys = differing(runs)
         rows = [{**run.figures, "differences": {k: run.options.get(k) for k in keys}} for run in runs]
         rows = [{**row, "problem": run.problem} if run.problem else row for row, run in zip(rows, runs, strict=True)]
         print(json.dumps({"folder": str(root), "runs": rows}, indent=1, allow_nan=False))
-    elif runs:
-        _show(runs, keys)
-    else:
+    for experiment, groups in grouped(runs).items() if not options.json else ():
+        _show(experiment, groups, each=options.each)
+    if not (runs or options.json):
         print(f"no runs in {root}" + " that meet this" * bool(options.where))
     return 0
 
@@ -45,12 +52,15 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="gptlab runs",
-        description="List the runs in a folder with their last figures and the options in which they differ. Deleted "
+        description="List the runs in a folder: a line for each arm of each experiment with the mean of its runs' last "
+        "figures, the standard deviation over its runs, and the options that differ from its baseline's. Deleted "
         "runs are moved into FOLDER/.trash; moving one back restores it, removing the trash frees the disk.",
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", nargs="?", default="log", help="where runs lie, at any depth [log]")
-    add("--where", metavar="KEY=VALUE", action="append", default=[], help="only runs that meet this; also != < <= > >=")
+    where = "only runs that meet this, as arm=NAME, experiment=NAME or loss<2.5; also != <= > >=; * stands for anything"
+    add("--where", metavar="KEY=VALUE", action="append", default=[], help=where)
+    add("--each", action="store_true", help="a line for each run")
     add("--sort", metavar="KEY", default="run", help="by a figure (loss, step, dose, ...) or an option [run]")
     add("--reverse", action="store_true", help="largest first")
     add("--delete", metavar="RUN", nargs="+", default=[], help="move these runs into the trash")
@@ -82,15 +92,41 @@ def _delete(root: Path, options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(runs: list[Listed], keys: list[str]) -> None:
-    rows = []
-    for run in runs:
-        f = run.figures
-        step = f"{f['step']}/{f['steps']}" if f["step"] is not None else "–"
-        words = " ".join(f"{key}={_word(run.options.get(key))}" for key in keys) if run.options else run.problem
-        figures = (number(f[key], ".4f") for key in ("loss", "bits_per_byte", "dose"))
-        rows.append((f["run"], f["state"], step, *figures, words))
-    console().print(grid(("run", "state", ">step", ">loss", ">bits/byte", ">dose", "differs in"), rows))
+def _show(experiment: str | None, groups: list[Group], *, each: bool) -> None:
+    """An experiment's table; where the terminal is narrow it has fewer columns."""
+    from rich.text import Text
+
+    from gptlab.analysis.listing import Group
+
+    if each:
+        groups = [Group(None, None, [run], group.differences) for group in groups for run in group.runs]
+    shown_on = console()
+    if not shown_on.is_terminal:  # which has no width: a row is a line
+        shown_on.width = 1000
+    columns = [name for name, least in COLUMNS.items() if shown_on.width >= least]
+    title = "other runs" if experiment is None else experiment
+    shown_on.print(Text(printable(f"{title}: {sum(len(group.runs) for group in groups)} runs"), "bold"))
+    right = [f">{name}" if name in FIGURES else name for name in columns]
+    shown_on.print(grid(right, [[_cell(group, name) for name in columns] for group in groups]))
+    shown_on.print()
+
+
+def _cell(group: Group, column: str) -> str:
+    run = group.runs[0]
+    if column == "arm or run":
+        return group.name
+    if column == "state":
+        return group.states if len(group.runs) > 1 else run.figures["state"]
+    if column == "step":
+        steps = [int(step) for step in group.values("step")]
+        least, most = min(steps, default=0), max(steps, default=0)
+        return f"{least if least == most else f'{least}–{most}'}/{number(run.figures['steps'], 'd')}" if steps else "–"
+    if column == "differs in":
+        words = [f"{key}={_word(value)}" for key, value in group.differences.items()]
+        more = [f"and {len(words) - MOST_WORDS} more"] if len(words) > MOST_WORDS else []
+        return run.problem or " ".join(words[:MOST_WORDS] + more)
+    mean, deviation = group.mean(FIGURES[column])
+    return number(mean, ".4f") + (f" ±{deviation:.4f}" if deviation is not None else "")
 
 
 def _word(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,63 @@ def test_runs_are_sorted_and_filtered(log: Path, capsys: Capture) -> None:
     ):  # fmt: skip
         assert names(listing(capsys, log, "--where", condition)) == found, condition
     assert names(listing(capsys, log, "--where", "loss<9", "--where", "seed=1")) == ["plain"]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Three arms of five seeds in an experiment, one of them killed, and two loose runs of the same signal."""
+    root = tmp_path / "many"
+    end = {"step": 10, "kind": "event", "event": "finished"}
+    for arm, options in {"baseline": {}, "weak": {"signal.weight": 0.1}, "strong": {"signal.weight": 0.9}}.items():
+        options = {"signal.name": "confidence", **options} if options else {}
+        for seed in range(1, 6):
+            ended = [] if (arm, seed) == ("weak", 3) else [end]
+            write_run(root / "exp" / arm / f"seed_{seed}", val(10, 2.0 + seed / 10), *ended, seed=seed, **options)
+    (root / "exp" / "experiment.toml").write_text("")
+    for name, rate in (("a", 1e-3), ("b", 2e-3)):
+        write_run(root / name, val(10, 2.0), end, learning_rate=rate, **{"signal.name": "confidence"})
+    return root
+
+
+def test_many_runs_are_grouped_by_experiment_and_arm(many: Path, capsys: Capture) -> None:
+    assert main(["runs", str(many)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.endswith("runs")] == ["exp: 15 runs", "other runs: 2 runs"]
+    row = {line.split()[0]: line for line in lines if line and not line.endswith("runs")}
+    assert row.keys() == {"arm", "baseline", "weak", "strong", "a", "b"}
+    assert row["weak"] == (
+        "weak 4 finished, 1 unfinished 10/10 2.3000 ±0.1581 3.4500 ±0.2372 – signal.name=confidence signal.weight=0.1"
+    )
+    assert row["baseline"] == "baseline 5 finished 10/10 2.3000 ±0.1581 3.4500 ±0.2372 –"
+    assert row["b"] == "b finished 10/10 2.0000 3.0000 – learning_rate=0.002"
+    assert main(["runs", str(many), "--each"]) == 0
+    assert sum("seed_" in line for line in capsys.readouterr().out.splitlines()) == 15
+
+
+@pytest.mark.parametrize(("condition", "count"), [("arm=weak", 5), ("arm=*a*", 10), ("experiment=exp", 15),
+                                                  ("experiment!=exp", 2), ("run=exp/*/seed_2", 3)])  # fmt: skip
+def test_filters_name_arms_and_experiments(condition: str, count: int, many: Path, capsys: Capture) -> None:
+    assert len(listing(capsys, many, "--where", condition)) == count
+
+
+@pytest.mark.parametrize("key", ["arm", "experiment"])
+def test_a_filter_for_what_is_not_there_says_what_is(key: str, many: Path, capsys: Capture) -> None:
+    assert main(["runs", str(many), "--where", f"{key}=strng"]) == 2
+    assert f"no {key} 'strng'" in (line := capsys.readouterr().err)
+    assert ("strong" if key == "arm" else "exp") in line
+
+
+@pytest.mark.parametrize("width", [40, 60, 100, 200])
+def test_the_list_keeps_to_the_terminals_width(
+    width: int, many: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["runs", str(many)]) == 0
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= width
+    assert "2.3000 ±0.1581" in shown
+    assert ("bits/byte" in shown) == (width >= 120)
 
 
 def test_a_run_that_is_being_written_is_running_and_stays(log: Path, capsys: Capture) -> None:
