@@ -12,13 +12,15 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gptlab.errors import ConfigError, shown
+from gptlab.errors import ConfigError, GptlabError, shown
+from gptlab.files import is_number, read_json, write_json
 from gptlab.processes import usable_cores
 from gptlab.randomness import torch_generator
 
@@ -29,6 +31,9 @@ BF16_MIN_WIDTH = 64
 """The narrowest model for which bf16 was measured faster than fp32, with AMX and with AVX-512 (docs/LOG.md)."""
 
 AMX_ROWS = 512
+
+MEASURED = 5
+"""Sessions that measure the matmul peak of a machine."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,29 @@ def matmul_peak(compute: ComputeConfig, size: int | None = None) -> float:
     a = torch.randn(n, n, device=compute.device, generator=generator).to(compute.autocast or torch.float32)
     out = a @ a  # warms up
     return 2 * n**3 / min(seconds(lambda: torch.mm(a, a, out=out), compute.device) for _ in range(12))
+
+
+def kept_matmul_peak(compute: ComputeConfig, machine: Machine) -> float:
+    """The best `matmul_peak` of this machine's first sessions, in FLOP/s: a busy moment makes one too low.
+
+    The user's cache folder keeps MEASURED of them; where it cannot be used, the one measured now is returned.
+    """
+    processor = machine.gpus[compute.device.index or 0] if compute.device.type == "cuda" else machine.processor
+    key = f"{processor}, {compute.dtype_name}, {compute.threads} threads"
+    file, kept = None, {}
+    with suppress(OSError, RuntimeError, GptlabError):  # RuntimeError: no home is known
+        file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gptlab", "matmul_peaks.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept = read_json(file) if file.exists() else {}
+    kept = kept if isinstance(kept, dict) else {}
+    rates = kept.get(key, [])
+    rates = [rate for rate in rates if is_number(rate) and rate > 0] if isinstance(rates, list) else []
+    if len(rates) < MEASURED:
+        rates.append(matmul_peak(compute))
+        with suppress(OSError, GptlabError):
+            if file:
+                write_json(file, {**kept, key: rates})
+    return max(rates)
 
 
 def environment(compute: ComputeConfig, machine: Machine) -> dict[str, Any]:

@@ -9,13 +9,15 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gptlab.analysis.report.run import write_run as write_report
 from gptlab.cli.main import main
 from gptlab.data.shards import write_shard
 
@@ -23,6 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for what several tests import:
 from run_folders import TINY
 from run_folders import hostile_experiment as hostile_experiment
 from run_folders import write_run as write_run
+
+CACHE = tempfile.TemporaryDirectory(prefix="gptlab_tests_")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -86,11 +91,21 @@ def tiny(tiny_corpus: Path) -> Callable[..., list[str]]:
     return words
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _reports_only_where_they_are_read(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Half of what a tiny run takes is its report; modules that read one set WITH_REPORTS."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "WITH_REPORTS", False):
+            patch.setattr("gptlab.analysis.report.after_run", lambda folder: f"none: not read here: {folder}")
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished_run(tiny: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with the block loss. It is shared: a test that changes it takes `run`."""
     out = tmp_path_factory.mktemp("finished") / "run"
     assert main(tiny(out, signal_name="confidence", sample_every=3, checkpoint_every=3, noise_every=3)) == 0
+    write_report(out)
     return out
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gptlab.device import Machine, choose_compute, deterministic_or_refused, environment, matmul_peak
+from gptlab.device import Machine, choose_compute, deterministic_or_refused, environment, kept_matmul_peak, matmul_peak
 from gptlab.errors import ConfigError
 
 LAPTOP = Machine(cores=8, processor="old", cpu_bf16="")
@@ -156,6 +157,25 @@ def test_this_machine_is_probed_and_its_record_tells_no_secrets() -> None:
         "compile",
         "reasons",
     }
+
+
+@pytest.mark.parametrize("before", [None, "not JSON", "[1]", '{"key": 3}', "a folder"])
+def test_a_busy_moment_lowers_no_peak_that_was_seen_before(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine.probe()
+    compute = choose_compute(machine, device="cpu", dtype="fp32")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "gptlab" / "matmul_peaks.json"
+    if before == "a folder":
+        file.mkdir(parents=True)
+    elif before:
+        file.parent.mkdir()
+        file.write_text(before)
+    measured = iter([3e9, 5e9, 1e9, 2e9, 4e9, 9e9])
+    monkeypatch.setattr("gptlab.device.matmul_peak", lambda compute: next(measured))
+    found = [kept_matmul_peak(compute, machine) for _ in range(6)]
+    assert found == [3e9, 5e9, 1e9, 2e9, 4e9, 9e9] if before == "a folder" else [3e9, 5e9, 5e9, 5e9, 5e9, 5e9]
 
 
 def test_the_matmul_peak_is_a_rate() -> None:

@@ -167,7 +167,7 @@ def _train(
     from gptlab.cli.progress import Display
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.data.tokenizers import get_tokenizer
-    from gptlab.device import environment, matmul_peak
+    from gptlab.device import environment, kept_matmul_peak
     from gptlab.runs.folder import RunFolder
     from gptlab.runs.session import Beginning, Session, begin
     from gptlab.runs.trackers import check_installed, tracking
@@ -202,7 +202,7 @@ def _train(
         for note in beginning.notes:
             display.note(note)
         stop.defer()  # from here on a stop saves a checkpoint
-        peak = matmul_peak(placement)
+        peak = kept_matmul_peak(placement, machine)
         display.opening(config, placement, corpus, peak * world.size, beginning)
         session = Session(config, folder, beginning.checkpoint, placement, corpus.identity(), world)
         display.note(f"  compile {session.compiled}")

@@ -31,6 +31,7 @@ from gptlab.training.loop import Record
 Capture = pytest.CaptureFixture[str]
 Words = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
+WITH_REPORTS = True
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 

@@ -30,6 +30,7 @@ from gptlab.runs.init_weights import any_model
 Capture = pytest.CaptureFixture[str]
 Words = Callable[..., list[str]]
 ROOT = Path(__file__).parents[2]
+WITH_REPORTS = True
 
 
 def rows(run: Path, *kinds: str) -> list[dict[str, Any]]:

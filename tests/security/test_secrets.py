@@ -18,6 +18,7 @@ from gptlab.device import Machine, choose_compute, environment
 from gptlab.options import build, flatten
 from gptlab.training.config import TrainingConfig
 
+WITH_REPORTS = True
 SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIplantedKEY",
     "AWS_ACCESS_KEY_ID": "AKIAplantedEXAMPLE",
