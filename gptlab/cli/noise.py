@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     if parsed.conversation and (unused := [key for key in given if key == "signals" or key.startswith("signal.")]):
         raise UsageError(f"--{unused[0]}: --conversation measures the model without any signal; leave one out")
     changes = {key.removeprefix("signal."): value for key, value in given.items() if key.startswith("signal.")}
+    _signals(names, (), changes)  # before torch is imported
     result = _measure(parsed, options, names, changes)
     if parsed.html:
         from gptlab.analysis.report.noise import write_noise
@@ -102,11 +103,19 @@ def _measure(
         if parsed.conversation:
             found = conversation(subject, options, progress)
             return {"source": str(parsed.checkpoint), **about(subject), "conversation": found}
-        signals = signal_configs(names, own, changes)
+        signals = _signals(names, own, changes)
         branches = _branches(parsed.checkpoint, config, subject, options, signals, progress)
         result = measure(subject, options, signals, branches, progress)
     history = alignment_history(Path(parsed.checkpoint))
     return {"source": str(parsed.checkpoint), **result, "history": history}
+
+
+def _signals(names: list[str], own: Sequence[SignalConfig], changes: Mapping[str, Any]) -> Mapping[str, SignalConfig]:
+    """The config of every name; raises UsageError for options that contradict each other."""
+    try:
+        return signal_configs(names, own, changes)
+    except ConfigError as error:
+        raise UsageError(f"--{error}") from None
 
 
 def _branches(

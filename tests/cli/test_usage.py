@@ -162,6 +162,24 @@ def test_whichever_process_of_a_machine_comes_first_speaks_once(
         (["sample", "--checkpoint", "x", "--temperature=nan"], "--temperature: expected a number of at least 0"),
         (["sample", "--checkpoint", "x", "--top_p=0"], "--top_p: expected a number above 0 and at most 1, found 0.0"),
         (["sample", "--checkpoint", "x", "--top-k", "0"], "--top_k: expected a number of at least 1, found 0"),
+        (
+            ["noise", "x", "--conversation", "--signals", "entropy"],
+            "--signals: --conversation measures the model without",
+        ),
+        (["noise", "x", "--say=0"], "--say must be at least 1, found 0"),
+        *(
+            (["noise", "x", "--signals", name, *words.split()], line)
+            for name, words, line in [
+                ("conversation", "--signal.say=0", "--signal.say must be at least 1, found 0"),
+                ("conversation", "--signal.exact=true --signal.say=2", "--signal.exact enumerates utterances of one"),
+                ("conversation", "--signal.samples=1", "--signal.advantage positive compares utterances"),
+                ("conversation", "--signal.listener=ema", "--signal.listener: expected self or frozen:PATH"),
+                ("conversation", "--signal.reach=local", "--signal.reach local is for signals that read blocks"),
+                ("flipped:conversation", "", "--signal.control flipped shows wrong targets"),
+                ("entropy", "--signal.turns=2", "--signal.turns 2 is an option of a conversation"),
+                ("self:z_loss", "", "--signal.control self is a conversation without its listener"),
+            ]
+        ),
         (["digest"], "the following arguments are required: RUN"),
         (["verify", "a", "b"], "unknown argument 'b'"),
         (["export", "a"], "the following arguments are required: OUT"),
