@@ -132,7 +132,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "signal.placebo_of": ("x",), "signal.placebo_match": ("update",), "signal.flip": (0.0, 0.5),
     "signal.flip_to": ("argmax",), "signal.say": (2, 9), "signal.reply": (3,), "signal.samples": (1, 9),
     "signal.turns": (1, 99), "signal.advantage": ("signed", "raw"), "signal.exact": (True,),
-    "signal.listener": ("self",),
+    "signal.listener": ("self", "frozen:log/earlier"),
 }  # fmt: skip
 """Values of every option that are legal for some value of the others."""
 BOUND = (
@@ -143,7 +143,8 @@ BOUND = (
     ("signal.weight", "signal.dose"), ("signal.flip", "signal.control"), ("signal.flip_to", "signal.control"),
     ("signal.placebo_of", "signal.control"), ("signal.placebo_match", "signal.placebo_of"),
     ("signal.placebo_match", "optimizer"),
-    *((f"signal.{name}", "signal.name") for name in ("say", "reply", "samples", "turns", "advantage", "exact")),
+    *((f"signal.{name}", "signal.name") for name in ("say", "reply", "samples", "turns", "advantage", "exact",
+                                                                        "listener")),
 )  # fmt: skip
 """The pairs of options that can contradict each other, which is said in one line that names both."""
 

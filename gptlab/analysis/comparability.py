@@ -61,7 +61,8 @@ def _facts(run: Run) -> dict[tuple[str, str], Any]:
     facts["data", "tokenizer"] = data.get("tokenizer")
     if run.finished:
         facts["validation set", "validation_sha256"] = run.ended.get("validation_sha256")
-    for key in run.config.keys() - {"options", "data", "replayed"}:  # gptlab's version, a patch, a user's code
+    other = {"options", "data", "replayed", "listener"}
+    for key in run.config.keys() - other:  # gptlab's version, a patch, a user's code
         facts["software", key] = run.config[key]
     facts |= {("software", key): environment.get(key) for key in ("python", "torch", "compile")}
     facts |= {("machine", key): environment.get(key) for key in ("platform", "dtype")}

@@ -139,6 +139,25 @@ def initial_model(source: str, shape: GPTConfig, seed: int, tokenizer: str) -> G
     return model
 
 
+def frozen_listener(config: TrainingConfig) -> GPT | None:
+    """The model that replies in the run's conversation, where another than its own does; it takes no gradient.
+
+    Raises CheckpointError where there is none, or it has other tokens or shorter windows.
+    """
+    for path in (signal.frozen_listener for signal in config.signals):
+        if path:
+            model, there = any_model(path)
+            own = tokenizer_of(path, there)
+            if model.config.vocab_size != config.vocab_size or (own and own.name != config.tokenizer):
+                raise CheckpointError(f"signal.listener {path}: expected a model of {config.tokenizer} tokens, found "
+                                      f"another vocabulary, of {model.config.vocab_size:,}")  # fmt: skip
+            if model.config.block_size < config.block_size:
+                raise CheckpointError(f"signal.listener {path}: expected windows of block_size {config.block_size} or "
+                                      f"more, found {model.config.block_size}")  # fmt: skip
+            return model.requires_grad_(False)
+    return None
+
+
 @torch.no_grad()
 def jitter(model: GPT, amount: float, seed: int) -> None:
     """Multiply every weight by 1 + amount·N(0, 1), drawn by (seed, parameter).

@@ -30,7 +30,7 @@ from gptlab.options import flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.init_weights import initial_model, jitter
+from gptlab.runs.init_weights import frozen_listener, initial_model, jitter, weights_digest
 from gptlab.runs.records import read_config, replayed_norms, rows_sha256
 from gptlab.signals.user import file_hash, without_folders
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
@@ -155,7 +155,7 @@ PASSING = ("launch", "reasons", "earlier")
 def made_of_what(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
     """What config.json records of a run."""
     found: dict[str, Any] = {"gptlab": gptlab.__version__, "options": flatten(config), "data": corpus.identity()}
-    own = {"code": _code(config), "patch": applied(), "replayed": _norms(config)}
+    own = {"code": _code(config), "patch": applied(), "replayed": _norms(config), "listener": _listener(config)}
     return found | {key: value for key, value in own.items() if value}
 
 
@@ -167,6 +167,8 @@ def changes(folder: RunFolder, config: TrainingConfig, corpus: Corpus) -> list[s
         lines.append("code: a signal's file has changed since the run began")
     if before.get("replayed") != _norms(config):
         lines.append("signal.placebo_of: the norms of that run are not those that the run began with")
+    if before.get("listener") != _listener(config):
+        lines.append("signal.listener: who replies is not who did when the run began")
     if before.get("patch") != applied():
         lines.append("patch: the run was made by this code under another patch, or under none")
     return lines + [f"data: {line}" for line in corpus.grew_from(before["data"])]
@@ -235,6 +237,12 @@ def _norms(config: TrainingConfig) -> str | None:
     return hashlib.sha256(json.dumps(norms).encode()).hexdigest() if norms else None
 
 
+def _listener(config: TrainingConfig) -> str | None:
+    """SHA-256 of the weights that reply in a conversation, wherever they lie; None where the model itself does."""
+    model = frozen_listener(config)
+    return weights_digest(model) if model else None
+
+
 class Session:
     """folder: where to write, None on ranks that do not; compiled: what became of torch.compile, in words.
 
@@ -257,18 +265,20 @@ class Session:
                 model = initial_model(str(config.init_from), config.shape, config.seed, config.tokenizer)
             else:
                 model = GPT(config.shape, config.seed)
+            listener = frozen_listener(config)
         except GptlabError as error:
             self._write_error(0, error)
             raise
         if config.init_jitter and not checkpoint_path:
             jitter(model, config.init_jitter, config.seed)
         model.to(compute.device)
+        listener = listener.to(compute.device) if listener else None
         self.sharded = config.parallel == "fsdp" and world.size > 1
         install(model, compute, copies=not self.sharded)
         if self.sharded:
             shard_blocks(model, world, compute)
-        self.compiled = compile_blocks(model, compute, partial(rehearse, model, config, world, compute))
-        self.state = TrainingState(model, build_optimizer(model, config))
+        self.compiled = compile_blocks(model, compute, partial(rehearse, model, config, world, compute, listener))
+        self.state = TrainingState(model, build_optimizer(model, config), listener=listener)
         self._saved = -1
         if checkpoint_path:
             self._restore(Path(checkpoint_path), config.shape)

@@ -61,7 +61,7 @@ class SignalConfig:
         "positive", "an utterance's reward less the others' mean, where above 0 or as it is; or the reward itself"
     )
     exact: bool = option(False, "enumerate all utterances of one token instead of sampling some")
-    listener: str = option("self", "who replies: the model itself")
+    listener: str = option("self", "who replies: the model itself, or frozen:PATH, a run, checkpoint or GPT-2 folder")
 
     def __post_init__(self) -> None:
         if callable(self.name):
@@ -120,10 +120,10 @@ class SignalConfig:
         if self.samples < 2 and self.advantage != "raw" and not self.exact:
             raise ConfigError(f"signal.advantage {self.advantage} compares utterances, found signal.samples 1; "
                               "sample 2 or more, or use raw")  # fmt: skip
-        if self.listener != "self":
+        if self.listener != "self" and not self.frozen_listener:
             raise ConfigError(
-                f"signal.listener: expected self, found {shown(self.listener)}; another model's weights would be "
-                "a second model in every session, and an average's in every checkpoint"
+                f"signal.listener: expected self or frozen:PATH, found {shown(self.listener)}; an average of the "
+                "weights would be a second model in every checkpoint"
             )
 
     def _check_kind(self, kind: str) -> None:
@@ -171,6 +171,12 @@ class SignalConfig:
         if self.is_code:
             self._check_kind(kind)
         return kind
+
+    @property
+    def frozen_listener(self) -> str | None:
+        """The path of the weights that reply in a conversation; None where the model itself does."""
+        kind, _, path = self.listener.partition(":")
+        return path if kind == "frozen" and path else None
 
     @property
     def learns(self) -> bool:

@@ -48,15 +48,19 @@ class Batch:
 
 
 class ActiveSignal(NamedTuple):
-    """A signal and the weight it has in this update."""
+    """A signal, the weight it has in this update, and the frozen model that replies to a conversation's utterances."""
 
     config: SignalConfig
     weight: float
+    listener: GPT | None = None
 
 
-def active_signals(configs: Sequence[SignalConfig], weights: Sequence[float]) -> list[ActiveSignal]:
+def active_signals(
+    configs: Sequence[SignalConfig], weights: Sequence[float], listener: GPT | None = None
+) -> list[ActiveSignal]:
     """The signals that take part in an update: weight 0 takes a signal out of the graph."""
-    return [ActiveSignal(config, weight) for config, weight in zip(configs, weights, strict=True) if weight != 0.0]
+    both = zip(configs, weights, strict=True)
+    return [ActiveSignal(config, weight, listener) for config, weight in both if weight != 0.0]
 
 
 @dataclass(frozen=True)

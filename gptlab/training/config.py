@@ -296,7 +296,7 @@ class TrainingConfig:
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "log", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
     | {"batch_size", "device", "threads", "compile", "rank_timeout", "parallel", "activation_checkpointing"}
-    | {"signal.placebo_of"}  # its norms may not, wherever that run lies
+    | {"signal.placebo_of", "signal.listener"}  # the norms and the weights there may not, wherever they lie
 )
 """What may change when a run is resumed; `steps` may grow. Everything else makes it another run."""
 

@@ -3,8 +3,8 @@
 In a micro-batch's sequences, `turns` positions each end a context x. K utterances a_k of `say` tokens are sampled after
 it, the listener reads context and utterance, and its reply's confidence c_k, the mean of p_max over `reply` tokens, is
 rewarded with r_k = [c_k >= τ]·(-log(1-c_k)). The score function carries it: the loss is the mean over turns of
--mean_k A_k·log p(a_k|x), with the advantage A_k of the rewards held constant. What the listener computes takes no
-gradient.
+-mean_k A_k·log p(a_k|x), with the advantage A_k of the rewards held constant. Who listens is the model itself or a
+frozen one; what it computes takes no gradient.
 
 The K utterances share their context's keys and values, which are made of the hidden states that the update has anyway.
 Logits are read in chunks and never kept. Every draw is keyed by (seed, step, sequence, turn).
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gptlab.errors import ConfigError
 from gptlab.model.gpt import GPT
 from gptlab.randomness import key_bits, permutation
 from gptlab.signals.config import SignalConfig
@@ -61,7 +62,7 @@ def run_conversation(
         tokens, p = _utterances(config, readout, speaker, contexts, batch)  # (B, say, N) each
         rest = torch.log1p(-p.mean(1))  # log(1-c) (B, N), by the control self of what is said
         if config.control != "self":
-            rest = _listen(config, readout, speaker, tokens)
+            rest = _listen(config, *(_frozen(signal, graph, branches) or (readout, speaker)), tokens)
         chances = p.view(B, config.turns, K) if config.exact else p.new_full((1, 1, 1), 1 / K)
         reward, passed = _rewards(config, rest, batch)
         weights = chances * _advantages(config, reward, chances)  # (B, turns, K)
@@ -221,6 +222,19 @@ def _sampler(u: Tensor) -> LossFunction:
         return torch.stack([token.double(), p.gather(1, token)], 2)
 
     return sample
+
+
+def _frozen(
+    signal: ActiveSignal, graph: BlockGraph, branches: Callable[[GPT, Sequence[Tensor]], Branches]
+) -> tuple[Readout, Branches] | None:
+    """The listener's readout and its own reading of the contexts, where another model listens."""
+    if not signal.config.frozen_listener:
+        return None
+    if (model := signal.listener) is None:
+        raise ConfigError(f"signal.listener {signal.config.listener} is loaded by training alone; use self here")
+    with matmuls_in(graph.autocast, model, graph.tokens.device):
+        hidden = model.hidden_states(graph.tokens)
+    return Readout(model, graph.autocast), branches(model, hidden)
 
 
 def _listen(config: SignalConfig, readout: Readout, listener: Branches, tokens: Tensor) -> Tensor:

@@ -101,14 +101,16 @@ def train(
             yield from checkpoint_and_stop()
 
 
-def rehearse(model: GPT, config: TrainingConfig, world: World, compute: ComputeConfig) -> None:
+def rehearse(
+    model: GPT, config: TrainingConfig, world: World, compute: ComputeConfig, listener: GPT | None = None
+) -> None:
     """The passes of an update's micro-batch, all signals among them, and of a validation batch, on tokens 0.
 
     They leave gradients, and change nothing else.
     """
     T, device = config.block_size, compute.device
     tokens = torch.zeros(config.micro_batch(world.size), T, dtype=torch.int64, device=device)
-    signals = active_signals(config.signals, [1.0] * len(config.signals))
+    signals = active_signals(config.signals, [1.0] * len(config.signals), listener)
     batch = Batch(tokens, tokens, 0, config.seed, 0)
     accumulate(model, batch, signals, compute.autocast, recompute=config.activation_checkpointing)
     hidden_states(model, torch.zeros(SHAPE, T, dtype=torch.int64, device=device), compute)

@@ -17,6 +17,7 @@ class TrainingState:
 
     weights: the weight (before start and anneal) of every signal, where `signal.dose` sets it; else None
     validated, sampled: the last step that was validated or sampled, so that a stop in between redoes it
+    listener: the frozen model that replies in a conversation; it never changes, and no checkpoint holds it
     """
 
     model: GPT
@@ -26,6 +27,7 @@ class TrainingState:
     weights: list[float | None] = field(default_factory=list)
     validated: int = 0
     sampled: int = 0
+    listener: GPT | None = None
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """(weights, moments) by name; a tied or shared tensor once."""

@@ -198,7 +198,7 @@ def signals_at(state: TrainingState, config: TrainingConfig) -> list[ActiveSigna
         set_by_dose = state.weights[k] if state.weights else None
         weight = signal.weight_at(state.step, config.n_layer)
         weights.append(weight if set_by_dose is None else set_by_dose * signal.schedule_at(state.step))
-    return active_signals(config.signals, weights)
+    return active_signals(config.signals, weights, state.listener)
 
 
 class Weights(NamedTuple):
