@@ -55,6 +55,36 @@ def test_killed_at_a_random_moment_and_identical(
     assert outcome(run) == outcome(whole[processes])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"say": 2, "reply": 2, "dose": 0.3}, {"exact": "true", "control": "placebo"}, {"listener": "frozen:EARLIER"}],
+    ids=str,
+)
+def test_a_conversation_killed_twice_is_identical(
+    options: dict[str, Any], trainer: Trainer, tmp_path: Path, choose: random.Random
+) -> None:
+    """What is said is drawn by key, so its figures are the same too; a frozen listener is read again each time."""
+    how = {f"signal.{key}": value for key, value in {"name": "conversation", "threshold": 0.01, **options}.items()}
+    if "listener" in options:
+        assert trainer.train(tmp_path / "earlier", signal_name="none", steps=4).code == 0
+        how["signal.listener"] = f"frozen:{tmp_path / 'earlier'}"
+    how |= {"signal_name": "none", "steps": STEPS}
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    ended = trainer.train(whole, **how)
+    assert ended.code == 0, ended.err
+    for first, last in ((6, 12), (15, 24)):
+        running = trainer.start(run, **how)
+        running.wait_for_rows(run, choose.randrange(first, last))
+        kill(running, "worker", choose)
+        assert running.end().code == -signal.SIGKILL
+    ended = trainer.train(run, **how)
+    assert ended.code == 0, ended.err
+    assert outcome(run) == outcome(whole)
+    (weights, *others) = (newest(path) / "model.safetensors" for path in (run, whole))
+    assert [path.read_bytes() for path in others] == [weights.read_bytes()]
+    assert any(row.get("reward", 0) > 0 for row in rows(run))
+
+
 @pytest.mark.fault(number=12)
 def test_with_restarts_it_goes_on_by_itself(
     trainer: Trainer, whole: dict[int, Path], tmp_path: Path, choose: random.Random
