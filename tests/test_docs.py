@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from scripts import load_script
 
+from gptlab.cli.main import main
 from gptlab.runs.experiment_spec import KEYS, TUNE_KEYS, read_experiment
 from gptlab.runs.folder import RunFolder
 
@@ -63,12 +66,56 @@ def test_every_file_that_a_page_names_exists(page: Path) -> None:
         assert len(named) > 40
 
 
-@pytest.mark.parametrize(("page", "name"), [("tutorial.md", "margin"), ("experiment-files.md", "1_noise")])
+@pytest.mark.parametrize(
+    ("page", "name"), [("tutorial.md", "margin"), ("experiment-files.md", "1_noise"), ("own-objective.md", "echo")]
+)
 def test_the_experiments_in_the_documents_are_ones(page: str, name: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     (tmp_path / "idea.py").write_text(text.partition("```python\n")[2].partition("```")[0])
     (tmp_path / "experiment.toml").write_text(text.partition("```toml\n")[2].partition("```")[0])
     assert read_experiment(tmp_path / "experiment.toml").name == name
+
+
+SMALL = """n_layer = 2
+n_embd = 32
+n_head = 2
+total_batch_tokens = 256
+steps = 6
+eval_every = 3
+eval_tokens = 512
+checkpoint_every = 6
+dose_every = 1
+threads = 1
+"""
+"""Options that make a document's experiment one of seconds."""
+
+
+@pytest.mark.slow
+def test_the_session_of_an_objective_of_your_own_runs_as_it_is_written(
+    tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "own-objective.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    of = {kind: body for kind, body in blocks if kind}
+    small = of["toml"].replace("[1, 2, 3, 4, 5]", "[1, 2]")
+    small = small.replace("[options]", f"[options]\ndata = {str(tiny_corpus)!r}\n{SMALL}#", 1)
+    (tmp_path / "echo.py").write_text(of["python"])
+    (tmp_path / "echo.toml").write_text(small)
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for kind, body in blocks if not kind for line in body.splitlines()]
+    less = {"noise": ["--branch_steps=1", "--eval_tokens=512", "--reader_tokens=0"], "smoke": ["--seconds=1"]}
+    found = {}
+    for program, *words in commands:
+        assert program == "gptlab"
+        name = words[1] if words[0] == "experiment" else words[0]
+        assert main([*words, "--json", *less.get(name, [])]) == 0, capsys.readouterr().err
+        found[name] = json.loads(capsys.readouterr().out)
+    assert list(found) == ["smoke", "run", "compare", "noise"]
+    arms = found["compare"]["arms"]
+    assert {name: arm["n"] for name, arm in arms.items()} == {"echo": 2, "echo-placebo": 2}
+    assert all(arm["dose"] == pytest.approx(0.1, rel=1e-6) for arm in arms.values())
+    assert {"echo.py:no_echo", "placebo:echo.py:no_echo"} <= found["noise"]["signals"].keys()
+    assert all(signal["branch"]["verdict"] for name, signal in found["noise"]["signals"].items() if name != "true_loss")
 
 
 def test_a_figure_begins_no_line() -> None:
