@@ -7,7 +7,8 @@ What stands between <!-- compare: NAME --> and <!-- end of NAME --> is what `gpt
 prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, with <!-- dose_response: NAME -->
 what `gptlab dose_response` finds there. Each pack gets a NAME.svg; those of tune_*, whose arms end at other steps and
 are not compared, have only <!-- losses: NAME -->, the last validation losses by arm. With <!-- branches: NAME --> it
-is the branch tests in NAME.json, which `gptlab noise --json` printed. A figure within a
+is the branch tests in NAME.json, which `gptlab noise --json` printed; with <!-- predicted: conversation --> what that
+experiment's file predicts next to what was found. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
 arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
 benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
@@ -54,7 +55,9 @@ LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "learning_rate", "steps")
 """Options in which the arms of tune_* differ."""
 
-MARK = re.compile(r"<!-- (compare|verdicts|dose_response|branches|losses): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL)
+MARK = re.compile(
+    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL
+)
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
 
@@ -74,6 +77,8 @@ def _filled(what: str, name: str) -> str:
     result = _result(name)
     if what == "branches":
         tables = _branches(result)
+    elif what == "predicted":
+        tables = _predicted(result)
     elif what == "losses":
         tables = _losses(result)
     elif what == "dose_response":
@@ -98,7 +103,57 @@ def _result(name: str) -> dict[str, Any]:
     if name.startswith(TUNING):
         return _last_losses(packed)
     outcomes = read([packed])
-    return {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
+    result = {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
+    return result | _worlds(packed) if name == CONVERSATION else result
+
+
+CONVERSATION = "conversation"
+WORLDS = {"1": "", "0": "_0", "-1": "_errors"}
+"""kappa -> what the names of its arms end with in experiments/conversation.toml."""
+
+
+def _worlds(packed: Path) -> dict[str, Any]:
+    """Of the conversation's experiment: how many cells have ended, what its file predicts, and where arms collapse.
+
+    worlds: kappa, or the trap -> [what it is called there, the arm, its prediction]. An arm has collapsed from the
+    update on at which the entropy of the likeliest answer, as logged with the dose, stays below half of what it was
+    when the signal began; None where it does not.
+    """
+    found = read_pack(packed)
+    lines = [line.removeprefix("#").split() for line in found.text.splitlines() if line.startswith("#   ")]
+    (names,) = (line[1:-2] for line in lines if line[:1] == ["kappa"])
+    rows = {line[0]: map(float, line[1:]) for line in lines if line[:1] and line[0] in WORLDS}
+    worlds = {
+        f"kappa {k}": [[name, f"{name}{WORLDS[k]}", value] for name, value in zip(names, row, strict=False)]
+        for k, row in rows.items()
+    }
+    (trap,) = re.findall(r"\((\S+) and (\S+)\)", found.text)
+    arms = zip(("trap_gated_0", "trap_gated"), trap, strict=True)
+    worlds["trap"] = [[f"gated, kappa {int(not arm.endswith('_0'))}", arm, float(value)] for arm, value in arms]
+    collapsed = [_collapse(_entropies(cell.run)) for cell in found.cells if cell.arm == "long_raw"]
+    return {"cells": len(found.cells), "worlds": worlds, "collapsed": collapsed}
+
+
+def _entropies(run: Any) -> list[tuple[int, float]]:
+    return [(r["step"], r["argmax_entropy"]) for r in read_rows(run) if r.get("argmax_entropy") is not None]
+
+
+def _collapse(entropies: Sequence[tuple[int, float]]) -> int | None:
+    above = [step for step, entropy in entropies if entropy >= entropies[0][1] / 2]
+    return next((step for step, _ in entropies if step > above[-1]), None)
+
+
+def _predicted(result: Mapping[str, Any]) -> str:
+    """What was predicted of the truth's probability and what was found, by world and arm."""
+    lines = ["| world | arm | predicted | found | 95% interval | seeds |", "|---|---|---|---|---|---|"]
+    for world, arms in result["worlds"].items():
+        for name, arm, predicted in arms:
+            seen = result["arms"][arm]
+            found = "–" if seen["difference"] is None else f"{seen['difference']:+.3f}"
+            low, high = seen["interval"]
+            interval = "–" if low is None else f"{low:+.3f} to {high:+.3f}"
+            lines.append(f"| {world} | {name} | {predicted:+.3f} | {found} | {interval} | {seen['n']} |")
+    return "\n".join(lines) + "\n"
 
 
 def _last_losses(packed: Path) -> dict[str, Any]:
@@ -259,11 +314,39 @@ def sure_and_wrong(axes: Axes, which: int) -> None:
         axes.set_title("How sure each block is of the next byte ...", fontsize=10)
 
 
+def worlds(axes: Axes, which: int) -> None:
+    """What each arm of the conversation changes of the truth's probability in a world, and what was predicted (N3)."""
+    result = _result(CONVERSATION)
+    world, arms = list(result["worlds"].items())[which]
+    axes.axvline(0.0, color=GREY, linewidth=0.6)
+    for y, (_, arm, predicted) in enumerate(reversed(arms)):
+        seen = result["arms"][arm]
+        axes.plot([predicted], [y], "D", color="#57606a", markerfacecolor="none", markersize=6)
+        axes.plot(seen["differences"], [y - 0.2] * seen["n"], "|", color=SIGNALS[0], markersize=5)
+        if seen["difference"] is not None:
+            axes.plot([seen["difference"]], [y], "o", color=SIGNALS[0], markersize=5)
+        if seen["interval"][0] is not None:
+            axes.plot(seen["interval"], [y, y], color=SIGNALS[0], linewidth=1.6)
+    axes.set_yticks(range(len(arms)), [name for name, *_ in reversed(arms)])
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+    axes.set_xlim(-0.15, 0.17)
+    axes.set_xlabel("change of the true answer's probability")
+    after = {"kappa 1": "the truth alone", "kappa 0": "any answer", "kappa -1": "errors alone"}
+    where = f"sure replies after {after[world]}" if world in after else "the truth is the commonest answer"
+    axes.set_title(f"{world}: {where}", fontsize=9)
+    if world == "trap":
+        axes.plot([], [], "D", color="#57606a", markerfacecolor="none", label="predicted")
+        axes.plot([], [], "o-", color=SIGNALS[0], markersize=5, label="found, with 95% interval")
+        axes.plot([], [], "|", color=SIGNALS[0], label="a seed")
+        axes.legend(frameon=False, fontsize=8, loc="center left")
+
+
 PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     "noise_labels": (labels, 1),
     "noise_alignment": (alignment, 1),
     "noise_averages": (averages, 4),
     "1_noise_blocks": (sure_and_wrong, 2),
+    CONVERSATION: (worlds, 4),
 }
 """name of the SVG -> what draws one panel, and how many."""
 
@@ -300,7 +383,7 @@ def main() -> None:
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
         picture = draw if name.startswith(RESPONSE) else write_forest
-        if not name.startswith(TUNING):
+        if not name.startswith((TUNING, CONVERSATION)):
             picture(_result(name), FINDINGS / f"{name}.svg")
     draw_pictures()
 
