@@ -1,4 +1,4 @@
-"""Losses that other trainers logged: a table of several runs (CSV, TSV, JSON lines), or one text log a run.
+"""Losses that other trainers logged: a table of several runs (CSV, TSV, JSON lines), or text logs of a run or more.
 
 Columns and formats are known by name. Nothing is judged here, and a log is read, never run.
 """
@@ -147,26 +147,31 @@ def _is_text(path: Path) -> bool:
 
 
 def read_texts(files: Iterable[tuple[str, Path]]) -> tuple[Logged, str]:
-    """What text logs hold, one run each, and the metric; a number behind `seed` in a file's name is the run's seed."""
+    """What text logs hold and the metric; a number behind `seed` in a file's name is the seed of its one run."""
     found: Logged = {}
     metrics: dict[str, Path] = {}
     for arm, path in files:
-        steps, metric = _read_text(path)
+        runs, metric = _read_text(path)
         metrics.setdefault(metric, path)
         match = re.search(r"seed[ _=-]?(\d{1,9})(?!\d)", path.stem)
-        seed = int(match[1]) if match else path.name
-        if seed in found.setdefault(arm, {}):
-            raise DataError(f"{path}: expected one run a seed, found a second one of {arm} with {seed}")
-        found[arm][seed] = steps
+        for number, steps in enumerate(runs, 1):
+            seed = f"{path.name}, run {number}" if len(runs) > 1 else int(match[1]) if match else path.name
+            if seed in found.setdefault(arm, {}):
+                raise DataError(f"{path}: expected one run a seed, found a second one of {arm} with {seed}")
+            found[arm][seed] = steps
     if len(metrics) > 1:
         listed = "; ".join(f"{metric} in {path}" for metric, path in metrics.items())
         raise DataError(f"expected one figure in all logs, found {listed}")
     return found, next(iter(metrics))
 
 
-def _read_text(path: Path) -> tuple[dict[int, float], str]:
-    """{step: figure} in the first format that a line has; a step that is there again was resumed, and counts again."""
-    found: dict[str, dict[int, float]] = {}
+def _read_text(path: Path) -> tuple[list[dict[int, float]], str]:
+    """[{step: figure} of each run], in the first format that a line has.
+
+    A log that is back at its first step holds another run. One that was resumed has a step in its middle again, which
+    counts again; so does what was started again before it had reached the last step.
+    """
+    found: dict[str, list[dict[int, float]]] = {}
     for line in _lines(path):
         for name, (pattern, _) in FORMATS.items():
             if match := pattern.match(line.strip()):
@@ -174,10 +179,14 @@ def _read_text(path: Path) -> tuple[dict[int, float], str]:
                     value = float(match[2])
                 except ValueError:
                     continue
-                found.setdefault(name, {})[int(match[1] or 0)] = value if math.isfinite(value) else math.nan
+                step, runs = int(match[1] or 0), found.setdefault(name, [{}])
+                if match[1] and len(runs[-1]) > 1 and step == next(iter(runs[-1])):
+                    runs.append({})
+                runs[-1][step] = value if math.isfinite(value) else math.nan
     if not found:
         raise DataError(
             f"{path}: expected lines with losses of validation as {', '.join(FORMATS)} write them, found none"
         )
     first = next(name for name in FORMATS if name in found)
-    return found[first], FORMATS[first][1]
+    last = max(step for run in found[first] for step in run)
+    return [run for run in found[first] if last in run], FORMATS[first][1]

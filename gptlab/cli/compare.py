@@ -54,7 +54,7 @@ def _parser() -> Parser:
         "undecided, and why (docs/verdicts.md). An experiment's folder, or the file of a packed one, "
         "holds what was declared; single runs are sorted into arms by their options, the arm without a signal being "
         "the baseline; a log of another trainer is a table (CSV, TSV, JSON lines) with step, loss, arm and "
-        "seed, or one text log a run (nanoGPT, llm.c, modded-nanogpt, build-nanogpt): files, folders of them, or "
+        "seed, or text logs (nanoGPT, llm.c, modded-nanogpt, build-nanogpt): files, folders of them, or "
         "ARM=either.",
     )
     parser.add_argument("sources", nargs="*", metavar="RUN|EXPERIMENT|LOG", help="run folders, or one of the others")

@@ -527,6 +527,27 @@ def test_text_logs_of_other_trainers_are_read_by_their_lines(tmp_path: Path, tra
     assert list(read(named, baseline="plain").losses) == ["plain", "new"]
 
 
+SEVERAL = {
+    "runs": ([(0, 9.0), (10, 3.5), (20, 3.1), (0, 9.0), (10, 3.6), (20, 3.2)], [3.1, 3.2]),
+    "a run that was resumed": ([(0, 9.0), (10, 3.5), (10, 3.5), (20, 3.1)], [3.1]),
+    "one started again before its end": ([(0, 9.0), (10, 3.5), (0, 9.0), (10, 3.4), (20, 3.0)], [3.0]),
+    "runs and one that was cut off": ([(5, 4.0), (20, 3.1), (5, 4.1), (20, 3.2), (5, 4.2)], [3.1, 3.2]),
+}
+
+
+@pytest.mark.parametrize("trainer", TEXT_LOGS)
+@pytest.mark.parametrize("case", SEVERAL)
+def test_a_text_log_that_begins_again_holds_several_runs(tmp_path: Path, case: str, trainer: str) -> None:
+    rows, ends = SEVERAL[case]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x_seed7.txt").write_text("".join(TEXT_LOGS[trainer].format(*row) for row in rows))
+    outcomes = read([tmp_path / "a"])
+    assert outcomes.step == 20
+    assert list(outcomes.losses["a"].values()) == ends
+    expected = [7] if len(ends) == 1 else ["x_seed7.txt, run 1", "x_seed7.txt, run 2"]
+    assert list(outcomes.losses["a"]) == expected
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
