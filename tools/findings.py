@@ -8,7 +8,8 @@ prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, 
 what `gptlab dose_response` finds there. Each pack gets a NAME.svg; those of tune_*, whose arms end at other steps and
 are not compared, have only <!-- losses: NAME -->, the last validation losses by arm. With <!-- branches: NAME --> it
 is the branch tests in NAME.json, which `gptlab noise --json` printed; with <!-- predicted: conversation --> what that
-experiment's file predicts next to what was found. A figure within a
+experiment's file predicts next to what was found; with <!-- audit: speedrun_audit --> the pairs of records in
+tools/speedrun_audit.py, whose other results are figures of that name. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
 arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
 benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
@@ -31,6 +32,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import speedrun_audit
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -48,7 +50,7 @@ from gptlab.runs.records import read_rows
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
-RESPONSE, TUNING = "dose_response", "tune_"
+RESPONSE, TUNING, AUDIT = "dose_response", "tune_", "speedrun_audit"
 LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 """What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
 
@@ -56,7 +58,7 @@ RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "l
 """Options in which the arms of tune_* differ."""
 
 MARK = re.compile(
-    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL
+    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|audit): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL
 )
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
@@ -81,6 +83,8 @@ def _filled(what: str, name: str) -> str:
         tables = _predicted(result)
     elif what == "losses":
         tables = _losses(result)
+    elif what == "audit":
+        tables = speedrun_audit.table(result)
     elif what == "dose_response":
         tables = "\n\n".join(map(table_in_markdown, response_tables(result))) + "\n"
     else:
@@ -93,6 +97,8 @@ def _filled(what: str, name: str) -> str:
 @cache
 def _result(name: str) -> dict[str, Any]:
     """What the command that belongs to the results of a name gives as JSON."""
+    if name == AUDIT:
+        return speedrun_audit.audit()
     for folder in (FINDINGS, ROOT / "benchmarks" / "results"):
         if (file := folder / f"{name}.json").is_file():
             result = json.loads(file.read_text(encoding="utf-8"))
@@ -347,6 +353,7 @@ PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     "noise_averages": (averages, 4),
     "1_noise_blocks": (sure_and_wrong, 2),
     CONVERSATION: (worlds, 4),
+    AUDIT: (speedrun_audit.forest, 1),
 }
 """name of the SVG -> what draws one panel, and how many."""
 
