@@ -9,6 +9,7 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,15 +148,21 @@ def _is_text(path: Path) -> bool:
 
 
 def read_texts(files: Iterable[tuple[str, Path]]) -> tuple[Logged, str]:
-    """What text logs hold and the metric; a number behind `seed` in a file's name is the seed of its one run."""
+    """What text logs hold and the metric; a number behind `seed` in a file's name is the seed of its one run.
+
+    Files of an arm that have one name are distinguished by their folders, as in seed_1/log.txt.
+    """
     found: Logged = {}
     metrics: dict[str, Path] = {}
+    files = list(files)
+    named = Counter((arm, path.name) for arm, path in files)
     for arm, path in files:
         runs, metric = _read_text(path)
         metrics.setdefault(metric, path)
-        match = re.search(r"seed[ _=-]?(\d{1,9})(?!\d)", path.stem)
+        name = path.name if named[arm, path.name] == 1 else f"{path.parent.name}/{path.name}"
+        match = re.search(r"seed[ _=-]?(\d{1,9})(?!\d)", name.removesuffix(path.suffix))
         for number, steps in enumerate(runs, 1):
-            seed = f"{path.name}, run {number}" if len(runs) > 1 else int(match[1]) if match else path.name
+            seed = f"{name}, run {number}" if len(runs) > 1 else int(match[1]) if match else name
             if seed in found.setdefault(arm, {}):
                 raise DataError(f"{path}: expected one run a seed, found a second one of {arm} with {seed}")
             found[arm][seed] = steps

@@ -548,6 +548,15 @@ def test_a_text_log_that_begins_again_holds_several_runs(tmp_path: Path, case: s
     assert list(outcomes.losses["a"]) == expected
 
 
+@pytest.mark.parametrize("folders", [("seed_1", "seed_2"), ("x/seed1", "x/seed2"), ("first", "second")])
+def test_text_logs_of_one_name_are_those_of_their_folders(tmp_path: Path, folders: tuple[str, str]) -> None:
+    for k, name in enumerate(folders):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "log.txt").write_text(f"10 val {2.5 + k}\n")
+    found = read([f"a={tmp_path / name / 'log.txt'}" for name in folders]).losses["a"]
+    assert list(found) == ([1, 2] if "seed" in folders[0] else ["first/log.txt", "second/log.txt"])
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
