@@ -58,7 +58,8 @@ RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "l
 """Options in which the arms of tune_* differ."""
 
 MARK = re.compile(
-    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|audit): (\w+) -->\n.*?<!-- end of \2 -->", re.DOTALL
+    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|audit): (\w+) -->\n.*?<!-- end of \2 -->",
+    re.DOTALL,
 )
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
