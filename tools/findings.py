@@ -8,7 +8,8 @@ prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, 
 what `gptlab dose_response` finds there. Each pack gets a NAME.svg; those of tune_*, whose arms end at other steps and
 are not compared, have only <!-- losses: NAME -->, the last validation losses by arm. With <!-- branches: NAME --> it
 is the branch tests in NAME.json, which `gptlab noise --json` printed; with <!-- predicted: conversation --> what that
-experiment's file predicts next to what was found; with <!-- audit: speedrun_audit --> the pairs of records in
+experiment's file predicts next to what was found; with <!-- premise: NAME --> what `gptlab noise --conversation --json`
+printed of several steps, in NAME.json by step; with <!-- audit: speedrun_audit --> the pairs of records in
 tools/speedrun_audit.py, whose other results are figures of that name. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
 arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
@@ -38,7 +39,7 @@ from matplotlib.figure import Figure
 
 from gptlab.analysis.dose_response_runs import SHARES, Target, dose_response
 from gptlab.analysis.load import read
-from gptlab.analysis.noise import THRESHOLDS
+from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
 from gptlab.analysis.report.comparison import write_forest
 from gptlab.analysis.report.standalone import PANEL, STYLE, draw
 from gptlab.analysis.run import Run, read_run
@@ -58,7 +59,8 @@ RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "l
 """Options in which the arms of tune_* differ."""
 
 MARK = re.compile(
-    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|audit): (\w+) -->\n.*?<!-- end of \2 -->",
+    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|premise|audit): (\w+) -->\n"
+    r".*?<!-- end of \2 -->",
     re.DOTALL,
 )
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
@@ -82,6 +84,8 @@ def _filled(what: str, name: str) -> str:
         tables = _branches(result)
     elif what == "predicted":
         tables = _predicted(result)
+    elif what == "premise":
+        tables = _premise(result)
     elif what == "losses":
         tables = _losses(result)
     elif what == "audit":
@@ -224,6 +228,18 @@ def _branches(measured: dict[str, Any]) -> str:
         if branch := signal.get("branch"):
             parts = f"{with_interval(branch['bias'])} | {with_interval(branch['noise'])}"
             lines.append(f"| {name} | {branch['verdict']} | {parts} | {branch['dose']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _premise(measured: Mapping[str, Any]) -> str:
+    """Areas under the curve of a reply's sureness after the text, against each alternative, by step and length."""
+    names = list(ALTERNATIVES)
+    lines = [f"| step | reply, tokens | {' | '.join(map(ALTERNATIVES.__getitem__, names))} |", "|---" * 6 + "|"]
+    for step, found in measured.items():
+        for length in map(str, found["conversation"]["replies"]):
+            areas = (found["conversation"]["against"][name]["total"][length] for name in names)
+            cells = (f"{one['auc']:.2f} ({one['interval'][0]:.2f} to {one['interval'][1]:.2f})" for one in areas)
+            lines.append(f"| {step} | {length} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
