@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
+from gptlab.model.weights import refuse_not_finite
 from gptlab.signals.readout import Readout
 from gptlab.training.evaluate import hidden_states
 
@@ -74,6 +75,7 @@ class Scorer:
             self._score(batch, loss, wrong)
             progress(done)
         self.world.sum_([loss, wrong])
+        refuse_not_finite(loss)
         return Scores(loss.cpu(), (wrong == 0).cpu())
 
     def _score(self, batch: list[_Window], loss: Tensor, wrong: Tensor) -> None:

@@ -24,6 +24,7 @@ from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError
 from gptlab.model.decoder import Decoder, Weights
 from gptlab.model.gpt import GPT
+from gptlab.model.weights import refuse_not_finite
 from gptlab.randomness import torch_generator
 from gptlab.signals.tuned_lens import TunedLens
 
@@ -234,6 +235,7 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor) -> Tensor:
     >>> choose(torch.tensor([[0.0, 9.0, 9.0]]).repeat(2, 1), Sampling(), torch.tensor([0.1, 0.9]))
     tensor([1, 2])
     """
+    refuse_not_finite(logits)
     if sampling.temperature < COLDEST:
         return logits.argmax(1)
     index = None

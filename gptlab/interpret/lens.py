@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from gptlab.data.tokenizers import Tokenizer
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.weights import refuse_not_finite
 from gptlab.signals.tuned_lens import TunedLens
 
 CHUNK, EXIT_CHUNK = 256, 512
@@ -74,6 +75,7 @@ def _read(
     parts = []
     for rows in h.split(CHUNK):
         read = model.read(reader(number, rows) if reader else rows)[:, :vocab_size].float()
+        refuse_not_finite(read)
         log_p = read.log_softmax(1)
         probability, best = log_p.exp().topk(min(top, log_p.shape[1]))
         parts.append((best, probability, -(log_p.exp() * log_p).sum(1)))
@@ -179,6 +181,7 @@ def leave(
                 where = (rows[:, 0], rows[:, 1])
                 x = h[where] if reader is None else reader(number, h[where])
                 logits = model.read(x)[:, :vocab_size].float()
+                refuse_not_finite(logits)
                 p, best = logits.softmax(1).max(1)
                 loss = F.cross_entropy(logits, targets[where], reduction="none")
                 sure = p >= confidence if number < L else torch.ones_like(p, dtype=torch.bool)

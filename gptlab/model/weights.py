@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab.errors import CheckpointError, ConfigError, shown
+from gptlab.errors import CheckpointError, ConfigError, DivergedError, shown
 from gptlab.files import open_regular
 from gptlab.model.gpt import GPT, GPTConfig
 
@@ -30,6 +30,8 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 """What DistributedDataParallel, torch.compile, FSDP and activation checkpointing leave in a name, in any order."""
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")
 """The causal mask, which some versions keep among the weights."""
+ADAMW, MUON = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
+"""What an optimizer keeps of a parameter, under PyTorch's names."""
 
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
@@ -146,12 +148,26 @@ def check_stored(config: GPTConfig, weights: Mapping[str, Tensor], source: objec
 
 
 def check_moments(weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], source: object) -> None:
-    """Raise CheckpointError unless each of an optimizer's tensors belongs to a weight: of its shape, or a count."""
+    """Raise CheckpointError unless an optimizer's tensors are none, or all of each weight's, numbers of its shape."""
+    kept: dict[str, set[str]] = {of: set() for of in weights} if moments else {}
     for name, found in moments.items():
         key, _, of = name.partition(".")
         expected = () if key == "step" else tuple(weights[of].shape) if of in weights else None
         if of not in weights or not _is_weight(found, expected):
             raise CheckpointError(f"{source}: expected {name} {expected}, found {found.dtype} {tuple(found.shape)}")
+        if found.isnan().any():
+            raise CheckpointError(f"{source}: expected numbers in {name}, found NaN")
+        kept[of].add(key)
+    for of, found in kept.items():
+        if found not in (ADAMW, MUON):
+            expected = f"{', '.join(sorted(ADAMW))} (AdamW) or {', '.join(MUON)} (Muon)"
+            raise CheckpointError(f"{source}: expected {expected} of {of}, found {', '.join(sorted(found)) or 'none'}")
+
+
+def refuse_not_finite(figures: Tensor) -> None:
+    """Raise DivergedError where a figure of a model that is read is NaN or infinite."""
+    if not figures.isfinite().all():
+        raise DivergedError("the model's figures are not finite: it has diverged, or its weights are too large")
 
 
 def named(weights: Mapping[Any, Any], source: object) -> dict[str, Any]:

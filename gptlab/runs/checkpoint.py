@@ -422,5 +422,6 @@ def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: Wo
         into[name] = torch.empty_like(found, device="cpu") if key == "step" else torch.empty_like(like)
     with world.collective():
         load_rows(into, storage_reader=HuggingFaceStorageReader(str(folder)))
+    check_moments(*apart(into), folder)
     rest = read_state(folder / STATE)
     state.restore(*apart(into), rest["scalars"])

@@ -18,6 +18,7 @@ from gptlab.data.batches import ValidationWindows
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.model.gpt import GPT
+from gptlab.model.weights import refuse_not_finite
 from gptlab.signals.readout import Readout, true_loss
 from gptlab.training.block_graph import matmuls_in
 from gptlab.training.controls import clean_loss
@@ -111,6 +112,8 @@ def validate(
     world.sum_([stopped])
     if stopped.item():
         return None
+    for found in (figures, losses_below, by_block):
+        refuse_not_finite(found)
     losses, correct, clean, *probabilities = figures[: len(windows)].cpu().unbind(1)
     clean_mean = float(clean.sum() / len(windows)) if flip else None
     every = [*losses_below[:, : len(windows)].cpu(), losses] if every_block else []

@@ -235,6 +235,21 @@ def test_an_experiment_writes_through_no_link(name: str, tmp_path: Path) -> None
         assert victim.read_text() == text
 
 
+@pytest.mark.parametrize("name", PLACES[:5])
+def test_a_cell_is_claimed_through_no_link(name: str, tmp_path: Path) -> None:
+    """By a job on another machine too, which no runner has prepared."""
+    out, victim = tmp_path / "out", tmp_path / "victim"
+    if name in ("plain", "plain/seed_1"):
+        (victim / "seed_1").mkdir(parents=True)
+    else:
+        victim.touch()
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).symlink_to(victim)
+    with pytest.raises(ConfigError, match="is a link to elsewhere"):
+        Claim.take(out / "plain" / "seed_1")
+    assert [path.name for path in victim.rglob("*")] == ["seed_1"] * victim.is_dir()
+
+
 @pytest.mark.parametrize("name", ["config.json", "environment.json", "metrics.jsonl", "log.txt", *CHECKPOINT])
 @pytest.mark.parametrize("command", ["verify", "digest", "compare", "runs", "train"])
 def test_what_a_runs_link_leads_to_is_not_shown(

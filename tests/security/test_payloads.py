@@ -6,17 +6,21 @@ What is pickled is in tests/model/test_formats.py and tests/data/test_corpus.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from readers import EXPERIMENT, SMALL, readers, sign  # pyright: ignore[reportMissingImports]
+from safetensors.torch import load_file, save_file
 
 from gptlab.analysis.run import read_run
 from gptlab.cli.main import main
 from gptlab.errors import CheckpointError, ConfigError
 from gptlab.model.huggingface import from_huggingface, to_huggingface
+from gptlab.model.weights import ADAMW, check_moments
 from gptlab.runs.folder import RunFolder
 from gptlab.signals.user import user_signal
 
@@ -141,3 +145,55 @@ def test_verify_names_a_state_that_only_its_checksum_speaks_for(tmp_path: Path, 
         assert "expected scalars, cursor, rng and records" in out, state
         assert main(["digest", str(tmp_path / "run")]) == 3
         assert "expected scalars, cursor, rng and records" in capsys.readouterr().err, state
+
+
+def _keep(moments: dict[str, torch.Tensor], *names: str) -> dict[str, torch.Tensor]:
+    return {name: moment for name, moment in moments.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda all_: _keep(all_, "exp_avg.a"), "of a, found exp_avg_sq, step"),
+        (lambda all_: _keep(all_, "step.b"), "of b, found exp_avg, exp_avg_sq"),
+        (lambda all_: _keep(all_, "step.b", "exp_avg.b", "exp_avg_sq.b"), "of b, found none"),
+        (lambda all_: {**all_, "momentum_buffer.a": torch.zeros(2)}, "exp_avg_sq, momentum_buffer, step"),
+        (lambda all_: {**all_, "exp_avg_sq.b": torch.tensor([0.0, math.nan])}, "numbers in exp_avg_sq.b, found NaN"),
+    ],
+)  # fmt: skip
+def test_moments_that_lack_a_tensor_or_a_number_are_refused(change: Any, found: str) -> None:
+    weights = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    adamw = {f"{key}.{of}": torch.zeros(() if key == "step" else 2) for of in weights for key in ADAMW}
+    check_moments(weights, adamw, "x")
+    check_moments(weights, {}, "x")
+    check_moments(weights, {"momentum_buffer.a": torch.zeros(2), **_keep(adamw, *(f"{k}.a" for k in ADAMW))}, "x")
+    with pytest.raises(CheckpointError, match=found):
+        check_moments(weights, change(adamw), "x")
+
+
+@pytest.mark.parametrize("weight", [math.nan, 3e38])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "--prompt", "line", "--temperature", "0"],
+        ["sample", "--prompt", "line", "--exit_confidence", "0.9"],
+        ["lens", "--prompt", "line"], ["eval"], ["noise"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_figures_that_are_not_finite_are_one_line(
+    weight: float, words: list[str], run: Path, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a model that another program saved, or one that a user broke; what is printed is JSON all the same."""
+    model = run / "hf"
+    assert main(["export", str(run), str(model)]) == 0
+    tensors = load_file(model / "model.safetensors")
+    tensors["transformer.ln_f.weight"] = torch.full_like(tensors["transformer.ln_f.weight"], weight)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    capsys.readouterr()
+    data = ["--data", str(tiny_corpus)] if words[0] in ("eval", "noise") else []
+    named = ["--checkpoint"] * (words[0] == "sample") + [str(model)]
+    assert main([*words, *named, *data, "--json"]) == 4
+    out, err = capsys.readouterr()
+    assert "not finite" in err
+    assert "not finite" in json.loads(out)["error"]
