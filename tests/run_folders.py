@@ -31,7 +31,7 @@ DATA = {"tokenizer": "bytes", "train": ["1" * 64, "2" * 64], "val": ["3" * 64], 
 TINY = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 16, "batch_size": 4, "total_batch_tokens": 64, "steps": 6,
     "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "eval_tokens": 512, "checkpoint_every": 0,
-    "sample_every": 0, "dose_every": 2, "log_every": 1, "threads": 1,
+    "sample_every": 0, "dose_every": 2, "dose_first": 0, "log_every": 1, "threads": 1,
 }  # fmt: skip
 """The options of the smallest run that has everything in it."""
 

@@ -41,6 +41,7 @@ def test_a_real_run_records_documented_figures_only_and_all_of_a_plain_one(finis
         assert figures <= names[kind], f"{kind}: not in docs/metrics.md: {figures - names[kind]}"
     unseen = {"doses", "weights", "signals_by_judge", "text"}  # of several signals, and of errors
     unseen |= {"differences"}  # of a run that goes on despite of something
+    unseen |= {"noise_step_share", "batch_noise"}  # of noise that is injected
     unseen |= {"reward", "reward_passed", "distinct_ngrams", "argmax_entropy"}  # of a conversation
     unseen |= {"excess_loss", "truth_probability", "clean_loss"}  # of corpora that are made up; of flipped targets
     for kind, figures in names.items():

@@ -31,7 +31,7 @@ from gptlab.runs.records import read_rows
 
 Clean = tuple[Any, ...]
 """All options of a run but its errors: runs of equal ones may be compared as dose and response."""
-_ERRORS = ("target_flip", "target_flip_to", "gradient_noise")
+_ERRORS = ("target_flip", "target_flip_to", "gradient_noise", "gradient_noise_shape")
 _FLIPS = ("control", "flip", "flip_to")
 
 
@@ -67,7 +67,8 @@ def corruptions(options: Mapping[str, Any]) -> tuple[Clean, list[Corruption]]:
         figure, theory = ("clean_loss", "uniform") if to == "uniform" else ("accuracy", "parity")
         found.append(Corruption(f"{to} flips in the true loss", (), options["target_flip"], figure, theory))
     if options["gradient_noise"]:
-        found.append(Corruption("gradient noise", (), options["gradient_noise"], "loss", "gaussian"))
+        kind = "batch noise" if options["gradient_noise_shape"] == "batch" else "gradient noise"
+        found.append(Corruption(kind, (), options["gradient_noise"], "loss", "gaussian"))
     flips: dict[tuple[str, str, float], list[int]] = {}
     clean: list[Clean] = []
     first = {key.removeprefix("signal."): value for key, value in options.items() if key.startswith("signal.")}

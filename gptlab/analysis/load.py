@@ -92,13 +92,21 @@ class Outcomes:
         return norm_ratio(self.runs.get(arm, ()), self.runs.get(other, ()))
 
     def _mark_plateau(self, arm: str, found: dict[str, Any]) -> None:
-        """Count the runs of an arm, its baseline and its placebo that are at the plateau; its reason says so."""
+        """Count the runs of an arm, its baseline and its placebo that are at the plateau, or only better than that
+        and not than frequencies of pairs; its reason says so."""
         placebo, baseline = found["placebo"], found["baseline"]
-        which = [("", arm, baseline, found, "at_plateau")]
-        which += [(" of its baseline", baseline, arm, found, "baseline_at_plateau")]
-        which += [(" of its placebo", placebo["arm"], arm, placebo, "at_plateau")] if placebo else []
-        for whose, name, other, to, key in which:
-            runs = self.runs.get(name, ())
+        which = [("", arm, baseline, found, "")]
+        which += [(" of its baseline", baseline, arm, found, "baseline_")]
+        which += [(" of its placebo", placebo["arm"], arm, placebo, "")] if placebo else []
+        for whose, name, other, to, prefix in which:
+            runs, key = self.runs.get(name, ()), f"{prefix}at_plateau"
+            pairs = [run.not_below_bigrams(self.step) for run in runs]
+            count = to[f"{prefix}not_below_bigrams"] = sum(map(bool, pairs)) if pairs and None not in pairs else None
+            if count:
+                found["reason"] += (
+                    f"; {count} of {len(runs)} runs{whose} {'is' if count == 1 else 'are'} not below bigrams, no "
+                    f"better than the frequencies of pairs of tokens ({runs[0].ended['bigram_loss']:.4f} nats)"
+                )
             known = [run.at_plateau(self.step) for run in runs]
             count = to[key] = sum(map(bool, known)) if known and None not in known else None
             if not count:
@@ -134,7 +142,10 @@ class Outcomes:
             if arm in of_signal and found["baseline"] not in of_signal:
                 found["dose_of_baseline"] = self._norm_ratio(arm, found["baseline"])
             if found["placebo"]:
-                found["placebo"]["norm_ratio"] = self._norm_ratio(arm, found["placebo"]["arm"])
+                placebo = found["placebo"]["arm"]
+                found["placebo"]["norm_ratio"] = self._norm_ratio(arm, placebo)
+                of_arm, of_placebo = (self.runs.get(name, ()) for name in (arm, placebo))
+                found["placebo"]["step_ratio"] = norm_ratio(of_arm, of_placebo, "step_changes")
             self._mark_plateau(arm, found)
             figures = ("noise_floor", "seed_correlation", "arms_correlation", "smallest_difference")
             found["passport"] = {**self.passports.get(arm, {}), **{key: found[key] for key in figures}}

@@ -11,12 +11,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from gptlab.data.prepare import known_tokens
 from gptlab.data.tokenizers import TOKENIZERS
 from gptlab.options import flatten
-from gptlab.runs.records import EVERY, Clock, Row, Source, is_figure, path_of, read_config, read_environment, read_rows
+from gptlab.runs.records import (
+    EVERY,
+    Clock,
+    Row,
+    Source,
+    is_figure,
+    mean_over_updates,
+    path_of,
+    read_config,
+    read_environment,
+    read_rows,
+)
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 
@@ -26,13 +37,13 @@ UNIGRAM_LOSSES = {"8668a430ddac561d66c6d4a1e044d57e410fd837517d19455942589a3bbcd
 
 @dataclass(frozen=True)
 class Run:
-    """figures: {figure: {step: value}} of validations, `losses` one of them, nats; doses: as measured.
+    """figures: {figure: {step: value}} of validations, `losses` one of them, nats; doses: by step, as measured.
 
     ended: the last event row, if nothing came after it.
     tempered: the last validation's loss at its best temperature; seconds: in updates, all sessions; source: of it all.
     start: norm of the first update's gradient, which equal weights and data make equal, None where it is not on record.
     norms: by step, of the signals' weighted gradient where it was measured; of a run without any, of the whole
-    gradient, at the steps that a pack keeps too.
+    gradient, at the steps that a pack keeps too. step_changes: by step, of what the signals change in Adam's step.
     """
 
     path: Path
@@ -41,12 +52,13 @@ class Run:
     figures: Mapping[str, Mapping[int, float]] = field(repr=False)
     last_step: int
     ended: Mapping[str, Any] = field(default_factory=dict)
-    doses: tuple[float, ...] = field(default=(), repr=False)
+    doses: tuple[tuple[int, float], ...] = field(default=(), repr=False)
     tempered: float | None = None
     bits_per_byte: float | None = None
     seconds: float = 0.0
     source: Source = field(default="", repr=False)
     norms: Mapping[int, float] = field(default_factory=dict, repr=False)
+    step_changes: Mapping[int, float] = field(default_factory=dict, repr=False)
     start: float | None = None
 
     @property
@@ -82,8 +94,16 @@ class Run:
 
     def at_plateau(self, step: int) -> bool | None:
         """Whether it is no better at `step` than the frequencies of tokens; None where that is not known."""
+        return self._not_below(self.unigram_loss, step)
+
+    def not_below_bigrams(self, step: int) -> bool | None:
+        """Whether it is below the plateau and yet no better than the frequencies of pairs; None as for `at_plateau`."""
+        worse = self._not_below(self.ended.get("bigram_loss"), step)
+        return worse and not self.at_plateau(step)
+
+    def _not_below(self, floor: float | None, step: int) -> bool | None:
         found = [self.figures[name][step] for name in ("loss", "clean_loss") if step in self.figures.get(name, {})]
-        return None if self.unigram_loss is None or not found else min(found) >= self.unigram_loss
+        return None if floor is None or not found else min(found) >= floor
 
     @property
     def seed(self) -> int:
@@ -99,9 +119,9 @@ class Run:
 
     @property
     def dose(self) -> float | None:
-        """The mean dose of a run with a signal; 0 where its weight is 0, None where it was not measured."""
+        """The mean dose over updates of a run with a signal; 0 where its weight is 0, None where not measured."""
         if self.doses:
-            return sum(self.doses) / len(self.doses)
+            return mean_over_updates(self.doses)
         return 0.0 if self.options.get("signal.weight") == 0 else None
 
     @property
@@ -116,8 +136,8 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
     """
     config = read_config(source)
     figures: dict[str, dict[int, float]] = {}
-    doses: list[float] = []
-    norms: dict[int, float] = {}
+    doses: list[tuple[int, float]] = []
+    norms, step_changes = dict[int, float](), dict[int, float]()
     norm = "grad_norm" if config["options"].get("signal.name", "none") == "none" else "signal_norm"
     ended, last, step, clock, start = {}, {}, 0, Clock(), None
     for row in read_rows(source, blocks=blocks_of(config), until=until):
@@ -131,26 +151,30 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
         elif row["kind"] == "train":
             clock.tick(row)
             start = row.get("grad_norm") if step == 1 else start
-            doses += [row["dose"]] if row.get("dose") is not None else []
+            doses += [(step, row["dose"])] if row.get("dose") is not None else []
             if row.get(norm) is not None and (norm == "signal_norm" or step % EVERY in (0, 1)):
                 norms[step] = row[norm]
+            if row.get("step_change") is not None:
+                step_changes[step] = row["step_change"]
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that was resumed
     tempered, bits = last.get("tempered_loss"), last.get("bits_per_byte")
     environment = read_environment(source)
     return Run(
         path_of(source), config, environment, figures, step, ended, tuple(doses), tempered, bits, clock.seconds, source,
-        norms, start,
+        norms, step_changes, start,
     )  # fmt: skip
 
 
-def norm_ratio(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, float] | None:
+def norm_ratio(
+    runs: Sequence[Run], others: Sequence[Run], of: Literal["norms", "step_changes"] = "norms"
+) -> dict[str, float] | None:
     """The median, lowest and highest ratio of the norms of two arms' runs, over the seeds and steps that both have.
 
     None where they have none in common.
     """
-    of_seed = {run.seed: run.norms for run in others}
+    of_seed: dict[int, Mapping[int, float]] = {run.seed: getattr(run, of) for run in others}
     pairs = [(norm, of_seed[run.seed].get(step)) for run in runs if run.seed in of_seed
-             for step, norm in run.norms.items()]  # fmt: skip
+             for step, norm in getattr(run, of).items()]  # fmt: skip
     ratios = sorted(norm / other for norm, other in pairs if other)
     return {"median": median(ratios), "lowest": ratios[0], "highest": ratios[-1]} if ratios else None
 

@@ -86,9 +86,14 @@ def tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def plateau(arm: Mapping[str, Any]) -> str:
-    """How many runs of an arm, or of its baseline, are no better than the frequencies of tokens; mostly nothing."""
-    counts = {"": arm.get("at_plateau"), " of its baseline": arm.get("baseline_at_plateau")}
-    return ", ".join(f"{n} run{'s' * (n > 1)}{whose} at the plateau" for whose, n in counts.items() if n)
+    """How many runs of an arm, or of its baseline, are no better than frequencies of tokens, or of pairs."""
+    marks = {"at_plateau": "at the plateau", "not_below_bigrams": "not below bigrams"}
+    counts = [
+        (arm.get(f"{prefix}{key}"), whose, mark)
+        for prefix, whose in (("", ""), ("baseline_", " of its baseline"))
+        for key, mark in marks.items()
+    ]
+    return ", ".join(f"{n} run{'s' * (n > 1)}{whose} {mark}" for n, whose, mark in counts if n)
 
 
 def _brackets(*parts: str) -> str:
@@ -100,6 +105,7 @@ def _norms(arm: Mapping[str, Any]) -> dict[str, str]:
     found = {
         "over its baseline's true one": arm.get("dose_of_baseline"),
         "over its placebo's": (arm.get("placebo") or {}).get("norm_ratio"),
+        "change of Adam's step over its placebo's": (arm.get("placebo") or {}).get("step_ratio"),
     }
     return {key: "{median:.3g} ({lowest:.3g} to {highest:.3g})".format_map(one) for key, one in found.items() if one}
 

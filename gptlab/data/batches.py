@@ -5,13 +5,15 @@ of a run (counted from its start) is the n-th window in the order of its epoch: 
 shuffled. In the first epoch the shards come in their own order, so that training can start while later shards are still
 being written; in later epochs they are shuffled too. Every window comes once an epoch.
 
-RandomWindows are for batches that know nothing of a run's own: every sequence is a draw of its own.
+RandomWindows are for batches that know nothing of a run's own: every sequence is a draw of its own. UnreadWindows are
+for batches whose windows the run itself does not read.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
@@ -95,11 +97,21 @@ class TrainingWindows:
         shards = permutation(len(self.corpus.train), "shards", self.seed, epoch).tolist()
         return shards, list(accumulate(map(self._windows, shards)))
 
-    def locate(self, n: int) -> tuple[int, int, int]:
-        """(epoch, shard, window of the shard) of sequence n of the run."""
+    def _counted(self, n: float) -> list[int]:
+        """`_ends` as far as sequence n of the first epoch, or to its end."""
         ends = self._ends
         while (not ends or n >= ends[-1]) and self._wait_for(len(ends)):
             ends.append((ends[-1] if ends else 0) + self._windows(len(ends)))
+        return ends
+
+    @property
+    def epoch(self) -> int:
+        """Sequences of an epoch; waits for the end of a corpus that is being prepared."""
+        return self._counted(math.inf)[-1]
+
+    def locate(self, n: int) -> tuple[int, int, int]:
+        """(epoch, shard, window of the shard) of sequence n of the run."""
+        ends = self._counted(n)
         epoch, place = divmod(n, ends[-1])
         shards, ends = self._later(epoch) if epoch else (range(len(ends)), ends)
         at = bisect_right(ends, place)
@@ -130,6 +142,28 @@ class TrainingWindows:
         """Where the data stands after `step` updates of `sequences` each; derived, recorded for the reader."""
         epoch, shard, window = self.locate(step * sequences)
         return {"sequence": step * sequences, "epoch": epoch, "shard": shard, "window": window}
+
+
+class UnreadWindows:
+    """Sequences 0, 1, 2, ...: those of a run's first epoch, from its end backwards, which the run does not come to."""
+
+    def __init__(self, windows: TrainingWindows, read: int, wanted: int) -> None:
+        """read: sequences of the whole run; wanted: how many are taken here. Raises DataError for too few."""
+        self.windows, self._last = windows, windows.epoch - 1
+        if read + wanted > windows.epoch:
+            raise DataError(
+                f"gradient_noise_shape batch reads {wanted:,} windows that nothing else reads, next to the {read:,} of "
+                f"the run; {windows.corpus.folder} has {windows.epoch:,} of {windows.block_size} tokens; take fewer "
+                "steps, add text, or use --gradient_noise_shape isotropic"
+            )
+
+    def window_ids(self, first: int, count: int) -> list[Window]:
+        """The windows of sequences first..first+count-1."""
+        return [self.windows.locate(self._last - first - row)[1:] for row in range(count)]
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Tokens and targets, (count, T) int64 each, of the same sequences."""
+        return self.windows.read(self.window_ids(first, count))
 
 
 class RandomWindows:
@@ -216,6 +250,22 @@ class ValidationWindows:
         counts = np.bincount(self.stream[1:])
         shares = counts[counts > 0] / (len(self.stream) - 1)
         return float(-(shares * np.log(shares)).sum())
+
+    @cached_property
+    def bigram_loss(self) -> float | None:
+        """Entropy of a target given the token before it, nats, by the windows' own frequencies of pairs: no model that
+        knows no more than pairs has a lower loss.
+
+        None where more than one pair in ten comes but once, as with large vocabularies: that entropy would be far below
+        what frequencies of pairs can do on any other text.
+        """
+        first, target = self.stream[:-1].astype(np.int64), self.stream[1:].astype(np.int64)
+        _, pairs = np.unique(first * (int(self.stream.max()) + 1) + target, return_counts=True)
+        if 10 * np.sum(pairs == 1) > len(target):
+            return None
+        alone = np.bincount(first)
+        alone = alone[alone > 0]
+        return float((alone @ np.log(alone) - pairs @ np.log(pairs)) / len(target))
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Tokens and targets, (count, T) int64 each; rows beyond the last window are zeros (one shape for all)."""

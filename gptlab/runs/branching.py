@@ -211,8 +211,9 @@ class _Lab:
         self.checkpoint = checkpoint.load(newest(run))
         model, config = model_in(self.checkpoint)
         config = replace(
-            config, signal=SignalConfig(), also=(), gradient_noise=0.0, gradient_bias=0.0, deterministic=False
-        )
+            config, signal=SignalConfig(), also=(), gradient_noise=0.0, gradient_noise_shape="isotropic",
+            gradient_bias=0.0, deterministic=False,
+        )  # fmt: skip
         if plan.learning_rate is not None:
             config = replace(config, learning_rate=plan.learning_rate, schedule="constant", warmup_steps=0)
         for arm in arms:  # refused here, before an hour's work

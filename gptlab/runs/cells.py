@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Literal
 from gptlab.errors import CheckpointError, ConfigError
 from gptlab.files import is_locked, open_regular, read_json, refuse_links, take_lock, write_json
 from gptlab.runs.experiment_spec import Arm, Experiment
-from gptlab.runs.records import new_rows
+from gptlab.runs.records import mean_over_updates, new_rows
 
 OUTPUT = "output.txt"
 """What a cell's process printed, in the cell's folder."""
@@ -131,7 +131,7 @@ class Rows:
     loss: float | None = None
     val_loss: float | None = None
     tokens_per_second: float | None = None
-    doses: list[float] = field(default_factory=list)
+    doses: list[tuple[int, float]] = field(default_factory=list)
     damage: str | None = None
     _offset: int = 0
 
@@ -156,7 +156,7 @@ class Rows:
             if row["kind"] == "train":
                 self.loss = row.get("loss", self.loss)  # a packed cell's rows may hold a dose alone
                 self.tokens_per_second = row.get("tokens_per_second", self.tokens_per_second)
-                self.doses += [row["dose"]] if row.get("dose") is not None else []
+                self.doses += [(self.step, row["dose"])] if row.get("dose") is not None else []
             elif row["kind"] == "val":
                 self.val_loss = row["loss"]
 
@@ -167,8 +167,8 @@ class Rows:
 
     @property
     def dose(self) -> float | None:
-        """The mean of |weight·g_signal| / |g_CE| where it was measured."""
-        return sum(self.doses) / len(self.doses) if self.doses else None
+        """The mean of |weight·g_signal| / |g_CE| over updates; None where it was not measured."""
+        return mean_over_updates(self.doses)
 
     def state(self, running: bool) -> State:
         """What the rows say of a cell that somebody runs, or nobody."""

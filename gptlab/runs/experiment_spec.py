@@ -201,7 +201,8 @@ class Experiment:
 
     @cached_property
     def replayed(self) -> Mapping[str, str]:
-        """{placebo: the arm whose runs' norms its own runs take}: arms that differ in signal.control alone."""
+        """{placebo: the arm whose runs' norms its own runs take}: arms that differ in signal.control alone, and in
+        which rotation a placebo has."""
         if self.placebo_match == "own":
             return {}
         wanted = {name: {**arm.options, "signal.control": "placebo"} for name, arm in self.arms.items()}
@@ -209,7 +210,7 @@ class Experiment:
             name: of
             for name, arm in self.arms.items()
             for of in self.arms
-            if of != name and arm.options == wanted[of] and arm.patch == self.arms[of].patch
+            if of != name and _but_rotation(arm.options) == wanted[of] and arm.patch == self.arms[of].patch
         }
 
     @property
@@ -225,6 +226,10 @@ class Experiment:
     def codes(self) -> list[str]:
         """The users' own signals, FILE.py:FUNCTION, that arms use."""
         return sorted({name for arm in self.arms.values() for name in arm.signals if ".py:" in name})
+
+
+def _but_rotation(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != "signal.rotation"}
 
 
 def ready_experiments() -> dict[str, Path]:

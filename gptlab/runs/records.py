@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,8 +109,8 @@ _BLOCKS: Check = ("a number for each block", partial(_all, is_figure))
 ROWS: Mapping[str, Mapping[str, Check]] = {
     "train": {
         **dict.fromkeys(("loss", "signal_loss", "grad_norm", "lr", "mfu", "dose", "weight", "noise_scale",
-                        "signal_norm", "step_change", "reward", "reward_passed", "distinct_ngrams",
-                        "argmax_entropy"), _FIGURE),
+                        "signal_norm", "step_change", "step_share", "noise_step_share", "batch_noise", "reward",
+                        "reward_passed", "distinct_ngrams", "argmax_entropy"), _FIGURE),
         **dict.fromkeys(("signal_by_judge", "doses", "weights", "alignment"), _LIST),
         **dict.fromkeys(("signals_by_judge", "alignment_by_block"), _LISTS),
         "clipped": _BOOL, "tokens": _COUNT, "tokens_per_second": _SPEED,
@@ -127,7 +128,7 @@ ROWS: Mapping[str, Mapping[str, Check]] = {
     "event": {
         "event": _TEXT, "text": _TEXT, "validation_sha256": _TEXT, "rows_sha256": _TEXT,
         "tokens": _COUNT, "tokens_per_second": _SPEED,
-        **dict.fromkeys(("loss", "excess_loss", "unigram_loss", "bits_per_byte", "mfu", "seconds",
+        **dict.fromkeys(("loss", "excess_loss", "unigram_loss", "bigram_loss", "bits_per_byte", "mfu", "seconds",
                         "clipped_share"), _FIGURE),
         "differences": ("a list of texts", partial(_all, _is_text)),
     },
@@ -237,6 +238,18 @@ def replayed_norms(config: TrainingConfig) -> dict[int, float]:
             "its end, with --dose_every 1"
         )
     return norms
+
+
+def mean_over_updates(measured: Sequence[tuple[int, float]]) -> float | None:
+    """The mean of a figure that was measured after some updates: each stands for those up to the next, and the last for
+    as many as the one before.
+
+    >>> mean_over_updates([(1, 3.0), (2, 3.0), (3, 1.0), (13, 1.0)])  # 1.0 in 20 of 22 updates
+    1.1818181818181819
+    """
+    lengths = [max(1, later - step) for (step, _), (later, _) in pairwise(measured)]
+    lengths += lengths[-1:] or [1] * len(measured)
+    return sum(n * value for n, (_, value) in zip(lengths, measured, strict=True)) / sum(lengths) if measured else None
 
 
 CLOCK = ("tokens_per_second", "mfu")

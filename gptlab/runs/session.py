@@ -378,6 +378,7 @@ class Session:
             **({"excess_loss": self._final["excess_loss"]} if "excess_loss" in self._final else {}),
             "bits_per_byte": self._final.get("bits_per_byte"),
             "unigram_loss": validation.unigram_loss,
+            "bigram_loss": validation.bigram_loss,
             "validation_sha256": validation.sha256,
             "clipped_share": self.state.clipped / max(1, self.state.step),
             "tokens": self.state.step * config.total_batch_tokens,

@@ -65,7 +65,7 @@ def smoke(
 
     Raises ConfigError where arms cannot run, Stopped where `stop` says so; leaves no process and no file.
     """
-    often = {"dose_every": 5, "sample_every": 0, "eval_every": 0, "log_every": 0}
+    often = {"dose_every": 5, "dose_first": 0, "sample_every": 0, "eval_every": 0, "log_every": 0}
     arms = {
         arm.name: replace(
             arm, options={**arm.options, **often, "checkpoint_every": arm.count("steps", experiment.preset)}

@@ -51,6 +51,7 @@ class SignalConfig:
     placebo_match: Literal["gradient", "update"] = option(
         "gradient", "that norm is the gradient's, or that of what the signal changes in Adam's step"
     )
+    rotation: int = option(0, "which of three rotations, drawn for the seed, a placebo has: 0, 1 or 2")
     flip: float = option(1.0, "share of wrong targets that the control flipped shows the signal")
     flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is: any, or the likeliest")
     say: int = option(1, "length of a conversation's utterance", unit="tokens")
@@ -93,6 +94,13 @@ class SignalConfig:
         if self.placebo_of and self.control != "placebo":
             raise ConfigError(
                 f"signal.placebo_of is for signal.control placebo, found control {self.control}; leave one out"
+            )
+        if self.rotation not in (0, 1, 2):
+            raise ConfigError(f"signal.rotation is 0, 1 or 2, found {self.rotation}")
+        if self.rotation and self.control != "placebo":
+            raise ConfigError(
+                f"signal.rotation is for signal.control placebo, found {self.rotation} with control {self.control}; "
+                "leave it out"
             )
         if self.placebo_match != "gradient" and not self.placebo_of:
             raise ConfigError(

@@ -30,7 +30,8 @@ class Batch:
 
     first_sequence: its first row's index in the update; share: of the update's tokens; windows: each row's name in the
     corpus, which flips are keyed by (without one, a row's index stands for it). part: what its gradient is taken of;
-    an update may give its signals other sequences than its true loss, and then the shares of each add up to 1.
+    an update may give its signals other sequences than its true loss, and then the shares of each add up to 1. Those of
+    noise (`--gradient_noise_shape batch`) add up to 0: the true loss of some sequences less that of as many others.
     """
 
     tokens: Tensor
@@ -40,7 +41,7 @@ class Batch:
     first_sequence: int
     share: float = 1.0
     windows: Sequence[Window] | None = None
-    part: Literal["all", "true loss", "signals"] = "all"
+    part: Literal["all", "true loss", "signals", "noise"] = "all"
 
     @property
     def names(self) -> Sequence[Window]:

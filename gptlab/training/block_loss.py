@@ -172,7 +172,8 @@ def _descents(
         embeddings = signal.config.embeddings
         descents.append(_Descent(Source("signal", k), output.gradients, embeddings))
         if signal.config.control == "placebo":
-            turned = [g._replace(gradient=rotated(g.gradient, seed, g.block + 1)) for g in output.gradients]
+            which = signal.config.rotation
+            turned = [g._replace(gradient=rotated(g.gradient, seed, g.block + 1, which)) for g in output.gradients]
             descents.append(_Descent(Source("placebo", k), turned, embeddings))
     return descents
 
@@ -192,7 +193,7 @@ def accumulate(
     What `batch.part` leaves out is not computed, and its losses are 0 or left out. into: with it, every source's
     gradient is made by itself, inside `into(source)`, and placebos with them; without, all are sent down at once.
     """
-    signals = () if batch.part == "true loss" else signals
+    signals = () if batch.part in ("true loss", "noise") else signals
     truth = batch.part != "signals"
     L = model.config.n_layer
     enter: Into = into or (lambda source: nullcontext())

@@ -61,7 +61,10 @@ class TrainingConfig:
     schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "fall of the learning rate after warmup")
     weight_decay: float = option(0.1, "on matrices only")
     grad_clip: float = option(1.0, "longest gradient, over all parameters; 0 = never clipped")
-    gradient_noise: float = option(0.0, "Gaussian noise on the gradient, as a share of |g_CE|")
+    gradient_noise: float = option(0.0, "noise on the gradient, drawn again in every update, as a share of |g_CE|")
+    gradient_noise_shape: Literal["isotropic", "batch"] = option(
+        "isotropic", "alike in all parameters, or the scaled difference of two unread batches' gradients"
+    )
     gradient_bias: float = option(0.0, "a fixed random direction added to the gradient, as a share of |g_CE|")
     target_flip: float = option(0.0, "share of the true loss's targets that are made wrong")
     target_flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is")
@@ -76,6 +79,9 @@ class TrainingConfig:
     checkpoint_every: int = option(650, "save; also after the last step", unit="updates")
     sample_every: int = option(1300, "write a sample, with each block's best next token", unit="updates")
     dose_every: int = option(100, "measure the signal's dose", unit="updates")
+    dose_first: int = option(
+        100, "with dose_every, also in each of the first updates of the run and of a signal", unit="updates"
+    )
     log: str = option("none", "also log figures with tensorboard, wandb or trackio; several with commas")
     noise_every: int = option(0, "log noise scale and alignment, from 32 sequences", unit="updates")
 
@@ -114,8 +120,8 @@ class TrainingConfig:
         )  # fmt: skip
         for name in (
             "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every", "checkpoint_every", "sample_every",
-            "dose_every", "noise_every", "threads", "learning_rate", "min_lr", "gradient_noise", "gradient_bias",
-            "init_jitter",
+            "dose_every", "dose_first", "noise_every", "threads", "learning_rate", "min_lr", "gradient_noise",
+            "gradient_bias", "init_jitter",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -224,6 +230,15 @@ class TrainingConfig:
         return tuple(s for s in (self.signal, *self.also) if s.name != "none")
 
     @property
+    def injects_noise(self) -> bool:
+        return self.gradient_noise > 0 or self.gradient_bias > 0
+
+    @property
+    def reads_for_noise(self) -> bool:
+        """Whether an update reads two further batches, whose gradients' difference is its noise."""
+        return self.gradient_noise > 0 and self.gradient_noise_shape == "batch"
+
+    @property
     def trackers(self) -> tuple[str, ...]:
         """Where figures are logged in addition to metrics.jsonl."""
         return () if self.log == "none" else tuple(dict.fromkeys(name.strip() for name in self.log.split(",")))
@@ -295,6 +310,7 @@ class TrainingConfig:
 
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "log", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
+    | {"dose_first"}
     | {"batch_size", "device", "threads", "compile", "rank_timeout", "parallel", "activation_checkpointing"}
     | {"signal.placebo_of", "signal.listener"}  # the norms and the weights there may not, wherever they lie
 )
@@ -309,6 +325,7 @@ def flops_per_token(config: TrainingConfig) -> float:
 
     A judge's block takes 2 FLOPs a weight and 8·C·T of attention scores for the gradient to its input, its reading
     4·V·C for logits and their gradient. A live judge's weights take 2 more each, a placebo one more backward pass.
+    Noise of a batch's shape is that of two more batches.
     """
     C, T, V = config.n_embd, config.block_size, config.vocab_size
     plain = config.shape.flops_per_token
@@ -323,7 +340,7 @@ def flops_per_token(config: TrainingConfig) -> float:
         block = 24 * C * C + 8 * C * T + 24 * C * C * live
         reading = (4 + 2 * live) * V * C * signal.positions
         total += len(judges) * (block + reading) + (2 / 3 * plain if signal.control == "placebo" else 0)
-    return total
+    return total + 2 * plain * config.reads_for_noise
 
 
 def run_flops(config: TrainingConfig) -> float:

@@ -17,25 +17,30 @@ from torch import Tensor
 
 from gptlab.data.batches import Window
 from gptlab.randomness import key_bits, permutation, torch_generator
-from gptlab.training.sharding import shard_like
+from gptlab.training.sharding import global_norm, local_shards, shard_like
 
 
 @lru_cache(maxsize=64)
-def rotation(width: int, seed: int, judge: int) -> Tensor:
-    """The placebo's orthogonal matrix (C, C) of a judge, float64: uniform over all of them, fixed for a seed."""
-    gaussian = torch.randn(width, width, dtype=torch.float64, generator=torch_generator("placebo", seed, judge))
+def rotation(width: int, seed: int, judge: int, which: int = 0) -> Tensor:
+    """The placebo's orthogonal matrix (C, C) of a judge, float64: uniform over all of them, fixed for a seed.
+
+    which: one of several that are independent of each other (`signal.rotation`).
+    """
+    key = ("placebo", seed, judge, *([which] if which else []))
+    gaussian = torch.randn(width, width, dtype=torch.float64, generator=torch_generator(*key))
     q, r = torch.linalg.qr(gaussian)
     return q * r.diagonal().sign()  # the signs that QR chooses would make it less than uniform
 
 
-def rotated(gradient: Tensor, seed: int, judge: int) -> Tensor:
+def rotated(gradient: Tensor, seed: int, judge: int, which: int = 0) -> Tensor:
     """Every token's gradient (B, T, C), turned alike: as long and as coherent, but pointing nowhere in particular."""
-    return gradient @ rotation(gradient.shape[-1], seed, judge).to(gradient.device, gradient.dtype)
+    return gradient @ rotation(gradient.shape[-1], seed, judge, which).to(gradient.device, gradient.dtype)
 
 
-def permuted(gradient: Tensor, seed: int, name: str) -> Tensor:
+def permuted(gradient: Tensor, seed: int, name: str, which: int = 0) -> Tensor:
     """The entries of a parameter's gradient in an order fixed for the run (the placebo of a live judge's own)."""
-    order = torch.from_numpy(permutation(gradient.numel(), "placebo entries", seed, name))
+    key = ("placebo entries", seed, name, *([which] if which else []))
+    order = torch.from_numpy(permutation(gradient.numel(), *key))
     return gradient.flatten()[order.to(gradient.device)].view_as(gradient)
 
 
@@ -123,3 +128,9 @@ def add_drawn(gradients: dict[str, Tensor], norm: float, *key: str | int) -> Non
         generator = torch_generator(*key, name, device=str(g.device))
         noise = torch.randn(g.shape, dtype=g.dtype, device=g.device, generator=generator)
         g.add_(shard_like(noise, g), alpha=deviation)
+
+
+def add_scaled(gradients: dict[str, Tensor], noise: Sequence[Tensor], norm: float) -> None:
+    """Add `noise`, one for each gradient and in their order, in place and of this norm over all parameters."""
+    if found := global_norm(noise):
+        torch._foreach_add_(local_shards(gradients.values()), local_shards(noise), alpha=norm / found)

@@ -8,7 +8,7 @@ dose is held or measured, noise is a share of the true loss's gradient. Elsewher
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -24,6 +24,19 @@ from gptlab.training.sharding import full_tensor, global_norm, local_shards, sha
 
 Gradients = list[Tensor]
 """One gradient for each of the model's parameters, in their order."""
+
+
+@contextmanager
+def gradients_into(parameters: Sequence[Tensor], gradients: Gradients) -> Iterator[None]:
+    """Inside, what is added to the parameters' `.grad` is added to these instead."""
+    before = [p.grad for p in parameters]
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = g
+    try:
+        yield
+    finally:
+        for p, g in zip(parameters, before, strict=True):
+            p.grad = g
 
 
 class GradientSources:
@@ -54,19 +67,11 @@ class GradientSources:
         """Whether the control also permutes what the source itself learns; a frozen judge learns nothing."""
         return self._is_placebo(k) and self.signals[k].config.learns
 
-    @contextmanager
-    def into(self, source: Source) -> Iterator[None]:
+    def into(self, source: Source) -> AbstractContextManager[None]:
         """Inside, `.grad` is this source's gradient."""
         kind, k = source
         lists = {"true loss": [self.true], "signal": self.taught, "judges": self.judges, "placebo": self.placebos}
-        before = [p.grad for p in self.parameters]
-        for p, g in zip(self.parameters, lists[kind][k], strict=True):
-            p.grad = g
-        try:
-            yield
-        finally:
-            for p, g in zip(self.parameters, before, strict=True):
-                p.grad = g
+        return gradients_into(self.parameters, lists[kind][k])
 
     def tensors(self) -> list[Tensor]:
         """All gradients, for the sum over ranks."""
@@ -77,8 +82,10 @@ class GradientSources:
         """What signal k puts into the update, before a placebo is brought to its signal's norm: sums over groups."""
         if not self._is_permuted(k):
             return self.placebos[k] if self._is_placebo(k) else self.taught[k]
-        both = zip(self.placebos[k], self.judges[k], self.names, strict=True)
-        return [turned + shard_like(permuted(full_tensor(own), self.seed, name), own) for turned, own, name in both]
+        both, which = zip(self.placebos[k], self.judges[k], self.names, strict=True), self.signals[k].config.rotation
+        return [
+            turned + shard_like(permuted(full_tensor(own), self.seed, name, which), own) for turned, own, name in both
+        ]
 
     def reference(self, k: int) -> Gradients:
         """The gradient of signal k without its rotation: a placebo has to have its norm."""
@@ -105,9 +112,9 @@ class GradientSources:
         """|weight·g_signal| of all signals together, each times its factor."""
         return global_norm(self._sum(factors))
 
-    def change(self, factors: Sequence[float], step: AdamStep) -> float:
-        """The norm of what all signals together change in Adam's step."""
-        return step.change(self.true, self._sum(factors))
+    def effect(self, factors: Sequence[float], step: AdamStep) -> tuple[float, float | None]:
+        """The norm of what all signals together change in Adam's step, and its share of that step (`AdamStep`)."""
+        return step.effect(self.true, self._sum(factors))
 
     def doses(self) -> list[float]:
         """|weight·g_signal| / |g_CE| of every signal, after `scale_placebos`."""

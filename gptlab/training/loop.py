@@ -89,7 +89,7 @@ def train(
         noise = None
         if due(config.noise_every, step, False, first=True):
             noise = quick_noise(state, config, windows, world, compute)
-        measure = due(config.dose_every, step, False, first=True)
+        measure = measures_dose(config, step)
         with deterministic_or_refused():
             done = update(
                 state, config, batches.of(step), world, compute,
@@ -119,6 +119,13 @@ def rehearse(
 def due(every: int, step: int, last: bool, first: bool = False) -> bool:
     """Whether an interval falls on `step`; 0 is never, the last step always, step 0 only where `first`."""
     return every > 0 and (last or (step % every == 0 and (step > 0 or first)))
+
+
+def measures_dose(config: TrainingConfig, step: int) -> bool:
+    """Whether update `step` measures doses: all do at first, where they change most, and later every dose_every-th."""
+    starts = (0, *(signal.start for signal in config.signals))
+    early = any(0 <= step - start < config.dose_first for start in starts)
+    return config.dose_every > 0 and (early or step % config.dose_every == 0)
 
 
 def _validation_row(
@@ -151,9 +158,12 @@ def _train_row(
         "tokens_per_second": speed,
         "mfu": speed * mfu_per_speed,
     }
+    of_noise = {"noise_step_share": done.noise_step_share, "batch_noise": done.batch_noise}
+    row |= {name: value for name, value in of_noise.items() if value is not None}
     if done.dose is not None:
         row |= done.conversation or {}
-        row |= {"dose": done.dose, "signal_norm": done.signal_norm, "step_change": done.step_change}
+        row |= {"dose": done.dose, "signal_norm": done.signal_norm}
+        row |= {"step_change": done.step_change, "step_share": done.step_share}
         if len(done.weights) == 1:
             row |= {"weight": done.weights[0], "signal_by_judge": done.by_judge[0]}
         else:

@@ -114,11 +114,18 @@ class AdamStep:
         """Whether every parameter's step is Adam's; Muon's matrices take another."""
         return all("betas" in self._options[id(p)] for p in self._parameters)
 
-    def change(self, gradient: Sequence[Tensor], added: Sequence[Tensor], factor: float = 1.0) -> float:
-        """The norm, over all parameters, of what `added` times `factor` changes in the step from `gradient`."""
-        total = [g + factor * a for g, a in zip(gradient, added, strict=True)]
-        pairs = zip(self._direction(total), self._direction(gradient), strict=True)
-        return global_norm([a - b for a, b in pairs])
+    def effect(self, gradient: Sequence[Tensor], added: Sequence[Tensor]) -> tuple[float, float | None]:
+        """The norm, over all parameters, of what `added` changes in the step from `gradient`, and that over the norm of
+        this step; None where there is none."""
+        before = self._direction(gradient)
+        changed, norm = self._change(before, gradient, added, 1.0), global_norm(before)
+        return changed, changed / norm if norm else None
+
+    def _change(
+        self, before: Sequence[Tensor], gradient: Sequence[Tensor], added: Sequence[Tensor], factor: float
+    ) -> float:
+        after = self._direction([g + factor * a for g, a in zip(gradient, added, strict=True)])
+        return global_norm([a - b for a, b in zip(after, before, strict=True)])
 
     def _direction(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         norm = global_norm(gradient)
@@ -140,10 +147,10 @@ class AdamStep:
         """
         if not wanted or not any(bool(a.any()) for a in added):
             return 0.0
-        low, high = 0.0, 1.0
-        while high < 2.0**30 and self.change(gradient, added, high) < wanted:
+        before, low, high = self._direction(gradient), 0.0, 1.0
+        while high < 2.0**30 and self._change(before, gradient, added, high) < wanted:
             low, high = high, 2 * high
         while high - low > 2e-4 * high:
             middle = (low + high) / 2
-            low, high = (middle, high) if self.change(gradient, added, middle) < wanted else (low, middle)
+            low, high = (middle, high) if self._change(before, gradient, added, middle) < wanted else (low, middle)
         return high

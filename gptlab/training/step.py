@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from gptlab.data.batches import Windows
+from gptlab.data.batches import TrainingWindows, UnreadWindows, Windows
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.model.config import GPTConfig
+from gptlab.model.gpt import GPT
 from gptlab.signals.registry import CONVERSATION
-from gptlab.training.block_graph import ActiveSignal, Batch, Losses, active_signals
+from gptlab.training.block_graph import ActiveSignal, Batch, Into, Losses, active_signals
 from gptlab.training.block_loss import accumulate
 from gptlab.training.config import TrainingConfig
-from gptlab.training.controls import TargetFlip, add_drawn
+from gptlab.training.controls import TargetFlip, add_drawn, add_scaled
 from gptlab.training.conversation import figure_count, named_figures
 from gptlab.training.divergence import describe_divergence
-from gptlab.training.gradient_sources import GradientSources
+from gptlab.training.gradient_sources import Gradients, GradientSources, gradients_into
 from gptlab.training.optimizer import AdamStep
 from gptlab.training.reduction import Reducer
 from gptlab.training.sharding import global_norm, local_shards
@@ -46,8 +47,11 @@ class Update:
     stop: whether any rank was asked to stop
     by_judge: for every signal of the config, the mean of each judge, lowest first; None of one that did not read
     dose, doses: |weight·g_signal| / |g_CE| of all signals together and of each, where it was measured in this update
-    signal_norm, step_change: |weight·g_signal| of all signals together, and the norm of what they change in Adam's step
-    before its learning rate (None with another optimizer), where the dose was measured
+    signal_norm, step_change, step_share: |weight·g_signal| of all signals together, the norm of what they change in
+    Adam's step before its learning rate, and that over the norm of the step without them, where the dose was measured
+    (None with another optimizer)
+    noise_step_share: the same share for gradient_noise and gradient_bias; batch_noise: the norm of the batch's own
+    noise over |g_CE|, where two more batches show it
     weights: of every signal of the config, as used; 0 of one that is out of the graph
     conversation: its figures by name, where there is one
     """
@@ -64,6 +68,9 @@ class Update:
     doses: list[float] | None = None
     signal_norm: float | None = None
     step_change: float | None = None
+    step_share: float | None = None
+    noise_step_share: float | None = None
+    batch_noise: float | None = None
     conversation: dict[str, float | None] | None = None
 
 
@@ -84,18 +91,20 @@ def update(
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
     model, signals = state.model, signals_at(state, config)
-    injects_noise = config.gradient_noise > 0 or config.gradient_bias > 0
-    by_source = any(s.config.control == "placebo" or s.config.dose is not None or injects_noise for s in signals)
+    by_source = any(s.config.control == "placebo" or s.config.dose is not None or config.injects_noise for s in signals)
     sources = GradientSources(model, signals, config.seed) if by_source or (measure_dose and signals) else None
+    drawn = [torch.zeros_like(p) for p in model.parameters()] if config.reads_for_noise else []
     metrics = MetricSums(signals, model.config, compute.device, stop)
 
     # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
-    reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, metrics)
+    reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, [*drawn, metrics.all])
     flip, seen = TargetFlip(config.target_flip, config.target_flip_to), list[tuple[Batch, Losses]]()
     how = {"autocast": compute.autocast, "flip": flip, "recompute": config.activation_checkpointing}
     for batch in batches:
-        losses = accumulate(model, batch, signals, into=sources.into if sources and by_source else None, **how)
+        losses = accumulate(model, batch, signals, into=_target(batch, model, sources, by_source, drawn), **how)
+        if batch.part == "noise":
+            continue
         if sources and not by_source:  # a second pass, so that measuring a dose changes nothing of what is learnt
             accumulate(model, batch, signals, into=sources.into, **how)
         metrics.add(losses, batch.share)
@@ -114,8 +123,7 @@ def update(
 
     # Perturb: known noise, measured against the true loss's gradient.
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if injects_noise:
-        _inject_noise(gradients, config, state.step, sources)
+    noise = _inject_noise(gradients, state, config, sources, drawn, measure_dose) if config.injects_noise else Noise()
 
     # Check: every rank has the same sums and so the same answer, and nothing of the state has changed yet.
     norm = global_norm(gradients.values())
@@ -134,9 +142,8 @@ def update(
         group["lr"] = rate
     state.optimizer.step()
     torch.autograd.graph.increment_version(model.parameters())  # a fused step leaves it out, and fast_cpu.py looks
-    state.step += 1
-    state.clipped += clipped
-    return _as_update(config, signals, metrics, weights, norm, rate, clipped)
+    state.step, state.clipped = state.step + 1, state.clipped + clipped
+    return _as_update(config, signals, metrics, weights, noise, norm, rate, clipped)
 
 
 class MicroBatches:
@@ -150,14 +157,27 @@ class MicroBatches:
         mine = self._sequences // world.size
         self._firsts = range(world.rank * mine, (world.rank + 1) * mine, self._size)
         self._windows, self._device = windows, device
+        self._unread = None
+        if config.reads_for_noise:
+            assert isinstance(windows, TrainingWindows)
+            read = config.steps * self._sequences
+            self._unread = UnreadWindows(windows, read, 2 * read)
 
     def of(self, step: int) -> Iterator[Batch]:
         """Those of update `step`, counted from 0."""
+        share = self._size / self._sequences
         for first in self._firsts:
-            place = step * self._sequences + first
-            tokens, targets = (t.to(self._device, non_blocking=True) for t in self._windows.rows(place, self._size))
-            names = self._windows.window_ids(place, self._size)
-            yield Batch(tokens, targets, step, self._seed, first, self._size / self._sequences, names)
+            if unread := self._unread:
+                for half, sign in ((0, 1), (1, -1)):
+                    batch = self._batch(unread, 2 * step + half, first, step)
+                    yield replace(batch, share=sign * share, part="noise")
+            yield replace(self._batch(self._windows, step, first, step), share=share)
+
+    def _batch(self, windows: Windows, place: int, first: int, step: int) -> Batch:
+        """The micro-batch at `first` of the windows' update number `place`."""
+        at = place * self._sequences + first
+        tokens, targets = (t.to(self._device, non_blocking=True) for t in windows.rows(at, self._size))
+        return Batch(tokens, targets, step, self._seed, first, windows=windows.window_ids(at, self._size))
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
@@ -178,17 +198,26 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return peak
 
 
+def _target(
+    batch: Batch, model: GPT, sources: GradientSources | None, by_source: bool, drawn: Gradients
+) -> Into | None:
+    """Where a micro-batch's gradient is added: to the noise's, to its source's, or to `.grad` (None)."""
+    if batch.part == "noise":
+        return lambda source: gradients_into(list(model.parameters()), drawn)
+    return sources.into if sources and by_source else None
+
+
 def _reducer(
     config: TrainingConfig,
     world: World,
     parameters: Sequence[Tensor],
     sources: GradientSources | None,
-    metrics: MetricSums,
+    others: Sequence[Tensor],
 ) -> Reducer | None:
     """None where gradients and metrics are those of the total batch once they are added up."""
     if world.size == 1 and not config.deterministic:
         return None
-    return Reducer(config, parameters, [*(sources.tensors() if sources else []), metrics.all])
+    return Reducer(config, parameters, [*(sources.tensors() if sources else []), *others])
 
 
 def signals_at(state: TrainingState, config: TrainingConfig) -> list[ActiveSignal]:
@@ -210,6 +239,7 @@ class Weights(NamedTuple):
     doses: list[float] | None = None
     signal_norm: float | None = None
     step_change: float | None = None
+    step_share: float | None = None
 
 
 def _weigh(
@@ -229,8 +259,8 @@ def _weigh(
     if any(signal.config.dose is not None for signal in sources.signals):
         metrics.signal.fill_(sum(w * s for w, s in zip(used, metrics.unweighted(sources.signals), strict=True)))
     scaled = [d * f for d, f in zip(doses, factors, strict=True)]
-    change = sources.change(factors, step) if step.is_adam else None
-    return Weights(used, factors, sources.dose(factors), scaled, sources.norm(factors), change)
+    effect = sources.effect(factors, step) if step.is_adam else (None, None)
+    return Weights(used, factors, sources.dose(factors), scaled, sources.norm(factors), *effect)
 
 
 def _hold_doses(
@@ -253,15 +283,40 @@ def _hold_doses(
     return factors
 
 
+class Noise(NamedTuple):
+    """step_share: of Adam's step, what known noise and bias change; batch_noise: the batch's own noise over |g_CE|."""
+
+    step_share: float | None = None
+    batch_noise: float | None = None
+
+
 def _inject_noise(
-    gradients: dict[str, Tensor], config: TrainingConfig, step: int, sources: GradientSources | None
-) -> None:
-    """Add drawn noise and bias whose expected norms are shares of |g_CE|; without sources that is the gradient's."""
+    gradients: dict[str, Tensor],
+    state: TrainingState,
+    config: TrainingConfig,
+    sources: GradientSources | None,
+    drawn: Sequence[Tensor],
+    measure: bool,
+) -> Noise:
+    """Add noise and bias whose norms are shares of |g_CE|; without sources that is the gradient's.
+
+    drawn: the difference of two batches' gradients, where noise is to have its shape. Two independent batches differ by
+    √2 times what one has of noise.
+    """
     true = global_norm(sources.true if sources else gradients.values())
-    if config.gradient_noise:
-        add_drawn(gradients, config.gradient_noise * true, "gradient noise", config.seed, step)
+    step = AdamStep(list(state.model.parameters()), state.optimizer, config.grad_clip)
+    before = [g.clone() for g in gradients.values()] if measure and step.is_adam else []
+    if drawn:
+        add_scaled(gradients, drawn, config.gradient_noise * true)
+    elif config.gradient_noise:
+        add_drawn(gradients, config.gradient_noise * true, "gradient noise", config.seed, state.step)
     if config.gradient_bias:
         add_drawn(gradients, config.gradient_bias * true, "gradient bias", config.seed)
+    if not measure:
+        return Noise()
+    added = [after - g for after, g in zip(gradients.values(), before, strict=False)]
+    share = step.effect(before, added)[1] if before else None
+    return Noise(share, global_norm(drawn) / 2**0.5 / true if drawn and true else None)
 
 
 class MetricSums:
@@ -319,6 +374,7 @@ def _as_update(
     signals: Sequence[ActiveSignal],
     metrics: MetricSums,
     weights: Weights,
+    noise: Noise,
     norm: float,
     rate: float,
     clipped: bool,
@@ -340,5 +396,8 @@ def _as_update(
         doses=None if weights.doses is None else fill_inactive(config, signals, weights.doses, 0.0),
         signal_norm=weights.signal_norm,
         step_change=weights.step_change,
+        step_share=weights.step_share,
+        noise_step_share=noise.step_share,
+        batch_noise=noise.batch_noise,
         conversation=metrics.conversation(signals),
     )

@@ -91,6 +91,23 @@ def test_a_difference_is_marked_in_its_own_row(make: Make, case: str) -> None:
     assert others, "and its difference from the placebo"
 
 
+@pytest.mark.parametrize("unigrams", [9.0, 2.8])
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_only_better_than_bytes_is_marked_by_their_pairs(make: Make, case: str, unigrams: float) -> None:
+    """A run at the plateau has that mark alone."""
+    losses, expected = CASES[case]
+    expected = (3, 0, 0, 0) if case == "just below" else expected
+    outcomes = read([make(losses, {"event": "finished", "unigram_loss": unigrams, "bigram_loss": 2.8})])
+    result = outcomes.verdicts()
+    sure, placebo = (result["arms"][arm] for arm in ("sure", "sure-placebo"))
+    found = (sure["not_below_bigrams"], sure["baseline_not_below_bigrams"])
+    found += (sure["placebo"]["not_below_bigrams"], placebo["not_below_bigrams"])
+    marked = found if unigrams == 9.0 else counts(result)
+    assert (marked, any(found)) == (expected, any(expected) and unigrams == 9.0)
+    for shown in (markdown(result), page(outcomes, result, {}), sure["reason"]):
+        assert ("not below bigrams" in shown) == any(found)
+
+
 def test_the_mark_is_of_the_step_that_is_compared(make: Make) -> None:
     """Validated at 10 one nat higher than at 20."""
     folder = make({})
@@ -103,6 +120,8 @@ def test_nothing_is_said_where_the_figure_is_not_on_record(make: Make) -> None:
     result = outcomes.verdicts()
     assert counts(result) == (None, None, None, None)
     assert WORDS not in markdown(result) + page(outcomes, result, {})
+    assert result["arms"]["sure"]["not_below_bigrams"] is None
+    assert "bigrams" not in markdown(result)
 
 
 def test_of_flipped_targets_the_clean_loss_counts(make: Make) -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from gptlab.data.batches import RandomWindows, TrainingWindows, ValidationWindows
+from gptlab.data.batches import RandomWindows, TrainingWindows, UnreadWindows, ValidationWindows
 from gptlab.data.corpus import open_corpus
 from gptlab.data.shards import write_shard
+from gptlab.distributed import World
 from gptlab.errors import DataError
 from gptlab.randomness import permutation
+from gptlab.training.config import TrainingConfig
+from gptlab.training.step import MicroBatches
 
 T = 4
 SIZES = (21, 41, 9)
@@ -91,6 +96,63 @@ def test_the_rows_are_those_of_the_windows(windows: TrainingWindows) -> None:
 def test_a_corpus_too_small_to_draw_from_is_refused(windows: TrainingWindows) -> None:
     with pytest.raises(DataError, match="17 training windows of 4 tokens and 9 of them are spoken for"):
         RandomWindows(windows, ALL[:9], "test")
+
+
+def test_windows_that_a_run_does_not_read_come_from_the_epochs_end(windows: TrainingWindows) -> None:
+    order = windows.window_ids(0, 17)
+    unread = UnreadWindows(windows, 5, 12)
+    assert unread.window_ids(0, 12) == order[:4:-1]
+    assert unread.window_ids(3, 4) == order[13:9:-1]
+    assert torch.equal(unread.rows(3, 4)[0], windows.read(order[13:9:-1])[0])
+
+
+def test_a_corpus_without_enough_of_them_is_refused(windows: TrainingWindows) -> None:
+    with pytest.raises(DataError, match=r"reads 12 windows .* next to the 6 of the run; .* has 17 of 4 tokens"):
+        UnreadWindows(windows, 6, 12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batch_noise_reads_what_no_update_of_the_run_reads(windows: TrainingWindows, batch_size: int) -> None:
+    """Each window once, the same ones for any micro-batches; the run's own stay what they are without noise."""
+    options: dict[str, Any] = {"block_size": T, "total_batch_tokens": 2 * T, "batch_size": batch_size, "steps": 2,
+                               "eval_tokens": T}  # fmt: skip
+    found: dict[str, list[Any]] = {"all": [], "noise": []}
+    noisy = TrainingConfig(**options, gradient_noise=0.5, gradient_noise_shape="batch")
+    batches = MicroBatches(noisy, windows, World(), torch.device("cpu"))
+    shares = []
+    for step in range(2):
+        for batch in batches.of(step):
+            found[batch.part] += batch.names
+            shares.append(batch.share if batch.part == "noise" else 0.0)
+    assert (sum(shares), sum(map(abs, shares))) == (0.0, 4.0), "of either half the whole, with its sign"
+    assert sorted(found["noise"]) == sorted(windows.window_ids(9, 8))
+    plain = MicroBatches(TrainingConfig(**options), windows, World(), torch.device("cpu"))
+    assert found["all"] == [name for step in range(2) for batch in plain.of(step) for name in batch.names]
+    with pytest.raises(DataError, match="take fewer steps, add text, or use --gradient_noise_shape isotropic"):
+        MicroBatches(replace(noisy, steps=3), windows, World(), torch.device("cpu"))
+
+
+def stream_of(folder: Path, stream: np.ndarray, tokens: int) -> ValidationWindows:
+    (folder / "tokenizer.txt").write_text("bytes\n")
+    for kind in ("train", "val"):
+        write_shard(folder / f"{kind}_000000.bin", stream.astype(np.uint16))
+    return ValidationWindows(open_corpus(folder), T, 256, tokens)
+
+
+@pytest.mark.parametrize("tokens", [400, 1000])
+def test_the_bigram_loss_is_that_of_the_best_model_that_only_counts_pairs(tmp_path: Path, tokens: int) -> None:
+    stream = np.random.default_rng(1).integers(0, 4, 900).cumsum() % 5
+    validation = stream_of(tmp_path, stream, tokens)
+    shown, targets = (torch.cat(of).flatten().tolist() for of in zip(
+        *(validation.rows(n, 1) for n in range(len(validation))), strict=True))  # fmt: skip
+    pairs, firsts = Counter(zip(shown, targets, strict=True)), Counter(shown)
+    expected = -sum(n * math.log(n / firsts[first]) for (first, _), n in pairs.items()) / len(targets)
+    assert validation.bigram_loss == pytest.approx(expected)
+    assert 0 < expected < validation.unigram_loss
+
+
+def test_no_bigram_loss_is_recorded_where_pairs_are_too_rare_to_count(tmp_path: Path) -> None:
+    assert stream_of(tmp_path, np.random.default_rng(1).integers(0, 200, 900), 800).bigram_loss is None
 
 
 @pytest.mark.parametrize("tokens", [9, 16, 1000])

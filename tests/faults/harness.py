@@ -38,6 +38,7 @@ RUN = {
     "checkpoint_every": 5,
     "sample_every": 20,
     "dose_every": 6,
+    "dose_first": 0,
     "threads": 1,
 }
 CLOCKS = {"tokens_per_second", "mfu", "seconds", "steps_in_this_session"}

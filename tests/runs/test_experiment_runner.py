@@ -23,6 +23,7 @@ from gptlab.runs.executor import Packing, package
 from gptlab.runs.experiment_runner import Runner, standing
 from gptlab.runs.experiment_spec import options_file, options_text, read_experiment
 from gptlab.runs.folder import RunFolder
+from gptlab.runs.records import mean_over_updates
 from gptlab.training.config import TrainingConfig
 
 Start = Callable[..., RunnerProcess]
@@ -342,10 +343,14 @@ def test_rows_are_read_on_and_anew_where_a_resume_cut_them(file: Path, tmp_path:
     rows = Rows(cell)
     assert rows.look().step == 0
     metrics.write_text(train(1) + train(2) + train(3)[:9])
-    assert (rows.look().step, rows.doses) == (2, [1, 2])
+    assert (rows.look().step, rows.doses) == (2, [(1, 1), (2, 2)])
     metrics.write_text(train(1) + train(2) + train(3))
-    assert (rows.look().step, rows.doses) == (3, [1, 2, 3])
+    assert (rows.look().step, rows.doses) == (3, [(1, 1), (2, 2), (3, 3)])
+    assert rows.dose == 2
+    uneven = [(1, 3.0), (2, 3.0), (3, 1.0), (13, 1.0)]
+    assert mean_over_updates(uneven) == pytest.approx((2 * 3 + 20 * 1) / 22), "each stands for those up to the next"
+    assert (mean_over_updates([(7, 2.5)]), mean_over_updates([])) == (2.5, None)
     metrics.write_text(train(1))
-    assert (rows.look().step, rows.doses) == (1, [1])
+    assert (rows.look().step, rows.doses) == (1, [(1, 1)])
     metrics.write_text(" " + train(1) + train(2))  # cut back and longer again: the old place lies within a line
-    assert (rows.look().step, rows.doses) == (2, [1, 2])
+    assert (rows.look().step, rows.doses) == (2, [(1, 1), (2, 2)])

@@ -61,6 +61,9 @@ def test_a_placebo_takes_the_norms_of_the_arm_that_it_is_the_placebo_of(tmp_path
     assert read(tmp_path, text).replayed == {}, "on its own model, unless the file says otherwise"
     found = read(tmp_path, text.replace("delta", "placebo_match = 'gradient'\ndelta"))
     assert (found.placebo_match, found.replayed) == ("gradient", {"same": "sure"})
+    turned = text + placebo.format("turned", "[1, 2]").replace("'placebo'", "'placebo', rotation = 2")
+    found = read(tmp_path, turned.replace("delta", "placebo_match = 'gradient'\ndelta"))
+    assert found.replayed == {"same": "sure", "turned": "sure"}
     muon = text.replace("delta", "placebo_match = 'update'\ndelta").replace(
         "steps = 20", "steps = 20\noptimizer = 'muon'"
     )

@@ -227,6 +227,20 @@ def test_a_placebo_replays_the_norms_of_its_arm_also_when_it_is_resumed(
     assert "are not those that the run began with" in capsys.readouterr().err
 
 
+def test_batch_noise_is_the_same_after_a_resume(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"gradient_noise": 0.5, "gradient_noise_shape": "batch", "checkpoint_every": 2}
+    for name in ("whole", "resumed"):
+        assert main(tiny(tmp_path / name, **options)) == 0
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_00000006")
+    without_summary(tmp_path / "resumed")
+    assert main(tiny(tmp_path / "resumed", **options)) == 0
+    ends = [RunFolder(tmp_path / name).newest_whole()[0] for name in ("whole", "resumed")]
+    assert len({digest(end.folder) for end in ends if end}) == 1
+    figures = [[row.get("batch_noise") for row in train_rows(tmp_path / name)] for name in ("whole", "resumed")]
+    assert figures[0] == figures[1]
+    assert [figure is not None and 0 < figure < 2 for figure in figures[0]] == [True, False] * 3
+
+
 @pytest.mark.parametrize(
     ("of", "found"),
     [("baseline", "found none of update 1 and 5 more"), ("shorter", "found none of update 5 and 1 more"),

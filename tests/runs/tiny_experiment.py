@@ -21,7 +21,7 @@ HEAD = {"name": "tiny", "preset": "shakespeare-tiny-v1", "baseline": "plain", "s
 OPTIONS = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 32, "batch_size": 4, "total_batch_tokens": 256, "steps": 24,
     "learning_rate": 0.01, "warmup_steps": 3, "eval_every": 8, "eval_tokens": 512, "checkpoint_every": 5,
-    "sample_every": 0, "dose_every": 6,
+    "sample_every": 0, "dose_every": 6, "dose_first": 0,
 }  # fmt: skip
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},

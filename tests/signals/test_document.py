@@ -64,10 +64,8 @@ def test_an_entry_names_the_notes_and_papers_that_the_registry_names(name: str) 
 def test_every_option_and_control_is_explained() -> None:
     explained = set(re.findall(r"\*\*`(\w+)`\*\*", PAGE))
     options = {option.key for option in options_of(SignalConfig)} - {"name", "control", "flip", "flip_to"}
-    assert (
-        options | {"placebo", "shuffled", "flipped", "self", "target_flip", "gradient_noise", "gradient_bias"}
-        == explained
-    )
+    controls = {"placebo", "shuffled", "flipped", "self", "target_flip", "gradient_bias"}
+    assert options | controls | {"gradient_noise", "gradient_noise_shape"} == explained
     assert all(f"`{key}" in PAGE for key in ("control", "flip", "flip_to"))
 
 

@@ -38,6 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "signal": SignalConfig("multi_token_prediction", control="placebo", dose=0.2),
         "also": (SignalConfig("z_loss", control="shuffled"), SignalConfig("label_smoothing", control="flipped")),
     },
+    "batch noise": {"signal": PLACEBO, "gradient_noise": 0.5, "gradient_noise_shape": "batch", "target_flip": 0.3},
     "noise": {
         "signal": PLACEBO,
         "gradient_noise": 0.5,

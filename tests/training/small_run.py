@@ -37,6 +37,11 @@ def text() -> Tensor:
     return tokens
 
 
+def noise_rows(step: int, half: int) -> list[int]:
+    """The windows of either batch whose gradients' difference is an update's noise."""
+    return [(7 + (2 * step + half) * SEQUENCES + b) % WINDOWS for b in range(SEQUENCES)]
+
+
 @dataclass
 class Run:
     """A run in memory; `update` makes one of its updates from micro-batches of the sizes in `cut`."""
@@ -50,12 +55,16 @@ class Run:
         """Micro-batches of the coming update; `cut` are their sizes on one rank, of as many as make the update."""
         first, step = rank * sum(cut), self.state.step
         for size in cut:
-            rows = [(step * SEQUENCES + first + b) % WINDOWS for b in range(size)]
-            tokens = self.text[rows]
-            names = [(0, row) for row in rows]
-            share = size / SEQUENCES
-            yield Batch(tokens[:, :-1], tokens[:, 1:], step, self.config.seed, first, share, names)
+            if self.config.reads_for_noise:
+                for half in (0, 1):
+                    yield self.batch(noise_rows(step, half)[first : first + size], first, 1 - 2 * half, "noise")
+            yield self.batch([(step * SEQUENCES + first + b) % WINDOWS for b in range(size)], first)
             first += size
+
+    def batch(self, rows: Sequence[int], first: int, sign: int = 1, part: Any = "all") -> Batch:
+        tokens, names = self.text[list(rows)], [(0, row) for row in rows]
+        share = sign * len(rows) / SEQUENCES
+        return Batch(tokens[:, :-1], tokens[:, 1:], self.state.step, self.config.seed, first, share, names, part)
 
     def update(self, cut: Sequence[int] = (SEQUENCES,), world: World | None = None, **options: Any) -> Update:
         world = world or World()

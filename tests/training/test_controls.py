@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_run import SEQUENCES, WINDOWS, Run, T, V, make_run
+from small_run import SEQUENCES, WINDOWS, Run, T, V, make_run, noise_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -66,7 +66,8 @@ def test_rotations_are_orthogonal_and_fixed_for_seed_and_judge() -> None:
     torch.testing.assert_close(one @ one.T, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
     rotation.cache_clear()
     assert torch.equal(one, rotation(12, 3, 1))
-    others = [rotation(12, 3, 2), rotation(12, 4, 1)]
+    assert torch.equal(one, rotation(12, 3, 1, 0))
+    others = [rotation(12, 3, 2), rotation(12, 4, 1), rotation(12, 3, 1, 1), rotation(12, 3, 1, 2)]
     assert all((one - other).norm() > 1 for other in others)
 
 
@@ -133,6 +134,16 @@ def test_a_placebos_direction_is_fixed_for_the_run_and_another_for_every_seed() 
     assert length(minus(placebo(seed=2), once)) > 0.1 * length(once)
 
 
+@pytest.mark.parametrize("evaluator", ["frozen", "live"])
+def test_each_rotation_is_another_placebo_of_one_norm_and_0_is_the_one_there_always_was(evaluator: Any) -> None:
+    options: dict[str, Any] = {"name": "confidence", "control": "placebo", "evaluator": evaluator}
+    first, *others = (of_signal(rotation=which, **options) for which in (0, 1, 2))
+    assert all(torch.equal(g, first[name]) for name, g in of_signal(**options).items())
+    assert all(length(other) == pytest.approx(length(first), rel=1e-9) for other in others)
+    assert all(length(minus(other, first)) > 0.1 * length(first) for other in others)
+    assert length(minus(*others)) > 0.1 * length(first)
+
+
 REPLAYS = ({"match": "gradient"}, {"match": "gradient", "dose": 0.5}, {"match": "update"})
 
 
@@ -166,13 +177,30 @@ def test_what_a_signal_changes_in_adams_step_is_the_difference_of_two_real_steps
         before, done = run.weights, run.update(measure_dose=True)
         assert done.clipped
         moves[weight] = {name: (p - before[name]) / done.learning_rate for name, p in run.weights.items()}
-    assert done.step_change == pytest.approx(length(minus(moves[0.25], moves[0.0])), rel=1e-6)
+    changed = length(minus(moves[0.25], moves[0.0]))
+    assert done.step_change == pytest.approx(changed, rel=1e-6)
+    assert done.step_share == pytest.approx(changed / length(moves[0.0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["isotropic", "batch"])
+def test_the_share_of_adams_step_that_noise_changes_is_that_of_two_real_steps(shape: Any) -> None:
+    options: dict[str, Any] = {"grad_clip": 0.5, "weight_decay": 0.0, "learning_rate": 0.01}
+    moves = {}
+    for noise in (0.0, 0.5):
+        run = make_run(**options)
+        for _ in range(3):
+            run.update()
+        run.config = dataclasses.replace(run.config, gradient_noise=noise, gradient_noise_shape=shape)
+        before, done = run.weights, run.update(measure_dose=True)
+        moves[noise] = {name: (p - before[name]) / done.learning_rate for name, p in run.weights.items()}
+    assert done.noise_step_share == pytest.approx(length(minus(moves[0.5], moves[0.0])) / length(moves[0.0]), rel=1e-6)
+    assert (done.batch_noise is None) == (shape == "isotropic")
 
 
 def test_a_placebo_has_no_step_of_adam_to_match_under_muon() -> None:
     run = make_run(signal=SignalConfig("confidence"), optimizer="muon")
     done = run.update(measure_dose=True)
-    assert done.step_change is None
+    assert (done.step_change, done.step_share) == (None, None)
     assert done.signal_norm
     with pytest.raises(ConfigError, match="placebo_match update compares steps of adamw, found optimizer muon"):
         make_run(
@@ -189,6 +217,9 @@ def test_a_placebo_has_no_step_of_adam_to_match_under_muon() -> None:
             "placebo_of is for signal.control placebo, found control shuffled",
         ),
         ({"control": "placebo", "placebo_match": "update"}, "add --signal.placebo_of RUN"),
+        ({"rotation": 1}, "is for signal.control placebo, found 1 with control none"),
+        ({"rotation": 3, "control": "placebo"}, "is 0, 1 or 2, found 3"),
+        ({"rotation": -1, "control": "placebo"}, "is 0, 1 or 2, found -1"),
     ],
 )
 def test_what_only_a_replaying_placebo_has_is_refused_elsewhere(options: dict[str, Any], message: str) -> None:
@@ -221,6 +252,7 @@ def test_entries_are_permuted_by_seed_and_parameter() -> None:
     assert once.flatten().sort().values.tolist() == g.flatten().tolist()
     assert not torch.equal(once, permuted(g, 2, "a"))
     assert not torch.equal(once, permuted(g, 1, "b"))
+    assert not torch.equal(once, permuted(g, 1, "a", 1))
 
 
 def test_shuffled_gradients_stay_in_their_sequence() -> None:
@@ -378,6 +410,51 @@ def test_noise_is_gaussian_and_as_long_as_asked() -> None:
     assert abs(float(one.pow(3).mean())) < 5 * (6 / n) ** 0.5
     by_parameter = torch.stack([g.square().mean() for g in drawn.values() if g.numel() > 500])
     assert by_parameter.max() < 1.3 * by_parameter.min(), "spread evenly over all entries"
+
+
+NOISY: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "a signal": {"signal": SignalConfig("confidence", weight=20.0)},
+    "a placebo": {"signal": SignalConfig("confidence", weight=20.0, control="placebo")},
+    "flips": {"target_flip": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", NOISY)
+@pytest.mark.parametrize("step", [0, 3])
+def test_batch_noise_is_autograds_difference_of_two_batches_scaled(case: str, step: int) -> None:
+    """For any cut: what neither the batch nor anything else makes of it, of the norm that is asked for."""
+    options = NOISY[case]
+    flip = options.get("target_flip", 0.0)
+    run = make_run()
+    model, gradients = run.state.model, list[list[Tensor]]()
+    for half in (0, 1):
+        batch = run.batch(noise_rows(step, half), 0)
+        targets = flipped(batch.targets, flip, "uniform", V, 1, batch.names, "target flip") if flip else batch.targets
+        loss = cross_entropy(model(batch.tokens).flatten(0, 1), targets.flatten())
+        gradients.append(list(torch.autograd.grad(loss, list(model.parameters()))))
+    names = [name for name, _ in model.named_parameters()]
+    difference = {name: a - b for name, a, b in zip(names, *gradients, strict=True)}
+    true = make_run(target_flip=flip)
+    true.state.step = step
+    norm = length(true.gradient())
+    for cut in CUTS:
+        noisy, clean = make_run(gradient_noise=0.5, gradient_noise_shape="batch", **options), make_run(**options)
+        noisy.state.step = clean.state.step = step
+        done = noisy.update(cut, measure_dose=True)
+        with_noise = {name: p.grad for name, p in noisy.state.model.named_parameters() if p.grad is not None}
+        added = minus(with_noise, clean.gradient(cut))
+        expected = {name: g * (0.5 * norm / length(difference)) for name, g in difference.items()}
+        assert length(minus(added, expected)) < 1e-9 * length(expected)
+        assert done.batch_noise == pytest.approx(length(difference) / 2**0.5 / norm, rel=1e-9)
+
+
+def test_measuring_what_noise_changes_changes_nothing() -> None:
+    runs = [make_run(gradient_noise=0.5, gradient_noise_shape="batch") for _ in range(2)]
+    for _ in range(2):
+        for run, measure in zip(runs, (True, False), strict=True):
+            run.update(measure_dose=measure)
+    assert all(torch.equal(p, runs[1].weights[name]) for name, p in runs[0].weights.items())
 
 
 def test_noise_is_fresh_each_step_and_the_same_for_any_cut() -> None:

@@ -16,6 +16,7 @@ from two_ranks import RUNS, outcomes
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
+from gptlab.training.loop import measures_dose
 
 Gradients = dict[str, Tensor]
 
@@ -202,6 +203,21 @@ def test_two_signals_hold_a_dose_each_from_their_first_update_on() -> None:
 def test_a_gate_that_lets_nothing_by_keeps_its_weight() -> None:
     run = make_run(signal=SignalConfig("gated_confidence", dose=0.4, threshold=1.0, weight=0.5))
     assert [(u.dose, u.weights) for u in (run.update(), run.update())] == [(0.0, [0.5])] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dose_every": 10, "dose_first": 3}, [0, 1, 2, 10, 20]),
+        ({"dose_every": 10, "dose_first": 3, "signal": SignalConfig("entropy", start=7)}, [0, 1, 2, 7, 8, 9, 10, 20]),
+        ({"dose_every": 10, "dose_first": 0}, [0, 10, 20]),
+        ({"dose_every": 0, "dose_first": 3}, []),
+        ({"dose_every": 1000}, list(range(25))),
+    ],
+)
+def test_the_first_updates_measure_doses_one_and_all(options: dict[str, Any], expected: list[int]) -> None:
+    config = make_run(**options).config
+    assert [step for step in range(25) if measures_dose(config, step)] == expected
 
 
 def test_signals_add_up_each_with_its_own_weight() -> None:

@@ -32,6 +32,15 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "muon": {"optimizer": "muon", "learning_rate": 0.01},
     "deterministic": {"signal": PLACEBO, "deterministic": True, "threads": 1, "batch_size": 2, "dtype": torch.float32},
+    "deterministic noise": {
+        "deterministic": True,
+        "threads": 1,
+        "batch_size": 2,
+        "dtype": torch.float32,
+        "gradient_noise": 0.5,
+        "gradient_noise_shape": "batch",
+    },
+    "batch noise": {"signal": PLACEBO, "gradient_noise": 0.5, "gradient_noise_shape": "batch", "target_flip": 0.3},
     "noise": {
         "signal": PLACEBO,
         "gradient_noise": 0.5,
