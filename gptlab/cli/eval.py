@@ -14,7 +14,7 @@ from gptlab.analysis.tables import Table
 from gptlab.cli.arguments import Parser, at_least
 from gptlab.cli.console import Counter, console, show_table
 from gptlab.cli.model import add_model_options
-from gptlab.errors import UsageError, did_you_mean
+from gptlab.errors import DataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from gptlab.cli.model import Vocabulary
@@ -85,6 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--limit", metavar="N", type=int, help="the first N rows of a test, for a quick look [all]")
     add("--data", metavar="CORPUS", help="whose validation tokens val reads [the run's]")
     add("--eval_tokens", metavar="N", type=int, help="how many, the first of the pinned set [the run's]")
+    add("--skip_tokens", metavar="N", type=int, default=0, help="of that set that are left out before them [0]")
     add("--batch_size", metavar="N", type=int, default=16, help="rows read at once by a process [16]")
     add("--out", metavar="FOLDER", help="where finished rows are kept [RUN/eval]")
     add_model_options(parser)
@@ -100,6 +101,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not options.tasks:
         raise UsageError(f"--tasks: expected one or more of {', '.join(TASKS)} and {HARNESS}NAME, found none")
     at_least(1, options, "limit", "eval_tokens", "batch_size")
+    at_least(0, options, "skip_tokens")
+    if options.blocks and options.skip_tokens:
+        raise UsageError("--skip_tokens: figures of every block are of all that is read; leave --blocks out")
     return options
 
 
@@ -195,19 +199,23 @@ def _validation(opened: Opened, options: argparse.Namespace, display: Counter) -
     tokens = options.eval_tokens or (config or TrainingConfig()).eval_tokens
     corpus, _ = opened.vocabulary.corpus(data, opened.world, display.note)
     shape, known = opened.model.config, opened.vocabulary.known
-    windows = ValidationWindows(corpus, shape.block_size, opened.vocabulary.size, tokens)
-    display.note(f"val: {len(windows):,} windows of {shape.block_size} tokens")
+    windows = ValidationWindows(corpus, shape.block_size, opened.vocabulary.size, options.skip_tokens + tokens)
+    skipped = options.skip_tokens // shape.block_size
+    if skipped >= len(windows):
+        raise DataError(f"--skip_tokens: expected fewer than {corpus.folder} has, found {options.skip_tokens}")
+    display.note(f"val: {len(windows) - skipped:,} windows of {shape.block_size} tokens")
     found = validate(opened.model, windows, opened.world, opened.placement, every_block=options.blocks)
     assert found is not None, "nothing interrupts it"
+    read = found.windows[skipped:]
     bytes_per_token = known.count_bytes(windows.stream) / len(windows.stream) if known else 0
     blocks = [
         {
             "loss": loss, "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
             "perplexity": math.exp(min(loss, 700.0)),
         }
-        for loss in (found.by_block or (found.loss,))
+        for loss in (found.by_block or (float(read.sum() / len(read)),))
     ]  # fmt: skip
-    tokens = len(windows) * shape.block_size
+    tokens = (len(windows) - skipped) * shape.block_size
     about = {"tokens": tokens, "validation_sha256": windows.sha256, "source": str(corpus.folder)}
     return _figures(about, blocks, options)
 

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     _write_lab(folder / FILE, options, must=not options.init)
     lab = read_lab(folder)
     with StopRequest() as stop:
-        judge = Judge(lab, stop, say)
+        judge = Judge(lab, stop, say, options.allow_code)
         if options.init:
             return _init(judge, options.json)
         if shows:
@@ -66,6 +66,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--report", action="store_true", help="write report.html into the lab")
     add("--export", metavar="csv", help="print the ledger as CSV")
     add("--adopt", action="store_true", help="make the idea, or the last kept one, part of the baseline if it is kept")
+    add("--allow_code", action="store_true", help="let an arm's signal.name be a function in a file next to it")
     add("--json", action="store_true", help='print {"verdict", "reason", "difference", "interval", "n", ...}')
     options = parser.parse(argv)
     if options.export not in (None, "csv"):

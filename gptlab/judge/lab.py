@@ -1,27 +1,13 @@
 """A lab: the folder of `gptlab judge`, what its lab.toml declares, and how the first one is written.
 
-[baseline]
-command = "python train.py --seed {seed}"   run by sh in a clean copy of `path`; the seed is in GPTLAB_SEED too
-path = ".."                                 as seen from the lab; a git repository's HEAD, else the folder's files
-preset = "shakespeare-tiny"                 or, in place of both, a run of gptlab with these [options]
-[metric]
-pattern = "val_bpb: ([0-9.]+)"              its last match in the output counts
-better = "lower"
-min_gain = 0.002                            a mean gain below it is not worth having
-[plan]
-looks = [2, 4, 8]                           seeds that screening looks at
-error_rate = 0.05                           the probability of one false keep or more in the whole ledger
-time_limit = 3600                           seconds a run
-jobs = 1                                    runs at a time
-[paths]
-allow = ["train.py", "model/**"]            what an idea may change
-deny = ["evaluate.py"]                      and what it may not, whatever `allow` says
+docs/judge.md explains every key; `lab_text` writes them all, with comments.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -168,7 +154,7 @@ def _check(config: LabConfig, options: Mapping[str, Any]) -> None:
             raise ConfigError("[metric]: expected one of pattern, json and csv")
     elif baseline.preset not in PRESETS:
         raise ConfigError(f"baseline.preset: no preset {baseline.preset!r}{did_you_mean(baseline.preset, PRESETS)}")
-    elif metric.pattern or metric.json or metric.csv or metric.better != "lower":
+    elif metric.pattern or metric.json or metric.csv or metric.second or metric.better != "lower":
         raise ConfigError("[metric]: a preset's is its validation loss, which is read without a pattern; leave it out")
     else:
         usual = preset_options(baseline.preset, options)
@@ -217,6 +203,25 @@ def matches(name: str, glob: str) -> bool:
     words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", glob.removeprefix("./").rstrip("/"))
     return re.fullmatch("".join(words.get(part) or re.escape(part) for part in parts) + "(?:/.*)?", name) is not None
+
+
+def machine_type() -> str:
+    """What a run's numbers may depend on besides its files: system, processor and GPUs.
+
+    gptlab.device knows them too, by way of torch, which a judge of other people's trainers need not import.
+    """
+    found = [platform.system(), platform.machine(), platform.processor()]
+    for path, key in ((Path("/proc/cpuinfo"), "model name"), *((p, "Model") for p in _gpus())):
+        try:
+            lines = path.read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        found += [line.partition(":")[2].strip() for line in lines if line.startswith(key)][:1]
+    return ", ".join(filter(None, found))
+
+
+def _gpus() -> list[Path]:
+    return sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
 
 
 def lab_text(given: Mapping[str, Any]) -> str:

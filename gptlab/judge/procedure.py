@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import platform
 import queue
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,53 +20,18 @@ from typing import Any
 import numpy as np
 
 from gptlab.analysis.power import seeds_for_difference, smallest_difference
+from gptlab.analysis.run import read_run
 from gptlab.analysis.statistics import paired_t, spread
-from gptlab.errors import ConfigError, DivergedError, Stopped
+from gptlab.errors import ConfigError, DivergedError, Stopped, UsageError
 from gptlab.files import read_bytes, write_whole
 from gptlab.judge.error_control import PASS, design, keeps, level_left, next_level, screened, screening_z
-from gptlab.judge.lab import FIRST_FRESH, Lab
+from gptlab.judge.evidence import Evidence, at_equal_flops, cost, flops, runs_as_json
+from gptlab.judge.lab import FIRST_FRESH, Lab, machine_type
 from gptlab.judge.ledger import Ledger, Line
-from gptlab.judge.trial import Outcome, Subject, Trials, arm_options, baseline_of
-from gptlab.runs.executor import LARGEST_PATCH
+from gptlab.judge.trial import Outcome, Subject, Trials, arm_options, baseline_of, read_idea, signal_file
 
 EXIT = {"keep": 0, "discard": 10, "undecided": 11, "inactive": 12, "broken": 13, "diverged": 4}
 """Exit codes by verdict."""
-
-
-def machine_type() -> str:
-    """What a run's numbers may depend on besides its files: system, processor and GPUs.
-
-    gptlab.device knows them too, by way of torch, which a judge of other people's trainers need not import.
-    """
-    found = [platform.system(), platform.machine(), platform.processor()]
-    for path, key in ((Path("/proc/cpuinfo"), "model name"), *((p, "Model") for p in _gpus())):
-        try:
-            lines = path.read_text(errors="replace").splitlines()
-        except OSError:
-            continue
-        found += [line.partition(":")[2].strip() for line in lines if line.startswith(key)][:1]
-    return ", ".join(filter(None, found))
-
-
-def _gpus() -> list[Path]:
-    return sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
-
-
-@dataclass
-class _Evidence:
-    """What the runs of an idea and the baseline gave so far, in the order of `seeds`; how: "screening" or "fresh"."""
-
-    how: str
-    seeds: list[int]
-    baseline: list[Outcome]
-    idea: list[Outcome]
-
-    def differences(self, second: bool = False) -> list[float]:
-        """Idea minus baseline, a number a seed."""
-        pairs = zip(self.baseline, self.idea, strict=True)
-        if second:
-            return [i.second - b.second for b, i in pairs if b.second is not None and i.second is not None]
-        return [i.value - b.value for b, i in pairs if b.value is not None and i.value is not None]
 
 
 @dataclass(eq=False)
@@ -76,17 +40,24 @@ class Verdict(Exception):
 
     verdict: str
     reason: str
-    evidence: _Evidence | None = None
+    evidence: Evidence | None = None
     more_seeds: int | None = None
 
 
 class Judge:
-    """Judges ideas in a lab. stop: whether to give up, asked often; note: is given a line when something begins."""
+    """Judges ideas in a lab. stop: whether to give up, asked often; note: is given a line when something begins.
 
-    def __init__(self, lab: Lab, stop: Callable[[], bool] = lambda: False, note: Callable[[str], None] = print) -> None:
+    allow_code: whether an arm may bring a signal of its own, FILE.py:FUNCTION.
+    """
+
+    def __init__(
+        self, lab: Lab, stop: Callable[[], bool] = lambda: False, note: Callable[[str], None] = print,
+        allow_code: bool = False,
+    ) -> None:  # fmt: skip
         self.lab, self.plan, self.metric = lab, lab.config.plan, lab.config.metric
         self.ledger = Ledger(lab.folder)
-        self.trials = Trials(lab, machine_type(), stop)
+        self.trials = Trials(lab, machine_type(), stop, allow_code)
+        self._preset = lab.config.baseline.preset
         self._note = note
 
     @cached_property
@@ -112,11 +83,13 @@ class Judge:
 
         Raises ConfigError where the lab or its baseline cannot be run, and Stopped.
         """
+        if not self.trials.allow_code and (file := _own_signal(path)):
+            raise UsageError(f"{path}: {file.name} holds a signal: it runs as your code; add --allow_code")
         idea = idea_digest(path)
         baseline = self.trials.key(self.baseline)
         if found := self._known(idea, baseline):
             return {**found, "answered_from_the_ledger": True}
-        evidence: list[_Evidence] = []
+        evidence: list[Evidence] = []
         subject = self.baseline
         try:
             subject = self._applied(path)
@@ -141,7 +114,7 @@ class Judge:
         except ConfigError as error:
             raise Verdict("broken", str(error)) from None
 
-    def _screen(self, subject: Subject, evidence: list[_Evidence]) -> None:
+    def _screen(self, subject: Subject, evidence: list[Evidence]) -> None:
         """Run the looks on shared seeds; raises Verdict unless the idea passes."""
         if self.trials.key(subject) == self.trials.key(self.baseline):
             raise Verdict("inactive", "it changes nothing that is run")
@@ -162,7 +135,7 @@ class Judge:
             if found > 0:
                 return
 
-    def _confirm(self, subject: Subject, idea: str, baseline: str, evidence: list[_Evidence]) -> None:
+    def _confirm(self, subject: Subject, idea: str, baseline: str, evidence: list[Evidence]) -> None:
         """Run the looks on fresh seeds; raises Verdict."""
         reserved = self._reserve(idea, baseline)
         level, looks = reserved["level"], self.plan.confirm_looks
@@ -179,7 +152,7 @@ class Judge:
             if found < 0:
                 raise self._unconfirmed(gains, level, evidence[-1])
 
-    def _unconfirmed(self, gains: np.ndarray, level: float, evidence: _Evidence) -> Verdict:
+    def _unconfirmed(self, gains: np.ndarray, level: float, evidence: Evidence) -> Verdict:
         mean, n = float(gains.mean()), len(gains)
         if mean < self.metric.min_gain or screening_z(gains, gains.std(ddof=1) / math.sqrt(2)) < PASS:
             return Verdict("discard", f"not confirmed on {n} fresh seeds", evidence)
@@ -187,7 +160,7 @@ class Judge:
         more = max(1, needed - n) if needed else None
         return Verdict("undecided", f"a gain on {n} fresh seeds that they cannot tell from noise", evidence, more)
 
-    def _gains(self, evidence: _Evidence) -> np.ndarray:
+    def _gains(self, evidence: Evidence) -> np.ndarray:
         return self.metric.sign * np.array(evidence.differences())
 
     def _floor(self) -> float:
@@ -209,7 +182,7 @@ class Judge:
             check_baseline(seed, outcome)
         return ran
 
-    def _pairs(self, how: str, seeds: Sequence[int], subject: Subject, evidence: list[_Evidence]) -> None:
+    def _pairs(self, how: str, seeds: Sequence[int], subject: Subject, evidence: list[Evidence]) -> None:
         """Run the idea and the baseline at seeds and add what they gave; raises Verdict where the idea fails."""
         self._check_budget(evidence)
         found = self._evidence(how, seeds, self.baseline, subject)
@@ -220,12 +193,12 @@ class Judge:
             if outcome.state != "ok":
                 raise Verdict(outcome.state, f"seed {seed}: {outcome.reason}", None)
 
-    def _evidence(self, how: str, seeds: Sequence[int], baseline: Subject, idea: Subject) -> _Evidence:
+    def _evidence(self, how: str, seeds: Sequence[int], baseline: Subject, idea: Subject) -> Evidence:
         ran = self.run([(one, seed) for seed in seeds for one in (baseline, idea)])
-        return _Evidence(how, list(seeds), ran[::2], ran[1::2])
+        return Evidence(how, list(seeds), ran[::2], ran[1::2])
 
-    def _check_budget(self, evidence: list[_Evidence]) -> None:
-        used = self._cost(evidence)["seconds"]
+    def _check_budget(self, evidence: list[Evidence]) -> None:
+        used = cost(evidence)["seconds"]
         if self.plan.budget is not None and used > self.plan.budget:
             raise Verdict("undecided", f"its budget of {self.plan.budget:g} s is spent", evidence[-1])
 
@@ -264,7 +237,7 @@ class Judge:
             return self.ledger.add_note(content)
 
     def _record(
-        self, path: Path, idea: str, baseline: str, subject: Subject, verdict: Verdict, evidence: list[_Evidence]
+        self, path: Path, idea: str, baseline: str, subject: Subject, verdict: Verdict, evidence: list[Evidence]
     ) -> Line:
         """Write the verdict down, unless another judge has meanwhile."""
         with self.ledger.locked():
@@ -274,13 +247,15 @@ class Judge:
             reserved = [n for n in journal if n["kind"] == "confirmation" and n["idea"] == idea]
             level = next((n["level"] for n in reserved if n["baseline"] == baseline), None)
             kept = verdict.verdict == "keep"
+            equal, why = self._equal_flops(subject, verdict.evidence)
             left = level_left(self.plan.error_rate, failures(tries, journal) - kept)
             content = {
                 "idea": idea, "name": path.name, "baseline": baseline, "subject": self.trials.key(subject),
                 "machine": self.trials.machine, "verdict": verdict.verdict, "reason": verdict.reason,
-                **self._figures(verdict, level), **self._cost(evidence), "flops": self._flops(subject),
+                **self._figures(verdict, level), **cost(evidence), "flops": flops(self._preset, subject, self.baseline),
+                "equal_flops": equal, "equal_flops_reason": why or None,
                 "lines": list(subject.lines), "level": level, "level_spent": 0.0 if kept else level or 0.0,
-                "level_left": left, "runs": _runs(evidence),
+                "level_left": left, "runs": runs_as_json(evidence),
             }  # fmt: skip
             if kept:
                 self._keep_file(path, idea)
@@ -292,7 +267,7 @@ class Judge:
         figures: dict[str, Any] = {
             "difference": None, "interval": [None, None], "n": 0, "seeds": None, "second": None,
             "more_seeds": verdict.more_seeds, "noise_floor": floor,
-            "baseline_metric": float(np.mean(ran)) if ran else None, "smallest_effect": None, "equal_flops": None,
+            "baseline_metric": float(np.mean(ran)) if ran else None, "smallest_effect": None,
         }  # fmt: skip
         if verdict.evidence is None or len(differences := verdict.evidence.differences()) < 2:
             return figures
@@ -304,29 +279,19 @@ class Judge:
             "smallest_effect": smallest_difference(test.deviation, last, at) if test.deviation else 0.0,
         }  # fmt: skip
 
-    def _cost(self, evidence: Sequence[_Evidence]) -> dict[str, Any]:
-        """seconds: of its runs and the baseline's on fresh seeds; seconds of a run and bytes: idea and baseline."""
-        screening, fresh = ([e for e in evidence if e.how == how][-1:] for how in ("screening", "fresh"))
-        idea = [one for e in (*screening, *fresh) for one in e.idea]
-        baseline = [one for e in (*screening, *fresh) for one in e.baseline]
-        seconds = sum(one.seconds for one in idea) + sum(one.seconds for e in fresh for one in e.baseline)
-        means = [float(np.mean([one.seconds for one in part])) if part else None for part in (idea, baseline)]
-        peaks = [max((one.peak_bytes for one in part), default=None) for part in (idea, baseline)]
-        return {"seconds": seconds, "seconds_a_run": means, "peak_bytes": peaks}
-
-    def _flops(self, subject: Subject) -> list[float] | None:
-        """Of a run, idea and baseline; None where code is changed, or where it is no run of gptlab."""
-        from gptlab.options import build
-        from gptlab.training.config import TrainingConfig, run_flops
-        from gptlab.training.presets import preset_options
-
-        preset = self.lab.config.baseline.preset
-        if not preset or subject.patch:
-            return None
-        return [
-            run_flops(build(TrainingConfig, {**preset_options(preset, one.options), **one.options, "preset": preset}))
+    def _equal_flops(self, subject: Subject, evidence: Evidence | None) -> tuple[dict[str, Any] | None, str]:
+        """`at_equal_flops` of what a verdict rests on, and why that is not known."""
+        if not self._preset:
+            return None, "what a command computes is not known"
+        if (costs := flops(self._preset, subject, self.baseline)) is None:
+            return None, "what changed code computes is not known"
+        if evidence is None or len(evidence.seeds) < 2:
+            return None, "fewer than two seeds ran"
+        curves = [
+            [read_run(self.trials.folder(one, seed)).losses for seed in evidence.seeds]
             for one in (subject, self.baseline)
         ]
+        return at_equal_flops(costs, *curves)
 
     def measure(self) -> dict[str, Any]:
         """The noise floor, from runs of the baseline at the seeds of screening, and what the lab can find with it."""
@@ -334,13 +299,8 @@ class Judge:
         values = [one.value for one in ran if one.value is not None]
         floor, seconds = spread(values) or 0.0, float(np.mean([one.seconds for one in ran]))
         found = design(math.sqrt(2) * floor, self.plan.looks, self.plan.confirm_looks, self.plan.error_rate)
-        return {
-            "noise_floor": floor,
-            "n": len(values),
-            "mean": float(np.mean(values)),
-            "seconds_a_run": seconds,
-            **found,
-        }
+        measured = {"noise_floor": floor, "n": len(values), "mean": float(np.mean(values)), "seconds_a_run": seconds}
+        return {**measured, **found}
 
     def adopt(self, line: Line) -> Line:
         """Make a kept idea part of the baseline; from the second on, measure all of them against the first baseline."""
@@ -411,26 +371,18 @@ def check_baseline(seed: int, outcome: Outcome) -> None:
 
 
 def idea_files(path: Path) -> list[Path]:
-    """The files of an idea: a diff, or an arm's TOML and its patch."""
+    """The files of an idea: a diff, or an arm's TOML with its patch and the file of its signal."""
     patch = arm_options(path)[1] if path.suffix == ".toml" else None
-    return [path, patch] if patch else [path]
+    return [path, *filter(None, (patch, _own_signal(path)))]
+
+
+def _own_signal(path: Path) -> Path | None:
+    return signal_file(arm_options(path)[0]) if path.suffix == ".toml" else None
 
 
 def idea_digest(path: Path) -> str:
     """SHA-256 of an idea's files; raises ConfigError where they cannot be read."""
     found = hashlib.sha256()
-    for file in idea_files(path):
-        try:
-            content = read_bytes(file, limit=LARGEST_PATCH, error=ConfigError)
-        except FileNotFoundError:
-            raise ConfigError(f"expected an idea at {file}, found none; give a diff or an arm's TOML") from None
+    for content in map(read_idea, idea_files(path)):
         found.update(len(content).to_bytes(8, "little") + content)
     return found.hexdigest()
-
-
-def _runs(evidence: Sequence[_Evidence]) -> dict[str, Any]:
-    """{"screening" and "fresh": the seeds and what they gave, baseline and idea}, as far as they ran."""
-    return {
-        e.how: {"seeds": e.seeds, "baseline": [o.value for o in e.baseline], "idea": [o.value for o in e.idea]}
-        for e in evidence
-    }

@@ -7,9 +7,7 @@ data sets, mostly. A preset's baseline is the package gptlab itself; its runs ar
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -27,8 +25,20 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import ConfigError, DataError, shown
-from gptlab.files import GB, MB, parse_json, read_bytes, read_json, read_text, read_toml, take_lock, write_json
-from gptlab.judge.lab import ENVIRONMENT_SEED, Lab, Metric, may_change
+from gptlab.files import (
+    GB,
+    MB,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    read_toml,
+    take_lock,
+    write_json,
+    write_whole,
+)
+from gptlab.judge.lab import ENVIRONMENT_SEED, FIRST_FRESH, Lab, may_change
+from gptlab.judge.metric import last_in_csv, last_match, read_metric
 from gptlab.options import table_options
 from gptlab.processes import environment, how_it_ended, package, python_command
 from gptlab.runs.executor import LARGEST_PATCH, MARK, Packing, PatchedPackage, apply_patch
@@ -39,8 +49,6 @@ from gptlab.training.config import TrainingConfig
 LARGE = 64 * MB
 """Larger files are linked, not copied."""
 SKIPPED = {".git", "__pycache__"}
-LONGEST_LINE = 4096
-"""Characters of a line of output in which a pattern is looked for."""
 STOP_PATIENCE = 30.0
 
 File = tuple[str, bytes]
@@ -87,11 +95,13 @@ class Subject:
     def changed_by(self, idea: Path, lab: Lab) -> Subject:
         """With the idea in `idea`, a diff or an arm's TOML; raises ConfigError that says why it cannot be tried."""
         if idea.suffix != ".toml":
-            return self._patched(idea, _content(idea), lab)
+            return self._patched(idea, read_idea(idea), lab)
         if not lab.config.baseline.preset:
             raise ConfigError(f"{idea}: an arm's options need a preset as the baseline; expected a diff")
         options, patch = arm_options(idea)
-        found = self._patched(patch, _content(patch), lab) if patch else self
+        found = self._patched(patch, read_idea(patch), lab) if patch else self
+        if file := signal_file(options):
+            options["signal.name"] = str(_kept(file, lab)) + ":" + options["signal.name"].rpartition(":")[2]
         return replace(found, options={**self.options, **options})
 
     def _patched(self, patch: Path, content: bytes, lab: Lab) -> Subject:
@@ -112,7 +122,8 @@ class Subject:
         return replace(self, files=files, patch=self.patch + content, lines=(added, removed))
 
 
-def _content(patch: Path) -> bytes:
+def read_idea(patch: Path) -> bytes:
+    """A file of an idea; raises ConfigError where it cannot be read."""
     try:
         return read_bytes(patch, limit=LARGEST_PATCH, error=ConfigError)
     except FileNotFoundError:
@@ -139,7 +150,27 @@ def arm_options(idea: Path) -> tuple[dict[str, Any], Path | None]:
     options = table_options({**table.pop("options", {}), **table}, TrainingConfig)
     if patch is not None and (not isinstance(patch, str) or Path(patch).name != patch):
         raise ConfigError(f"{idea}: patch: expected the name of a file next to it, found {shown(patch)}")
+    if (file := signal_file(options)) and file.name != str(file):
+        raise ConfigError(f"{idea}: signal.name: expected the name of a file next to it, found {shown(str(file))}")
+    if file:
+        options["signal.name"] = str(idea.parent / options["signal.name"])
     return options, idea.parent / patch if patch else None
+
+
+def signal_file(options: Mapping[str, Any]) -> Path | None:
+    """The file of a user's own signal among an arm's options, FILE.py:FUNCTION."""
+    path, _, function = str(options.get("signal.name", "")).rpartition(":")
+    return Path(path) if path.endswith(".py") and function else None
+
+
+def _kept(file: Path, lab: Lab) -> Path:
+    """A copy in the lab, named by its content: what an idea was tried with stays as it was."""
+    content = read_idea(file)
+    path = lab.folder / "signals" / hashlib.sha256(content).hexdigest() / file.name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content)
+    return path
 
 
 def read_files(
@@ -207,11 +238,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Trials:
-    """Runs subjects at seeds, each once for all judges of a lab. stop: whether to give up; `run` is then None."""
+    """Runs subjects at seeds, each once for all judges of a lab. stop: whether to give up; `run` is then None.
+
+    allow_code: whether a preset's runs may have a signal of the user's own.
+    """
 
     lab: Lab
     machine: str
     stop: Callable[[], bool]
+    allow_code: bool = False
 
     def key(self, subject: Subject) -> str:
         """The name of a subject's runs: of all that decides what they give."""
@@ -223,13 +258,13 @@ class Trials:
     def cached(self, subject: Subject, seed: int) -> Outcome | None:
         """What is known of a run."""
         try:
-            return Outcome(**read_json(self._folder(subject, seed) / "result.json", inside=self.lab.folder))
+            return Outcome(**read_json(self.folder(subject, seed) / "result.json", inside=self.lab.folder))
         except (FileNotFoundError, DataError, TypeError):
             return None
 
     def run(self, subject: Subject, seed: int, slot: int = 0) -> Outcome | None:
         """Run, or wait for the judge that does; None where it was stopped."""
-        folder = self._folder(subject, seed)
+        folder = self.folder(subject, seed)
         while not self.stop():
             if found := self.cached(subject, seed):
                 return found
@@ -239,7 +274,8 @@ class Trials:
             time.sleep(0.2)
         return None
 
-    def _folder(self, subject: Subject, seed: int) -> Path:
+    def folder(self, subject: Subject, seed: int) -> Path:
+        """Of a run: of a preset's an ordinary run folder."""
         return self.lab.folder / "cells" / self.key(subject) / f"seed_{seed}"
 
     def _run(self, subject: Subject, seed: int, folder: Path, slot: int) -> Outcome | None:
@@ -247,16 +283,18 @@ class Trials:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
-            argv = (
-                self._preset(subject, seed, folder, slot) if subject.options or self.lab.config.baseline.preset else []
-            )
-            if not argv:
+            if self.lab.config.baseline.preset:
+                argv = self._preset(subject, seed, folder, slot)
+            else:
                 subject.write(work)
                 argv = ["sh", "-c", self.lab.config.baseline.command.replace("{seed}", str(seed))]
             ended = self._supervised(argv, seed, folder)
             if ended is None:
                 return None
-            outcome = read_preset(folder, ended) if self.lab.config.baseline.preset else self._read(folder, ended)
+            if not self.lab.config.baseline.preset:
+                outcome = self._read(folder, ended)
+            elif (outcome := read_preset(folder, ended)).state == "ok" and seed >= FIRST_FRESH:
+                outcome = replace(outcome, second=self._second(subject, folder))
         finally:
             shutil.rmtree(work, ignore_errors=True)
         if outcome.state != "broken":  # that may be the machine's doing: it is tried again where somebody asks
@@ -265,29 +303,27 @@ class Trials:
 
     def _preset(self, subject: Subject, seed: int, folder: Path, slot: int) -> list[str]:
         """The command of an ordinary run of gptlab, with the subject's code where it is not the package in use."""
-        preset, code = self.lab.config.baseline.preset, None
+        preset = self.lab.config.baseline.preset
         options = {"preset": preset, "sample_every": 0, **subject.options}
         width = Arm("", subject.options).count("n_embd", preset)
         options = {**Packing.of_this_machine(self.lab.config.plan.jobs).options(width, slot), **options}
         if subject.patch:
             texts = {name: file[1].decode(errors="surrogateescape") for name, file in subject.files.items()}
             mark = hashlib.sha256(subject.patch).hexdigest() + "\n"
-            code = folder / "work" / "code"
-            unpacked = PatchedPackage({**texts, f"gptlab/{MARK}": mark}).unpack()
-            shutil.move(unpacked, code)
+            shutil.move(PatchedPackage({**texts, f"gptlab/{MARK}": mark}).unpack(), folder / "work" / "code")
         words = [word for key, value in options.items() for word in (f"--{key}", _word(value))]
-        return python_command(
-            "gptlab.cli.main:main",
-            "train",
-            *words,
-            "--seed",
-            str(seed),
-            "--out",
-            str(folder),
-            "--resume",
-            "auto",
-            code=code,
+        words += ["--seed", str(seed), "--out", str(folder), "--resume", "auto", *["--allow_code"] * self.allow_code]
+        return python_command("gptlab.cli.main:main", "train", *words, code=_code_of(subject, folder))
+
+    def _second(self, subject: Subject, folder: Path) -> float | None:
+        """The loss on as many validation tokens behind those that training reads; None where there are none."""
+        tokens = str(read_json(folder / "config.json", inside=folder)["options"]["eval_tokens"])
+        words = ["eval", str(folder), "--tasks", "val", "--json", "--eval_tokens", tokens, "--skip_tokens", tokens]
+        command = python_command(
+            "gptlab.cli.main:main", *words, "--threads", "1", code=_code_of(subject, folder), ends_with_us=True
         )
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        return None if done.returncode else float(parse_json(done.stdout.decode())["tasks"]["val"]["loss"])
 
     def _supervised(self, argv: Sequence[str], seed: int, folder: Path) -> Mapping[str, Any] | None:
         """How a command ended, as supervisor.py says; None where it was stopped."""
@@ -318,7 +354,7 @@ class Trials:
         """The outcome of a command."""
         output = read_bytes(folder / "output.txt", inside=folder).decode(errors="replace")
         metric = self.lab.config.metric
-        value = _csv(folder / "work", metric.csv) if metric.csv else read_metric(output, metric)
+        value = last_in_csv(folder / "work", metric.csv) if metric.csv else read_metric(output, metric)
         second = last_match(output, metric.second) if metric.second else None
         cost = {"seconds": ended["seconds"], "peak_bytes": ended["peak_bytes"]}
         if value is not None and not math.isfinite(value):
@@ -332,6 +368,11 @@ class Trials:
         if value is None:
             return Outcome("broken", reason=f"it printed no metric that [metric] of lab.toml finds{said}", **cost)
         return Outcome("ok", value, second if second is not None and math.isfinite(second) else None, **cost)
+
+
+def _code_of(subject: Subject, folder: Path) -> Path | None:
+    """Where a run's own code lies while it is run."""
+    return folder / "work" / "code" if subject.patch else None
 
 
 def _word(value: Any) -> str:
@@ -349,66 +390,3 @@ def read_preset(folder: Path, ended: Mapping[str, Any]) -> Outcome:
     lines = read_text(folder / "output.txt").strip().splitlines() or [how_it_ended(ended["code"])]
     said = next((line.removeprefix("gptlab: ") for line in reversed(lines) if line.startswith("gptlab: ")), lines[-1])
     return Outcome("diverged" if ended["code"] == 4 else "broken", reason=ended["ended"] or said, **cost)
-
-
-def read_metric(output: str, metric: Metric) -> float | None:
-    """The metric in a command's output; nan or inf where that is what it printed last; None where there is none.
-
-    >>> read_metric("loss 2.5\\nloss nan", Metric(pattern=r"loss ([0-9.]+)"))
-    nan
-    """
-    if metric.pattern:
-        return last_match(output, metric.pattern)
-    for line in reversed(output.splitlines()):
-        try:
-            found = parse_json(line)
-            return float(found[metric.json])
-        except (ValueError, TypeError, KeyError, IndexError):
-            continue
-    return None
-
-
-def last_match(output: str, pattern: str) -> float | None:
-    """The number in the last line that a pattern matches, also where it stands for a number and a NaN is printed."""
-    number, without = re.compile(pattern), re.compile(_of_no_number(pattern), re.IGNORECASE)
-    for line in reversed(output.splitlines()):
-        for found in [*number.finditer(line[:LONGEST_LINE]), *without.finditer(line[:LONGEST_LINE])][::-1]:
-            try:
-                return float(found[1])
-            except (ValueError, TypeError):
-                continue
-    return None
-
-
-def _of_no_number(pattern: str) -> str:
-    """The pattern with nan or inf in its one group.
-
-    >>> _of_no_number(r"\\(loss\\) ([(0-9.]+)$")
-    '\\\\(loss\\\\) ([-+]?(?:nan|inf(?:inity)?))$'
-    """
-    opened, depth, in_class, start = 0, 0, False, None
-    for at, (c, before) in enumerate(zip(pattern, " " + pattern, strict=False)):
-        escaped = before == "\\" and (at - len(pattern[:at].rstrip("\\"))) % 2 == 1
-        if escaped:
-            continue
-        if c in "[]":
-            in_class = c == "["
-        elif c == "(" and not in_class:
-            if start is None and not re.match(r"\(\?(?!P<)", pattern[at:]):
-                start, opened = at, depth
-            depth += 1
-        elif c == ")" and not in_class:
-            depth -= 1
-            if start is not None and depth == opened:
-                return pattern[:start] + "([-+]?(?:nan|inf(?:inity)?))" + pattern[at + 1 :]
-    return pattern
-
-
-def _csv(work: Path, where: str) -> float | None:
-    """The last number in a column of a CSV file that the command wrote."""
-    name, _, column = where.rpartition(":")
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(work / name, limit=64 * MB, inside=work))))
-        return float(rows[-1][column])
-    except (FileNotFoundError, DataError, IndexError, KeyError, TypeError, ValueError, csv.Error):
-        return None

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.errors import ConfigError
-from gptlab.judge.lab import Lab, read_lab
-from gptlab.judge.procedure import Judge, idea_digest
+from gptlab.cli.main import main
+from gptlab.errors import ConfigError, UsageError
+from gptlab.judge.evidence import at_equal_flops
+from gptlab.judge.lab import FIRST_FRESH, Lab, read_lab
+from gptlab.judge.procedure import Judge, idea_digest, idea_files
 from gptlab.judge.trial import baseline_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
@@ -83,6 +85,81 @@ def test_a_diff_of_a_package_changes_allowed_python_files_alone(name: str, lab: 
         baseline_of(lab).changed_by(lab.folder / "idea.diff", lab)
 
 
+SIGNAL = "def mine(logits, targets):\n    return logits.logsumexp(-1)\n"
+
+
+def test_an_arm_may_bring_a_signal_of_its_own_where_that_is_allowed(lab: Lab) -> None:
+    (lab.folder / "arm.toml").write_text('signal.name = "mine.py:mine"\nsignal.weight = 0.01\n')
+    (lab.folder / "mine.py").write_text(SIGNAL)
+    with pytest.raises(UsageError, match=r"mine\.py holds a signal.*--allow_code"):
+        Judge(lab).judge(lab.folder / "arm.toml")
+    assert not (lab.folder / "ledger.jsonl").exists()
+    before, first = baseline_of(lab).changed_by(lab.folder / "arm.toml", lab), idea_digest(lab.folder / "arm.toml")
+    kept, _, function = before.options["signal.name"].rpartition(":")
+    assert (Path(kept).read_text(), function) == (SIGNAL, "mine")
+    (lab.folder / "mine.py").write_text(SIGNAL.replace("-1", "1"))
+    after = baseline_of(lab).changed_by(lab.folder / "arm.toml", lab)
+    assert after.digest != before.digest  # by its content, not by its name
+    assert idea_digest(lab.folder / "arm.toml") != first
+    assert Path(kept).read_text() == SIGNAL  # what was tried stays
+    assert [file.name for file in idea_files(lab.folder / "arm.toml")] == ["arm.toml", "mine.py"]
+
+
+@pytest.mark.parametrize("name", ["../mine.py:mine", "/tmp/mine.py:mine", "none.py:mine"])
+def test_a_signal_of_ones_own_lies_next_to_its_arm(name: str, lab: Lab) -> None:
+    (lab.folder / "arm.toml").write_text(f'signal.name = "{name}"\n')
+    with pytest.raises(ConfigError, match=r"next to it|expected an idea"):
+        baseline_of(lab).changed_by(lab.folder / "arm.toml", lab)
+
+
+FLAT = {0: 4.0, 50: 3.2, 60: 3.1, 90: 2.8, 100: 2.5}
+
+
+@pytest.mark.parametrize(
+    ("costs", "idea", "difference", "read", "step"),
+    [
+        ([1.0, 1.0], {100: 2.4}, -0.1, "baseline", 100),  # as dear: the difference of the ends
+        ([2.0, 2.2], {100: 2.7}, 0.0, "baseline", 100 / 1.1),  # cheaper: the baseline between 90 and 100
+        ([1.0, 0.55], FLAT, 0.65, "idea", 55),  # dearer: the idea between 50 and 60
+    ],
+)
+def test_at_equal_flops_the_dearer_is_read_where_it_had_cost_as_much(
+    costs: list[float], idea: dict[int, float], difference: float, read: str, step: float
+) -> None:
+    shifts = (0.0, 0.01)
+    found, why = at_equal_flops(costs, *([{s: x + by for s, x in of.items()} for by in shifts] for of in (idea, FLAT)))
+    assert found is not None
+    assert (found["read"], why) == (read, "")
+    assert found["step"] == pytest.approx(step)
+    if step == 100 / 1.1:
+        difference = 2.7 - (2.8 - 0.3 * (step - 90) / 10)
+    assert found["difference"] == pytest.approx(difference)
+
+
+@pytest.mark.parametrize("costs", [[1.0, 0.3], [0.7, 1.0]])
+def test_at_equal_flops_nothing_is_said_far_from_a_validation(costs: list[float]) -> None:
+    found, why = at_equal_flops(costs, [FLAT] * 2, [FLAT] * 2)
+    assert found is None
+    assert "lower eval_every" in why
+
+
+def test_fresh_seeds_have_a_second_slice_that_nothing_else_reads(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    judge = Judge(lab)
+    (outcome,) = judge.run([(judge.baseline, FIRST_FRESH)])
+    assert outcome.state == "ok", outcome.reason
+    folder = judge.trials.folder(judge.baseline, FIRST_FRESH)
+    found = []
+    for tokens in (OPTIONS["eval_tokens"], 2 * OPTIONS["eval_tokens"]):
+        assert main(["eval", str(folder), "--json", "--eval_tokens", str(tokens), "--threads", "1"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["tasks"]["val"])
+    whole = [one["loss"] * one["tokens"] for one in found]
+    behind = (whole[1] - whole[0]) / (found[1]["tokens"] - found[0]["tokens"])
+    assert outcome.second == pytest.approx(behind, abs=1e-6)
+    assert outcome.second != pytest.approx(found[0]["loss"], abs=1e-4)
+    assert main(["eval", str(folder), "--json", "--skip_tokens", "1000"]) == 3
+    assert "--skip_tokens: expected fewer" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_an_arm_with_a_better_learning_rate_is_kept_and_its_cells_are_runs(lab: Lab) -> None:
     (lab.folder / "arm.toml").write_text("learning_rate = 1e-2\n")
@@ -90,4 +167,7 @@ def test_an_arm_with_a_better_learning_rate_is_kept_and_its_cells_are_runs(lab: 
     assert line["verdict"] in ("keep", "undecided")  # two or three seeds decide at 0.0045 only what is very clear
     assert line["difference"] < 0
     assert line["flops"][0] == line["flops"][1] > 0
+    assert line["equal_flops"]["difference"] == pytest.approx(line["difference"])
+    assert line["second"] is not None
+    assert line["second"] != line["difference"]
     assert len(list(lab.folder.glob("cells/*/seed_*/metrics.jsonl"))) == 2 * line["n"] + 4
