@@ -209,8 +209,9 @@ class Experiment:
         return {
             name: of
             for name, arm in self.arms.items()
-            for of in self.arms
-            if of != name and _but_rotation(arm.options) == wanted[of] and arm.patch == self.arms[of].patch
+            for of, signal in self.arms.items()
+            if signal.options.get("signal.control") != "placebo"
+            and (_but_rotation(arm.options), arm.patch) == (wanted[of], signal.patch)
         }
 
     @property

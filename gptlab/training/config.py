@@ -229,11 +229,11 @@ class TrainingConfig:
         """The signals that are switched on; none for the baseline."""
         return tuple(s for s in (self.signal, *self.also) if s.name != "none")
 
-    @property
+    @cached_property
     def injects_noise(self) -> bool:
         return self.gradient_noise > 0 or self.gradient_bias > 0
 
-    @property
+    @cached_property
     def reads_for_noise(self) -> bool:
         """Whether an update reads two further batches, whose gradients' difference is its noise."""
         return self.gradient_noise > 0 and self.gradient_noise_shape == "batch"

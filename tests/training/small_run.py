@@ -92,7 +92,7 @@ def make_run(
 
     sure: weights so wide that blocks are sure of something, else GPT-2's own initial ones.
     """
-    shape = {"block_size": T, "n_layer": L, "n_head": 2, "n_embd": 16}
+    shape: dict[str, Any] = {"block_size": T, "n_layer": L, "n_head": 2, "n_embd": 16}
     recipe = {"learning_rate": 1e-3, "warmup_steps": 0, "schedule": "constant", "steps": 700, "grad_clip": 0.0}
     values = {**recipe, "dose_every": 10, **options}
     config = TrainingConfig(total_batch_tokens=SEQUENCES * T, **shape, **values)

@@ -152,7 +152,7 @@ def test_a_placebo_replays_its_arms_norms_while_their_models_part(options: dict[
     """Scaled on its own model it strays, already in the first updates."""
     match, dose = options["match"], options.get("dose")
     name = "signal_norm" if match == "gradient" else "step_change"
-    run = {"grad_clip": 1.0, "learning_rate": 0.02}
+    run: dict[str, Any] = {"grad_clip": 1.0, "learning_rate": 0.02}
     arm = make_run(signal=SignalConfig("confidence", dose=dose), **run)
     own = make_run(signal=SignalConfig("confidence", dose=dose, control="placebo"), **run)
     replaying = SignalConfig("confidence", dose=dose, control="placebo", placebo_of="arm", placebo_match=match)
