@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.cli.model import open_model
-from gptlab.page.app import READ, create_app, listen, serve
+from gptlab.page.app import READ, WRITE, create_app, listen, serve
 from gptlab.page.guard import AccessPolicy
 
 TOKEN = "the-token-of-the-test"
@@ -43,8 +43,8 @@ class Served:
     def get(self, path: str = "", *, token: str = TOKEN, method: str = "GET", **headers: str) -> Answer:
         return self.ask(method, f"/{token}/{path}", None, headers)
 
-    def post(self, body: bytes, **headers: str) -> Answer:
-        return self.ask("POST", f"/{TOKEN}/read", body, {"Content_Type": "application/json", **headers})
+    def post(self, body: bytes, path: str = "read", **headers: str) -> Answer:
+        return self.ask("POST", f"/{TOKEN}/{path}", body, {"Content_Type": "application/json", **headers})
 
     def ask(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -66,7 +66,7 @@ def served() -> Iterator[Callable[..., Served]]:
     def start(root: Path, model: Path | None = None) -> Served:
         listening = listen("127.0.0.1", 0)
         port = listening.getsockname()[1]
-        policy = AccessPolicy("127.0.0.1", port, TOKEN, frozenset({READ}))
+        policy = AccessPolicy("127.0.0.1", port, TOKEN, frozenset({READ, WRITE}))
         opened = partial(open_model, device="cpu", dtype="fp32", threads=1)
         app, _ = create_app(root, str(model) if model else None, opened, policy)
         thread = threading.Thread(target=serve, args=(app, listening, ended.is_set))

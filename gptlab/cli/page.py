@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Print the link and serve it until Ctrl-C, which is 0; raises UsageError, and ConfigError for a port in use."""
     options = _parse(argv)
-    from gptlab.page.app import READ, create_app, listen, serve
+    from gptlab.page.app import READ, WRITE, create_app, listen, serve
     from gptlab.page.guard import AccessPolicy
 
     with listen(options.host, options.port) as listening:
-        policy = AccessPolicy(options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ}))
+        policy = AccessPolicy(
+            options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ, WRITE})
+        )
         app, queues = create_app(Path(options.folder), options.model, partial(_open, options=options), policy)
         with StopRequest() as asked_to_stop:
             _announce(policy, options)

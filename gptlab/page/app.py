@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
     from gptlab.interpret.generate import OpenedModel
 
-READ = "/read"
-"""The one address that takes POST: a prompt is no part of an address, which browsers remember."""
+READ, WRITE = "/read", "/write"
+"""The addresses that take POST, of the lens and of generation: a prompt is no part of an address, which browsers
+remember. Text is generated for this machine alone."""
 
 DRAWERS = 16
 """Pages that are drawn at a time, so that none waits for a slow one."""
@@ -67,7 +68,7 @@ def create_app(
 ) -> tuple[ASGIApp, Queues]:
     """The page over the runs below `root`, behind its guard. model: another one that the lens offers."""
     extra = {key_of(f"model {model}"): Path(model)} if model else {}
-    views = Views(index := RunIndex(root), {key: str(path) for key, path in extra.items()})
+    views = Views(index := RunIndex(root), {key: str(path) for key, path in extra.items()}, writes=policy.local)
     drawing = WorkerQueue("page", DRAWERS, VIEWS_WAITING, VIEW_SECONDS, prepare)
     queues = Queues(drawing, WorkerQueue("model", 1, PROMPTS_WAITING, PROMPT_SECONDS), index)
     return Guard(_routes(views, Models(open_model), extra, queues), policy), queues
@@ -101,16 +102,28 @@ def _routes(views: Views, models: Models, extra: dict[str, Path], queues: Queues
     async def lens(request: Request) -> Response:
         return await shown(request, partial(views.lens, request.query_params.get("model", "")))
 
-    async def read(request: Request) -> Response:
+    async def overlay(request: Request) -> Response:
+        return await shown(request, partial(views.overlay, sorted(set(request.query_params.getlist("run")))))
+
+    async def of_model(request: Request, answer: Callable[[Path, Asked], object]) -> Response:
+        """What a model says of the text that was posted; one text is computed at a time."""
         asked = _asked(await request.body())
         if asked is None:
-            return _json({"error": 'expected {"model": KEY, "prompt": TEXT}'}, 400)
-        key, prompt = asked
-        source = extra.get(key) or await drawing.call(partial(_source, views, key))
+            return _json({"error": f"expected {EXPECTED}"}, 400)
+        source = extra.get(asked.model) or await drawing.call(partial(_source, views, asked.model))
         try:
-            return await computing.call(lambda: _json(models.read(source, prompt)))
+            return await computing.call(lambda: _json(answer(source, asked)))
         except (GptlabError, OSError) as error:
             return _json({"error": str(error)}, 422)
+
+    async def read(request: Request) -> Response:
+        return await of_model(request, lambda source, asked: models.read(source, asked.prompt))
+
+    async def write(request: Request) -> Response:
+        def answer(source: Path, asked: Asked) -> object:
+            return models.write(source, asked.prompt, asked.tokens, asked.temperature)
+
+        return await of_model(request, answer)
 
     def fixed(content: bytes, kind: str) -> Callable[[Request], Response]:
         return lambda request: Response(content, media_type=kind)
@@ -134,24 +147,41 @@ def _routes(views: Views, models: Models, extra: dict[str, Path], queues: Queues
         computing.close()
         index.close()
 
-    pages = {"/": runs, "/run": run, "/compare": compare, "/lens": lens}
+    pages = {"/": runs, "/run": run, "/compare": compare, "/overlay": overlay, "/lens": lens}
     routes = [Route(path, endpoint) for path, endpoint in pages.items()]
     routes += [Route(path, fixed(*file)) for path, file in static().items()]
     routes += [Route(READ, read, methods=["POST"])]
+    routes += [Route(WRITE, write, methods=["POST"])] if views.writes else []
     handlers = {Busy: busy, Late: late, Missing: missing, OSError: unreadable}
     return Starlette(routes=routes, exception_handlers=handlers, lifespan=open_queues)
 
 
-def _asked(body: bytes) -> tuple[str, str] | None:
-    """A model's key and a prompt, of a body that may be anything."""
+class Asked(NamedTuple):
+    """A question to a model; tokens, temperature: of text that is generated."""
+
+    model: str
+    prompt: str
+    tokens: int
+    temperature: float
+
+
+EXPECTED = '{"model": KEY, "prompt": TEXT}, and for text "tokens" from 1 on and "temperature" from 0 to 10'
+
+
+def _asked(body: bytes) -> Asked | None:
+    """The question in a body that may be anything; None where it is none."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
         return None
     if not isinstance(asked, dict):
         return None
-    key, prompt = asked.get("model"), asked.get("prompt")
-    return (key, prompt) if isinstance(key, str) and isinstance(prompt, str) else None
+    found = Asked(
+        asked.get("model", 0), asked.get("prompt", 0), asked.get("tokens", 128), asked.get("temperature", 0.8)
+    )
+    words = isinstance(found.model, str) and isinstance(found.prompt, str)
+    numbers = type(found.tokens) is int and type(found.temperature) in (int, float)
+    return found if words and numbers and found.tokens > 0 and 0 <= found.temperature <= 10 else None
 
 
 def _source(views: Views, key: str) -> Path:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gptlab.analysis.listing import Listed, differing, figures_of, ordered
+from gptlab.analysis.listing import Listed, figures_of, grouped, listed, ordered
 from gptlab.analysis.load import read
 from gptlab.analysis.report import comparison, run, theme
 from gptlab.analysis.report.page import render, stylesheet
@@ -39,6 +39,18 @@ SECONDS_RUNNING, SECONDS_IDLE = 2, 10
 MOST_PAGES, MOST_MODELS = 64, 2
 """Pages that are kept, and models that stay in memory."""
 
+MOST_OVERLAID = 48
+"""Runs whose curves are laid over each other; of more, the first."""
+
+OVERLAID = {
+    "val": "validation loss, nats a token", "loss": "training loss, nats a token", "grad_norm": "gradient norm",
+    "dose": "dose",
+}  # fmt: skip
+"""Figures whose curves can be laid over each other, with their axes' labels."""
+
+MOST_WRITTEN, WRITING_SECONDS = 256, 20.0
+"""Tokens that are generated for a prompt, and seconds after which generation ends with what is there."""
+
 DRAWING_SECONDS = 3.0
 """CPU seconds that a page's runs may take to read; what is drawn of them is bounded by itself, and takes about one."""
 
@@ -58,8 +70,9 @@ class Missing(Exception):
 class Views:
     """The pages about what lies below a folder; models: {key: name} of others that the lens offers first."""
 
-    def __init__(self, index: RunIndex, models: Mapping[str, str]) -> None:
-        self.index, self.models = index, models
+    def __init__(self, index: RunIndex, models: Mapping[str, str], *, writes: bool = False) -> None:
+        """writes: whether the page offers to generate text."""
+        self.index, self.models, self.writes = index, models, writes
         self._drawn = Cache(MOST_PAGES, SHARE)
 
     def runs(self) -> View:
@@ -88,6 +101,14 @@ class Views:
         paths = [_at(found.runs, key) for key in keys]
         mark = tuple(map(_settled, paths))
         return self._view(("compare", *keys), mark, "runs", lambda until: self._comparison(paths, until))
+
+    def overlay(self, keys: Sequence[str]) -> View:
+        """The curves of some runs over each other; raises Missing."""
+        found = self.index.look()
+        paths = {found.names[key]: _at(found.runs, key) for key in keys}
+        paths = dict(sorted(paths.items())[:MOST_OVERLAID])
+        mark = tuple(map(mark_of, paths.values()))
+        return self._view(("overlay", *keys), mark, "curves", lambda until: self._overlay(paths, until))
 
     def lens(self, chosen: str = "") -> View:
         """The form that asks for a model and a text."""
@@ -122,8 +143,8 @@ class Views:
         shown = ordered(list(rows.values()), "run")
         experiments = sorted(((key, found.names[key]) for key in found.experiments), key=lambda item: item[1])
         return _page(
-            "runs.html", "Runs", _every(shown), folder=self.index.root, experiments=experiments, keys=differing(shown),
-            rows=[(key_of_row[id(one)], one) for one in shown],
+            "runs.html", "Runs", _every(shown), folder=self.index.root, experiments=experiments, groups=grouped(shown),
+            key_of=lambda one: key_of_row[id(one)],
         )  # fmt: skip
 
     def _run(self, key: str, path: Path, name: str, until: float) -> str:
@@ -133,8 +154,20 @@ class Views:
         figures = figures_of(found, name)
         return _page(
             "run.html", every=_every([Listed(path, figures, {})]), state=figures["state"], steps=figures["steps"],
-            lens=key if _has_weights(path) else None, **content,
+            lens=key if _has_weights(path) else None, writes=self.writes, **content,
         )  # fmt: skip
+
+    def _overlay(self, paths: Mapping[str, Path], until: float) -> str:
+        if not paths:
+            raise ConfigError("expected marked runs, found none: mark some in the list")
+        runs = []
+        for name, path in paths.items():
+            history = read_history(path, until)
+            points = {"val": history.losses} | {key: history.updates[key] for key in OVERLAID if key != "val"}
+            arm = listed(self.index.root, path, until).figures["arm"]
+            curves = {key: list(map(list, run.binned(of).items())) for key, of in points.items()}
+            runs.append({"name": name, "arm": arm, "curves": curves})
+        return _page("overlay.html", "Curves", SECONDS_IDLE, runs=runs, figures=OVERLAID)
 
     def _comparison(self, sources: list[Path], until: float) -> str:
         if not sources:
@@ -165,7 +198,7 @@ def static() -> dict[str, tuple[bytes, str]]:
 
 def _page(template: str, title: str = "", every: int = SECONDS_IDLE, **content: Any) -> str:
     """every: seconds after which the page asks for what is new, 0 for never."""
-    above = {"state": None, "steps": None, "lens": None, "title": title, "every": every}
+    above = {"state": None, "steps": None, "lens": None, "writes": False, "title": title, "every": every}
     return render(template, base="live.html", folders=(TEMPLATES,), **{**above, **content})
 
 
@@ -205,10 +238,35 @@ class Models:
         """
         from gptlab.interpret.lens import readings
 
-        opened, tuned, note = self._opened.get(source, _model_mark(source), lambda: self._open(source))[0]
+        opened, tuned, note = self._of(source)
         readers = {"raw": None} if tuned is None else {"raw": None, "tuned": tuned}
         found = readings(opened.model, opened.tokenizer, prompt, readers, autocast=opened.placement.autocast)
         return {"prompt": prompt, "readers": found, "note": note}
+
+    def write(self, source: Path, prompt: str, tokens: int, temperature: float) -> dict[str, Any]:
+        """{"text", "note"}: at most MOST_WRITTEN tokens that continue `prompt`; note: why it ended early.
+
+        Raises what `read` does but for long prompts, of which the last block_size tokens are the context.
+        """
+        from gptlab.interpret.generate import Sampling, generate
+        from gptlab.randomness import torch_generator
+
+        opened = self._of(source)[0]
+        until, kept, note = time.monotonic() + WRITING_SECONDS, [], ""
+        steps = generate(
+            opened.model, opened.tokenizer.prompt(prompt), min(tokens, MOST_WRITTEN), Sampling(temperature),
+            generator=torch_generator("sample", 1, 0), vocab_size=opened.vocabulary.size,
+            end=opened.tokenizer.end_of_text,
+        )  # fmt: skip
+        for step in steps:
+            kept.append(step.token)
+            if time.monotonic() > until:
+                note = f"ended after {WRITING_SECONDS:g} s and {len(kept)} tokens"
+                break
+        return {"text": opened.tokenizer.decode(kept), "note": note}
+
+    def _of(self, source: Path) -> tuple[OpenedModel, TunedLens | None, str]:
+        return self._opened.get(source, _model_mark(source), lambda: self._open(source))[0]
 
     def _open(self, source: Path) -> tuple[OpenedModel, TunedLens | None, str]:
         from gptlab.signals.tuned_lens import load, path_of

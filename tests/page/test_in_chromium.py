@@ -132,3 +132,45 @@ def test_hostile_runs_are_listed_shown_and_kept_up_to_date(
     assert browser.value("document.querySelectorAll('img, main script').length") == 0
     assert browser.messages == []
     assert {url for url in browser.requests if not url.startswith((page.url, "data:"))} == set()
+
+
+def test_the_list_is_searched_sorted_folded_and_laid_over_each_other(
+    served: Serve, tmp_path: Path, write_run: Callable[..., Path], browser: Browser
+) -> None:
+    for k, arm in enumerate(("baseline", "mild", "strong")):
+        options = {"signal.name": "confidence", "signal.weight": k / 4} if k else {}
+        for seed in range(1, 13):
+            write_run(tmp_path / "exp" / arm / f"seed_{seed}", 3 - k / 10 + seed / 1000, seed=seed, options=options)
+    (tmp_path / "exp" / "experiment.toml").write_text("")
+    page = served(tmp_path)
+    heads = "[...document.querySelectorAll('tbody:not([hidden]) .group')].map(r => r.cells[1].textContent.slice(0, 6))"
+    rows = "document.querySelectorAll('tbody:not([hidden]) tr:not([hidden]):not(.group)').length"
+    browser.window(1200)
+    browser.go(page.url)
+    browser.until("document.querySelector('.fold') !== null")
+    assert (browser.value(f"{heads}.length"), browser.value(rows)) == (3, 0)  # many runs: arms alone
+    browser.click("#find")
+    browser.type("seed_7")
+    assert browser.value(rows) == 3
+    browser.value("document.querySelector('main').dataset.mark = ''; renew()")  # it stays while the page is renewed
+    assert browser.value("document.querySelector('#find').value") == "seed_7"
+    browser.value("document.querySelector('#find').value = ''; arrange(document)")
+    browser.click("thead th:nth-child(3) .sort")
+    assert browser.value("[...document.querySelectorAll('.group th')].map(e => e.innerText.trim())") == [
+        "exp/strong", "exp/mild", "exp/baseline",
+    ]  # fmt: skip
+    browser.click("tbody:nth-of-type(1) .fold")
+    assert browser.value(rows) == 12
+    browser.click("tbody:nth-of-type(1) .all")
+    browser.click("[formaction=overlay]")
+    browser.arrives("document.querySelectorAll('#overlay path[fill=none]').length === 12")
+    first = "document.querySelector('#values tbody td').textContent"
+    browser.until(f"{first} === '2.8010'")
+    browser.value("document.querySelector('#overlay').focus()")
+    browser.key("ArrowLeft")
+    assert "at step 10" in browser.text("#value")
+    browser.value("document.querySelector('#log-x').click()")
+    for width in (1200, 390):
+        browser.window(width)
+        assert fits(browser)
+    assert browser.messages == []

@@ -13,10 +13,13 @@ from browser import wait
 from pages import ARM, HOSTILE, IMAGE, Page
 from serving import Served
 
+import gptlab
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.tokenizers import get_tokenizer
 from gptlab.interpret.lens import as_json, look, summary
 from gptlab.model.huggingface import write_folder
+from gptlab.page import views
+from gptlab.page.guard import AccessPolicy
 from gptlab.page.worker_queue import Cache
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import model_of
@@ -26,13 +29,25 @@ Serve = Callable[..., Served]
 SAFE = set(
     "html head meta link script title body nav a span main header footer p b h1 h2 h3 bdi section form button div "
     "table thead tbody tr td th input ul ol li i figure figcaption svg g path text defs use clippath rect dl dt dd "
-    "details summary pre small article code progress".split()
+    "details summary pre small article code progress label textarea select option noscript".split()
 )
 """Elements that our own templates make."""
 
 
 def links(page: Page, start: str) -> list[str]:
     return [value for value in page.values("href") if value.startswith(start)]
+
+
+def marks(page: Page) -> list[str]:
+    """The keys of the runs in the list, in its order."""
+    return re.findall(r'name="run" value="(\w+)"', page.source)
+
+
+def written(page: Served, **asked: Any) -> Any:
+    """What is written for the first model of the lens."""
+    key = re.findall(r'<option value="(\w+)"', page.get("lens").body.decode())[0]
+    answer = page.post(json.dumps({"model": key, "prompt": "a", **asked}).encode(), "write")
+    return json.loads(answer.body) if answer.status == 200 else answer.status
 
 
 def questions(page: Served, prompt: str) -> list[dict[str, Any]]:
@@ -61,6 +76,7 @@ def test_hostile_names_stay_text_on_every_page(served: Serve, hostile_experiment
         *(Page(served_page.get(link).body.decode()) for link in (*links(runs, "run?"), *links(runs, "compare"))),
     ]
     assert len(every) == 8
+    every.insert(1, Page(served_page.get("overlay?" + "&".join(f"run={key}" for key in marks(runs))).body.decode()))
     of_run = next(page for page in every if f"{ARM}/seed_1" in page.text and page is not runs)
     assert all(words.replace("\n", "") in of_run.text for words in HOSTILE)
     assert HOSTILE[3] in every[-1].text  # in the environment
@@ -84,6 +100,55 @@ def test_a_run_is_drawn_anew_when_it_has_grown_and_not_before(served: Serve, run
         file.write('{"step": 7, "kind": "train", "loss": 1.0, "tokens": 448}\n')
     wait(lambda: page.get(link, If_None_Match=mark).status == 200)  # drawing may take but a share of the time
     assert b"step 7 of 6" in page.get(link).body
+
+
+def test_runs_are_listed_by_arm_and_laid_over_each_other(
+    served: Serve, tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
+    (tmp_path / "exp").mkdir()
+    for arm, options in {"baseline": {}, "sure": {"signal.name": "confidence"}}.items():
+        for seed, loss in ((1, 2.0), (2, 2.5)):
+            write_run(tmp_path / "exp" / arm / f"seed_{seed}", loss, seed=seed, options=options)
+    (tmp_path / "exp" / "experiment.toml").write_text("")
+    page = served(tmp_path)
+    runs = Page(page.get().body.decode())
+    assert [name for _, key, name in runs.attributes if key == "data-group"] == ["exp/baseline", "exp/sure"]
+    assert "2 finished" in runs.text
+    assert "2.2500 ±0.3536" in " ".join(runs.text.split())
+    assert runs.source.count("signal.name=confidence") == 1  # said of the arm, not of each run
+    keys = marks(runs)
+    overlay = Page(page.get("overlay?" + "&".join(f"run={key}" for key in reversed(keys))).body.decode())
+    curves = json.loads(overlay.values("data-runs")[0])
+    assert [run["name"] for run in curves] == [f"exp/{a}/seed_{s}" for a in ("baseline", "sure") for s in (1, 2)]
+    assert [run["arm"] for run in curves] == ["baseline", "baseline", "sure", "sure"]
+    assert [run["curves"]["val"][-1] for run in curves] == [[20, 2.0], [20, 2.5]] * 2
+    assert page.get("overlay?run=nothing").status == 404
+    assert "expected marked runs" in Page(page.get("overlay").body.decode()).text
+
+
+def test_a_run_writes_text_within_bounds(served: Serve, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = served(run)
+    assert 'id="write"' in page.get(f"run?key={marks(Page(page.get().body.decode()))[0]}").body.decode()
+    expected = gptlab.load(run).generate("a", 20, temperature=0.5, seed=1)
+    assert written(page, tokens=20, temperature=0.5) == {"text": expected, "note": ""}
+    monkeypatch.setattr(views, "MOST_WRITTEN", 3)
+    short = gptlab.load(run).generate("a", 3, temperature=0.0)
+    assert written(page, tokens=10**9, temperature=0) == {"text": short, "note": ""}
+    monkeypatch.setattr(views, "WRITING_SECONDS", 0.0)
+    assert written(page, tokens=100)["note"] == "ended after 0 s and 1 tokens"
+
+
+@pytest.mark.parametrize("asked", [{"tokens": 0}, {"tokens": 1.5}, {"tokens": "9"}, {"tokens": True},
+                                   {"temperature": -1}, {"temperature": "hot"}, {"temperature": 1e9}, {"prompt": None}])  # fmt: skip
+def test_text_out_of_bounds_is_refused(asked: dict[str, Any], served: Serve, run: Path) -> None:
+    assert written(served(run), **asked) == 400
+
+
+def test_text_is_generated_for_this_machine_alone(served: Serve, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AccessPolicy, "local", False)
+    page = served(run)
+    assert 'id="write"' not in page.get(links(Page(page.get().body.decode()), "run?")[0]).body.decode()
+    assert written(page) == 404
 
 
 def test_a_running_run_is_asked_for_sooner(served: Serve, run: Path) -> None:
