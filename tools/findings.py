@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from gptlab.analysis.dose_response_runs import SHARES, Target, dose_response
 from gptlab.analysis.load import read
 from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
-from gptlab.analysis.report.comparison import write_forest
+from gptlab.analysis.report.comparison import write_figures
 from gptlab.analysis.report.standalone import PANEL, STYLE, draw
 from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.tables import markdown, table_in_markdown
@@ -406,9 +406,10 @@ def main() -> None:
     for page in pages():
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
     for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
-        picture = draw if name.startswith(RESPONSE) else write_forest
-        if not name.startswith((TUNING, CONVERSATION)):
-            picture(_result(name), FINDINGS / f"{name}.svg")
+        if name.startswith(RESPONSE):
+            draw(_result(name), FINDINGS / f"{name}.svg")
+        elif not name.startswith((TUNING, CONVERSATION)):
+            write_figures(None, _result(name), FINDINGS / f"{name}.svg")
     draw_pictures()
 
 

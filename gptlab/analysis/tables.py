@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gptlab.analysis.noise import ALTERNATIVES, TEXT, THRESHOLDS, TRUE_LOSS
@@ -227,6 +228,36 @@ def table_in_markdown(table: Table) -> str:
     """One table, its title over it."""
     lines = [_row(table.header), "|" + "---|" * len(table.header), *map(_row, table.rows)]
     return f"**{_escaped(table.title)}**\n\n" + "\n".join(lines)
+
+
+def latex(tables: Iterable[Table]) -> str:
+    """Tables for a paper, each a `table` of `booktabs`, with its title as the caption."""
+    return "\n".join(map(_table_in_latex, tables))
+
+
+def _table_in_latex(table: Table) -> str:
+    rows = [" & ".join(map(_in_latex, row)) + r" \\" for row in (table.header, *table.rows)]
+    columns = "l" + "r" * (len(table.header) - 1)
+    lines = [r"\begin{table}", r"\centering", rf"\caption{{{_in_latex(table.title)}}}"]
+    lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rows[0], r"\midrule", *rows[1:]]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+LATEX = {
+    "\\": r"\textbackslash{}", "–": "--", "±": r"$\pm$", "≤": r"$\le$", "σ": r"$\sigma$", "τ": r"$\tau$", "²": "$^2$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "\n": " ", "×": r"$\times$",
+    **{sign: f"\\{sign}" for sign in "{}$&#%_"},
+}  # fmt: skip
+
+
+def _in_latex(text: str) -> str:
+    """Text that LaTeX sets as it is; a minus before a digit is one.
+
+    >>> print(_in_latex("50% of a_b: -0.5"))
+    50\\% of a\\_b: $-$0.5
+    """
+    escaped = "".join(LATEX.get(character, character) for character in text)
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -124,3 +124,10 @@ def file_options(path: str | Path, config: type) -> dict[str, Any]:
         return next_to(Path(path).parent, table_options(table, config))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def figure_file(text: str) -> str:
+    """The name of a figure's file, whose ending says its format."""
+    if not text.lower().endswith((".pdf", ".svg", ".png")):
+        raise argparse.ArgumentTypeError(f"expected a file that ends in .pdf, .svg or .png, found {text!r}")
+    return text

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.cli.arguments import Parser
+from gptlab.cli.arguments import Parser, figure_file
 from gptlab.cli.console import printable, show_result
 from gptlab.errors import ConfigError, DataError, UsageError
 from gptlab.files import write_whole
@@ -34,10 +34,15 @@ def main(argv: list[str]) -> int:
         from gptlab.analysis.tables import markdown
 
         write_whole(options.markdown, printable(markdown(result)))
-    if options.svg:
-        from gptlab.analysis.report.comparison import write_forest
+    if options.latex:
+        from gptlab.analysis.tables import latex, tables
 
-        write_forest(result, options.svg)
+        write_whole(options.latex, printable(latex(tables(result))))
+    if options.figure:
+        from gptlab.analysis.report.comparison import write_figures
+
+        for path in write_figures(outcomes, result, options.figure):
+            print(f"figure: {path}", file=sys.stderr)
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
@@ -61,7 +66,9 @@ def _parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables to a file too")
     parser.add_argument("--html", metavar="FILE", help="where to write the report [report.html of an experiment]")
-    parser.add_argument("--svg", metavar="FILE", help="write the paired differences as a picture too")
+    parser.add_argument("--latex", metavar="FILE", help="write the tables for a paper too, with booktabs")
+    figure = "draw the paired differences, and in NAME_losses the losses over training: .pdf, .svg or .png"
+    parser.add_argument("--figure", "--svg", metavar="FILE", type=figure_file, help=figure)
     parser.add_argument("--despite", action="store_true", help="compare runs that differ in what nobody declared")
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gptlab.analysis.tables import Table, number
-from gptlab.cli.arguments import Parser
+from gptlab.cli.arguments import Parser, figure_file
 from gptlab.cli.console import show_result
-from gptlab.errors import ConfigError
 
 
 def main(argv: list[str]) -> int:
@@ -21,14 +20,11 @@ def main(argv: list[str]) -> int:
 
     levels = [Target(level=level) for level in options.levels or ()]
     result = dose_response(options.experiment, levels or [Target(share) for share in options.shares or SHARES])
-    if options.svg:
+    if options.figure:
         from gptlab.analysis.report.standalone import draw
 
-        try:
-            draw(result, options.svg)
-        except OSError as error:
-            raise ConfigError(f"--svg: could not write {options.svg}: {error.strerror}") from None
-        print(f"plot: {options.svg}", file=sys.stderr)
+        draw(result, options.figure)
+        print(f"figure: {options.figure}", file=sys.stderr)
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
@@ -49,7 +45,9 @@ def _parser() -> Parser:
     shares = "levels: what the clean arm has after these shares of its tokens [0.125,0.25,0.5]"
     parser.add_argument("--shares", type=_numbers, metavar="X,X,..", help=shares)
     parser.add_argument("--levels", type=_numbers, metavar="X,X,..", help="these values of the figure, instead")
-    parser.add_argument("--svg", metavar="FILE", help="draw multipliers over doses")
+    parser.add_argument(
+        "--figure", "--svg", metavar="FILE", type=figure_file, help="draw multipliers over doses: .pdf, .svg or .png"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     return parser
 

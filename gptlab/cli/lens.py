@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.arguments import Parser, at_least
+from gptlab.cli.arguments import Parser, at_least, figure_file
 from gptlab.cli.console import console, grid, printable, say
 from gptlab.cli.model import add_model_options
 from gptlab.errors import CheckpointError, UsageError
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         found |= _early_exit(opened, options)
     if options.prompt is not None:
         found |= _look(opened, options)
-    if options.html or options.svg:
+    if options.html or options.figure:
         _write(options, found)
     if options.json:
         print(json.dumps(found))
@@ -76,7 +76,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--batch_tokens", metavar="N", type=int, default=2048, help="tokens of an update of the fit [2048]")
     add("--early_exit", action="store_true", help="loss, agreement and compute for confidences from 0.5 to 1")
     add("--tokens", metavar="N", type=int, default=8192, help="validation tokens that are measured on [8192]")
-    add("--svg", metavar="FILE", help="also draw --early_exit")
+    add("--figure", "--svg", metavar="FILE", type=figure_file, help="also draw --early_exit: .pdf, .svg or .png")
     add("--data", metavar="NAME|FOLDER", help="corpus for --fit and --early_exit [the run's own, else shakespeare]")
     add("--seed", metavar="N", type=int, default=1, help="decides the windows that the fit reads [1]")
     add_model_options(parser)
@@ -87,8 +87,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     at_least(1, options, "top", "steps", "batch_tokens", "tokens")
     if options.html and options.prompt is None:
         raise UsageError("--html shows a text; add --prompt TEXT")
-    if options.svg and not options.early_exit:
-        raise UsageError("--svg draws early exit; add --early_exit")
+    if options.figure and not options.early_exit:
+        raise UsageError("--figure draws early exit; add --early_exit")
     return options
 
 
@@ -174,13 +174,13 @@ def _validation(opened: Opened, corpus: Corpus, tokens: int) -> list[tuple[Tenso
 
 def _write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     from gptlab.analysis.report.page import write
-    from gptlab.analysis.report.standalone import exit_plot, lens_page
+    from gptlab.analysis.report.standalone import lens_page, write_exit_plot
 
     if options.html:
         write(Path(options.html), lens_page(found))
-    if options.svg:
-        write(Path(options.svg), exit_plot(found["early_exit"]))
-    for path in filter(None, (options.html, options.svg)):
+    if options.figure:
+        write_exit_plot(found["early_exit"], options.figure)
+    for path in filter(None, (options.html, options.figure)):
         say(f"written to {path}")
 
 

@@ -105,8 +105,8 @@ class Views:
     def overlay(self, keys: Sequence[str]) -> View:
         """The curves of some runs over each other; raises Missing."""
         found = self.index.look()
-        paths = {found.names[key]: _at(found.runs, key) for key in keys}
-        paths = dict(sorted(paths.items())[:MOST_OVERLAID])
+        by_key = {key: _at(found.runs, key) for key in keys}
+        paths = dict(sorted((found.names[key], path) for key, path in by_key.items())[:MOST_OVERLAID])
         mark = tuple(map(mark_of, paths.values()))
         return self._view(("overlay", *keys), mark, "curves", lambda until: self._overlay(paths, until))
 

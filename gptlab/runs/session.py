@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,8 @@ from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.weights import check_moments, check_stored
 from gptlab.options import flatten
+from gptlab.processes import environment as child_environment
+from gptlab.processes import package
 from gptlab.runs import checkpoint
 from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
@@ -36,6 +39,7 @@ from gptlab.signals.user import file_hash, without_folders
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 from gptlab.training.loop import Record, rehearse, train
 from gptlab.training.optimizer import build_optimizer
+from gptlab.training.presets import command_of
 from gptlab.training.sharding import compile_blocks, shard_blocks
 from gptlab.training.state import TrainingState
 
@@ -85,7 +89,7 @@ def begin(
         step = found.step if found else 0
         if history := _despite(folder, changed, step):
             made_of["despite"] = history
-        environment = {**environment, **made_elsewhere(folder, environment, step)}
+        environment = {**environment, **repeated_by(config), **made_elsewhere(folder, environment, step)}
         if environment.get("earlier", [{}])[-1].get("until_step") == step > 0:
             notes.append("until here it was made by other software or elsewhere; environment.json keeps both")
         folder.record("config.json", made_of)
@@ -148,7 +152,7 @@ def _free(path: Path, launch: str | None) -> Path:
 
 FIXED = ("tokenizer", "block_size", "n_layer", "n_embd", "share_blocks", "optimizer")
 """Options that decide which tensors there are: with another of these a checkpoint does not fit."""
-PASSING = ("launch", "reasons", "earlier")
+PASSING = ("launch", "reasons", "earlier", "commit", "command")
 """What environment.json says of a session alone."""
 
 
@@ -224,6 +228,23 @@ def made_elsewhere(folder: RunFolder, environment: Mapping[str, Any], step: int)
     if any(before.get(key) != value for key, value in now.items() if key not in PASSING):
         earlier = [*earlier, {"until_step": step, **before}]
     return {"earlier": earlier} if earlier else {}
+
+
+def repeated_by(config: TrainingConfig) -> dict[str, str]:
+    """{"command": what makes the run again, "commit": of a clone of gptlab, with -dirty where it was changed}.
+
+    Nothing is compared by them: runs that differ in these alone are of one recipe.
+    """
+    found = {"command": command_of(config)}
+    if (clone := package().parent / ".git").exists():
+        command = ["git", "-C", str(clone.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # nothing hangs on it
+            said = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10, check=True, text=True,
+                env=child_environment(without="GIT_", GIT_OPTIONAL_LOCKS="0"),
+            )  # fmt: skip
+            found["commit"] = said.stdout.strip()
+    return {key: value for key, value in found.items() if value}
 
 
 def _code(config: TrainingConfig) -> dict[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from gptlab.errors import ConfigError, shown
 from gptlab.model.config import GPTConfig
+from gptlab.options import build, flatten
+from gptlab.training.config import TrainingConfig
 
 _V1: dict[str, Any] = {  # what shakespeare-tiny was when the findings were made; larger presets build on it
     "block_size": 128,
@@ -105,3 +108,21 @@ def preset_options(preset: str, given: Mapping[str, Any] | None = None) -> dict[
     """
     depth = (given or {}).get("depth")
     return PRESETS[preset] if depth is None or preset != "ladder" else ladder(depth)
+
+
+def command_of(config: TrainingConfig) -> str:
+    """The command that makes a run of this config, wherever its options came from.
+
+    Empty for one with more signals than one, which only a file of options can hold.
+    """
+    if config.also:
+        return ""
+    given = {"depth": config.depth} if config.depth else {}
+    usual = flatten(build(TrainingConfig, preset_options(config.preset, given))) | {"resume": config.resume}
+    words = ["gptlab", "train", "--preset", config.preset]
+    for key, value in flatten(config).items():
+        if value != usual[key] and key not in ("preset", "also"):
+            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"--{key}={shown.lower() if isinstance(value, bool) else shown}")
+    words += ["--allow_code"] if config.signal.is_code else []
+    return shlex.join(words)

@@ -296,7 +296,7 @@ def test_an_experiments_folder_as_dose_and_response(experiment: Path, capsys: Ca
 
 def test_tables_and_a_plot_for_people(experiment: Path, tmp_path: Path, capsys: Capture) -> None:
     svg = tmp_path / "plot.svg"
-    assert main(["dose_response", str(experiment), "--svg", str(svg), "--levels", "4.75"]) == 0
+    assert main(["dose_response", str(experiment), "--figure", str(svg), "--levels", "4.75"]) == 0
     out, err = capsys.readouterr()
     words = " ".join(out.split())
     assert "uniform flips in the true loss: times the tokens of baseline" in words
@@ -304,10 +304,12 @@ def test_tables_and_a_plot_for_people(experiment: Path, tmp_path: Path, capsys: 
     assert "at 4.75" in words
     assert "Does it compound?" in words
     assert "left out: mixed has errors of 2 kinds" in words
-    assert f"plot: {svg}" in err
+    assert f"figure: {svg}" in err
     drawn = "".join(ElementTree.parse(svg).getroot().itertext())
     assert "gradient noise" not in drawn
     assert "argmax flips in the true loss" in drawn
+    for words in ("tokens needed, times the clean run’s", "dose of the known error", "fit", "at least so many"):
+        assert words in drawn
 
 
 def test_what_cannot_be_read_is_told(experiment: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -14,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from pages import ARM, HOSTILE, IMAGE, Page
 
 from gptlab.analysis import report
 from gptlab.analysis.load import read
+from gptlab.analysis.report import theme
 from gptlab.analysis.report.comparison import write_comparison
-from gptlab.analysis.report.plots import Line, curves, forest
+from gptlab.analysis.report.plots import Band, Line, curves, draw_curves, draw_forest, forest
 from gptlab.analysis.report.run import Points, binned, flat, over_seeds, read_history, write_run
 from gptlab.analysis.report.theme import CSS_COLOURS
 from gptlab.cli.compare import main as compare
@@ -244,3 +247,31 @@ def test_what_cannot_be_seen_is_said_in_words() -> None:
 def test_earlier_sessions_are_rows_of_their_own() -> None:
     found = flat({"torch": "b", "earlier": [{"torch": "a", "machine": {"gpus": []}}], "gpus": ["x", "y"]})
     assert found == [("torch", "b"), ("earlier 1: torch", "a"), ("earlier 1: machine: gpus", "none"), ("gpus", "x, y")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["a"], ["negative_self_cross_entropy-placebo", "b"], ["gated_confidence at 0.9"] * 2, ["many_options=" * 50],
+     [f"arm {k}" for k in range(30)]],
+)  # fmt: skip
+def test_names_of_arms_cover_no_data_and_each_other(names: list[str]) -> None:
+    found = {
+        "verdict": "worse",
+        "control": False,
+        "difference": 0.1,
+        "interval": (-0.1, 0.3),
+        "differences": [0.0, 0.2],
+    }
+    arms = {f"{name}{'' if k == 0 else k}": {**found, "plateau": None} for k, name in enumerate(names)}
+    drawn = draw_forest(arms, 0.01, "forest", "loss minus the baseline's, nats a token")
+    lines = [Line(Band.of({1: 2.0, 2: 1.0 + k / 100}), theme.arm(k), name) for k, name in enumerate(arms)][:12]
+    for figure in (drawn, draw_curves(lines, "losses", "Loss", unit="nats", named=True)):
+        theme._print_texts(figure.figure, figure.texts)
+        FigureCanvasAgg(figure.figure).draw()
+        (axes,) = figure.figure.axes
+        data, whole = axes.get_window_extent(), figure.figure.bbox
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) >= len(lines)
+        assert not any(data.overlaps(box) for box in boxes)
+        assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 for box in boxes)
+        assert not any(a.y0 + 3 < b.y1 and b.y0 + 3 < a.y1 for a, b in itertools.combinations(boxes, 2))

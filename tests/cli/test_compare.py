@@ -45,12 +45,35 @@ def test_the_tables_show_names_as_they_are(log: Path, tmp_path: Path, capsys: py
     picture = tmp_path / "forest.svg"
     assert compare([str(log), "--markdown", str(tmp_path / "page.md"), "--svg", str(picture)]) == 0
     drawn = ElementTree.parse(picture).getroot()
-    assert "a|b: better" in {element.text for element in drawn.iter()}
+    assert {"a|b", "better"} <= {element.text for element in drawn.iter()}
     assert "--better: #" in str(drawn[0].text)
     shown, page = capsys.readouterr().out, (tmp_path / "page.md").read_text()
     assert all(text in shown for text in ("a|b", "[bold]c", "better", "worse", "below its baseline"))
     assert re.search(r"^\| a\\\|b \| better \| 2\.9\d\d\d \| -0\.1012 \|", page, re.MULTILINE)
     assert r"\[bold\]c" in page
+
+
+@pytest.mark.parametrize(("ending", "start"), [("svg", b"<svg"), ("pdf", b"%PDF"), ("PNG", b"\x89PNG")])
+def test_figures_and_tables_for_a_paper(
+    ending: str, start: bytes, log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure, tables = tmp_path / f"idea.{ending}", tmp_path / "idea.tex"
+    for _ in range(2):  # the same bytes each time
+        assert compare([str(log), "--figure", str(figure), "--latex", str(tables)]) == 0
+        drawn = [path.read_bytes() for path in (figure, tmp_path / f"idea_losses.{ending}")]
+        assert all(content.startswith(start) for content in drawn)
+        assert drawn == [path.read_bytes() for path in (figure, tmp_path / f"idea_losses.{ending}")]
+    assert f"figure: {figure}" in capsys.readouterr().err
+    page = tables.read_text()
+    assert page.count(r"\begin{table}") == page.count(r"\toprule") == page.count(r"\end{table}") > 0
+    assert re.search(r"^a\|b & better & 2\.9\d\d\d & \$-\$0\.1012 & ", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["idea.jpg", "idea", "idea.svg.txt", "svg"])
+def test_a_figure_of_another_format_is_refused(name: str, log: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"\.pdf, \.svg or \.png"):
+        compare([str(log), "--figure", str(tmp_path / name)])
+    assert not (tmp_path / name).exists()
 
 
 def test_a_log_may_have_looks_a_delta_a_placebo_and_another_baseline(

@@ -83,7 +83,7 @@ def test_another_models_reader_is_left_alone_and_said(run: Path, capsys: Capture
 
 def test_early_exit_as_json_table_and_plot(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
     plot = tmp_path / "exit.svg"
-    found = lens(capsys, finished_run, "--early_exit", "--tokens", "64", "--svg", str(plot))
+    found = lens(capsys, finished_run, "--early_exit", "--tokens", "64", "--figure", str(plot))
     points = found["early_exit"]["raw"]
     assert [point["confidence"] for point in points] == list(CONFIDENCES)
     assert found["tokens"] == 64
@@ -145,7 +145,7 @@ def test_it_reads_hugging_face_folders(finished_run: Path, tmp_path: Path, capsy
         ([], "expected --prompt TEXT, --fit or --early_exit"),
         (["--prompt", "a", "--top", "0"], "--top: expected a number of at least 1, found 0"),
         (["--fit", "--html", "x"], "--html shows a text"),
-        (["--prompt", "a", "--svg", "x"], "--svg draws early exit"),
+        (["--prompt", "a", "--figure", "x.svg"], "--figure draws early exit"),
         (["--promt", "a"], "did you mean '--prompt'"),
     ],
 )

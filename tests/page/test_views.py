@@ -139,7 +139,8 @@ def test_a_run_writes_text_within_bounds(served: Serve, run: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("asked", [{"tokens": 0}, {"tokens": 1.5}, {"tokens": "9"}, {"tokens": True},
-                                   {"temperature": -1}, {"temperature": "hot"}, {"temperature": 1e9}, {"prompt": None}])  # fmt: skip
+                                   {"temperature": -1}, {"temperature": "hot"}, {"temperature": 1e9},
+                                   {"prompt": None}])  # fmt: skip
 def test_text_out_of_bounds_is_refused(asked: dict[str, Any], served: Serve, run: Path) -> None:
     assert written(served(run), **asked) == 400
 

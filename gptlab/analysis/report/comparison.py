@@ -12,7 +12,7 @@ from typing import Any
 from gptlab.analysis.load import Outcomes
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.page import Panel, arm_class, render, sample, stylesheet, write
-from gptlab.analysis.report.plots import Line, curves, forest
+from gptlab.analysis.report.plots import Line, curves, draw_curves, draw_forest
 from gptlab.analysis.report.run import (
     COARSE,
     Band,
@@ -26,7 +26,7 @@ from gptlab.analysis.report.run import (
     over_seeds,
     read_history,
 )
-from gptlab.analysis.report.theme import standalone
+from gptlab.analysis.report.theme import Drawn
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import NO_DELTA, interval, number, paired, plateau, tables
 from gptlab.runs.experiment_spec import Metric
@@ -41,15 +41,30 @@ def write_comparison(outcomes: Outcomes, result: Mapping[str, Any], path: str | 
     return write(path, page(outcomes, result, histories))
 
 
-def write_forest(result: Mapping[str, Any], path: str | Path) -> Path:
-    """Write the paired differences of `result` as an SVG file of their own, and give its path; raises OSError."""
-    return write(path, standalone(_forest(result), stylesheet()))
+def write_figures(outcomes: Outcomes | None, result: Mapping[str, Any], path: str | Path) -> list[Path]:
+    """Write the paired differences of `result` into `path`, and into NAME_losses next to it the losses over training.
+
+    The file's ending says the format. Gives the paths.
+    """
+    drawn = {Path(path): _forest(result)}
+    if outcomes and (lines := _loss_lines(outcomes, _in_order(outcomes, result))):
+        metric, unit = _metric(result)
+        unit = f"validation {metric.label}" + f", {unit}" * bool(unit)
+        curves_path = Path(path).with_stem(f"{Path(path).stem}_losses")
+        drawn[curves_path] = draw_curves(lines, "losses", unit, unit=unit, named=True)
+    for file, figure in drawn.items():
+        figure.save(file, stylesheet())
+    return list(drawn)
 
 
-def _forest(result: Mapping[str, Any]) -> str:
+def _loss_lines(outcomes: Outcomes, arms: list[str]) -> list[Line]:
+    return _drawn(_line(over_seeds(outcomes.curves.get(arm, {}).values()), arms, arm) for arm in arms)
+
+
+def _forest(result: Mapping[str, Any]) -> Drawn:
     metric, unit = _metric(result)
     what = f"{metric.label} minus the baseline's" + f", {unit}" * bool(unit)
-    return forest(result["arms"], result["delta"], "forest", what)
+    return draw_forest(result["arms"], result["delta"], "forest", what)
 
 
 def _metric(result: Mapping[str, Any]) -> tuple[Metric, str]:
@@ -84,7 +99,7 @@ def content(outcomes: Outcomes, result: Mapping[str, Any], histories: Histories)
             }
             for arm, found in result["arms"].items()
         ],
-        "forest": Panel("Paired differences", _forest(result)),
+        "forest": Panel("Paired differences", _forest(result).inline()),
         "tables": [table for table in tables(result) if table.title != "Why"],
         "losses": list(_losses(outcomes, result, arms)),
         "blocks": [(arm, arm_class(arms.index(arm)), found) for arm, found in _blocks(arms, histories)],

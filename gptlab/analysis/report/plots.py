@@ -5,12 +5,13 @@ Words around them (titles, legends) are the page's, so that they wrap on a phone
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.report import theme
-from gptlab.analysis.report.theme import TEXT, inline, settings
+from gptlab.analysis.report.theme import TEXT, Drawn, inline, settings
 from gptlab.analysis.tables import plateau
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ QUARTERS = [0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"]
 """The ticks of a share."""
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 38
 """Room around the axes; fixed, so that plots in a column line up (and no layout has to be solved)."""
+LINE, CHARACTER = 16, 6.9
+"""Of a line of text its height, and the width of a character."""
 MOST_MARKED_POINTS, MOST_DARK_BANDS = 25, 5
 """A curve of at most so many points shows where they are; bands of more lines than these are paler."""
 
@@ -59,17 +62,24 @@ class Line:
     dashed: bool = False
 
 
-def curves(
-    lines: Sequence[Line], name: str, what: str, *, unit: str, zero: bool = False, within: float | None = None,
-    share: bool = False, limits: tuple[float, float] | None = None,
-) -> str:  # fmt: skip
-    """Lines over steps, as an <svg> element.
+def curves(lines: Sequence[Line], name: str, what: str, **options: Any) -> str:
+    """`draw_curves` as an <svg> element of a page, which has the legend."""
+    return draw_curves(lines, name, what, **options).inline()
 
-    zero: draw the line of 0; within: shade ± so much; share: of 1, shown in per cent; limits: of the y axis.
+
+def draw_curves(
+    lines: Sequence[Line], name: str, what: str, *, unit: str, zero: bool = False, within: float | None = None,
+    share: bool = False, limits: tuple[float, float] | None = None, named: bool = False,
+) -> Drawn:  # fmt: skip
+    """Lines over steps.
+
+    zero: draw the line of 0; within: shade ± so much; share: of 1, shown in per cent; limits: of the y axis; named: the
+    lines' names next to their ends, for a figure without a legend around it.
     """
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    figure, axes = blank(HEIGHT)
+    room = max((len(shortened(line.label)) for line in lines), default=0) * CHARACTER + 12 if named else 0
+    figure, axes = blank(HEIGHT, right=RIGHT + room, width=WIDTH + room)
     if zero:
         axes.axhline(0, color=theme.MUTED, linewidth=1)
     if within:
@@ -92,42 +102,83 @@ def curves(
         axes.set_yticks(*QUARTERS)
     name_axes(figure, axes, "step", unit)
     drawn = [(line.label or "it", line.band.steps, line.band.mean) for line in lines]
-    return inline(figure, name, _describe(what, drawn, "step", ".0%" if share else ".4g"))
+    texts = _name_ends(axes, lines) if named else {}
+    return Drawn(figure, name, _describe(what, drawn, "step", ".0%" if share else ".4g"), texts)
+
+
+def _name_ends(axes: Axes, lines: Sequence[Line]) -> dict[str, str]:
+    """The lines' names right of their ends, moved apart where they would cover each other; the texts for `inline`."""
+    height = HEIGHT - TOP - BOTTOM
+    at = [height * axes.transAxes.inverted().transform(axes.transData.transform((0, line.band.mean[-1])))[1]
+          for line in lines]  # fmt: skip
+    texts, above = {}, float("inf")
+    least = [LINE * k for k in range(len(lines))]  # room for the names that are still to come
+    for left, i in zip(reversed(least), sorted(range(len(lines)), key=lambda i: -at[i]), strict=True):
+        above = max(min(at[i], above - LINE), left)
+        texts[f"name {i}"] = shortened(lines[i].label)
+        place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "fontsize": TEXT}
+        axes.text(1.02, above / height, f"name {i}", color=lines[i].colour, **place)
+    return texts
 
 
 def forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str, what: str) -> str:
+    """`draw_forest` as an <svg> element of a page."""
+    return draw_forest(arms, delta, name, what).inline()
+
+
+def draw_forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str, what: str) -> Drawn:
     """Paired differences of `compare`'s arms: a dot a seed, their mean with its interval, the band of ±delta if any.
 
-    what: is different, with its unit.
+    Names and verdicts stand left of the axes, whole. what: is different, with its unit.
     """
-    figure, axes = blank(38 * len(arms) + 52, left=RIGHT, top=4)
+    labels = [[*name_lines(arm + " (control)" * found["control"]), ", ".join(filter(None, (found["verdict"],
+               plateau(found))))] for arm, found in arms.items()]  # fmt: skip
+    left = CHARACTER * max((len(line) for lines in labels for line in lines), default=0) + 16
+    heights = [LINE * len(lines) + 14 for lines in labels]
+    figure, axes = blank(sum(heights) + BOTTOM + 8, left=left, top=8)
     if delta is not None:
         axes.axvspan(-delta, delta, color=theme.MUTED, alpha=0.15, linewidth=0)
     axes.axvline(0, color=theme.MUTED, linewidth=1)
-    texts, words = {}, []
-    place: dict[str, Any] = {"va": "center", "transform": axes.get_yaxis_transform()}
-    for i, (arm, found) in enumerate(arms.items()):
-        label, verdict, points = arm + " (control)" * found["control"], found["verdict"], found["differences"]
-        mean, (low, high), colour = found["difference"], found["interval"], theme.VERDICTS[verdict]
-        axes.plot(points, [-i - 0.34] * len(points), "o", color=theme.MUTED, alpha=0.7, markersize=3.6)
+    texts, words, top = {}, [], 0.0
+    for i, (arm, label, height) in enumerate(zip(arms, labels, heights, strict=True)):
+        found = arms[arm]
+        middle, top = top + height / 2, top + height
+        mean, (low, high), colour = found["difference"], found["interval"], theme.VERDICTS[found["verdict"]]
+        points = found["differences"]
+        axes.plot(points, [middle + 8] * len(points), "o", color=theme.MUTED, alpha=0.7, markersize=3.6)
         if low is not None:
-            axes.plot([low, high], [-i - 0.12] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
+            axes.plot([low, high], [middle - 4] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
         if mean is not None:
-            axes.plot([mean], [-i - 0.12], "D", color=colour, markersize=6)
-        verdict = ", ".join(filter(None, (verdict, plateau(found))))
-        texts[f"arm {i}"] = f"{shortened(label)}: {verdict}"
-        axes.text(0.01, -i + 0.26, f"arm {i}", color=theme.INK, fontsize=TEXT, **place)
+            axes.plot([mean], [middle - 4], "D", color=colour, markersize=6)
+        for k, line in enumerate(label):
+            texts[f"arm {i} line {k}"] = line
+            ink = colour if k == len(label) - 1 else theme.INK
+            at = (-left + 4, middle + LINE * (k - (len(label) - 1) / 2))
+            axes.annotate(
+                f"arm {i} line {k}", (0, at[1]), (at[0], 0), xycoords=axes.get_yaxis_transform(), va="center",
+                textcoords="offset points", color=ink, fontsize=TEXT,
+            )  # fmt: skip
         difference = "no difference measured" if mean is None else f"difference {mean:+.4f}"
         interval = "" if low is None else f", 95% interval {low:+.4f} to {high:+.4f}"
-        words.append(f"{label}, {verdict}: {difference}{interval}")
-    axes.set_ylim(-len(arms) + 0.45, 0.55)
+        words.append(f"{arm}{' (control)' * found['control']}, {label[-1]}: {difference}{interval}")
+    axes.set_ylim(max(top, 1), 0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(what, color=theme.MUTED)
-    plain_scale(axes)
+    axes.set_xlabel(what, color=theme.MUTED, loc="right")
+    plain_scale(axes, ticks=4)
     band = "" if delta is None else f", with a band of ±{delta:g}"
-    return inline(figure, name, f"Paired differences, {what}{band}: {'; '.join(words)}", texts)
+    return Drawn(figure, name, f"Paired differences, {what}{band}: {'; '.join(words)}", texts)
+
+
+def name_lines(name: str, width: int = 24, most: int = 3) -> list[str]:
+    """A name in lines of a plot; one of more lines ends in "…", as the page around it has it whole.
+
+    >>> name_lines("negative_self_cross_entropy, placebo")
+    ['negative_self_cross_', 'entropy, placebo']
+    """
+    found = [line.replace("_ ", "_") for line in textwrap.wrap(name.replace("_", "_ "), width)] or [""]
+    return found if len(found) <= most else [*found[: most - 1], found[most - 1][: width - 1] + "…"]
 
 
 def shortened(label: str, most: int = 40) -> str:
@@ -139,13 +190,15 @@ def shortened(label: str, most: int = 40) -> str:
     return label if len(label) <= most else label[: most - 1] + "…"
 
 
-def blank(height: float, left: float = LEFT, top: float = TOP) -> tuple[Figure, Axes]:
-    """A figure of WIDTH, and its axes in the style of all."""
+def blank(
+    height: float, left: float = LEFT, top: float = TOP, right: float = RIGHT, width: float = WIDTH
+) -> tuple[Figure, Axes]:
+    """A figure, and its axes in the style of all."""
     from matplotlib.figure import Figure
 
     with settings():
-        figure = Figure(figsize=(WIDTH / 72, height / 72))
-        room = (left / WIDTH, BOTTOM / height, 1 - (left + RIGHT) / WIDTH, 1 - (top + BOTTOM) / height)
+        figure = Figure(figsize=(width / 72, height / 72))
+        room = (left / width, BOTTOM / height, 1 - (left + right) / width, 1 - (top + BOTTOM) / height)
         axes = figure.add_axes(room)
     axes.grid(color=theme.GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -157,14 +210,14 @@ def blank(height: float, left: float = LEFT, top: float = TOP) -> tuple[Figure, 
     return figure, axes
 
 
-def plain_scale(axes: Axes) -> None:
+def plain_scale(axes: Axes, ticks: int = 6) -> None:
     """Few ticks in plain figures; thousands where figures are large."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     low, high = axes.get_ylim()
-    if high - low < 1e-6 * max(abs(low), abs(high)):  # rounding is not to be looked at
+    if abs(high - low) < 1e-6 * max(abs(low), abs(high)):  # rounding is not to be looked at
         axes.set_ylim(low - 0.05 * abs(low), high + 0.05 * abs(high))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks))
     axes.ticklabel_format(useOffset=False, style="plain")
     if max(map(abs, axes.get_ylim())) >= 10_000:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k"))

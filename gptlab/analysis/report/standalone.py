@@ -1,8 +1,7 @@
-"""Figures that stand alone as SVG files: multipliers over doses, and early exit; and the page of a lens."""
+"""Figures that stand alone as files: multipliers over doses, and early exit; and the page of a lens."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.report.page import render
 from gptlab.analysis.report.plots import shortened
-from gptlab.analysis.report.theme import settings
+from gptlab.analysis.report.theme import save, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,9 +23,10 @@ PANEL, TITLE = (3.4, 2.7), 44
 
 
 def draw(result: Mapping[str, Any], path: str | Path) -> None:
-    """Write the SVG of a result of `dose_response`: equal bytes for equal figures and matplotlib."""
+    """Write the figure of a result of `dose_response`, in the format that the file's ending says."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     series = result["series"]
     columns = min(3, len(series))
@@ -38,8 +38,21 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
             _panel(axes, one)
         for axes in panels[len(series) :]:
             axes.set_axis_off()
-        panels[0].legend(frameon=False, title="level of the clean run", fontsize=8, title_fontsize=8)
-        figure.savefig(path, metadata={"Date": None}, format="svg")
+        for axes in panels[::columns]:
+            axes.set_ylabel("tokens needed, times the clean run’s")
+        grey: Any = {"color": "#4a4d52", "linewidth": 0.9}
+        key = [
+            Line2D([], [], marker="o", markersize=4, label="measured, with its 95% interval", **grey),
+            Line2D([], [], marker="^", markersize=4, linestyle="", label="at least so many: some runs never got there",
+                   **grey),
+            Line2D([], [], linestyle="--", label="fit", **grey),
+        ]  # fmt: skip
+        levels = panels[0].get_legend_handles_labels()[0]
+        for line in levels:
+            line.set_label(f"to the level {line.get_label()}")
+        handles = [*levels, *key]
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    save(figure, path)
 
 
 def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
@@ -65,7 +78,7 @@ def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(fill(shortened(series["name"], 2 * TITLE), TITLE), fontsize=9)
-    axes.set_xlabel("dose")
+    axes.set_xlabel("dose of the known error")
 
 
 LENS_TITLES = {"raw": "Raw reading", "tuned": "Tuned reading"}
@@ -78,8 +91,8 @@ def lens_page(found: Mapping[str, Any]) -> str:
     return render("lens.html", title="Lens", source=found["checkpoint"], prompt=found["prompt"], readers=readers)
 
 
-def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Loss and agreement against compute, a line for each reader and a mark for each confidence, as an SVG file."""
+def write_exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """Draw loss and agreement against compute, a line for each reader and a mark for each confidence."""
     from matplotlib.figure import Figure
 
     with settings({"svg.hashsalt": "gptlab"}):
@@ -102,11 +115,8 @@ def exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             axes.set_ylabel(label)
             axes.grid(color="#dcdddf", linewidth=0.6)
             axes.margins(0.08)
-            if key == "loss":
-                axes.legend(frameon=False)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    return drawn.getvalue()
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save(figure, path)
 
 
 def _apart(points: Sequence[Mapping[str, Any]], key: str, least: float = 0.06) -> list[Mapping[str, Any]]:

@@ -1,18 +1,23 @@
 """The look of a report's figures: colours by what they mean, and matplotlib's figures as SVG inside a page.
 
 The page's style sheet gives colours their values, light and dark. matplotlib knows only fixed colours, so that each
-meaning has one that nothing else uses, and `inline` puts the style sheet's variable in its place. Equal bytes for equal
-data. What the figures show is in plots.py.
+meaning has one that nothing else uses, and `inline` puts the style sheet's variable in its place, `save` the variable's
+light value, for print. Equal bytes for equal data. What the figures show is in plots.py.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from gptlab.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,6 +76,65 @@ def settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
 
     with _SETTING, mpl.rc_context(cast(Any, {**SETTINGS, **(more or {})})):
         yield
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with what `inline` needs to know of it."""
+
+    figure: Figure
+    name: str
+    description: str
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def inline(self) -> str:
+        return inline(self.figure, self.name, self.description, self.texts)
+
+    def save(self, path: Path, style: str) -> None:
+        """Write it for a paper; an SVG has the colours of `style`, the page's sheet, light and dark."""
+        if path.suffix.lower() == ".svg":
+            write_whole(path, standalone(self.inline(), style))
+        else:
+            _print_colours(self.figure, style)
+            _print_texts(self.figure, self.texts)
+            save(self.figure, path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as its file's ending says: equal bytes for equal figures and matplotlib."""
+    form = Path(path).suffix.removeprefix(".").lower()
+    date = {"pdf": "CreationDate", "svg": "Date"}.get(form)
+    buffer = io.BytesIO()
+    with settings({"svg.hashsalt": "gptlab", "pdf.fonttype": 42, "path.simplify": False}):
+        metadata = cast(Any, {date: None} if date else None)
+        figure.savefig(buffer, format=form, dpi=300, metadata=metadata, facecolor="white")
+    write_whole(path, buffer.getvalue())
+
+
+def _print_colours(figure: Figure, style: str) -> None:
+    """Give every part of the figure the light value of the colour that stands for a variable."""
+    import numpy as np
+    from matplotlib.colors import to_hex
+
+    light = dict(re.findall(r"--([\w-]+): (#\w+);", style[: style.index("@media")]))
+    values = {of: light.get(css[6:-1], light["ink"]) for of, css in CSS_COLOURS.items()}
+    for part in figure.findobj():
+        for kind in ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor"):
+            now = getattr(part, f"get_{kind}", lambda: None)()
+            if now is None or (isinstance(now, str) and now == "none"):
+                continue
+            colours = [now] if isinstance(now, str) or np.ndim(now) == 1 else list(now)
+            if len(colours) == 1 and (found := values.get(to_hex(colours[0]))):
+                alpha = part.get_alpha()
+                getattr(part, f"set_{kind}")(found)
+                part.set_alpha(alpha)
+
+
+def _print_texts(figure: Figure, texts: Mapping[str, str]) -> None:
+    from matplotlib.text import Text
+
+    for part in figure.findobj(Text):
+        part.set_text(texts.get(part.get_text(), part.get_text()))
 
 
 def inline(figure: Figure, name: str, description: str, texts: Mapping[str, str] | None = None) -> str:
