@@ -118,7 +118,8 @@ def command_of(config: TrainingConfig) -> str:
     if config.also:
         return ""
     given = {"depth": config.depth} if config.depth else {}
-    usual = flatten(build(TrainingConfig, preset_options(config.preset, given))) | {"resume": config.resume}
+    usual = flatten(build(TrainingConfig, preset_options(config.preset, given)))
+    usual |= {"resume": config.resume, "depth": None}  # depth chooses what else is usual
     words = ["gptlab", "train", "--preset", config.preset]
     for key, value in flatten(config).items():
         if value != usual[key] and key not in ("preset", "also"):

@@ -24,8 +24,8 @@ QUARTERS = [0, 0.25, 0.5, 0.75, 1], ["0%", "25%", "50%", "75%", "100%"]
 """The ticks of a share."""
 LEFT, RIGHT, TOP, BOTTOM = 48, 14, 26, 38
 """Room around the axes; fixed, so that plots in a column line up (and no layout has to be solved)."""
-LINE, CHARACTER = 16, 6.9
-"""Of a line of text its height, and the width of a character."""
+LINE, NARROW, WIDE = 16, frozenset("ijltfrI.,;:'|!()[] -/"), frozenset("mwMW@%=+<>~#&")
+"""A line's height; characters of less than the usual width, and of more."""
 MOST_MARKED_POINTS, MOST_DARK_BANDS = 25, 5
 """A curve of at most so many points shows where they are; bands of more lines than these are paler."""
 
@@ -78,7 +78,7 @@ def draw_curves(
     """
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    room = max((len(shortened(line.label)) for line in lines), default=0) * CHARACTER + 12 if named else 0
+    room = max((text_width(shortened(line.label)) for line in lines), default=0) + 12 if named else 0
     figure, axes = blank(HEIGHT, right=RIGHT + room, width=WIDTH + room)
     if zero:
         axes.axhline(0, color=theme.MUTED, linewidth=1)
@@ -133,7 +133,7 @@ def draw_forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name
     """
     labels = [[*name_lines(arm + " (control)" * found["control"]), ", ".join(filter(None, (found["verdict"],
                plateau(found))))] for arm, found in arms.items()]  # fmt: skip
-    left = CHARACTER * max((len(line) for lines in labels for line in lines), default=0) + 16
+    left = max((text_width(line) for lines in labels for line in lines), default=0) + 16
     heights = [LINE * len(lines) + 14 for lines in labels]
     figure, axes = blank(sum(heights) + BOTTOM + 8, left=left, top=8)
     if delta is not None:
@@ -169,6 +169,11 @@ def draw_forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name
     plain_scale(axes, ticks=4)
     band = "" if delta is None else f", with a band of ±{delta:g}"
     return Drawn(figure, name, f"Paired differences, {what}{band}: {'; '.join(words)}", texts)
+
+
+def text_width(text: str) -> float:
+    """At most how wide a text of size TEXT is, in a font that has all its characters."""
+    return sum(5.0 if c in NARROW else 12.0 if c in WIDE or ord(c) > 0x2E80 else 8.0 for c in text)
 
 
 def name_lines(name: str, width: int = 24, most: int = 3) -> list[str]:

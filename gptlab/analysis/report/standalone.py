@@ -38,8 +38,7 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
             _panel(axes, one)
         for axes in panels[len(series) :]:
             axes.set_axis_off()
-        for axes in panels[::columns]:
-            axes.set_ylabel("tokens needed, times the clean run’s")
+        figure.supylabel("tokens needed, times the clean run’s", fontsize=9)
         grey: Any = {"color": "#4a4d52", "linewidth": 0.9}
         key = [
             Line2D([], [], marker="o", markersize=4, label="measured, with its 95% interval", **grey),
@@ -49,7 +48,7 @@ def draw(result: Mapping[str, Any], path: str | Path) -> None:
         ]  # fmt: skip
         levels = panels[0].get_legend_handles_labels()[0]
         for line in levels:
-            line.set_label(f"to the level {line.get_label()}")
+            line.set_label(f"to the clean run’s level {line.get_label()}")
         handles = [*levels, *key]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     save(figure, path)
