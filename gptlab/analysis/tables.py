@@ -400,6 +400,35 @@ def _listed(words: Sequence[str], last: str) -> str:
     return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
+def noise_sentences(result: Mapping[str, Any]) -> list[str]:
+    """The answer on each signal, in words: which way it pulls, what the branch test found, and how both can be true.
+
+    >>> total = {"alignment": {"value": 0.0, "interval": [-0.48, 0.49], "resolved": True}}
+    >>> print(*noise_sentences({"signals": {"true_loss": {}, "confidence": {"total": total}}}))
+    confidence: which way it pulls cannot be said (alignment +0.00 [-0.48, +0.49]); more --groups narrow it.
+    """
+    return [f"{name}: {_pull(one)}." for name, one in result["signals"].items() if name != TRUE_LOSS]
+
+
+def _pull(signal: Mapping[str, Any]) -> str:
+    alignment, branch = signal["total"]["alignment"], signal.get("branch")
+    if alignment is None or alignment["value"] is None:
+        found, low = "it has no gradient here that could be compared with the true loss's", None
+    else:
+        low, high = alignment["interval"]
+        way = "with the true loss" if low > 0 else "against the true loss"
+        found = f"it pulls {way}" if low > 0 or high < 0 else "which way it pulls cannot be said"
+        found += f" (alignment {aligned(alignment)})" + "; more --groups narrow it" * (low <= 0 <= high)
+    if branch is None:
+        return found
+    bias = branch["bias"]
+    harmful = bias is not None and bias["interval"][0] > 0
+    contradicts = (
+        "; it harms nevertheless, for a step along a gradient that only partly agrees adds a part that does not"
+    )
+    return f"{found}; the branch test: {branch['verdict']}" + contradicts * (low is not None and low > 0 and harmful)
+
+
 def noise_remarks(result: Mapping[str, Any]) -> list[str]:
     """What must be read with the tables."""
     first, last = result["sequences"]

@@ -60,9 +60,9 @@ def main(argv: list[str]) -> int:
         show_result([], [first, ""])
         show_result(conversation_tables(result), others)
     else:
-        from gptlab.analysis.tables import noise_remarks, noise_tables
+        from gptlab.analysis.tables import noise_remarks, noise_sentences, noise_tables
 
-        show_result(noise_tables(result), noise_remarks(result))
+        show_result(noise_tables(result), noise_remarks(result), first=noise_sentences(result))
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gptlab.analysis.tables import noise_sentences
 from gptlab.cli.main import main
 from gptlab.runs.folder import RunFolder
 
@@ -150,3 +151,26 @@ def test_a_hugging_face_folder_is_measured_on_data_that_is_named(
     out = capsys.readouterr().out
     assert "no second moments here" in out
     assert "Alignment by block" in out
+
+
+@pytest.mark.parametrize(
+    ("interval", "bias", "words"),
+    [
+        ([0.2, 0.4], None, "it pulls with the true loss (alignment +0.30 [+0.20, +0.40])"),
+        ([-0.4, -0.2], None, "it pulls against the true loss"),
+        (
+            [-0.1, 0.7],
+            None,
+            "it pulls cannot be said (alignment +0.30 [-0.10, +0.70]); more --groups narrow it",
+        ),
+        ([0.2, 0.4], [0.01, 0.03], "; the branch test: bias; it harms nevertheless"),
+        ([0.2, 0.4], [-0.03, -0.01], "; the branch test: bias."),
+        ([-0.4, -0.2], [0.01, 0.03], "; the branch test: bias."),
+    ],
+)
+def test_the_first_sentence_answers(interval: list[float], bias: list[float] | None, words: str) -> None:
+    one = {"total": {"alignment": {"value": sum(interval) / 2, "interval": interval, "resolved": True}}}
+    branch = {"branch": {"verdict": "bias", "bias": {"value": 0.02, "interval": bias}}} if bias else {}
+    (said,) = noise_sentences({"signals": {"true_loss": {}, "idea": {**one, **branch}}})
+    assert said.startswith("idea: ")
+    assert words in said
