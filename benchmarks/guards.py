@@ -114,7 +114,7 @@ GUARDS = (
     Guard("a link within a folder is not read", "files.py",
           "os.open(path, _READ) if inside is None else", "os.open(path, _READ) if True else",
           ("tests/test_files.py::test_nothing_outside_a_folder_is_read",)),
-    Guard("the name of a file while it is written cannot be foreseen", "files.py", "secrets.token_hex(8)", '"0" * 16',
+    Guard("the name of a file while it is written cannot be foreseen", "files.py", "secrets.token_hex(8)", "'0' * 16",
           ("tests/test_files.py::test_the_name_while_writing_cannot_be_guessed_and_is_hidden",)),
     Guard("a run is not written through a link", "runs/folder.py",
           "if (path := self.path / name).is_symlink():", "if (path := self.path / name) is None:",
