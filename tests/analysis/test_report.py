@@ -28,6 +28,7 @@ from gptlab.analysis.report.theme import CSS_COLOURS
 from gptlab.cli.compare import main as compare
 from gptlab.cli.main import guarded, main
 
+WITH_REPORTS = True
 TAGS = set(
     "html head meta link title style body main footer header section article figure figcaption h1 h2 h3 p b i ul li dl "
     "dt dd div span small bdi table thead tbody tr th td details summary pre "

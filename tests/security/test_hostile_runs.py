@@ -17,6 +17,7 @@ from hostile_runs import VALUES, allowed, commands, hostile_runs, some  # pyrigh
 
 COUNT, SECONDS = 96, 20.0
 """Spoilt runs, and the CPU seconds of a command: twice and more what the slowest takes on a machine of its own."""
+WITH_REPORTS = True
 SELDOM = {"resume": 6, "compare to a report": 4, "report": 6, "compare": 2, "verify --json": 4, "runs": 3}
 """Commands that are tried on every so many-eth run, as others read the same."""
 
