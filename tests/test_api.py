@@ -249,7 +249,7 @@ def test_a_recorded_trainer_is_read_by_every_reader(trials: Path, capsys: pytest
     assert found["arms"]["mine"]["difference"] == pytest.approx(-2.0)
     assert gptlab.compare(trials, baseline="mine")["baseline"]["verdict"] == "worse"
     assert gptlab.compare(trials, metric="accuracy")["mine"]["verdict"] == "no difference"
-    assert main(["runs", str(trials)]) == 0
+    assert main(["runs", str(trials), "--each"]) == 0
     assert "mine/1" in capsys.readouterr().out
     assert "of another trainer" in write_run(trials / "mine" / "1").read_text()
     assert listed(trials, trials / "mine" / "1").figures["state"] == "finished"

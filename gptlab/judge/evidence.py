@@ -66,7 +66,7 @@ def at_equal_flops(
     costs: FLOPs of a run, idea and baseline. The dearer one is read at the step at which it had cost what the other
     costs as a whole, between its validations; its rate has not fallen there as at an end, which is to its disadvantage.
 
-    >>> at_equal_flops([2.0, 1.0], [{90: 3.0, 100: 2.9, 110: 2.8, 200: 2.5}], [{100: 3.0}])[0]["read"]
+    >>> at_equal_flops([2.0, 1.0], [{90: 3.0, 100: 2.9, 110: 2.8, 200: 2.5}] * 2, [{100: 3.0}] * 2)[0]["read"]
     'idea'
     """
     read = "idea" if costs[0] > costs[1] else "baseline"

@@ -150,6 +150,7 @@ def test_only_what_is_free_on_resume_and_more_steps_are_no_difference() -> None:
     before = build(TrainingConfig, own)
     free = {
         "signal.placebo_of": "x",
+        "signal.listener": "self",
         "out": "x",
         "resume": "must",
         "device": "cpu",

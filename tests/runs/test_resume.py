@@ -45,7 +45,10 @@ def test_a_new_run_is_set_up_and_locked(corpus: Corpus, tmp_path: Path) -> None:
     folder, beginning = begin(config, corpus, {"torch": "x"})
     assert (beginning.checkpoint, beginning.finished, beginning.notes) == (None, None, ())
     assert folder.config() == config
-    assert folder.recorded("environment.json") == {"torch": "x"}
+    environment = folder.recorded("environment.json")
+    assert environment.pop("command").startswith("gptlab train --preset shakespeare-tiny ")
+    environment.pop("commit", None)  # of a clone
+    assert environment == {"torch": "x"}
     assert folder.recorded("config.json")["data"] == corpus.identity()
     with pytest.raises(CheckpointError, match="is being written by process"):
         RunFolder(tmp_path / "run").lock(patience=0)
@@ -171,10 +174,11 @@ def test_what_made_a_run_before_stands_beside_what_goes_on(run: Path, corpus: Co
         without_summary(run) if list(RunFolder(run).rows())[-1].get("event") == "finished" else None
         folder, beginning = begin(config_of(run), corpus, environment)
         folder.close()
-        return folder.recorded("environment.json"), beginning.notes
+        found = folder.recorded("environment.json")
+        return {key: value for key, value in found.items() if key not in ("command", "commit")}, beginning.notes
 
     said = RunFolder(run).recorded("environment.json")
-    same = {key: value for key, value in said.items() if key != "reasons"}
+    same = {key: value for key, value in said.items() if key not in ("reasons", "command", "commit")}
     assert go_on(**same) == (same, ())
     found, notes = go_on(**same | {"torch": "x"})
     version = RunFolder(run).recorded("config.json")["gptlab"]

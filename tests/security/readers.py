@@ -49,6 +49,7 @@ from gptlab.evals.tasks import hellaswag, lambada
 from gptlab.model.formats import open_foreign, write_llmc
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import from_huggingface, to_huggingface
+from gptlab.model.weights import ADAMW
 from gptlab.options import build, flatten
 from gptlab.runs import checkpoint
 from gptlab.runs.cells import Cell, Rows
@@ -277,8 +278,14 @@ def _weights() -> bytes:
     return save({name: p.detach() for name, p in SMALL.named_parameters()})
 
 
+def _moments() -> dict[str, torch.Tensor]:
+    kept = {key: torch.zeros(()) if key == "step" else None for key in sorted(ADAMW)}
+    every = [(f"{key}.{name}", zero, p) for name, p in SMALL.named_parameters() for key, zero in kept.items()]
+    return {name: torch.zeros_like(p) if zero is None else zero.clone() for name, zero, p in every}
+
+
 def _checkpoint(folder: Path) -> None:
-    moments = {f"{key}.{name}": torch.zeros_like(p) for name, p in SMALL.named_parameters() for key in ("exp_avg",)}
+    moments = _moments()
     (folder / checkpoint.WEIGHTS).write_bytes(_weights())
     (folder / checkpoint.MOMENTS).write_bytes(save(moments))
     (folder / checkpoint.STATE).write_bytes(_state())
@@ -288,7 +295,7 @@ def _checkpoint(folder: Path) -> None:
 def _rows() -> bytes:
     """All of a checkpoint's tensors as one process of a run that cuts its blocks writes them."""
     weights = {name: p.detach() for name, p in SMALL.named_parameters()}
-    tensors = weights | {f"exp_avg.{name}": torch.zeros_like(weight) for name, weight in weights.items()}
+    tensors = weights | _moments()
     places = {name: {OFFSETS: [0] * tensor.dim()} for name, tensor in tensors.items()}
     return save(tensors, {WHERE: json.dumps(places)})
 

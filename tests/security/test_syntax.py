@@ -44,7 +44,7 @@ OPENED = {
     ("gptlab/distributed.py", "os.open"): "in torchrun's own folder, no link followed",
     ("gptlab/cli/console.py", "open"): "/dev/null",
     ("gptlab/runs/forking.py", "os.open"): "/dev/null",
-    ("gptlab/judge/procedure.py", ".read_text"): "/proc",
+    ("gptlab/judge/lab.py", ".read_text"): "/proc",
     ("gptlab/judge/supervisor.py", ".read_text"): "/proc",
     ("gptlab/judge/trial.py", "tempfile.TemporaryDirectory"): OUR_OWN,
     ("gptlab/judge/trial.py", ".write_bytes"): "a copy of the baseline, in a new folder of the lab",

@@ -131,8 +131,9 @@ def draw_forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name
 
     Names and verdicts stand left of the axes, whole. what: is different, with its unit.
     """
-    labels = [[*name_lines(arm + " (control)" * found["control"]), ", ".join(filter(None, (found["verdict"],
-               plateau(found))))] for arm, found in arms.items()]  # fmt: skip
+    names = [name_lines(arm + " (control)" * found["control"]) for arm, found in arms.items()]
+    verdicts = [", ".join(filter(None, (found["verdict"], plateau(found)))) for found in arms.values()]
+    labels = [[*lines, *name_lines(verdict, most=4)] for lines, verdict in zip(names, verdicts, strict=True)]
     left = max((text_width(line) for lines in labels for line in lines), default=0) + 16
     heights = [LINE * len(lines) + 14 for lines in labels]
     figure, axes = blank(sum(heights) + BOTTOM + 8, left=left, top=8)
@@ -152,7 +153,7 @@ def draw_forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name
             axes.plot([mean], [middle - 4], "D", color=colour, markersize=6)
         for k, line in enumerate(label):
             texts[f"arm {i} line {k}"] = line
-            ink = colour if k == len(label) - 1 else theme.INK
+            ink = colour if k >= len(names[i]) else theme.INK
             at = (-left + 4, middle + LINE * (k - (len(label) - 1) / 2))
             axes.annotate(
                 f"arm {i} line {k}", (0, at[1]), (at[0], 0), xycoords=axes.get_yaxis_transform(), va="center",
@@ -160,7 +161,7 @@ def draw_forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name
             )  # fmt: skip
         difference = "no difference measured" if mean is None else f"difference {mean:+.4f}"
         interval = "" if low is None else f", 95% interval {low:+.4f} to {high:+.4f}"
-        words.append(f"{arm}{' (control)' * found['control']}, {label[-1]}: {difference}{interval}")
+        words.append(f"{arm}{' (control)' * found['control']}, {verdicts[i]}: {difference}{interval}")
     axes.set_ylim(max(top, 1), 0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
