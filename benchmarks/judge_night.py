@@ -161,7 +161,7 @@ def write_lab(folder: Path, options: Mapping[str, Any], looks: Sequence[int], co
 
 def judged(idea: Path, lab: Path, until: float | None) -> dict[str, Any] | None:
     """The judge's answer, or None where it was killed after `until` seconds, with all that it had started."""
-    words = [sys.executable, "-m", "gptlab.cli.main", "judge", str(idea), "--lab", str(lab), "--json"]
+    words = [sys.executable, "-m", "gptlab", "judge", str(idea), "--lab", str(lab), "--json"]
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, cwd=ROOT
     )

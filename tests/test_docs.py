@@ -104,7 +104,7 @@ def test_the_session_of_an_objective_of_your_own_runs_as_it_is_written(
     (tmp_path / "echo.toml").write_text(small)
     monkeypatch.chdir(tmp_path)
     commands = [shlex.split(line) for kind, body in blocks if not kind for line in body.splitlines()]
-    less = {"noise": ["--branch_steps=1", "--eval_tokens=512", "--reader_tokens=0"], "smoke": ["--seconds=1"]}
+    less = {"noise": ["--branch_steps=1", "--eval_tokens=512", "--reader_tokens=0"], "smoke": ["--seconds=15"]}
     found = {}
     for program, *words in commands:
         assert program == "gptlab"

@@ -65,7 +65,7 @@ def test_stopped_while_validating(tmp_path: Path) -> None:
 
 def test_a_second_signal_ends_at_once(trainer: Trainer, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    running = trainer.start(run, total_batch_tokens=2_000_000 // 32 * 32)  # an update takes seconds
+    running = trainer.start(run, total_batch_tokens=12_000_000 // 32 * 32)  # an update takes many seconds
     running.wait_for_words("starting")  # asked in warm-up, it listens already
     running.send(signal.SIGTERM)
     time.sleep(1.0)
