@@ -43,6 +43,7 @@ from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
 from gptlab.analysis.report.comparison import write_figures
 from gptlab.analysis.report.standalone import PANEL, STYLE, draw
 from gptlab.analysis.run import Run, read_run
+from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.dose_response import tables as response_tables
 from gptlab.data.corpora import Shakespeare
@@ -115,7 +116,34 @@ def _result(name: str) -> dict[str, Any]:
         return _last_losses(packed)
     outcomes = read([packed])
     result = {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
+    if name == HALF_BATCH:
+        result["agreement"] = _agreement(packed)
     return result | _worlds(packed) if name == CONVERSATION else result
+
+
+HALF_BATCH = "half_batch"
+
+
+def _agreement(packed: Path) -> dict[str, Any]:
+    """Half the batch against batch-shaped noise of the s that makes up for it, of experiments/half_batch.toml.
+
+    s: root mean square of `batch_noise` in the two arms that stand around it, at which their losses are read, straight in
+    s²; half, noise, isotropic: losses in nats, one a seed; difference: half less noise, with its paired interval.
+    """
+    cells = {(cell.arm, cell.seed): cell.run for cell in read_pack(packed).cells}
+    seeds = sorted({seed for _, seed in cells})
+    loss = {key: (run := read_run(path)).losses[run.last_step] for key, path in cells.items()}
+    squares = [row["batch_noise"] ** 2 for (arm, _), path in cells.items() if arm in ("batch-80", "batch-110")
+               for row in read_rows(path) if row.get("batch_noise") is not None]  # fmt: skip
+    square = statistics.fmean(squares)
+    share = (square - 0.8**2) / (1.1**2 - 0.8**2)
+    noise = [(1 - share) * loss["batch-80", seed] + share * loss["batch-110", seed] for seed in seeds]
+    half, isotropic = ([loss[arm, seed] for seed in seeds] for arm in ("half", "isotropic-110"))
+    test = paired_t([a - b for a, b in zip(half, noise, strict=True)])
+    return {
+        "s": math.sqrt(square), "half": half, "noise": noise, "isotropic": isotropic, "difference": test.mean,
+        "interval": list(test.interval()),
+    }  # fmt: skip
 
 
 CONVERSATION = "conversation"

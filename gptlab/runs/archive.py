@@ -45,7 +45,8 @@ LARGEST = 64 * MB
 DIGITS = 6
 """Significant digits of what is only drawn: lists, and a train row's figures but EXACT. The rest makes verdicts."""
 
-EXACT = ("dose", "weight", "signal_norm", "step_change", "grad_norm")
+MEASURED = ("dose", "signal_norm", "step_change", "batch_noise")
+EXACT = (*MEASURED, "weight", "grad_norm")
 
 _CELL = re.compile(r"([A-Za-z0-9][\w.+=-]*)/seed_(\d{1,18})")
 
@@ -249,7 +250,7 @@ def _kept(run: Path) -> Iterator[Row]:
                 row = {**row, "tokens_per_second": (row["tokens"] - tokens) / (clock.seconds - seconds)}
             seconds, tokens = clock.seconds, row.get("tokens", tokens)
             yield row
-        elif row.get("dose") is not None:  # a verdict shows the mean of all
-            yield {key: row[key] for key in ("step", "kind", "dose", "signal_norm", "step_change") if key in row}
+        elif row.get("dose") is not None or row.get("batch_noise") is not None:  # a verdict shows the mean of all
+            yield {key: row[key] for key in ("step", "kind", *MEASURED) if key in row}
         elif row["kind"] == "train" and row["step"] % EVERY == 1:  # where arms usually measure theirs
             yield {key: row[key] for key in ("step", "kind", "grad_norm") if key in row}
