@@ -127,7 +127,8 @@ HALF_BATCH = "half_batch"
 def _agreement(packed: Path) -> dict[str, Any]:
     """Half the batch against batch-shaped noise of the s that makes up for it, of experiments/half_batch.toml.
 
-    s: root mean square of `batch_noise` in the two arms around it, at which their losses are read, linear in s²; half, noise, isotropic: losses in nats, one a seed; difference: half less noise, with its paired interval.
+    s: root mean square of `batch_noise` in the two arms around it, at which their losses are read, linear in s²; half,
+    noise, isotropic: losses in nats, one a seed; difference: half less noise, with its paired interval.
     """
     cells = {(cell.arm, cell.seed): cell.run for cell in read_pack(packed).cells}
     seeds = sorted({seed for _, seed in cells})
