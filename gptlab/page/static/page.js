@@ -1,5 +1,6 @@
-// Keeps a page up to date, sorts and searches the list, draws curves, shows the lens and what a model writes. What others wrote enters as text alone: through textContent, or within
-// our own pages, which the server escapes and DOMParser reads without running anything.
+// Keeps a page up to date, sorts and searches the list, draws curves, shows the lens and what a model writes. What
+// others wrote enters as text alone: through textContent, or within our own pages, which the server escapes and
+// DOMParser reads without running anything.
 "use strict";
 
 const $ = id => document.getElementById(id);
@@ -17,14 +18,7 @@ async function renew() {
     $("notice").textContent = error instanceof TypeError
       ? "No answer: has gptlab page ended? Its next start prints a new link." : error.message;
   }
-  document.addEventListener("click", clicked);
-document.addEventListener("input", event => { if (event.target.id === "find") arrange(document); });
-document.addEventListener("change", event => { if (event.target.closest("#axes")) overlay(); });
-document.addEventListener("submit", event => { if (event.target.id === "write") write(event); });
-addEventListener("resize", overlay);
-arrange(document);
-overlay();
-setTimeout(renew, 1000 * (Number(document.querySelector("main").dataset.every) || every));
+  setTimeout(renew, 1000 * (Number(document.querySelector("main").dataset.every) || every));
 }
 
 async function replace(shown) {
