@@ -174,3 +174,22 @@ def test_the_list_is_searched_sorted_folded_and_laid_over_each_other(
         browser.window(width)
         assert fits(browser)
     assert browser.messages == []
+
+
+def test_a_text_is_generated_once_however_often_the_page_was_renewed(
+    served: Serve, run: Path, browser: Browser
+) -> None:
+    page = served(run)
+    browser.window(1200)
+    browser.go(page.url)
+    browser.click("th a")
+    browser.arrives("location.pathname.endsWith('/run')")
+    for _ in range(3):
+        browser.value("(async () => { document.querySelector('main').dataset.mark = ''; await renew(); return 1 })()")
+    browser.value("document.querySelector('.write').open = true")
+    browser.click("#start")
+    browser.type("line")
+    browser.click("#write button")
+    browser.until("!document.querySelector('#text').hidden && document.querySelector('#text').textContent.length > 0")
+    assert len([url for url in browser.requests if url.endswith("/write")]) == 1
+    assert browser.messages == []
