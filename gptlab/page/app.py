@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptlab.errors import ConfigError, GptlabError
 from gptlab.page.guard import AccessPolicy, Guard
@@ -76,7 +76,7 @@ def create_app(
 
 def _routes(views: Views, models: Models, extra: dict[str, Path], queues: Queues) -> ASGIApp:
     from starlette.applications import Starlette
-    from starlette.responses import PlainTextResponse, Response
+    from starlette.responses import Response
     from starlette.routing import Route
 
     drawing, computing, index = queues
@@ -128,18 +128,6 @@ def _routes(views: Views, models: Models, extra: dict[str, Path], queues: Queues
     def fixed(content: bytes, kind: str) -> Callable[[Request], Response]:
         return lambda request: Response(content, media_type=kind)
 
-    def busy(request: Request, error: Exception) -> Response:
-        return PlainTextResponse("too many ask at once; try again in a moment\n", 429, {"retry-after": "1"})
-
-    def late(request: Request, error: Exception) -> Response:
-        return PlainTextResponse("this takes too long just now; try again in a minute\n", 503, {"retry-after": "60"})
-
-    def missing(request: Request, error: Exception) -> Response:
-        return PlainTextResponse("no such run, experiment or model here; go back to the list of runs\n", 404)
-
-    def unreadable(request: Request, error: Exception) -> Response:
-        return PlainTextResponse(f"the folder cannot be read just now: {error}\n", 503)
-
     @asynccontextmanager
     async def open_queues(app: Starlette) -> AsyncIterator[None]:
         yield
@@ -152,8 +140,26 @@ def _routes(views: Views, models: Models, extra: dict[str, Path], queues: Queues
     routes += [Route(path, fixed(*file)) for path, file in static().items()]
     routes += [Route(READ, read, methods=["POST"])]
     routes += [Route(WRITE, write, methods=["POST"])] if views.writes else []
-    handlers = {Busy: busy, Late: late, Missing: missing, OSError: unreadable}
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=open_queues)
+    return Starlette(routes=routes, exception_handlers=_handlers(), lifespan=open_queues)
+
+
+def _handlers() -> dict[Any, Callable[..., Any]]:
+    """What is answered where a page cannot be had, by the exception that says so."""
+    from starlette.responses import PlainTextResponse
+
+    def busy(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("too many ask at once; try again in a moment\n", 429, {"retry-after": "1"})
+
+    def late(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("this takes too long just now; try again in a minute\n", 503, {"retry-after": "60"})
+
+    def missing(request: Request, error: Exception) -> Response:
+        return PlainTextResponse("no such run, experiment or model here; go back to the list of runs\n", 404)
+
+    def unreadable(request: Request, error: Exception) -> Response:
+        return PlainTextResponse(f"the folder cannot be read just now: {error}\n", 503)
+
+    return {Busy: busy, Late: late, Missing: missing, OSError: unreadable}
 
 
 class Asked(NamedTuple):
