@@ -1,6 +1,6 @@
 """Every command that reads a run, over run folders as damage or ill will would leave them.
 
-python benchmarks/hostile.py [--each 2] [--drawn 25] [--seed 1] [--only TEXT ...]
+python benchmarks/hostile.py [--each 2] [--drawn 25] [--seed 1] [--part 1/2] [--only TEXT ...]
 
 Each folder is a copy of a real tiny run with one thing wrong (tests/security/hostile_runs.py), read by a process of its
 own: its table gives each command's exit codes or HTTP statuses, the longest it computed, and the largest process. A
@@ -128,6 +128,7 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=2, help="values that every field is given")
     parser.add_argument("--drawn", type=int, default=25, help="mutations of each file that are drawn")
     parser.add_argument("--seed", type=int, default=1, help="of those")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="every Nth of them from the Kth on, side by side")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="those with this in their name")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -137,6 +138,8 @@ def main() -> int:
         good, words = tiny_run(Path(scratch))
         every = hostile_runs(good, chosen.each, chosen.drawn, chosen.seed)
         every = [one for one in every if not chosen.only or any(text in one.name for text in chosen.only)]
+        part, parts = map(int, chosen.part.split("/"))
+        every = every[part - 1 :: parts]
         _, usual = in_a_process(lambda: try_all(None, good, Path(scratch, "x"), words))
         table: dict[str, dict[str, Any]] = {}
         faults, largest = [], 0

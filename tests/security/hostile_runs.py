@@ -299,7 +299,7 @@ def commands(bad: Path, good: Path, train: list[str]) -> Iterator[tuple[str, Cal
 
 
 ALLOWED = {"resume": {0, 2, 3, 4}, "runs": {0}, "runs --json": {0}, "report": {0}}
-"""Exit codes; of other commands 0 and 3. Answers of the page are 200, of `read` 422 too."""
+"""Exit codes; of other commands 0 and 3. Answers of the page are 200, of `read` and `write` 422 too."""
 
 
 def allowed(name: str) -> set[int]:
@@ -323,10 +323,10 @@ def _page(root: Path) -> Iterator[tuple[str, Callable[[], Outcome]]]:
     """The page over a folder of runs: its list, and what it links to."""
     from starlette.testclient import TestClient
 
-    from gptlab.page.app import READ, create_app
+    from gptlab.page.app import READ, WRITE, create_app
     from gptlab.page.guard import AccessPolicy
 
-    policy = AccessPolicy("127.0.0.1", 80, "t", frozenset({READ}))
+    policy = AccessPolicy("127.0.0.1", 80, "t", frozenset({READ, WRITE}))
     app, _ = create_app(root, None, lambda source: open_model(source, "cpu", "fp32", 1), policy)
     with TestClient(app, base_url="http://127.0.0.1/t") as client:
 
@@ -340,11 +340,13 @@ def _page(root: Path) -> Iterator[tuple[str, Callable[[], Outcome]]]:
         for number, key in enumerate(keys):
             yield f"page run {number}", lambda key=key: get(f"/run?key={key}")
         yield "page compare", lambda: get("/compare?" + "&".join(f"run={key}" for key in keys))
+        yield "page overlay", lambda: get("/overlay?" + "&".join(f"run={key}" for key in keys))
         yield "page lens", lambda: get("/lens")
         for number, key in enumerate(keys):
+            for name, more in {"read": {}, "write": {"tokens": 8}}.items():
 
-            def read(key: str = key) -> Outcome:
-                answer = client.post("/read", json={"model": key, "prompt": "a"})
-                return Outcome(answer.status_code, answer.text)
+                def ask(name: str = name, key: str = key, more: dict[str, int] = more) -> Outcome:
+                    answer = client.post(f"/{name}", json={"model": key, "prompt": "a", **more})
+                    return Outcome(answer.status_code, answer.text)
 
-            yield f"page read {number}", read
+                yield f"page {name} {number}", ask
