@@ -218,9 +218,14 @@ def remarks(result: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown page part."""
-    parts = [table_in_markdown(table) for table in tables(result)]
-    parts.append("\n".join(f"- {_escaped(line)}" for line in remarks(result)))
+    """The comparison as a part of a Markdown page."""
+    return in_markdown(tables(result), remarks(result))
+
+
+def in_markdown(tables: Iterable[Table], lines: Iterable[str]) -> str:
+    """Tables, and the lines to read with them, as a part of a Markdown page."""
+    parts = [table_in_markdown(table) for table in tables]
+    parts.append("\n".join(f"- {_escaped(line)}" for line in lines))
     return "\n\n".join(parts) + "\n"
 
 

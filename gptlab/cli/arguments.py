@@ -126,6 +126,14 @@ def file_options(path: str | Path, config: type) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from None
 
 
+def add_paper(parser: Parser, drawn: str) -> None:
+    """--figure, --latex and --markdown; drawn: what the figure shows."""
+    figure = f"{drawn}: .pdf, .svg or .png"
+    parser.add_argument("--figure", "--svg", metavar="FILE", type=figure_file, help=figure)
+    parser.add_argument("--latex", metavar="FILE", help="write the tables for a paper too, with booktabs")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown too")
+
+
 def figure_file(text: str) -> str:
     """The name of a figure's file, whose ending says its format."""
     if not text.lower().endswith((".pdf", ".svg", ".png")):

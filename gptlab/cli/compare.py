@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.cli.arguments import Parser, figure_file
-from gptlab.cli.console import printable, show_result
+from gptlab.cli.arguments import Parser, add_paper
+from gptlab.cli.console import show_result, write_tables
 from gptlab.errors import ConfigError, DataError, UsageError
-from gptlab.files import write_whole
 
 if TYPE_CHECKING:
     from gptlab.analysis.load import Outcomes
@@ -28,16 +27,12 @@ def main(argv: list[str]) -> int:
         return _plan(options)
     if not options.sources:
         raise UsageError("expected runs, an experiment's folder or a log; see `gptlab compare --help`")
+    from gptlab.analysis.tables import remarks, sentences, tables
+
     outcomes, result = _verdicts(options)
     _report(options, outcomes, result)
-    if options.markdown:
-        from gptlab.analysis.tables import markdown
-
-        write_whole(options.markdown, printable(markdown(result)))
-    if options.latex:
-        from gptlab.analysis.tables import latex, tables
-
-        write_whole(options.latex, printable(latex(tables(result))))
+    shown, lines = list(tables(result)), remarks(result)
+    write_tables(options, shown, lines)
     if options.figure:
         from gptlab.analysis.report.comparison import write_figures
 
@@ -46,9 +41,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        from gptlab.analysis.tables import remarks, sentences, tables
-
-        show_result(tables(result), remarks(result), first=sentences(result))
+        show_result(shown, lines, first=sentences(result))
     return 0
 
 
@@ -64,11 +57,8 @@ def _parser() -> Parser:
     )
     parser.add_argument("sources", nargs="*", metavar="RUN|EXPERIMENT|LOG", help="run folders, or one of the others")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
-    parser.add_argument("--markdown", metavar="FILE", help="write the tables to a file too")
     parser.add_argument("--html", metavar="FILE", help="where to write the report [report.html of an experiment]")
-    parser.add_argument("--latex", metavar="FILE", help="write the tables for a paper too, with booktabs")
-    figure = "draw the paired differences, and in NAME_losses the losses over training: .pdf, .svg or .png"
-    parser.add_argument("--figure", "--svg", metavar="FILE", type=figure_file, help=figure)
+    add_paper(parser, "draw the paired differences, and in NAME_losses the losses over training")
     parser.add_argument("--despite", action="store_true", help="compare runs that differ in what nobody declared")
     parser.add_argument("--step", type=int, metavar="N", help="compare at this step [the last that all have]")
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")

@@ -6,6 +6,7 @@ lacks a character take the display with them, never the training that it shows.
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import contextlib
 import errno
@@ -21,6 +22,7 @@ from types import FrameType, TracebackType
 from typing import IO, TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec
 
 from gptlab.distributed import launcher_hangs_up
+from gptlab.files import write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -369,6 +371,16 @@ def show_result(
         show_table(shown_on, table)
     for line in lines:
         shown_on.print(Text(printable(line)))
+
+
+def write_tables(options: argparse.Namespace, tables: Sequence[Table], lines: Sequence[str]) -> None:
+    """Write what `show_result` shows to the files of --markdown and --latex, where they were asked for."""
+    from gptlab.analysis.tables import in_markdown, latex
+
+    if options.markdown:
+        write_whole(options.markdown, printable(in_markdown(tables, lines)))
+    if options.latex:
+        write_whole(options.latex, printable(latex(tables)))
 
 
 def result_text(tables: Iterable[Table], lines: Iterable[str], *, first: Sequence[str] = ()) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.noise import NoiseConfig, names_in, own_names, signal_configs, split_name
-from gptlab.cli.arguments import Parser, add_options, given_options
-from gptlab.cli.console import Counter, say, show_result
+from gptlab.cli.arguments import Parser, add_options, add_paper, given_options
+from gptlab.cli.console import Counter, say, show_result, write_tables
 from gptlab.cli.train import check_signals
 from gptlab.errors import ConfigError, UsageError
 from gptlab.options import build
@@ -39,31 +39,42 @@ def main(argv: list[str]) -> int:
     names = names_in(options.signals)
     for name in names:
         check_signals({"signal.name": split_name(name)[0]}, allow_code=parsed.allow_code, kind=UsageError)
-    if parsed.html and not Path(parsed.html).resolve().parent.is_dir():  # said before minutes are spent
-        raise UsageError(f"--html: expected a file in a folder that exists, found {parsed.html}")
+    for option in ("html", "figure", "latex", "markdown"):  # said before minutes are spent
+        if (file := getattr(parsed, option)) and not Path(file).resolve().parent.is_dir():
+            raise UsageError(f"--{option}: expected a file in a folder that exists, found {file}")
     if parsed.conversation and (unused := [key for key in given if key == "signals" or key.startswith("signal.")]):
         raise UsageError(f"--{unused[0]}: --conversation measures the model without any signal; leave one out")
     changes = {key.removeprefix("signal."): value for key, value in given.items() if key.startswith("signal.")}
     _signals(names, (), changes)  # before torch is imported
-    result = _measure(parsed, options, names, changes)
+    _show(parsed, _measure(parsed, options, names, changes))
+    return 0
+
+
+def _show(parsed: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Write the files that were asked for, and print."""
+    from gptlab.analysis import tables
+
+    if parsed.conversation:
+        first, *lines = tables.conversation_remarks(result)
+        answers, shown = [first], list(tables.conversation_tables(result))
+    else:
+        answers, lines = tables.noise_sentences(result), tables.noise_remarks(result)
+        shown = list(tables.noise_tables(result))
     if parsed.html:
         from gptlab.analysis.report.noise import write_noise
 
         write_noise(result, Path(parsed.html))
         say(f"report: {parsed.html}")
+    if parsed.figure:
+        from gptlab.analysis.report.noise import write_figures
+
+        for path in write_figures(result, parsed.figure) or ["none: no signal here has a gradient to compare"]:
+            say(f"figure: {path}")
+    write_tables(parsed, shown, [*answers, *lines])
     if parsed.json:
         print(json.dumps(result, indent=1, allow_nan=False))
-    elif parsed.conversation:
-        from gptlab.analysis.tables import conversation_remarks, conversation_tables
-
-        first, *others = conversation_remarks(result)
-        show_result([], [first, ""])
-        show_result(conversation_tables(result), others)
     else:
-        from gptlab.analysis.tables import noise_remarks, noise_sentences, noise_tables
-
-        show_result(noise_tables(result), noise_remarks(result), first=noise_sentences(result))
-    return 0
+        show_result(shown, lines, first=answers)
 
 
 def _parser() -> Parser:
@@ -79,6 +90,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON on standard output")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots too")
+    add_paper(parser, "draw each signal's alignment by block, and in NAME_SIGNAL the fit of its branch test")
     parser.add_argument("--allow_code", action="store_true", help="let a signal be a function in a file of yours")
     add_options(parser, NoiseConfig, skip=NOT_HERE)
     return parser

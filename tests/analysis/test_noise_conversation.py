@@ -198,7 +198,9 @@ def test_who_continues_a_text_is_surer_after_it(
             low, high = one["total"][length]["interval"]
             assert 0 <= low <= one["total"][length]["auc"] <= high <= 1
     assert found["against"]["random"]["total"]["4"]["interval"][0] > 0.5
-    assert main(words) == 0
+    assert main([*words, f"--figure={tmp_path / 'a.svg'}", f"--latex={tmp_path / 'a.tex'}"]) == 0
+    for file in ("a.svg", "a.tex"):
+        assert "random tokens" in (tmp_path / file).read_text(encoding="utf-8")
     out = capsys.readouterr().out
     assert out.split(":")[0] in ("Yes", "No", "In part")
     assert "Surer after what was really said" in out

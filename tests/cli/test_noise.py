@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gptlab.analysis.report.noise import write_figures
 from gptlab.analysis.tables import noise_sentences
 from gptlab.cli.main import main
 from gptlab.runs.folder import RunFolder
@@ -74,7 +75,8 @@ def test_the_branch_test_stands_beside_a_signals_other_figures(
 ) -> None:
     html = tmp_path / "noise.html"
     words = ["noise", str(finished_run), *QUICK, "--branch_steps", "1", "--signals", "confidence", "--html", str(html)]
-    assert main([*words, "--json"]) == 0
+    paper = {"figure": tmp_path / "a.svg", "latex": tmp_path / "a.tex", "markdown": tmp_path / "a.md"}
+    assert main([*words, "--json", *(f"--{option}={file}" for option, file in paper.items())]) == 0
     found = json.loads(capsys.readouterr().out)["signals"]
     assert "branch" not in found["true_loss"]
     branch = found["confidence"]["branch"]
@@ -83,6 +85,13 @@ def test_the_branch_test_stands_beside_a_signals_other_figures(
     assert branch["verdict"] in ("bias", "noise", "bias and noise", "neither", "undecided")
     low, high = branch["bias"]["interval"]
     assert low <= branch["bias"]["value"] <= high
+    drawn = (tmp_path / "a_confidence.svg").read_text(encoding="utf-8")
+    assert f"confidence: {branch['verdict']}" in drawn
+    assert not paper["figure"].exists()  # of two blocks the judge teaches the embeddings alone
+    for option, title in (("latex", r"\caption{Why}"), ("markdown", "**Why**")):
+        text = paper[option].read_text(encoding="utf-8")
+        assert title in text
+        assert branch["verdict"] in text
     page = Page(html.read_text(encoding="utf-8"))
     assert f"confidence: {branch['verdict']}" in page.text
     (told,) = [label for label in page.values("aria-label") if "at 1/M = 0" in label]
@@ -93,6 +102,26 @@ def test_the_branch_test_stands_beside_a_signals_other_figures(
     out = " ".join(capsys.readouterr().out.split())
     assert "Bias or noise, by branches of 1 updates over 4 data seeds" in out
     assert " ".join(branch["reason"].split()[:4]) in out
+
+
+@pytest.mark.parametrize(("ending", "start"), [("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_alignment_by_block_is_a_figure_of_its_own(ending: str, start: bytes, tmp_path: Path) -> None:
+    def block(value: float | None, resolved: bool = True) -> dict[str, Any]:
+        return {"alignment": {"value": value, "interval": [-0.5, 0.9], "resolved": resolved}}
+
+    signals = {"true_loss": {}, "confidence": {"blocks": [block(0.4), block(0.1, False), block(None)]},
+               "placebo:confidence": {"blocks": [block(0.01), block(None), block(None)]},
+               "gated_confidence": {"blocks": [block(None)] * 3}}  # fmt: skip
+    figure = tmp_path / f"a.{ending}"
+    assert write_figures({"signals": signals, "n_layer": 3}, figure) == [figure]
+    assert figure.read_bytes().startswith(start)
+    if ending == "svg":
+        text = figure.read_text(encoding="utf-8")
+        assert ">confidence</text>" in text
+        assert ">placebo:confidence</text>" in text
+        assert "gated_confidence" not in text  # there is nothing of it to draw
+        assert "cosine with the true loss" in text
+    assert write_figures({"signals": {"true_loss": {}}, "n_layer": 3}, figure) == []
 
 
 def test_a_run_logs_what_the_command_finds(finished_run: Path, capsys: Capture) -> None:
@@ -126,7 +155,9 @@ def test_logging_noise_changes_no_bit_of_a_run(tiny: Callable[..., list[str]], t
         (["--signals", "placebo:confidense"], "unknown signal 'confidense'; did you mean 'confidence'?"),
         (["--signals", "mine.py:f"], "add --allow_code"),
         (["--branch_steps", "-1"], "--branch_steps must be at least 0, found -1"),
-        (["--html", "/nowhere/page.html"], "expected a file in a folder that exists"),
+        (["--html", "/nowhere/page.html"], "--html: expected a file in a folder that exists"),
+        (["--latex", "/nowhere/a.tex"], "--latex: expected a file in a folder that exists"),
+        (["--figure", "a.jpg"], "expected a file that ends in .pdf, .svg or .png"),
         (["--block_size", "64"], "the model reads at most 16 tokens, found 64"),
     ],
 )

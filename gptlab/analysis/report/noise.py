@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS, TRUE_LOSS
 from gptlab.analysis.report import theme
-from gptlab.analysis.report.page import Panel, arm_class, render, write
-from gptlab.analysis.report.plots import Band, Line, Series, averages, curves, over_blocks, shares
+from gptlab.analysis.report.page import Panel, arm_class, render, stylesheet, write
+from gptlab.analysis.report.plots import (
+    Band,
+    Line,
+    Series,
+    averages,
+    curves,
+    draw_averages,
+    draw_over_blocks,
+    over_blocks,
+    shares,
+)
 from gptlab.analysis.report.run import block_legend
+from gptlab.analysis.report.theme import Drawn
 from gptlab.analysis.tables import conversation_remarks, conversation_tables, noise_remarks, noise_tables, number
+
+COSINE: dict[str, Any] = {"zero": True, "limits": (-1.05, 1.05)}
+"""How a plot of cosines looks."""
 
 
 def write_noise(result: Mapping[str, Any], path: Path) -> None:
@@ -29,7 +44,7 @@ def page(result: Mapping[str, Any]) -> str:
         sections["conversations"] = list(conversations(result))
         lead, shown = conversation_remarks(result), list(conversation_tables(result))
         return render("noise.html", title=f"Conversation: {name}", lead=lead, tables=shown, **sections)
-    others = {name: one for name, one in result["signals"].items() if name != TRUE_LOSS}
+    others = _others(result)
     sections |= {
         "facts": list(facts(result)),
         "branches": list(branches(others)),
@@ -41,19 +56,53 @@ def page(result: Mapping[str, Any]) -> str:
     return render("noise.html", title=f"Signal, bias or noise: {name}", lead=lead, tables=shown, **sections)
 
 
+def write_figures(result: Mapping[str, Any], path: str | Path) -> list[Path]:
+    """Write each signal's alignment by block into `path`, and into NAME_SIGNAL next to it the fit of its branch test.
+
+    Of a conversation, `path` shows after what the shortest reply is surer. The file's ending says the format. Gives the
+    paths; none where there is nothing to draw.
+    """
+    base = Path(path)
+    drawn = dict[Path, Drawn]()
+    if "conversation" in result:
+        drawn[base] = _surer(result, result["conversation"]["replies"][0], named=True)
+    else:
+        others = _others(result)
+        if series := _aligned(others, "alignment"):
+            what, unit = "Alignment with the true loss", "cosine with the true loss’s gradient"
+            more = {"unit": unit, "named": True, **COSINE}
+            drawn[base] = draw_over_blocks(series, result["n_layer"], "alignment", what, **more)
+        for k, name, branch in _fitted(others):
+            file = base.with_stem(f"{base.stem}_{re.sub('[^0-9A-Za-z]+', '-', name)}")
+            drawn[file] = draw_averages(branch, theme.arm(k), "branch", f"{name}: {branch['verdict']}")
+    for file, figure in drawn.items():
+        figure.save(file, stylesheet())
+    return list(drawn)
+
+
+def _others(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The signals without the true loss."""
+    return {name: one for name, one in result["signals"].items() if name != TRUE_LOSS}
+
+
 def conversations(result: Mapping[str, Any]) -> Iterator[Panel]:
     """How much surer each block's reading of the reply is after the text than after what is said in its place."""
-    found, blocks = result["conversation"], result["n_layer"]
     legend = [(arm_class(k), words) for k, words in enumerate(ALTERNATIVES.values(), 1)]
-    for length in found["replies"]:
-        series = []
-        for k, (name, words) in enumerate(ALTERNATIVES.items(), 1):
-            of_blocks = [block[str(length)] for block in found["against"][name]["blocks"]]
-            areas, bounds = [one["auc"] for one in of_blocks], [tuple(one["interval"]) for one in of_blocks]
-            series.append(Series(words, theme.arm(k), list(range(1, blocks + 1)), areas, bounds))
-        title = f"Reply of {length} token{'s' * (length > 1)}"
-        svg = over_blocks(series, blocks, f"reply-{length}", title, unit="area under the curve", limits=(0, 1))
-        yield Panel(title, svg, legend, "with 95% intervals; 0.5: as sure after the one as after the other")
+    for length in result["conversation"]["replies"]:
+        figure = _surer(result, length)
+        note = "with 95% intervals; 0.5: as sure after the one as after the other"
+        yield Panel(figure.description.partition(":")[0], figure.inline(), legend, note)
+
+
+def _surer(result: Mapping[str, Any], length: int, *, named: bool = False) -> Drawn:
+    found, blocks = result["conversation"], result["n_layer"]
+    series = []
+    for k, (name, words) in enumerate(ALTERNATIVES.items(), 1):
+        of_blocks = [block[str(length)] for block in found["against"][name]["blocks"]]
+        areas, bounds = [one["auc"] for one in of_blocks], [tuple(one["interval"]) for one in of_blocks]
+        series.append(Series(words, theme.arm(k), list(range(1, blocks + 1)), areas, bounds))
+    title, unit = f"Reply of {length} token{'s' * (length > 1)}", "area under the curve"
+    return draw_over_blocks(series, blocks, f"reply-{length}", title, unit=unit, limits=(0, 1), named=named)
 
 
 def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -69,13 +118,18 @@ def facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 def branches(others: Mapping[str, Any]) -> Iterator[Panel]:
     """The fit in 1/M of every signal that the branch test judged."""
+    for k, name, branch in _fitted(others):
+        title = f"{name}: {branch['verdict']}"
+        svg = averages(branch, theme.arm(k), f"branch-{k}", title)
+        note = "a dot a data seed; the diamond, with its 95% interval, is the bias; what the curve adds is noise"
+        yield Panel(title, svg, [], note)
+
+
+def _fitted(others: Mapping[str, Any]) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """(shade, signal, branch test) of each signal whose test was fitted."""
     for k, (name, signal) in enumerate(others.items(), 1):
-        branch = signal.get("branch")
-        if branch and branch["fit"]:
-            title = f"{name}: {branch['verdict']}"
-            svg = averages(branch, theme.arm(k), f"branch-{k}", title)
-            note = "a dot a data seed; the diamond, with its 95% interval, is the bias; what the curve adds is noise"
-            yield Panel(title, svg, [], note)
+        if (branch := signal.get("branch")) and branch["fit"]:
+            yield k, name, branch
 
 
 def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[Panel]:
@@ -84,11 +138,8 @@ def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[
     legend = [(arm_class(k), name) for k, name in enumerate(others, 1)]
     note = "with 95% intervals; a ring: a norm is not resolved"
     for key, title in (("alignment", "As they are"), ("preconditioned_alignment", "Under Adam’s second moment")):
-        series = [_aligned(name, signal["blocks"], key, k) for k, (name, signal) in enumerate(others.items(), 1)]
-        series = [one for one in series if one.x]
-        if series:
-            svg = over_blocks(series, blocks, key, title, unit="cosine", zero=True, limits=(-1.05, 1.05))
-            yield Panel(title, svg, legend, note)
+        if series := _aligned(others, key):
+            yield Panel(title, over_blocks(series, blocks, key, title, unit="cosine", **COSINE), legend, note)
     for k, signal in enumerate((result["history"] or {"signals": []})["signals"], 1):
         lines = []
         for j, values in enumerate(signal["blocks"], 1):
@@ -100,10 +151,16 @@ def alignment(result: Mapping[str, Any], others: Mapping[str, Any]) -> Iterator[
             yield Panel(title, svg, block_legend(blocks), "as logged, without intervals")
 
 
-def _aligned(name: str, blocks: list[dict[str, Any]], key: str, k: int) -> Series:
-    found = {j: block[key] for j, block in enumerate(blocks, 1) if block[key] and block[key]["value"] is not None}
-    values, bounds = [one["value"] for one in found.values()], [tuple(one["interval"]) for one in found.values()]
-    return Series(name, theme.arm(k), list(found), values, bounds, [not one["resolved"] for one in found.values()])
+def _aligned(others: Mapping[str, Any], key: str) -> list[Series]:
+    """The cosines by block of each signal that has any."""
+    series = []
+    for k, (name, signal) in enumerate(others.items(), 1):
+        blocks = {j: block[key] for j, block in enumerate(signal["blocks"], 1)}
+        found = {j: one for j, one in blocks.items() if one and one["value"] is not None}
+        values, bounds = [one["value"] for one in found.values()], [tuple(one["interval"]) for one in found.values()]
+        hollow = [not one["resolved"] for one in found.values()]
+        series += [Series(name, theme.arm(k), list(found), values, bounds, hollow)] if found else []
+    return series
 
 
 def labels(result: Mapping[str, Any]) -> Iterator[Panel]:

@@ -6,7 +6,7 @@ Words around them (titles, legends) are the page's, so that they wrap on a phone
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ def draw_curves(
     """
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    room = max((text_width(shortened(line.label)) for line in lines), default=0) + 12 if named else 0
+    room = _name_room(line.label for line in lines) if named else 0
     figure, axes = blank(HEIGHT, right=RIGHT + room, width=WIDTH + room)
     if zero:
         axes.axhline(0, color=theme.MUTED, linewidth=1)
@@ -102,22 +102,29 @@ def draw_curves(
         axes.set_yticks(*QUARTERS)
     name_axes(figure, axes, "step", unit)
     drawn = [(line.label or "it", line.band.steps, line.band.mean) for line in lines]
-    texts = _name_ends(axes, lines) if named else {}
+    texts = _name_ends(axes, [(line.label, line.colour, line.band.mean[-1]) for line in lines]) if named else {}
     return Drawn(figure, name, _describe(what, drawn, "step", ".0%" if share else ".4g"), texts)
 
 
-def _name_ends(axes: Axes, lines: Sequence[Line]) -> dict[str, str]:
-    """The lines' names right of their ends, moved apart where they would cover each other; the texts for `inline`."""
+def _name_room(labels: Iterable[str]) -> float:
+    """The width that names next to the ends of lines take."""
+    return max((text_width(shortened(label)) for label in labels), default=0) + 12
+
+
+def _name_ends(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> dict[str, str]:
+    """Names right of the axes, moved apart where they would cover each other; the texts for `inline`.
+
+    ends: (name, colour, y of its line's end).
+    """
     height = HEIGHT - TOP - BOTTOM
-    at = [height * axes.transAxes.inverted().transform(axes.transData.transform((0, line.band.mean[-1])))[1]
-          for line in lines]  # fmt: skip
+    at = [height * axes.transAxes.inverted().transform(axes.transData.transform((0, y)))[1] for _, _, y in ends]
     texts, above = {}, float("inf")
-    least = [LINE * k for k in range(len(lines))]  # room for the names that are still to come
-    for left, i in zip(reversed(least), sorted(range(len(lines)), key=lambda i: -at[i]), strict=True):
+    least = [LINE * k for k in range(len(ends))]  # room for the names that are still to come
+    for left, i in zip(reversed(least), sorted(range(len(ends)), key=lambda i: -at[i]), strict=True):
         above = max(min(at[i], above - LINE), left)
-        texts[f"name {i}"] = shortened(lines[i].label)
+        texts[f"name {i}"] = shortened(ends[i][0])
         place: dict[str, Any] = {"transform": axes.transAxes, "va": "center", "fontsize": TEXT}
-        axes.text(1.02, above / height, f"name {i}", color=lines[i].colour, **place)
+        axes.text(1.02, above / height, f"name {i}", color=ends[i][1], **place)
     return texts
 
 
@@ -259,14 +266,23 @@ class Series:
     hollow: Sequence[bool] = field(default_factory=list)
 
 
-def over_blocks(
+def over_blocks(series: Sequence[Series], blocks: int, name: str, what: str, **options: Any) -> str:
+    """`draw_over_blocks` as an <svg> element of a page, which has the legend."""
+    return draw_over_blocks(series, blocks, name, what, **options).inline()
+
+
+def draw_over_blocks(
     series: Sequence[Series], blocks: int, name: str, what: str, *, unit: str, zero: bool = False,
-    limits: tuple[float, float] | None = None,
-) -> str:  # fmt: skip
-    """A figure of every block, several series side by side; intervals as bars, cut at `limits`."""
+    limits: tuple[float, float] | None = None, named: bool = False,
+) -> Drawn:  # fmt: skip
+    """A figure of every block, several series side by side; intervals as bars, cut at `limits`.
+
+    named: the series' names next to their ends, for a figure without a legend around it.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = blank(HEIGHT)
+    room = _name_room(one.label for one in series) if named else 0
+    figure, axes = blank(HEIGHT, right=RIGHT + room, width=WIDTH + room)
     if zero:
         axes.axhline(0, color=theme.MUTED, linewidth=1)
     for k, one in enumerate(series):
@@ -283,7 +299,9 @@ def over_blocks(
     plain_scale(axes)
     axes.xaxis.set_major_locator(MaxNLocator(min(blocks, 12), integer=True))
     name_axes(figure, axes, "block", unit)
-    return inline(figure, name, _describe(what, [(one.label, one.x, one.y) for one in series], "block", ".3g"))
+    texts = _name_ends(axes, [(one.label, one.colour, one.y[-1]) for one in series]) if named else {}
+    described = _describe(what, [(one.label, one.x, one.y) for one in series], "block", ".3g")
+    return Drawn(figure, name, described, texts)
 
 
 def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, diagonal: bool = False) -> str:
@@ -301,6 +319,11 @@ def shares(series: Sequence[Series], name: str, what: str, *, x: str, y: str, di
 
 
 def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> str:
+    """`draw_averages` as an <svg> element of a page."""
+    return draw_averages(branch, colour, name, what).inline()
+
+
+def draw_averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> Drawn:
     """The branch test's fit (`branch.as_json`): each data seed's harm at 1/M, their curve, and the bias's interval."""
     figure, axes = blank(HEIGHT)
     axes.axhline(0, color=theme.MUTED, linewidth=1)
@@ -318,4 +341,4 @@ def averages(branch: Mapping[str, Any], colour: str, name: str, what: str) -> st
     x_label = "1/M: of so many batches the signal’s gradient is the mean"
     name_axes(figure, axes, x_label, "nats above the true loss alone")
     description = f"{what}: {bias['value']:+.4f} nats at 1/M = 0, {sum(branch['fit']):+.4f} at 1/M = 1"
-    return inline(figure, name, description)
+    return Drawn(figure, name, description)
