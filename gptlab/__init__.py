@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # locks (fcntl), signals and process groups are POSIX's
+    sys.exit("gptlab: expected Linux or macOS, found Windows; use WSL, its Linux (`wsl --install`), and install there")
 
 if TYPE_CHECKING:
     from gptlab import signals

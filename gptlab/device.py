@@ -32,6 +32,8 @@ BF16_MIN_WIDTH = 64
 
 AMX_ROWS = 512
 
+NO_FLOAT64 = "computes no float64, in which losses are summed"
+
 MEASURED = 5
 """Sessions that measure the matmul peak of a machine."""
 
@@ -49,6 +51,8 @@ class Machine:
     gpu_capability: tuple[int, int] = (0, 0)
     compiler: bool = True
     """Whether torch.compile finds what it needs on this GPU."""
+    mps: bool = False
+    """Whether PyTorch finds an Apple GPU."""
 
     @staticmethod
     def probe() -> Machine:
@@ -62,6 +66,7 @@ class Machine:
             gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) if cuda else (),
             gpu_bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
             gpu_capability=torch.cuda.get_device_capability() if cuda else (0, 0),
+            mps=torch.backends.mps.is_available(),
         )
 
 
@@ -206,11 +211,14 @@ def _device(machine: Machine, asked: str, local_rank: int, local_size: int, reas
     name, _, index = asked.partition(":")
     if name == "auto":
         name = "cuda" if machine.gpus else "cpu"
-        reasons["device"] = f"{len(machine.gpus)} GPU(s) found" if machine.gpus else "no GPU found"
+        none = f"an Apple GPU {NO_FLOAT64}" if machine.mps else "no GPU found"
+        reasons["device"] = f"{len(machine.gpus)} GPU(s) found" if machine.gpus else none
     else:
         reasons["device"] = "as asked"
     if name == "cpu":
         return torch.device("cpu")
+    if name == "mps":
+        raise ConfigError(f"device mps: an Apple GPU {NO_FLOAT64}; use --device cpu")
     if name != "cuda":
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, found {shown(asked)}")
     chosen = int(index) if index.isdigit() else local_rank

@@ -63,6 +63,14 @@ def test_importing_it_is_fast_and_its_names_are_there_for_completion() -> None:
         gptlab.trian  # noqa: B018
 
 
+def test_windows_is_refused_in_one_line() -> None:
+    script = "import sys; sys.platform = 'win32'; import gptlab"
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gptlab: expected Linux or macOS, found Windows; use WSL")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["train", "load", "compare", "record"])
 def test_every_public_name_has_an_example_that_runs(name: str, here: Path, options: dict[str, Any]) -> None:
     """As they stand in the documents, but for a model and a corpus that are small."""

@@ -18,6 +18,7 @@ XEON = Machine(cores=16, processor="new", cpu_bf16="AVX-512")
 TWO_CORES = Machine(cores=2, processor="new", cpu_bf16="AVX-512")
 H100 = Machine(cores=64, processor="x", cpu_bf16="AVX-512", gpus=("H100",) * 8, gpu_bf16=True, gpu_capability=(9, 0))
 T4 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("T4",), gpu_bf16=False, gpu_capability=(7, 5))
+MAC = Machine(cores=10, processor="Apple M3", cpu_bf16="", mps=True)
 P100 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("P100",), gpu_bf16=False, gpu_capability=(6, 0))
 
 
@@ -40,6 +41,7 @@ P100 = Machine(cores=8, processor="x", cpu_bf16="", gpus=("P100",), gpu_bf16=Fal
         (H100, {"dtype": "fp32", "compile": "off"}, "cuda:0", "fp32", 64, False),
         (H100, {"dtype": "tf32"}, "cuda:0", "tf32", 64, True),
         (T4, {}, "cuda:0", "fp32", 8, True),
+        (MAC, {}, "cpu", "fp32", 10, False),
         (P100, {}, "cuda:0", "fp32", 8, False),
     ],
 )
@@ -53,7 +55,7 @@ def test_what_a_run_uses(
     assert (compute.threads, compute.compile) == (threads, compiled)
 
 
-@pytest.mark.parametrize("machine", [LAPTOP, XEON, TWO_CORES, H100, T4, P100])
+@pytest.mark.parametrize("machine", [LAPTOP, XEON, TWO_CORES, H100, T4, P100, MAC])
 @pytest.mark.parametrize("n_embd", [32, 768])
 def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
     reasons = choose_compute(machine, n_embd=n_embd).reasons
@@ -61,6 +63,10 @@ def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
     assert all(reasons.values())
     asked = choose_compute(machine, device="cpu", dtype="fp32", threads=1, compile="off").reasons
     assert set(asked.values()) == {"as asked"}
+
+
+def test_an_apple_gpu_is_left_alone_and_the_reason_said() -> None:
+    assert choose_compute(MAC).reasons["device"] == "an Apple GPU computes no float64, in which losses are summed"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,8 @@ def test_every_choice_has_its_reason(machine: Machine, n_embd: int) -> None:
         (LAPTOP, {"threads": -1}, r"threads must be from 0 \(a share of the cores\) to 1024, found -1"),
         (T4, {"dtype": "tf32"}, r"dtype tf32 needs a GPU of compute capability 8.0 or later, found T4; use fp32"),
         (H100, {"dtype": "tf32", "device": "cpu"}, r"dtype tf32 needs a GPU .*, found a CPU; use fp32"),
-        (LAPTOP, {"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, found 'mps'"),
+        (LAPTOP, {"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, found 'tpu'"),
+        (MAC, {"device": "mps"}, "device mps: an Apple GPU computes no float64, .*; use --device cpu"),
     ],
 )
 def test_what_is_not_there_is_refused(machine: Machine, asked: dict[str, Any], message: str) -> None:
