@@ -10,7 +10,8 @@ are not compared, have only <!-- losses: NAME -->, the last validation losses by
 is the branch tests in NAME.json, which `gptlab noise --json` printed; with <!-- predicted: conversation --> what that
 experiment's file predicts next to what was found; with <!-- premise: NAME --> what `gptlab noise --conversation --json`
 printed of several steps, in NAME.json by step; with <!-- audit: speedrun_audit --> the pairs of records in
-tools/speedrun_audit.py, whose other results are figures of that name. A figure within a
+tools/speedrun_audit.py, whose other results are figures of that name; with <!-- expected: NAME --> the verdicts next to
+the signs that NAME's experiment file expects. A figure within a
 sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
 arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
 benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
@@ -60,7 +61,7 @@ RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "l
 """Options in which the arms of tune_* differ."""
 
 MARK = re.compile(
-    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|premise|audit): (\w+) -->\n"
+    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|premise|audit|expected): (\w+) -->\n"
     r".*?<!-- end of \2 -->",
     re.DOTALL,
 )
@@ -87,6 +88,8 @@ def _filled(what: str, name: str) -> str:
         tables = _predicted(result)
     elif what == "premise":
         tables = _premise(result)
+    elif what == "expected":
+        tables = _expected(result)
     elif what == "losses":
         tables = _losses(result)
     elif what == "audit":
@@ -118,6 +121,9 @@ def _result(name: str) -> dict[str, Any]:
     result = {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
     if name == HALF_BATCH:
         result["agreement"] = _agreement(packed)
+    if name == KNOWN:
+        result["expected"] = _signs(read_pack(packed).text, result["arms"])
+        result["counts"] = _counts(result)
     return result | _worlds(packed) if name == CONVERSATION else result
 
 
@@ -144,6 +150,38 @@ def _agreement(packed: Path) -> dict[str, Any]:
         "s": math.sqrt(square), "half": half, "noise": noise, "isotropic": isotropic, "difference": test.mean,
         "interval": list(test.interval()),
     }  # fmt: skip
+
+
+KNOWN = "known_answers"
+
+
+def _signs(text: str, arms: Mapping[str, Any]) -> dict[str, str]:
+    """arm -> better, worse or open, as the head of experiments/known_answers.toml expects it."""
+    head = re.findall(r"^#   (better|worse|open) ((?:.*\n)(?:#    .*\n)*)", text, re.MULTILINE)
+    return {arm: sign for sign, names in head for arm in re.findall(r"\w+", names) if arm in arms}
+
+
+def _counts(result: Mapping[str, Any]) -> dict[str, int]:
+    """Of the arms with an expected sign: how many verdicts have it, have the opposite one, or none."""
+    pairs = [(sign, result["arms"][arm]["verdict"]) for arm, sign in result["expected"].items() if sign != "open"]
+    decided = [(sign, verdict) for sign, verdict in pairs if verdict in ("better", "worse")]
+    hits = sum(sign == verdict for sign, verdict in decided)
+    return {"expected": len(pairs), "hits": hits, "opposite": len(decided) - hits, "open": len(pairs) - len(decided)}
+
+
+def _expected(result: Mapping[str, Any]) -> str:
+    """Expected sign and verdict of every arm, by what was expected."""
+    lines = ["| arm | expected | verdict | difference, nats | 95% interval | seeds | |", "|---" * 7 + "|"]
+    words = {("better", "better"): "hit", ("worse", "worse"): "hit",
+             ("better", "worse"): "**opposite**", ("worse", "better"): "**opposite**"}  # fmt: skip
+    for arm, sign in sorted(result["expected"].items(), key=lambda item: ("better", "worse", "open").index(item[1])):
+        found = result["arms"][arm]
+        numbers = [*(found["interval"] or (None, None)), found["difference"]]
+        low, high, difference = ("–" if one is None else f"{one:+.4f}" for one in numbers)
+        outcome = "" if sign == "open" else words.get((sign, found["verdict"]), "miss")
+        row = (arm, sign, found["verdict"], difference, f"{low} to {high}", str(found["n"]), outcome)
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
 
 
 CONVERSATION = "conversation"

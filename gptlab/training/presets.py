@@ -68,8 +68,7 @@ def ladder(depth: int) -> dict[str, Any]:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "shakespeare-tiny": _TINY,
-    "shakespeare-tiny-muon": _TINY
-    | {"optimizer": "muon", "learning_rate": 8e-3, "steps": 850, "eval_every": 425, "sample_every": 850},
+    "shakespeare-tiny-muon": _TINY | {"optimizer": "muon", "learning_rate": 8e-3},
     "shakespeare-tiny-v1": _V1,
     "ladder": ladder(RUNGS[0]),
     "shakespeare-gpt2": _V1
