@@ -134,6 +134,13 @@ def add_paper(parser: Parser, drawn: str) -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown too")
 
 
+def count(text: str) -> int:
+    """The type of an option that counts: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
 def figure_file(text: str) -> str:
     """The name of a figure's file, whose ending says its format."""
     if not text.lower().endswith((".pdf", ".svg", ".png")):

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.arguments import Parser
+from gptlab.cli.arguments import Parser, count
 from gptlab.cli.console import StopRequest, console, duration, grid, printable, say
 from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gptlab.runs.experiment_spec import Experiment
     from gptlab.runs.smoke import Trial
 
-ACTIONS = ("run", "status", "smoke", "plan", "pack", "unpack")
+ACTIONS = ("run", "status", "smoke", "plan", "ladder", "pack", "unpack")
 EXECUTORS = ("slurm", "local")
 SMOKE_SECONDS = 120.0
 
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
         raise UsageError(f"--executor is for run, found it with {options.action}")
     if options.slurm and not options.executor:
         raise UsageError("--slurm is for jobs of a cluster: add --executor slurm")
-    actions = {"run": _run, "status": _status, "smoke": _smoke, "plan": _plan, "pack": _pack, "unpack": _unpack}
+    actions = {"run": _run, "status": _status, "smoke": _smoke, "plan": _plan, "ladder": _ladder, "pack": _pack,
+               "unpack": _unpack}  # fmt: skip
     return actions[options.action](options)
 
 
@@ -62,9 +63,9 @@ def _parser() -> Parser:
         description="run: train every cell (arm and seed) that is missing, as many at a time as suits the machine; run "
         "it again after any stop or kill. status: how the cells stand, from any terminal. smoke: in two minutes, does "
         "every arm run, is its signal active, at what dose, and what will the whole cost? plan: what can its "
-        "seeds find, and is 'no difference' within reach? pack: write all that "
-        "verdicts need, and no weights, to one small file to commit or send. unpack: make a folder of such a file, in "
-        "which run trains what is missing.",
+        "seeds find, and is 'no difference' within reach? ladder: train every arm on rungs of the preset ladder too; "
+        "at how many does its sign hold? pack: write all that verdicts need, and no weights, to one small file to "
+        "commit or send. unpack: make a folder of such a file, in which run trains what is missing.",
         epilog="A file declares arms, seeds and delta (ready: first_look, 1_noise); `gptlab compare` gives "
         "verdicts. Exit codes of run: 0 every cell finished, 3 a cell failed, 4 one diverged, 75 stopped: run again.",
     )
@@ -76,20 +77,19 @@ def _parser() -> Parser:
     add("file", metavar="FILE", help=file)
     add("--out", metavar="DIR", help="the experiment's folder [log/<name>]; for pack a file")
     add("--json", action="store_true", help="print JSON on standard output")
-    add("--seeds", type=_count, metavar="N", help="run only the first N seeds, a look, say [all]")
-    add("--jobs", type=_count, metavar="N", help="cells at a time, at most [what suits the machine]")
+    add("--seeds", type=count, metavar="N", help="run only the first N seeds, a look, say [all]")
+    add("--jobs", type=count, metavar="N", help="cells at a time, at most [what suits the machine]")
+    add("--depths", type=_depths, default=(2, 4), metavar="N,N,..", help="ladder: its rungs, of 2,4,6,8 [2,4]")
     add("--executor", choices=EXECUTORS, help=executor)
     add("--slurm", action="append", metavar="KEY=VALUE", help=slurm)
     add("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")
     add("--sigma", type=float, metavar="X", help="plan, smoke: spread of paired differences between seeds [its runs']")
-    add("--seconds", type=_count, default=SMOKE_SECONDS, metavar="N", help=f"time of smoke [{SMOKE_SECONDS:.0f}]")
+    add("--seconds", type=count, default=SMOKE_SECONDS, metavar="N", help=f"time of smoke [{SMOKE_SECONDS:.0f}]")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
+def _depths(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
 
 
 def _read(options: argparse.Namespace) -> tuple[Experiment, Path]:
@@ -287,6 +287,12 @@ def _smoke(options: argparse.Namespace) -> int:
         if reach and (out := _out_of_reach(experiment, reach)):
             shown_on.print(f"'No difference' with a spread of {sigma:.4g}: {out}")
     return 3 if any(trial.reason for trial in trials) else 0
+
+
+def _ladder(options: argparse.Namespace) -> int:
+    from gptlab.cli.falsify import ladder
+
+    return ladder(options, *_read(options))
 
 
 def _plan(options: argparse.Namespace) -> int:

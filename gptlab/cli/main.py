@@ -23,6 +23,7 @@ COMMANDS = {
     "data": "prepare a corpus, or look at one",
     "experiment": "run arms against seeds, see how they stand, or try every arm first",
     "compare": "say of every arm whether it is better, worse, no different or undecided, and why",
+    "falsify": "does a finding survive other settings, within a budget of hours",
     "judge": "keep or discard ideas for any trainer, at an error rate that holds for all of them",
     "dose_response": "how many times the tokens a known error costs, against theory",
     "noise": "measure whether a signal teaches, or is bias or noise",
@@ -48,7 +49,7 @@ ELSEWHERE = {
 }
 """Commands that are not the function `main` of the module of their own name."""
 
-IN_FILES = frozenset({"train", "experiment", "data", "judge"})
+IN_FILES = frozenset({"train", "experiment", "falsify", "data", "judge"})
 """Commands whose work is kept in files: they continue whatever becomes of the streams that show it."""
 
 

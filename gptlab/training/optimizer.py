@@ -142,14 +142,16 @@ class AdamStep:
     def factor_for(self, wanted: float, gradient: Sequence[Tensor], added: Sequence[Tensor]) -> float:
         """The factor at which `added` changes the step from `gradient` by `wanted`, to 0.02%, by halving an interval.
 
-        The change grows with the factor until the added gradient drowns the other; where it never is so large, the
-        largest factor that is tried.
+        The change grows with the factor until the added gradient drowns the other. Where it never is so large, the
+        factor at which it is within 1% of the largest it can be: a larger one would change nothing but the norm.
         """
         if not wanted or not any(bool(a.any()) for a in added):
             return 0.0
         before, low, high = self._direction(gradient), 0.0, 1.0
         while high < 2.0**30 and self._change(before, gradient, added, high) < wanted:
             low, high = high, 2 * high
+        if (largest := self._change(before, gradient, added, high)) < wanted:
+            low, wanted = 0.0, 0.99 * largest
         while high - low > 2e-4 * high:
             middle = (low + high) / 2
             low, high = (middle, high) if self._change(before, gradient, added, middle) < wanted else (low, middle)

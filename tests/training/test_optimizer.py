@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
 from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.optimizer import build_optimizer
+from gptlab.training.optimizer import AdamStep, build_optimizer
 from gptlab.training.step import learning_rate_at
 
 
@@ -51,3 +52,28 @@ def test_matrices_and_embeddings_decay_and_nothing_else() -> None:
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if name.endswith("bias") or ".ln_" in name else 0.3), name
     assert all(group["betas"] == (0.9, 0.99) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("share", [0.3, 0.9, 1.5, 100.0])
+def test_a_change_beyond_reach_is_met_as_far_as_it_can_be_by_no_larger_norm_than_that_takes(
+    clip: float, share: float
+) -> None:
+    """share: of the largest change that any factor makes. Beyond 1 the factor stays where 99% of it is reached."""
+    model = GPT(GPTConfig(16, 16, 2, 2, 16))
+    optimizer = build_optimizer(model, TrainingConfig())
+    parameters = list(model.parameters())
+    generator = torch.Generator().manual_seed(3)
+    gradient, added = ([torch.randn(p.shape, generator=generator) for p in parameters] for _ in range(2))
+    for p, g in zip(parameters, gradient, strict=True):
+        p.grad = g.clone()
+    optimizer.step()
+    step = AdamStep(parameters, optimizer, clip)
+
+    def change(factor: float) -> float:
+        return step.effect(gradient, [factor * a for a in added])[0]
+
+    largest = change(2.0**30)
+    factor = step.factor_for(share * largest, gradient, added)
+    assert change(factor) == pytest.approx(min(share, 0.99) * largest, rel=1e-3)
+    assert factor < 1e4
