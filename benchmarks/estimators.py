@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
-from gptlab.analysis.noise import estimators
+from gptlab.analysis.noise import LEAST_GROUPS, estimators, looks
 from gptlab.analysis.statistics import Interval
 from gptlab.training.gradient_noise import InnerProducts
 
@@ -47,10 +48,11 @@ class Scenario:
     def deviations(self) -> np.ndarray:
         return self.noise * np.geomspace(1, self.spread, self.parameters)
 
-    def draw(self, generator: np.random.Generator) -> InnerProducts:
+    def draw(self, generator: np.random.Generator) -> np.ndarray:
+        """Gradients of the true loss and the signal, (groups, 2, parameters)."""
         shared, own = generator.standard_normal((2, self.groups, self.parameters)) * self.deviations()
         true, signal = self.means()
-        return InnerProducts.of(np.stack([true + shared, signal + 0.5 * shared + own], 1))
+        return np.stack([true + shared, signal + 0.5 * shared + own], 1)
 
     def truth(self) -> dict[str, float]:
         true, signal = self.means()
@@ -95,7 +97,7 @@ def missed(scenario: Scenario, trials: int, generator: np.random.Generator) -> d
     truth = scenario.truth()
     given, misses = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0)
     for _ in range(trials):
-        for name, interval in intervals(scenario.draw(generator)).items():
+        for name, interval in intervals(InnerProducts.of(scenario.draw(generator))).items():
             if interval:
                 given[name] += 1
                 misses[name] += not interval[0] <= truth[name] <= interval[1]
@@ -113,15 +115,65 @@ def missed(scenario: Scenario, trials: int, generator: np.random.Generator) -> d
     }
 
 
+NARROW, MOST = (0.1, 0.05), 512
+"""Half widths of the interval at which `stopped` adds no more groups, and how many it has."""
+
+
+def _growing(scenario: Scenario, generator: np.random.Generator) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(groups so far, the alignment) at every look of one trial."""
+    gradients = replace(scenario, groups=0).draw(generator)
+    for n in looks(MOST):
+        gradients = np.concatenate([gradients, replace(scenario, groups=n - len(gradients)).draw(generator)])
+        yield n, estimators.alignment(InnerProducts.of(gradients), 0, 1).as_json()
+
+
+def stopped(scenario: Scenario, narrow: float, trials: int, generator: np.random.Generator) -> dict[str, Any]:
+    """How often the interval of an alignment misses where groups were added until it was narrow (`gptlab noise`).
+
+    looks: {groups: trials that stopped there}.
+    """
+    truth, misses, unknown = scenario.truth()["alignment"], 0, 0
+    looked: dict[str, int] = {}
+    for _ in range(trials):
+        n, found = next(
+            (n, found)
+            for n, found in _growing(scenario, generator)
+            if n == MOST or estimators.half_width(found) < narrow
+        )
+        looked[str(n)] = looked.get(str(n), 0) + 1
+        if not found["resolved"]:
+            unknown += 1
+        elif not found["interval"][0] <= truth <= found["interval"][1]:
+            misses += 1
+    return {
+        "name": scenario.name,
+        "narrow": narrow,
+        "looks": dict(sorted(looked.items(), key=lambda look: int(look[0]))),
+        "unresolved": unknown,
+        "missed": misses,
+        "miss_rate_interval": binomtest(misses, trials).proportion_ci(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000, help="trials of each scenario [1000]")
     trials = parser.parse_args().trials
     rows = [missed(scenario, trials, np.random.default_rng([1, k])) for k, scenario in enumerate(SCENARIOS)]
-    RESULTS.write_text(json.dumps({"trials": trials, "scenarios": rows}, indent=1, allow_nan=False) + "\n")
+    few = [scenario for scenario in SCENARIOS if scenario.groups == LEAST_GROUPS]
+    stops = [
+        stopped(scenario, narrow, trials, np.random.default_rng([2, i, k]))
+        for i, narrow in enumerate(NARROW)
+        for k, scenario in enumerate(few)
+    ]
+    result = {"trials": trials, "scenarios": rows, "stopped": stops}
+    RESULTS.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     for row in rows:
         shown = (f"{name} {one['missed']}/{one['given']}" for name, one in row["figures"].items())
         print(f"{row['name']:<25}" + ", ".join(shown))
+    for row in stops:
+        shown = ", ".join(f"{count} at {groups}" for groups, count in row["looks"].items())
+        print(f"{row['name']:<25}±{row['narrow']:g}: {row['missed']} missed, {row['unresolved']} unresolved; {shown}")
 
 
 if __name__ == "__main__":

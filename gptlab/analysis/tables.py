@@ -408,30 +408,65 @@ def _listed(words: Sequence[str], last: str) -> str:
 def noise_sentences(result: Mapping[str, Any]) -> list[str]:
     """The answer on each signal, in words: which way it pulls, what the branch test found, and how both can be true.
 
-    >>> total = {"alignment": {"value": 0.0, "interval": [-0.48, 0.49], "resolved": True}}
-    >>> print(*noise_sentences({"signals": {"true_loss": {}, "confidence": {"total": total}}}))
-    confidence: which way it pulls cannot be said (alignment +0.00 [-0.48, +0.49]); more --groups narrow it.
+    The last sentence says how much was measured, and why no more.
+
+    >>> total = {"alignment": {"value": 0.0, "interval": [-0.48, 0.49], "resolved": True}, "dose": 1.0}
+    >>> signals = {"true_loss": {}, "confidence": {"total": total}}
+    >>> stopped = {"by": "budget", "half_width": 0.485, "narrow": 0.05, "budget": 60.0}
+    >>> for line in noise_sentences({"signals": signals, "groups": 40, "group": 1, "stopped": stopped}):
+    ...     print(line)
+    confidence: which way it pulls cannot be said (alignment +0.00 [-0.48, +0.49]).
+    Measured 40 sequences: the budget of 60 s ended first, with ±0.48 and not ±0.05.
     """
-    return [f"{name}: {_pull(one)}." for name, one in result["signals"].items() if name != TRUE_LOSS]
+    signals = [f"{name}: {_pull(one, result)}." for name, one in result["signals"].items() if name != TRUE_LOSS]
+    return [*signals, _measured(result)]
 
 
-def _pull(signal: Mapping[str, Any]) -> str:
+def _measured(result: Mapping[str, Any]) -> str:
+    """How much was measured, and why no more."""
+    stopped, signals = result["stopped"], len(result["signals"]) - 1
+    narrow, widest = f"±{stopped['narrow']:g}", stopped["half_width"]
+    which = "the interval" if signals == 1 else "every interval"
+    missed = "with a norm that is not resolved" if widest is None else f"with ±{widest:.2g} and not {narrow}"
+    why = {
+        "interval": f"{which} is narrower than {narrow}",
+        "budget": f"the budget of {stopped['budget']:g} s ended first, {missed}",
+        "groups": f"no more --groups were asked for, {missed}",
+        "corpus": f"that is all training text there is, {missed}",
+        "nothing to narrow": "there is no interval that more would narrow",
+    }
+    return f"Measured {result['groups'] * result['group']:,} sequences: {why[stopped['by']]}."
+
+
+def _pull(signal: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     alignment, branch = signal["total"]["alignment"], signal.get("branch")
+    tested = f"; the branch test: {branch['verdict']}" if branch else ""
     if alignment is None or alignment["value"] is None:
-        found, low = "it has no gradient here that could be compared with the true loss's", None
-    else:
-        low, high = alignment["interval"]
-        way = "with the true loss" if low > 0 else "against the true loss"
-        found = f"it pulls {way}" if low > 0 or high < 0 else "which way it pulls cannot be said"
-        found += f" (alignment {aligned(alignment)})" + "; more --groups narrow it" * (low <= 0 <= high)
-    if branch is None:
+        return f"it has no gradient here that could be compared with the true loss's{tested}"
+    low, high = alignment["interval"]
+    way = "with the true loss" if low > 0 else "against the true loss"
+    found = f"it pulls {way}" if low > 0 or high < 0 else "which way it pulls cannot be said"
+    if low <= 0 <= high and alignment["resolved"] and (high - low) / 2 < result["stopped"]["narrow"]:
+        found = "it hardly pulls either way"
+    found += f" (alignment {aligned(alignment)}){tested}"
+    bias = branch["bias"]["interval"] if branch and branch["bias"] else (-math.inf, math.inf)
+    if low <= 0 or bias[1] < 0:  # nothing that a verdict of "worse" could contradict
         return found
-    bias = branch["bias"]
-    harmful = bias is not None and bias["interval"][0] > 0
-    contradicts = (
-        "; it harms nevertheless, for a step along a gradient that only partly agrees adds a part that does not"
-    )
-    return f"{found}; the branch test: {branch['verdict']}" + contradicts * (low is not None and low > 0 and harmful)
+    return found + _despite(alignment["value"], signal["total"]["dose"], "harms" if bias[0] > 0 else "may harm")
+
+
+def _despite(cosine: float, dose: float | None, harms: str) -> str:
+    """Why a signal that pulls with the true loss may harm: the cosine of both gradients' sum with the true one.
+
+    >>> _despite(0.3, 1.0, "may harm")
+    '; it may harm nevertheless: at dose 1.00 a step of the same length makes 81% of the progress in the true loss'
+    """
+    dose = dose or 0.0
+    kept = (1 + dose * cosine) / math.sqrt(1 + 2 * dose * cosine + dose**2)
+    if kept > 0.995:
+        return ""
+    step = f"at dose {dose:.2f} a step of the same length makes {kept:.0%} of the progress in the true loss"
+    return f"; it {harms} nevertheless: {step}"
 
 
 def noise_remarks(result: Mapping[str, Any]) -> list[str]:
@@ -440,7 +475,7 @@ def noise_remarks(result: Mapping[str, Any]) -> list[str]:
     return [
         f"step {result['step']:,}, seed {result['seed']}, {result['dtype']}; gradients of sequences {first:,} to "
         f"{last - 1:,} of {result['block_size']} tokens; noise scale in sequences",
-        "– means nothing can be said; ~ an alignment whose lengths are not resolved: more --groups would",
+        "– means nothing can be said; ~ an alignment whose norms are not resolved: more groups would",
         *([] if result["preconditioned"] else ["no second moments here, so nothing under Adam"]),
     ]
 

@@ -246,9 +246,10 @@ def fitted(parts: Sequence[Part], width: int) -> str:
     'step 5/9  loss 2.345  0:07 left'
     """
     chosen = [part for part in parts if part.rank == 0]
-    for part in sorted(parts, key=lambda part: part.rank):
-        if part.rank and sum(len(one.text) + 2 for one in (*chosen, part)) - 2 <= width:
-            chosen.append(part)
+    for part in sorted((part for part in parts if part.rank), key=lambda part: part.rank):
+        if sum(len(one.text) + 2 for one in (*chosen, part)) - 2 > width:
+            break  # a part of a higher rank may be shorter, but would come and go
+        chosen.append(part)
     return "  ".join(part.text for part in parts if part in chosen)
 
 
@@ -286,14 +287,14 @@ class Counter(Observer):
             if self._line and not self._line.is_live:
                 self.note(counted)
         left = (now - self._started) / (done - self._first) * (total - done) if total and done > self._first else None
-        parts = [Part(counted), Part(words, 1), Part(f"{duration(left)} left")]
+        more = [Part(words, 1)] * bool(words) + [Part(f"{duration(left)} left")] * (total is not None)
         ended = total is not None and done >= total
         if self._line and self._line.is_live:
             drawn = [Part(bar(done / max(1, total), self.console), 2)] if total is not None else []
-            self._line.show([parts[0], *drawn, *parts[1:]], at_once=ended)
+            self._line.show([Part(counted), *drawn, *more], at_once=ended)
         elif now - self._last > COUNT_EVERY or ended:
             self._last = now
-            self.note("  ".join(part.text for part in parts if part.text))
+            self.note("  ".join(part.text for part in (Part(counted), *more)))
 
     def close(self) -> None:
         if self._line:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ class Display(Observer):
             what = "block loss" if signal.kind == "reading" else "signal"
             judged = f"{what} {signal.name}: {signal.signal.formula}"
         verb = f"resuming from {beginning.checkpoint}, {placement.repeats}" if beginning.checkpoint else "starting"
+        self._print("gptlab ", [f"{config.preset},", *judged.split(" ")], " ")
         for text in (
-            Text.assemble(("gptlab ", "bold"), f"{config.preset}, {judged}"),
             f"  model   {config.shape.parameters / 1e6:.1f}M parameters, {config.n_layer} blocks, "
             f"{config.n_embd} wide, reads {config.block_size} tokens",
             f"  data    {corpus.folder}: {corpus.tokens('train'):,} training tokens"
@@ -68,7 +69,7 @@ class Display(Observer):
             f"  dtype   {placement.dtype_name} ({placement.reasons['dtype']})",
             f"  run     {beginning.folder}, {verb}",
         ):
-            self._print(text)
+            self._print(text[:10], text[10:].split(" "), " ")
         self.start_line()
 
     @observing
@@ -78,10 +79,13 @@ class Display(Observer):
             self._line = LiveLine(self.console)
             self._draw()
 
-    def _print(self, text: str | Text) -> None:
-        """A line: folded between words on a terminal, never cut elsewhere."""
-        text = text if isinstance(text, Text) else Text(printable(text))
-        self.console.print(text, soft_wrap=not self.console.is_terminal)
+    def _print(self, label: str, parts: Sequence[str], between: str = "  ") -> None:
+        """A label and the parts after it: a line, on a terminal folded between parts and indented as the label says."""
+        width = self.console.width if self.console.is_terminal else sys.maxsize
+        for line in folded(printable(label), [printable(part) for part in parts], width, between):
+            text = Text(line)
+            text.stylize("bold", 0, len(label) if line.startswith(label) else 0)
+            self.console.print(text, soft_wrap=True)
 
     @observing
     def show(self, record: Record) -> None:
@@ -89,7 +93,7 @@ class Display(Observer):
         if record.kind == "train":
             self._train(record)
         elif record.kind == "val":
-            self._print(self._validation(record))
+            self._print(f"{record.step:>6} val   ", _validation(record))
         elif record.kind == "sample":
             self.console.print(sample_panel(record.step, record.values, self.console.width))
         self._stage = self._next(record)
@@ -108,19 +112,6 @@ class Display(Observer):
         self._stage = name
         self._draw(at_once=True)
 
-    def _validation(self, record: Record) -> Text:
-        v = record.values
-        shown = evenly(len(v["block_loss"]), 4)
-        blocks = " ".join(f"{v['block_loss'][j - 1]:.2f}" for j in shown)
-        sure = " ".join(f"{v['block_confidence'][j - 1]:.2f}" for j in shown)
-        return Text.assemble(
-            (f"{record.step:>6} val   loss {v['loss']:.4f}", "bold"),
-            *([f", {v['excess_loss']:+.4f} over the floor"] if "excess_loss" in v else []),
-            *([f", clean {v['clean_loss']:.4f}"] if "clean_loss" in v else []),
-            f"  {v['bits_per_byte']:.3f} bits/byte, accuracy {v['accuracy']:.1%}",
-            (f"  blocks {','.join(map(str, shown))}: loss {blocks}, p_max {sure}", "dim"),
-        )
-
     def _train(self, record: Record) -> None:
         v, config, step = record.values, self.config, record.step
         self._dose = v.get("dose", self._dose)
@@ -138,14 +129,13 @@ class Display(Observer):
         seconds = elapsed / made if made else config.total_batch_tokens / v["tokens_per_second"]
         self._step, self._left = step, duration(seconds * (config.steps - step))
         if self._line is None and config.log_every and (step % config.log_every == 0 or step == config.steps):
-            words = "  ".join(part.text for part in self._figures)
-            self._print(f"{step:>6} train {words}  {self._left} left")
+            self._print(f"{step:>6} train ", [*(part.text for part in self._figures), f"{self._left} left"])
 
     def _draw(self, *, at_once: bool = False) -> None:
         if self._line:
             step, steps = self._step, self.config.steps
             counted, drawn = Part(f"step {step:,}/{steps:,}"), Part(bar(step / steps, self.console), 2)
-            last = Part(self._stage or f"{self._left} left")
+            last = Part(f"{self._stage or f'{self._left} left':<{len('validating')}}")  # what fits stays the same
             self._line.show([counted, drawn, *self._figures, last], at_once=at_once)
 
     @observing
@@ -172,6 +162,39 @@ class Display(Observer):
         if self._line:
             self._line.close()
             self._line = None
+
+
+def _validation(record: Record) -> list[str]:
+    """What a validation found, in parts that stay whole."""
+    v = record.values
+    shown = evenly(len(v["block_loss"]), 4)
+    blocks = " ".join(f"{v['block_loss'][j - 1]:.2f}" for j in shown)
+    sure = " ".join(f"{v['block_confidence'][j - 1]:.2f}" for j in shown)
+    return [
+        f"loss {v['loss']:.4f}",
+        *([f"{v['excess_loss']:+.4f} over the floor"] if "excess_loss" in v else []),
+        *([f"clean {v['clean_loss']:.4f}"] if "clean_loss" in v else []),
+        f"{v['bits_per_byte']:.3f} bits/byte",
+        f"accuracy {v['accuracy']:.1%}",
+        f"blocks {','.join(map(str, shown))}:",
+        f"loss {blocks}",
+        f"p_max {sure}",
+    ]
+
+
+def folded(label: str, parts: Sequence[str], width: int, between: str = "  ") -> list[str]:
+    """Lines of at most `width` characters that are broken between parts; the later ones are as far in as the label.
+
+    >>> folded("  val   ", ["loss 4.1234", "accuracy 23.4%"], 24)
+    ['  val   loss 4.1234', '        accuracy 23.4%']
+    """
+    lines = [label + parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(between) + len(part) <= width:
+            lines[-1] += between + part
+        else:
+            lines.append(" " * len(label) + part)
+    return lines
 
 
 def next_commands(config: TrainingConfig, folder: str) -> list[str]:
@@ -209,6 +232,7 @@ def sample_panel(step: int, sample: dict[str, Any], width: int) -> Panel:
     body.add_row(Text.assemble((printable(sample["prompt"].lstrip("\0")), "dim"), printable(sample["text"])))
     steps = [[(visible(word), p) for word, p in blocks] for blocks in sample["blocks"][:SHOWN_TOKENS]]
     if steps:
+        body.add_row(Text("\neach block's best next token and its probability:", "dim"))
         longest = max(len(word) for blocks in steps for word, _ in blocks)
         shown = evenly(len(steps[0]), (width - 16) // (max(longest, 3) + 7))
         table = Table("written", *(f"block {j}" for j in shown), box=None, padding=(0, 1), header_style="dim")
@@ -217,8 +241,7 @@ def sample_panel(step: int, sample: dict[str, Any], width: int) -> Panel:
             cells = [Text(f"{word:<{max(longest, 3)}} {p:4.0%}", style=_shade(p)) for word, p in guesses]
             table.add_row(Text(visible(written), style="bold"), *cells)
         body.add_row(table)
-    return Panel(body, title=f"sample at step {step}: each block's best next token and its probability",
-                 title_align="left", expand=False)  # fmt: skip
+    return Panel(body, title=f"sample at step {step}", title_align="left", expand=False)
 
 
 def evenly(blocks: int, most: int) -> list[int]:

@@ -32,7 +32,7 @@ from gptlab.training.state import TrainingState
 from gptlab.training.step import fill_inactive, signals_at
 
 KEPT_BYTES = 2 * 2**30
-"""Gradients that are kept between the two passes; those of further groups are made again."""
+"""Gradients that are kept between the passes over groups; those of further groups are made again."""
 QUICK_GROUPS = 32
 """Sequences that `quick_noise` reads, each a group: from the first of the update on, and beyond it if it has fewer."""
 
@@ -51,13 +51,12 @@ def rows_of(windows: TrainingWindows) -> Rows:
 
 @dataclass(frozen=True)
 class Groups:
-    """`count` groups of `size` sequences each, from sequence `first` of the run; batch_size: read at once, at most.
+    """Groups of `size` sequences each, from sequence `first` of the run; batch_size: read at once, at most.
 
     step, seed: keys of the signals' draws, as in the update that would read these sequences.
     """
 
     first: int
-    count: int
     size: int = 1
     batch_size: int = 16
     step: int = 0
@@ -165,39 +164,56 @@ class InnerProducts:
         return InnerProducts(self.own[:, :kept, :kept] * both, self.cross[:, :kept, :kept] * both)
 
 
-def inner_products(
-    gather: Gather,
-    groups: int,
-    parts: Sequence[int],
-    metrics: Sequence[Gradients | None] = (None,),
-    *,
-    kept_bytes: int = KEPT_BYTES,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[list[InnerProducts]]:
-    """For every metric, the inner products over every part, in two passes over the groups.
+class GrowingProducts:
+    """The inner products of groups 0, 1, 2, ..., of which more can be added after a look.
 
     parts: for each parameter, the number (from 0) of the part that it belongs to. metrics: None is the plain inner
-    product, otherwise Σ metric·a·b. progress: called after each of 2·groups rounds.
+    product, otherwise Σ metric·a·b. kept_bytes: of gradients that are not made again for every look.
     """
-    kept: dict[int, Sequence[Gradients]] = {}
-    sums: list[Gradients] = []
-    size = 0
-    for i in range(groups):
-        gradients = gather(i)
-        sums = _added(sums, gradients)
-        size += sum(g.numel() * g.element_size() for source in gradients for g in source)
-        if size <= kept_bytes:
-            kept[i] = gradients
-        progress(i + 1)
-    shape = (len(metrics), max(parts) + 1, groups, len(sums), len(sums))
-    own, cross = np.zeros(shape), np.zeros(shape)
-    for i in range(groups):
-        gradients = kept.pop(i) if i in kept else gather(i)
-        for m, metric in enumerate(metrics):
-            own[m, :, i] = products(gradients, gradients, parts, metric)
-            cross[m, :, i] = products(gradients, sums, parts, metric)
-        progress(groups + i + 1)
-    return [[InnerProducts(o, c) for o, c in zip(*both, strict=True)] for both in zip(own, cross, strict=True)]
+
+    def __init__(
+        self,
+        gather: Gather,
+        parts: Sequence[int],
+        metrics: Sequence[Gradients | None] = (None,),
+        *,
+        kept_bytes: int = KEPT_BYTES,
+    ) -> None:
+        self._gather, self._parts, self._metrics, self._left = gather, parts, metrics, kept_bytes
+        self._kept: list[Sequence[Gradients]] = []
+        self._sums: list[Gradients] = []
+        self.groups = 0
+
+    def add(self) -> None:
+        """Take the next group into the sums."""
+        gradients = self._gather(self.groups)
+        self._sums = _added(self._sums, gradients)
+        self._left -= sum(g.numel() * g.element_size() for source in gradients for g in source)
+        if self._left >= 0:
+            self._kept.append(gradients)
+        self.groups += 1
+
+    def look(self, progress: Callable[[int], None] = lambda done: None) -> list[list[InnerProducts]]:
+        """For every metric, the inner products over every part of all groups so far; progress: after each group."""
+        shape = (len(self._metrics), max(self._parts) + 1, self.groups, len(self._sums), len(self._sums))
+        own, cross = np.zeros(shape), np.zeros(shape)
+        for i in range(self.groups):
+            gradients = self._kept[i] if i < len(self._kept) else self._gather(i)
+            for m, metric in enumerate(self._metrics):
+                own[m, :, i] = products(gradients, gradients, self._parts, metric)
+                cross[m, :, i] = products(gradients, self._sums, self._parts, metric)
+            progress(i + 1)
+        return [[InnerProducts(o, c) for o, c in zip(*both, strict=True)] for both in zip(own, cross, strict=True)]
+
+
+def inner_products(
+    gather: Gather, groups: int, parts: Sequence[int], metrics: Sequence[Gradients | None] = (None,)
+) -> list[list[InnerProducts]]:
+    """For every metric, the inner products over every part of so many groups (`GrowingProducts`)."""
+    found = GrowingProducts(gather, parts, metrics)
+    for _ in range(groups):
+        found.add()
+    return found.look()
 
 
 def products(
@@ -254,7 +270,7 @@ def quick_noise(
     that is inactive; alignment_by_block: the same within each block.
     """
     signals = signals_at(state, config)
-    groups = Groups(state.step * config.sequences, QUICK_GROUPS, step=state.step, seed=config.seed)
+    groups = Groups(state.step * config.sequences, step=state.step, seed=config.seed)
     gather = GroupGradients(state.model, signals, groups, rows_of(windows), compute.device, compute.autocast)
     parts, blocks = parts_by_block(state.model)
     sums, own = sums_over(gather, range(world.rank, QUICK_GROUPS, world.size), parts, gather.zeros())

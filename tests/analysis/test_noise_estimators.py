@@ -127,6 +127,34 @@ def test_a_scenario_is_drawn_the_same_every_time_and_its_truth_is_covered(benchm
         assert 0 < figure["missed"], name
 
 
+@pytest.mark.parametrize("where", [0.0, 0.7])
+def test_where_groups_are_added_is_decided_by_the_width_alone(where: float) -> None:
+    """A cosine turned around, or moved, has the same interval around it, and is measured as long."""
+    found = {"value": where, "interval": [where - 0.25, where + 0.25], "resolved": True}
+    turned = {"value": -where, "interval": [-where - 0.25, -where + 0.25], "resolved": True}
+    assert estimators.half_width(found) == estimators.half_width(turned) == 0.25
+    assert estimators.half_width({**found, "resolved": False}) == np.inf
+    assert estimators.half_width({"value": None, "interval": None, "resolved": False}) == np.inf
+
+
+def test_intervals_of_measurements_that_stop_when_they_are_narrow_cover_the_truth(benchmark: ModuleType) -> None:
+    scenario = next(one for one in benchmark.SCENARIOS if one.name == "few directions")
+    found = benchmark.stopped(scenario, 0.1, 400, np.random.default_rng(7))
+    assert found == benchmark.stopped(scenario, 0.1, 400, np.random.default_rng(7))
+    assert len(found["looks"]) > 1  # or nothing was chosen
+    assert sum(found["looks"].values()) == 400
+    assert 0 < found["missed"] <= 40  # 5% expected of a fixed number of groups; more than 10% of 6% once in 1,000
+
+
+def test_a_thousand_trials_that_stopped_kept_the_promise_and_the_page_says_how() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "estimators.json").read_text(encoding="utf-8"))
+    shares = [row["missed"] / results["trials"] for row in results["stopped"] if row["name"] != "drowned in noise"]
+    said = f"an interval missed in {min(shares):.1%} to {max(shares):.1%} of trials that stopped"
+    assert said in " ".join((ROOT / "docs" / "noise.md").read_text(encoding="utf-8").split())
+    assert len(shares) == 12
+    assert max(shares) <= 0.07
+
+
 class Point(nn.Module):
     """Parameters of a quadratic loss, in two numbered blocks and a rest."""
 

@@ -252,9 +252,36 @@ def test_step_and_time_left_are_whole_at_every_width(width: int, monkeypatch: py
     assert list(ends) == ["validating", "saving", "writing the report"]
     shown = {40: "step", 60: "loss 4.568", 80: "━", 100: "tokens/s", 140: "MFU 31%", 300: "dose 0.45"}[width]
     assert shown in drawn[1]
-    joined = " ".join(lines)
-    for figure in ("4.1234", "2.345", "23.4%", "0.10 0.20 0.30 0.40"[:4]):
-        assert figure in joined, "a number is broken over two lines"
+    for figure in ("18002 val   loss 4.1234", "2.345 bits/byte", "accuracy 23.4%", "loss 4.90 4.50 4.30 4.10",
+                   "p_max 0.10 0.20 0.30 0.40"):  # fmt: skip
+        assert any(figure in line for line in lines), "a figure is broken over two lines"
+    below = [line for line in lines if "p_max" in line and "val" not in line]
+    assert all(line.startswith(" " * len(" 18002 val   ")) for line in below), "it stands under the step"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_the_same_figures_are_shown_whatever_is_under_way(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "REDRAW_EVERY", 0.0)
+    drawn = [line.rstrip() for line in live_lines(width) if line.startswith("step 18,002")]
+    shown = {line.removesuffix(stage).rstrip() for line in drawn for stage in ("validating", "saving") if stage in line}
+    assert len(shown) == 1, shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_the_opening_and_a_sample_are_whole_at_every_width(width: int) -> None:
+    out = io.StringIO()
+    display = Display(TrainingConfig(), console=Console(file=out, force_terminal=True, width=width, color_system=None))
+    reason = "a model 32 wide is too small to gain from this processor's bf16 (AVX-512)"
+    display._print("  dtype   ", f"fp32 ({reason})".split(" "), " ")
+    sample = {"prompt": "KING", "text": " and more of it\n" * 3, "written": ["x"], "blocks": [[["x", 0.5]] * 12]}
+    display.show(Record("sample", 1, sample))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(line.strip("│╭╮╰╯─ ") for line in lines)
+    assert reason in " ".join(words.split())
+    assert "each block's best next token and its probability:" in " ".join(words.split())
+    assert lines[0].startswith("  dtype   fp32 (")
+    assert all(line.startswith(" " * 10) for line in lines[1:] if "AVX-512" in line)
 
 
 def test_the_live_line_is_drawn_in_any_encoding() -> None:

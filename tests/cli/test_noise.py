@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
 from pages import Page
 
 Capture = pytest.CaptureFixture[str]
-QUICK = ("--eval_tokens", "128", "--reader_tokens", "0", "--threads", "1", "--branch_steps", "0")
+QUICK = ("--eval_tokens", "128", "--reader_tokens", "0", "--threads", "1", "--branch_steps", "0", "--groups", "32")
 
 
 def measured(capsys: Capture, source: Path, *words: str) -> dict[str, Any]:
@@ -68,6 +68,34 @@ def test_groups_are_the_same_for_any_batch_size_and_the_seed_decides_them(finish
     found = alignment("--batch_size", "1")
     assert alignment("--batch_size", "2") == pytest.approx(found, rel=1e-3)
     assert alignment("--seed", "5") != pytest.approx(found, rel=1e-3)
+
+
+def test_it_measures_until_the_interval_is_narrow_or_a_budget_ends(finished_run: Path, capsys: Capture) -> None:
+    def found(*words: str) -> dict[str, Any]:
+        return measured(capsys, finished_run, "--groups", "96", *words)
+
+    fixed, wide = measured(capsys, finished_run), found("--narrow", "100")
+    assert (wide.pop("stopped"), fixed.pop("stopped"))[0]["by"] == "interval"
+    assert wide == fixed  # the first 32 groups are the same however many there might have been
+    never = found("--narrow", "0", "--budget", "0")
+    assert (never["groups"], never["sequences"], never["stopped"]["by"]) == (96, [24, 120], "groups")
+    assert never["stopped"]["half_width"] < half_width(fixed)
+    soon = found("--narrow", "0", "--budget", "0.001")
+    assert (soon["groups"], soon["stopped"]["by"]) == (32, "budget")
+    between = (half_width(fixed) + never["stopped"]["half_width"]) / 2
+    enough = found("--narrow", str(between), "--budget", "0")
+    assert enough["stopped"]["by"] == "interval"
+    assert enough["groups"] in (64, 96)
+    assert enough["stopped"]["half_width"] < between
+    whole = measured(capsys, finished_run, "--groups", "4096", "--group", "4", "--narrow", "0", "--budget", "0")
+    assert (whole["groups"], whole["stopped"]["by"]) == (62, "corpus")  # of 249 windows
+    true = measured(capsys, finished_run, "--groups", "4096", "--signals", "none")
+    assert (true["groups"], true["stopped"]["by"]) == (32, "nothing to narrow")
+
+
+def half_width(result: dict[str, Any]) -> float:
+    low, high = result["signals"]["confidence"]["total"]["alignment"]["interval"]
+    return (high - low) / 2
 
 
 def test_the_branch_test_stands_beside_a_signals_other_figures(
@@ -151,6 +179,8 @@ def test_logging_noise_changes_no_bit_of_a_run(tiny: Callable[..., list[str]], t
     ("words", "message"),
     [
         (["--groups", "31"], "--groups must be at least 32, found 31"),
+        (["--narrow", "-0.1"], "--narrow must be at least 0, found -0.1"),
+        (["--budget", "-1"], "--budget must be at least 0, found -1.0"),
         (["--signals", "confidense"], "unknown signal 'confidense'; did you mean 'confidence'?"),
         (["--signals", "placebo:confidense"], "unknown signal 'confidense'; did you mean 'confidence'?"),
         (["--signals", "mine.py:f"], "add --allow_code"),
@@ -184,24 +214,27 @@ def test_a_hugging_face_folder_is_measured_on_data_that_is_named(
     assert "Alignment by block" in out
 
 
+HALF = "; it {} nevertheless: at dose 1.00 a step of the same length makes 81% of the progress in the true loss."
+
+
 @pytest.mark.parametrize(
     ("interval", "bias", "words"),
     [
-        ([0.2, 0.4], None, "it pulls with the true loss (alignment +0.30 [+0.20, +0.40])"),
-        ([-0.4, -0.2], None, "it pulls against the true loss"),
-        (
-            [-0.1, 0.7],
-            None,
-            "it pulls cannot be said (alignment +0.30 [-0.10, +0.70]); more --groups narrow it",
-        ),
-        ([0.2, 0.4], [0.01, 0.03], "; the branch test: bias; it harms nevertheless"),
+        ([0.2, 0.4], None, "it pulls with the true loss (alignment +0.30 [+0.20, +0.40])" + HALF.format("may harm")),
+        ([-0.4, -0.2], None, "it pulls against the true loss (alignment -0.30 [-0.40, -0.20])."),
+        ([-0.1, 0.7], None, "which way it pulls cannot be said (alignment +0.30 [-0.10, +0.70])."),
+        ([-0.02, 0.04], None, "it hardly pulls either way (alignment +0.01 [-0.02, +0.04])."),
+        ([0.2, 0.4], [0.01, 0.03], "; the branch test: bias" + HALF.format("harms")),
         ([0.2, 0.4], [-0.03, -0.01], "; the branch test: bias."),
         ([-0.4, -0.2], [0.01, 0.03], "; the branch test: bias."),
     ],
 )
 def test_the_first_sentence_answers(interval: list[float], bias: list[float] | None, words: str) -> None:
-    one = {"total": {"alignment": {"value": sum(interval) / 2, "interval": interval, "resolved": True}}}
+    one = {"total": {"alignment": {"value": sum(interval) / 2, "interval": interval, "resolved": True}, "dose": 1.0}}
     branch = {"branch": {"verdict": "bias", "bias": {"value": 0.02, "interval": bias}}} if bias else {}
-    (said,) = noise_sentences({"signals": {"true_loss": {}, "idea": {**one, **branch}}})
-    assert said.startswith("idea: ")
-    assert words in said
+    stopped = {"by": "interval", "half_width": 0.03, "narrow": 0.05, "budget": 60.0}
+    result = {"signals": {"true_loss": {}, "idea": {**one, **branch}}, "groups": 48, "group": 2, "stopped": stopped}
+    answer, measured = noise_sentences(result)
+    assert answer.startswith("idea: ")
+    assert answer.endswith(words)
+    assert measured == "Measured 96 sequences: the interval is narrower than ±0.05."

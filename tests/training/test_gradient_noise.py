@@ -16,6 +16,7 @@ from gptlab.training.block_loss import accumulate
 from gptlab.training.gradient_noise import (
     GroupGradients,
     Groups,
+    GrowingProducts,
     inner_products,
     over_pairs,
     parts_by_block,
@@ -45,7 +46,7 @@ def gathered(run: Run, groups: Groups, signals: tuple[SignalConfig, ...] = SIGNA
     return GroupGradients(run.state.model, active, groups, rows, torch.device("cpu"))
 
 
-GROUPS = Groups(first=0, count=3, size=4, seed=1)
+GROUPS, COUNT = Groups(first=0, size=4, seed=1), 3
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -67,7 +68,7 @@ def test_groups_average_to_the_gradient_of_an_update_placebos_too() -> None:
     sources = GradientSources(run.state.model, gather.signals, batch.seed)
     accumulate(run.state.model, batch, gather.signals, into=sources.into)
     sources.scale_placebos()
-    assert SEQUENCES == GROUPS.count * GROUPS.size
+    assert SEQUENCES == COUNT * GROUPS.size
     for total, factor, expected in zip(sums, factors, [sources.true, *sources.parts], strict=False):
         for g, e in zip(total, expected, strict=True):
             torch.testing.assert_close(g * factor / 3, e, rtol=1e-9, atol=1e-12)
@@ -79,9 +80,12 @@ def test_gradients_made_twice_give_the_figures_of_gradients_kept() -> None:
     parts, blocks = parts_by_block(run.state.model)
     assert (sorted(set(parts)), blocks) == ([0, 1, 2, 3, 4], [0, 1, 2, 3])
     metric = [torch.full_like(p, 2.0) for p in run.state.model.parameters()]
-    kept = inner_products(gather, 3, parts, [None, metric])
-    again = inner_products(gather, 3, parts, [None, metric], kept_bytes=0)
-    for plain, doubled, other in zip(*kept, again[0], strict=True):
+    kept = inner_products(gather, COUNT, parts, [None, metric])
+    growing = GrowingProducts(gather, parts, kept_bytes=0)
+    for look in range(COUNT):  # looks between change nothing
+        growing.add()
+        assert len(growing.look()[0][0].own) == look + 1
+    for plain, doubled, other in zip(*kept, growing.look()[0], strict=True):
         assert np.array_equal(plain.own, other.own)
         assert np.array_equal(plain.cross, other.cross)
         assert doubled.cross == pytest.approx(2 * plain.cross)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -35,7 +35,11 @@ class NoiseConfig:
         "", "names such as confidence,placebo:confidence; none: the true loss alone", shown="the run's own",
         group="Gradients",
     )  # fmt: skip
-    groups: int = option(LEAST_GROUPS, f"groups whose gradients are compared, at least {LEAST_GROUPS}")
+    narrow: float = option(
+        0.05, "more groups are measured until the 95% intervals of the alignments are narrower than ± this, 0: never"
+    )
+    budget: float = option(60.0, "or until this time is over, 0: no limit", unit="seconds")
+    groups: int = option(4096, f"or until so many groups are compared, at least {LEAST_GROUPS}")
     group: int = option(1, "size of a group", unit="sequences")
     batch_size: int = option(16, "the most that are computed at once", unit="sequences")
     seed: int | None = option(None, "decides which sequences are read, and every draw", shown="the run's")
@@ -55,6 +59,8 @@ class NoiseConfig:
         least = {"groups": LEAST_GROUPS, "group": 1, "batch_size": 1, "eval_tokens": 1, "block_size": 1, "say": 1}
         for name in (
             "say",
+            "narrow",
+            "budget",
             "groups",
             "group",
             "batch_size",
@@ -66,6 +72,22 @@ class NoiseConfig:
             found = getattr(self, name)
             if found is not None and found < least.get(name, 0):
                 raise ConfigError(f"{name} must be at least {least.get(name, 0)}, found {found}")
+
+
+def looks(most: int) -> Iterator[int]:
+    """After how many groups it is looked whether the intervals are narrow enough.
+
+    Each look has twice as many as the one before: few looks, so that stopping at one hardly changes how often an
+    interval misses.
+
+    >>> list(looks(200))
+    [32, 64, 128, 200]
+    """
+    groups = LEAST_GROUPS
+    while groups < most:
+        yield groups
+        groups *= 2
+    yield most
 
 
 def own_names(signals: Sequence[SignalConfig]) -> list[str]:

@@ -33,7 +33,7 @@ MOST_SHUFFLES = 16
 
 
 def conversation(
-    subject: Subject, options: NoiseConfig, progress: Progress = lambda what, done, of: None
+    subject: Subject, options: NoiseConfig, progress: Progress = lambda what, done, of, words="": None
 ) -> dict[str, Any]:
     """How sure replies are after the text and its alternatives, by length of the reply and by block; JSON values.
 

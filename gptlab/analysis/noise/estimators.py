@@ -15,7 +15,7 @@ docs/noise.md says what each is for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -122,6 +122,18 @@ def alignment(products: InnerProducts, x: int, y: int) -> Alignment:
         resolved = resolved and low > 0
     product = mean_product(products, x, y)
     return Alignment(combined(lambda n, a, b: n / np.sqrt(a * b), product, *norms), resolved)
+
+
+def half_width(alignment: Mapping[str, Any]) -> float:
+    """Of the interval of an alignment's `as_json`; infinite where a norm is not resolved: the cosine errs towards 0.
+
+    >>> half_width({"value": 0.25, "interval": [0.125, 0.375], "resolved": True})
+    0.125
+    """
+    if not alignment["resolved"]:
+        return math.inf
+    low, high = alignment["interval"]
+    return (high - low) / 2
 
 
 def progress(products: InnerProducts, true: int, signal: int) -> Estimate | None:

@@ -6,19 +6,21 @@ A figure that means nothing is null, never NaN. What each means is in docs/noise
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gptlab.analysis.noise import TRUE_LOSS, NoiseConfig
-from gptlab.analysis.noise.estimators import Readings, collapse, figures, quality, token_figures
+from gptlab.analysis.noise import LEAST_GROUPS, TRUE_LOSS, NoiseConfig, looks
+from gptlab.analysis.noise.estimators import Readings, collapse, figures, half_width, quality, token_figures
 from gptlab.data.batches import TrainingWindows, ValidationWindows
 from gptlab.data.tokenizers import Tokenizer
 from gptlab.device import ComputeConfig
@@ -34,6 +36,7 @@ from gptlab.training.gradient_noise import (
     Gradients,
     GroupGradients,
     Groups,
+    GrowingProducts,
     InnerProducts,
     inner_products,
     parts_by_block,
@@ -42,8 +45,13 @@ from gptlab.training.gradient_noise import (
 from gptlab.training.optimizer import adam_metric
 from gptlab.training.state import TrainingState
 
-Progress = Callable[[str, int, int], None]
-"""(what, done, of): called while something long is under way."""
+
+class Progress(Protocol):
+    """Called while something long is under way: what it is, how much is done of how much, and words on it."""
+
+    def __call__(self, what: str, done: int, of: int | None, words: str = "", /) -> None: ...
+
+
 READER_BATCH = 512
 """Tokens of a batch that the tuned lens is fitted on, or one window where that is longer."""
 
@@ -68,7 +76,7 @@ def measure(
     options: NoiseConfig,
     signals: Mapping[str, SignalConfig],
     branches: Mapping[str, dict[str, Any]] | None = None,
-    progress: Progress = lambda what, done, of: None,
+    progress: Progress = lambda what, done, of, words="": None,
 ) -> dict[str, Any]:
     """All figures of the model, its true loss and the signals asked for.
 
@@ -76,15 +84,14 @@ def measure(
     """
     seed, step = subject.windows.seed, subject.state.step
     first = step * subject.config.sequences  # that the run has not been trained on yet
-    groups = Groups(first, options.groups, options.group, options.batch_size, step, seed)
-    unread = first + groups.count * groups.size
+    groups = Groups(first, options.group, options.batch_size, step, seed)
     active = {name: _at_full_weight(subject, config) for name, config in signals.items()}
-    found = _gradient_figures(subject, groups, active, progress)
+    found = _gradient_figures(subject, options, groups, active, progress)
+    unread = first + found["groups"] * groups.size
     for name, branch in (branches or {}).items():
         found["signals"][name]["branch"] = branch
     return {
         **about(subject),
-        "groups": groups.count,
         "group": groups.size,
         "sequences": [first, unread],
         **found,
@@ -116,20 +123,78 @@ def _at_full_weight(subject: Subject, config: SignalConfig) -> ActiveSignal:
 
 
 def _gradient_figures(
-    subject: Subject, groups: Groups, active: Mapping[str, ActiveSignal], progress: Progress
+    subject: Subject, options: NoiseConfig, groups: Groups, active: Mapping[str, ActiveSignal], progress: Progress
 ) -> dict[str, Any]:
-    """{"signals": {name: {"total", "blocks"}}} of the true loss and every signal, and whether Adam's moments are there.
+    """Figures of the true loss and every signal, of as many groups as the options ask for, and why of no more.
 
-    Raises DivergedError where a gradient is not finite.
+    {"groups", "stopped": {"by", "half_width", "narrow", "budget"}, "preconditioned", "signals": {name: {"total",
+    "blocks"}}}; preconditioned: whether Adam's moments are there. Raises DivergedError where a gradient is not finite.
     """
     model, placement, rows = subject.state.model, subject.placement, rows_of(subject.windows)
     gather = GroupGradients(model, list(active.values()), groups, rows, placement.device, placement.autocast)
-    parts, blocks = parts_by_block(model)
+    parts, _ = parts_by_block(model)
     metric = adam_metric(list(model.parameters()), subject.state.optimizer)
-    metrics = [None] if metric is None else [None, metric]
-    measured = inner_products(
-        gather, groups.count, parts, metrics, progress=lambda done: progress("gradients", done, 2 * groups.count)
-    )
+    growing = GrowingProducts(gather, parts, [None] if metric is None else [None, metric])
+    end = time.monotonic() + options.budget if options.budget else math.inf
+    most = _most_groups(subject, options)
+    words, found, stopped = "", {}, {}
+    for look in looks(most):
+        while growing.groups < look and (growing.groups < LEAST_GROUPS or time.monotonic() < end):
+            growing.add()
+            progress("gradients", growing.groups, None, words)
+        found = _signal_figures(subject, groups, gather, growing, active, progress)
+        widest = _widest(found)
+        words = "" if widest is None or widest == math.inf else f"alignment ±{widest:.2g}"
+        if by := _stopped(widest, growing.groups, most, end, options):
+            stopped = {"by": by, "half_width": None if widest == math.inf else widest}
+            stopped |= {"narrow": options.narrow, "budget": options.budget}
+            break
+    return {"groups": growing.groups, "stopped": stopped, "preconditioned": metric is not None, "signals": found}
+
+
+def _most_groups(subject: Subject, options: NoiseConfig) -> int:
+    """As many as the options allow, and as an epoch has, so that none is measured twice; but never below the least."""
+    windows = subject.windows
+    if not windows.corpus.complete:
+        return options.groups
+    return min(options.groups, max(LEAST_GROUPS, windows.epoch // options.group))
+
+
+def _widest(signals: Mapping[str, Any]) -> float | None:
+    """Half the width of the widest interval of an alignment; None where there is none that more groups would narrow.
+
+    A signal without any gradient, a gate that lets nothing through, has none.
+    """
+    widths = [
+        half_width(signal["total"]["alignment"])
+        for name, signal in signals.items()
+        if name != TRUE_LOSS and signal["total"]["dose"] != 0
+    ]
+    return max(widths, default=None)
+
+
+def _stopped(widest: float | None, groups: int, most: int, end: float, options: NoiseConfig) -> str:
+    """Why no more groups are measured; "" where more are. What an interval's middle is does not count."""
+    if widest is None:
+        return "nothing to narrow"
+    if widest < options.narrow:
+        return "interval"
+    if groups >= most:
+        return "groups" if most == options.groups else "corpus"
+    return "budget" if time.monotonic() >= end else ""
+
+
+def _signal_figures(
+    subject: Subject,
+    groups: Groups,
+    gather: GroupGradients,
+    growing: GrowingProducts,
+    active: Mapping[str, ActiveSignal],
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """{name: {"total", "blocks"}} of the true loss and every signal, of the groups so far."""
+    n, (_, blocks) = growing.groups, parts_by_block(subject.state.model)
+    measured = growing.look(lambda done: progress("gradients", n, None, f"{done}/{n} compared"))
     plain = measured[0]
     factors = gather.factors(sum(plain[1:], plain[0]).cross.sum(0))
     scaled = [[part.scaled(factors) for part in of_metric] for of_metric in measured]
@@ -142,7 +207,7 @@ def _gradient_figures(
             one["noise_scale_tokens"] = None if scale is None else scale * tokens
         if name in active:
             signals[name]["weight"] = active[name].weight
-    return {"preconditioned": metric is not None, "signals": signals}
+    return signals
 
 
 def entry(measured: list[list[InnerProducts]], blocks: list[int], source: int, name: str) -> dict[str, Any]:

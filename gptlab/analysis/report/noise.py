@@ -23,7 +23,14 @@ from gptlab.analysis.report.plots import (
 )
 from gptlab.analysis.report.run import block_legend
 from gptlab.analysis.report.theme import Drawn
-from gptlab.analysis.tables import conversation_remarks, conversation_tables, noise_remarks, noise_tables, number
+from gptlab.analysis.tables import (
+    conversation_remarks,
+    conversation_tables,
+    noise_remarks,
+    noise_sentences,
+    noise_tables,
+    number,
+)
 
 COSINE: dict[str, Any] = {"zero": True, "limits": (-1.05, 1.05)}
 """How a plot of cosines looks."""
@@ -52,7 +59,7 @@ def page(result: Mapping[str, Any]) -> str:
         "labels": list(labels(result)),
         "collapse": list(collapse(result)),
     }
-    lead, shown = noise_remarks(result), list(noise_tables(result))
+    lead, shown = [*noise_sentences(result), *noise_remarks(result)], list(noise_tables(result))
     return render("noise.html", title=f"Signal, bias or noise: {name}", lead=lead, tables=shown, **sections)
 
 
