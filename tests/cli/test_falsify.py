@@ -99,7 +99,6 @@ def test_an_arm_on_the_rungs_of_the_ladder(finding: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["{folder}", "--budget", "1"], 2, "--arm: expected one of slow, found nothing; better or worse: "),
         (["{folder}", "--budget", "1", "--arm", "fast"], 2, "found fast"),
         (["{folder}", "--arm", "slow", "--budget", "1", "--only", "rate_hlf"], 2, "did you mean 'rate_half'?"),
     ],
