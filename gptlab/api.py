@@ -115,6 +115,12 @@ class Comparison:
     """Verdicts: prints as tables, shows as HTML in a notebook.
 
     result: all of it, in the shape of `gptlab compare --json` (docs/commands.md).
+
+    >>> found = gptlab.compare({"baseline": {1: 3.00, 2: 3.10, 3: 3.05}, "wider": {1: 2.80, 2: 2.91, 3: 2.85}})
+    >>> list(found.arms), found["wider"]["n"], found.to_dict()["baseline"]
+    (['wider'], 3, 'baseline')
+    >>> print(str(found).splitlines()[0])
+    wider helps: 2.85 against 3.05 nats, difference -0.20 [-0.21, -0.18], 3 seeds
     """
 
     result: Mapping[str, Any]
@@ -204,7 +210,13 @@ RECORDER = "gptlab.record"
 
 
 class Recorder:
-    """What `record` gives: called with a step and its figures, it writes them."""
+    """What `record` gives: called with a step and its figures, it writes them.
+
+    >>> with gptlab.record("trials/adam-1", seed=1, arm="adam") as log:
+    ...     log(100, loss=3.1, train_loss=3.0, accuracy=0.4)
+    >>> log.last
+    {'loss': 3.1, 'accuracy': 0.4}
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder, self._step = folder, -1

@@ -86,10 +86,18 @@ class _Reading:
 
 
 class TextModel(GPT):
-    """A GPT with its tokenizer, which writes text. It shares the modules of the model that was opened."""
+    """A GPT with its tokenizer, which writes text; `gptlab.load` gives one.
+
+    >>> model = gptlab.load("runs/a")
+    >>> model.generate("To be", max_new_tokens=20, seed=3) == model.generate("To be", max_new_tokens=20, seed=3)
+    True
+    >>> logits = model(torch.zeros(1, 8, dtype=torch.long))
+    >>> logits.shape == (1, 8, model.config.vocab_size)
+    True
+    """
 
     def __init__(self, opened: OpenedModel) -> None:
-        self.__dict__.update(opened.model.__dict__)
+        self.__dict__.update(opened.model.__dict__)  # the same modules, not copies
         self._opened = opened
 
     @property

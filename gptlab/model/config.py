@@ -11,7 +11,11 @@ from gptlab.options import check_sizes
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The size of a GPT-2; the defaults are the 124M model's, with the vocabulary padded to a multiple of 128."""
+    """The size of a GPT-2; the defaults are the 124M model's, with the vocabulary padded to a multiple of 128.
+
+    >>> GPTConfig().parameters, GPTConfig(block_size=64, vocab_size=256, n_layer=2, n_head=2, n_embd=32).parameters
+    (124475904, 35712)
+    """
 
     block_size: int = 1024
     vocab_size: int = 50304

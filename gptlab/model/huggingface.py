@@ -52,7 +52,14 @@ _FILE = re.compile(r"\w[\w.-]*\.(?:safetensors|bin)")
 
 
 def to_huggingface(model: GPT) -> GPT2LMHeadModel:
-    """A `GPT2LMHeadModel` on the CPU that gives the same logits; `save_pretrained` makes its folder."""
+    """A `GPT2LMHeadModel` on the CPU that gives the same logits; `save_pretrained` makes its folder.
+
+    >>> from gptlab.model import GPT, GPTConfig
+    >>> model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=4))
+    >>> tokens = torch.arange(8).view(1, 8)
+    >>> torch.allclose(to_huggingface(model)(tokens).logits, model(tokens), atol=1e-6)
+    True
+    """
     try:
         import transformers
     except ImportError:
@@ -120,6 +127,11 @@ def from_huggingface(path_or_model: str | Path | GPT2LMHeadModel) -> GPT:
     """A `GPT` with the weights of a GPT-2 folder or of a loaded `GPT2LMHeadModel`.
 
     Raises CheckpointError where the folder is missing or is not a GPT-2 that this model can be equal to.
+
+    >>> from gptlab.model import GPT, GPTConfig
+    >>> theirs = to_huggingface(GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=4)))
+    >>> from_huggingface(theirs).config.n_embd  # or the folder of theirs.save_pretrained(folder)
+    4
     """
     if isinstance(path_or_model, str | Path):
         folder = Path(path_or_model)

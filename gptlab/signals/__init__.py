@@ -1,6 +1,10 @@
 """What a block's reading is worth: one pure function a signal, one registry, one memory-flat reader.
 
 Every signal is also an attribute: `gptlab.signals.entropy` is `SIGNALS["entropy"]`.
+
+>>> import gptlab, torch
+>>> gptlab.signals.entropy(torch.zeros(1, 4), torch.tensor([0]))
+tensor([1.3863])
 """
 
 from __future__ import annotations

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Signal:
-    """One row of the table of signals.
+    """One row of the table of signals, which is called as a function of logits (n, V) and true tokens (n,).
+
+    >>> import torch
+    >>> signal = SIGNALS["deep_supervision"]
+    >>> signal.formula, signal.uses_truth, signal(torch.zeros(1, 4), torch.tensor([2]))
+    ('CE(z,y)', True, tensor([1.3863]))
 
     name: also of its function in functions.py
     formula: the loss contribution of one token

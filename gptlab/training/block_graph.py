@@ -72,6 +72,10 @@ class Losses:
     signal_loss: the weighted sum of the signals' means, as it stands in the total loss
     by_judge: for every signal, judge -> unweighted mean of the signal over the tokens it read
     figures: for every signal, what its source measured (`SourceOutput.figures`)
+
+    >>> losses = Losses(torch.tensor(2.5), torch.tensor(-0.2), by_judge=({1: torch.tensor(-0.4)},))
+    >>> float(losses.loss), list(losses.by_judge[0])
+    (2.5, [1])
     """
 
     loss: Tensor

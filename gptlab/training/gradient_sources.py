@@ -155,6 +155,14 @@ def backward(
     step, seed, first_sequence: keys of the draws (rotate, positions, controls); first_sequence is the index of the
     first row in the update's total batch. autocast: dtype of the matmuls; without it, the parameters' own. A placebo
     is scaled to its signal's norm on this batch. Raises DataError for a token the model has no row for.
+
+    >>> from gptlab.model import GPT, GPTConfig
+    >>> from gptlab.signals import SignalConfig
+    >>> model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=4))
+    >>> tokens = torch.arange(8).view(1, 8)
+    >>> losses = backward(model, tokens, tokens + 1, SignalConfig("confidence", weight=0.5))
+    >>> round(float(losses.loss), 1), model.transformer.wte.weight.grad.shape
+    (2.8, torch.Size([16, 4]))
     """
     check_tokens(model, tokens, targets)
     configs = [signal_config] if isinstance(signal_config, SignalConfig) else signal_config or []
