@@ -37,6 +37,8 @@ PIPE_WIDTH = 110
 """Characters of a line on standard error where it is no terminal."""
 REDRAW_EVERY, COUNT_EVERY = 0.1, 10.0
 """Seconds between two drawings of a live line, and between two lines of progress in a file."""
+LEAST_FOLDED = 12
+"""Characters of a table's last column in which words may be broken."""
 NARROWEST = 20
 """A terminal that reports fewer columns, or none, is shown lines of the usual 80."""
 
@@ -341,17 +343,26 @@ def duration(seconds: float | None) -> str:
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
-def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, boxed: bool = False) -> RichTable:
-    """A table; columns whose names begin with ">" are aligned to the right."""
+def grid(
+    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, boxed: bool = False, width: int | None = None
+) -> RichTable:
+    """A table; columns whose names begin with ">" are aligned to the right, and never folded.
+
+    width: that it has to keep to without breaking a word, where there is room.
+    """
     from rich.table import Table
     from rich.text import Text
 
     shown = Table() if boxed else Table(box=None, pad_edge=False, header_style="dim")
-    for name in columns:
-        right = name.startswith(">")
+    rows, rights = list(rows), [name.startswith(">") for name in columns]
+    cells = [[str(cell).replace(" ", "_" if right else " ") for cell in column]
+             for right, *column in zip(rights, columns, *rows, strict=True)]  # fmt: skip
+    widths = column_widths(cells, width) if width else None
+    for name, right, wide in zip(columns, rights, widths or [None] * len(columns), strict=True):
         shown.add_column(
-            name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right and not boxed
-        )
+            name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right and not boxed,
+            width=wide,
+        )  # fmt: skip
     for row in rows:
         shown.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
     return shown
@@ -396,20 +407,46 @@ def result_text(tables: Iterable[Table], lines: Iterable[str], *, first: Sequenc
 def show_table(shown_on: Console, table: Table) -> None:
     """A table and an empty line after it; cells fold where the terminal is narrow, and are never cut.
 
-    What is no terminal has no width: there rows are as long as they are.
+    Words are broken only where a terminal is too narrow for the longest one of every column; columns without a figure
+    are left out there. What is no terminal has no width: rows are as long as they are, and columns all there.
     """
     from rich.table import Table as RichTable
     from rich.text import Text
 
     title, header, rows = table
     shown = RichTable(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
-    room = max(1, shown_on.width // len(header) - 2)
-    for name, *cells in zip(header, *rows, strict=True):
-        widest = max(map(len, (name, *cells)))
-        shown.add_column(name, overflow="fold", min_width=min(widest, 24, room) if shown_on.is_terminal else widest)
-    for row in rows:
+    columns = list(zip(header, *rows, strict=True))
+    if shown_on.is_terminal:
+        columns = [column for column in columns if {*column[1:]} != {"–"}]
+        widths = column_widths(columns, shown_on.width)
+    else:
+        widths = [max(map(len, column)) for column in columns]
+    for name, width in zip((column[0] for column in columns), widths or [None] * len(columns), strict=True):
+        shown.add_column(name, overflow="fold", width=width, min_width=width)
+    for row in zip(*(column[1:] for column in columns), strict=True):
         shown.add_row(*(Text(printable(cell)) for cell in row))
     shown_on.print(shown, "", crop=False)
+
+
+def column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """How wide columns of texts are, two blanks apart, where no word is broken but, if it has to be, in the last one.
+
+    None where there is no room even then.
+
+    >>> column_widths([("arm", "a_long_name"), ("reason", "it is so because it is so")], 28)
+    [11, 15]
+    """
+    widths = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    most = [max(map(len, column)) for column in columns]
+    spare = width - sum(widths) - 2 * (len(columns) - 1)
+    if spare < 0:
+        widths[-1], spare = widths[-1] + spare, 0
+        return widths if widths[-1] >= LEAST_FOLDED else None
+    while spare and widths != most:
+        for i in range(len(widths)):
+            given = int(widths[i] < most[i] and spare > 0)
+            widths[i], spare = widths[i] + given, spare - given
+    return widths
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -107,7 +107,8 @@ def _show(experiment: str | None, groups: list[Group], *, each: bool) -> None:
     title = "other runs" if experiment is None else experiment
     shown_on.print(Text(printable(f"{title}: {sum(len(group.runs) for group in groups)} runs"), "bold"))
     right = [f">{name}" if name in FIGURES else name for name in columns]
-    shown_on.print(grid(right, [[_cell(group, name) for name in columns] for group in groups]))
+    rows = [[_cell(group, name) for name in columns] for group in groups]
+    shown_on.print(grid(right, rows, width=shown_on.width))
     shown_on.print()
 
 

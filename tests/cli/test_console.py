@@ -215,6 +215,23 @@ def test_on_a_terminal_cells_fold_and_none_is_cut(width: int) -> None:
     assert {c: found.count(c) for c in expected} == {c: expected.count(c) + "a title".count(c) for c in expected}
 
 
+NAMES = ("self_distillation-placebo", "information_gain-annealed")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_on_a_terminal_no_name_or_number_is_broken_and_an_empty_column_is_left_out(width: int) -> None:
+    rows = [(name, "-1.0171 (-1.1260 to -0.9083)", "–", "+0.0121 (-0.0015 to +0.0257)") for name in NAMES]
+    out = io.StringIO()
+    header = ("arm", "against its placebo", "at equal FLOPs", "at each one's best temperature")
+    table = Table("At equal cost", header, rows)
+    show_table(Console(file=out, force_terminal=True, width=width, color_system=None), table)
+    found = out.getvalue()
+    assert max(map(len, found.splitlines())) <= width
+    for word in (*NAMES, "-1.0171", "-1.1260", "-0.9083", "+0.0121", "temperature"):
+        assert word in found
+    assert "FLOPs" not in found
+
+
 TRAIN = {"loss": 4.5678, "signal_loss": -0.4321, "dose": 0.45, "tokens_per_second": 123_456.7, "mfu": 0.31}
 VAL = {
     "loss": 4.1234, "block_loss": [4.9, 4.5, 4.3, 4.1], "block_confidence": [0.1, 0.2, 0.3, 0.4], "accuracy": 0.2345,
