@@ -422,7 +422,8 @@ def show_table(shown_on: Console, table: Table) -> None:
     else:
         widths = [max(map(len, column)) for column in columns]
     for name, width in zip((column[0] for column in columns), widths or [None] * len(columns), strict=True):
-        shown.add_column(name, overflow="fold", width=width, min_width=width)
+        exact = width if shown_on.is_terminal else None  # in a pipe a table is as wide as it has to be
+        shown.add_column(name, overflow="fold", width=exact, min_width=width)
     for row in zip(*(column[1:] for column in columns), strict=True):
         shown.add_row(*(Text(printable(cell)) for cell in row))
     shown_on.print(shown, "", crop=False)
