@@ -6,10 +6,11 @@ The same fields serve `--help`, the command line, TOML files and the record of a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,30 +63,39 @@ class Option:
 
     @property
     def default_shown(self) -> str:
-        if self.shown:
-            return self.shown
-        if self.default is None:
-            return "none"
-        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
+        return self.shown or as_typed(self.default)
 
 
-def options_of(config: type, prefix: str = "") -> Iterator[Option]:
+def as_typed(value: Any) -> str:
+    """A value as it stands on a command line.
+
+    >>> as_typed(None), as_typed(True), as_typed((1, 2))
+    ('none', 'true', '1,2')
+    """
+    if isinstance(value, list | tuple):
+        return ",".join(map(as_typed, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+@functools.cache
+def options_of(config: type, prefix: str = "") -> tuple[Option, ...]:
     """The options of a config class in the order of its fields; a nested config's keys are dotted."""
-    hints = typing.get_type_hints(config)
-    group = ""
+    hints, found, group = _hints(config), list[Option](), ""
     for field in dataclasses.fields(config):
-        kind = hints[field.name]
-        if not field.metadata:  # not an option of its own (TrainingConfig.also)
-            if not dataclasses.is_dataclass(kind):
-                continue
-            yield from options_of(typing.cast(type, kind), prefix + field.name + ".")
+        kind, meta = hints[field.name], field.metadata
+        if not meta:  # not an option of its own (TrainingConfig.also)
+            if dataclasses.is_dataclass(kind):
+                found += options_of(typing.cast(type, kind), prefix + field.name + ".")
             continue
-        meta = field.metadata
-        group = meta.get("group") or group
+        group = meta["group"] or group
         literals = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-        choices = meta.get("choices") or literals
-        help, unit, shown_default = (meta.get(name, "") for name in ("help", "unit", "shown"))
-        yield Option(prefix + field.name, kind, field.default, help, unit, choices, shown_default, group)
+        choices = meta["choices"] or literals
+        help, unit, shown_default = (meta[name] for name in ("help", "unit", "shown"))
+        found.append(Option(prefix + field.name, kind, field.default, help, unit, choices, shown_default, group))
+    return tuple(found)
 
 
 def build(config: type, values: Mapping[str, Any]) -> Any:
@@ -105,7 +115,7 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
             nested.setdefault(head, {})[rest] = value
         else:
             flat[key] = value
-    hints = typing.get_type_hints(config)
+    hints = _hints(config)
     return config(**flat, **{name: build(hints[name], inner) for name, inner in nested.items()})
 
 
@@ -123,10 +133,11 @@ def recorded(config: type, values: Mapping[str, Any]) -> Any:
     return build(config, found)
 
 
+@functools.cache
 def _lists_of_configs(config: type) -> dict[str, type]:
     """The fields that hold several configs of one class, with that class."""
     found = {}
-    for name, kind in typing.get_type_hints(config).items():
+    for name, kind in _hints(config).items():
         arguments = typing.get_args(kind)
         if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(arguments[0]):
             found[name] = typing.cast(type, arguments[0])

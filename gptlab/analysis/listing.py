@@ -20,6 +20,7 @@ from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.statistics import spread
 from gptlab.errors import GptlabError, UsageError, did_you_mean
 from gptlab.files import LOCK, is_locked
+from gptlab.options import as_typed
 from gptlab.runs.experiment_spec import FILE as EXPERIMENT
 
 FIGURES = (
@@ -203,6 +204,5 @@ def _meets(found: Any, sign: str, wanted: str) -> bool:
     except (TypeError, ValueError):
         if sign not in ("=", "!="):
             return False
-        text = "none" if found is None else str(found).lower() if isinstance(found, bool) else str(found)
-        return fnmatch.fnmatchcase(text, wanted) == (sign == "=")
+        return fnmatch.fnmatchcase(as_typed(found), wanted) == (sign == "=")
     return {"=": a == b, "!=": a != b, "<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[sign]

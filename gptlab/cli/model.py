@@ -10,7 +10,7 @@ import contextlib
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -213,10 +213,9 @@ def _refuse_used(out: Path, what: str, *, folder: bool) -> None:
 
 def model_card(run: Path, config: TrainingConfig, parameters: int) -> str:
     """README.md of a run's model: what was trained, on what, for how long, to which loss, by which command."""
-    from gptlab.options import flatten
     from gptlab.runs.folder import RunFolder, newest
     from gptlab.training.config import TrainingConfig
-    from gptlab.training.presets import PRESETS
+    from gptlab.training.presets import command_of
 
     found = newest(run)
     folder = RunFolder(found.parent.parent if found.parent.name == "checkpoints" else found)
@@ -226,10 +225,8 @@ def model_card(run: Path, config: TrainingConfig, parameters: int) -> str:
         for row in folder.rows():
             if row["kind"] == "val" and row["step"] <= step and is_number(row.get("loss")):
                 loss = f"{row['loss']:.4f} nats a token at step {row['step']:,}"
-    preset = flatten(TrainingConfig(**PRESETS.get(config.preset, {})))
-    free = ("preset", "out", "resume", "also", "log", "device", "threads", "rank_timeout")
-    changed = {key: value for key, value in flatten(config).items() if value != preset[key] and key not in free}
-    command = shlex.join(["gptlab", "train", "--preset", config.preset, *(f"--{k}={v}" for k, v in changed.items())])
+    usual = {key: getattr(TrainingConfig(), key) for key in ("out", "log", "device", "threads", "rank_timeout")}
+    command = command_of(replace(config, **usual)) or "gptlab train --config FILE  # of several signals"
     signals = ", ".join(f"{one.name}, control {one.control}" for one in config.signals) or "none, the true loss alone"
     shared = " (one block, shared)" if config.share_blocks else ""
     return f"""# GPT-2, {parameters:,} parameters

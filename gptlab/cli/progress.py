@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from gptlab.cli.console import LiveLine, Observer, Part, bar, duration, observin
 from gptlab.cli.console import console as terminal
 from gptlab.data.corpus import Corpus
 from gptlab.device import ComputeConfig
-from gptlab.options import build, flatten
 from gptlab.runs.session import Beginning
+from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
 from gptlab.training.loop import Record, due
-from gptlab.training.presets import PRESETS
+from gptlab.training.presets import command_of
 
 SHOWN_TOKENS = 12
 """Tokens of a sample whose blocks are shown; the row in metrics.jsonl has all of them."""
@@ -203,24 +204,12 @@ def next_commands(config: TrainingConfig, folder: str) -> list[str]:
     start = f"torchrun --standalone --nproc_per_node=1 {other}"
     if not Path(other).exists():  # gptlab was installed: its launchers are in the checkout alone
         start = "gptlab train" + " --signal.name confidence" * (what == "with")
-    run = shlex.quote(folder)
+    plain, run = replace(config, out=None, signal=SignalConfig(), also=()), shlex.quote(folder)
     return [
-        f"{command_of(config, start)}  # the same {what} the block loss",
+        f"{command_of(plain, start)}  # the same {what} the block loss",
         f'gptlab sample --checkpoint {run} --prompt "ROMEO:" --show_blocks',
         f"gptlab verify {run}",
     ]
-
-
-def command_of(config: TrainingConfig, start: str) -> str:
-    """The command that begins with `start` and gives what this config sets over its preset, signals left out."""
-    usual = flatten(build(TrainingConfig, PRESETS[config.preset]))
-    words = [start]
-    if config.preset != "shakespeare-tiny":
-        words.append(f"--preset {config.preset}")
-    for key, value in flatten(config).items():
-        if value != usual[key] and key not in ("out", "resume", "preset", "also") and not key.startswith("signal."):
-            words.append(f"--{key} {shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
-    return " ".join(words)
 
 
 def sample_panel(step: int, sample: dict[str, Any], width: int) -> Panel:

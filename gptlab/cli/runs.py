@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gptlab.analysis.tables import number
 from gptlab.cli.arguments import Parser
 from gptlab.cli.console import console, grid, printable
 from gptlab.errors import UsageError
+from gptlab.options import as_typed
 
 if TYPE_CHECKING:
     from gptlab.analysis.listing import Group
@@ -123,12 +124,8 @@ def _cell(group: Group, column: str) -> str:
         least, most = min(steps, default=0), max(steps, default=0)
         return f"{least if least == most else f'{least}–{most}'}/{number(run.figures['steps'], 'd')}" if steps else "–"
     if column == "differs in":
-        words = [f"{key}={_word(value)}" for key, value in group.differences.items()]
+        words = [f"{key}={as_typed(value)}" for key, value in group.differences.items()]
         more = [f"and {len(words) - MOST_WORDS} more"] if len(words) > MOST_WORDS else []
         return run.problem or " ".join(words[:MOST_WORDS] + more)
     mean, deviation = group.mean(FIGURES[column])
     return number(mean, ".4f") + (f" ±{deviation:.4f}" if deviation is not None else "")
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

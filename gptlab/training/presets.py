@@ -8,7 +8,7 @@ from typing import Any
 
 from gptlab.errors import ConfigError, shown
 from gptlab.model.config import GPTConfig
-from gptlab.options import build, flatten
+from gptlab.options import as_typed, build, flatten
 from gptlab.training.config import TrainingConfig
 
 _V1: dict[str, Any] = {  # what shakespeare-tiny was when the findings were made; larger presets build on it
@@ -109,7 +109,7 @@ def preset_options(preset: str, given: Mapping[str, Any] | None = None) -> dict[
     return PRESETS[preset] if depth is None or preset != "ladder" else ladder(depth)
 
 
-def command_of(config: TrainingConfig) -> str:
+def command_of(config: TrainingConfig, program: str = "gptlab train") -> str:
     """The command that makes a run of this config, wherever its options came from.
 
     Empty for one with more signals than one, which only a file of options can hold.
@@ -119,10 +119,8 @@ def command_of(config: TrainingConfig) -> str:
     given = {"depth": config.depth} if config.depth else {}
     usual = flatten(build(TrainingConfig, preset_options(config.preset, given)))
     usual |= {"resume": config.resume, "depth": None}  # depth chooses what else is usual
-    words = ["gptlab", "train", "--preset", config.preset]
-    for key, value in flatten(config).items():
-        if value != usual[key] and key not in ("preset", "also"):
-            shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words.append(f"--{key}={shown.lower() if isinstance(value, bool) else shown}")
+    words = ["--preset", config.preset]
+    words += [f"--{key}={as_typed(value)}" for key, value in flatten(config).items()
+              if value != usual[key] and key not in ("preset", "also")]  # fmt: skip
     words += ["--allow_code"] if config.signal.is_code else []
-    return shlex.join(words)
+    return f"{program} {shlex.join(words)}"

@@ -520,6 +520,6 @@ def test_what_to_try_next_works_where_it_is_printed(
     """With the launchers of a checkout, or with the command alone, which is all that an installed wheel has."""
     config = train.resolve({"signal.name": signal, "steps": 7, "seed": 2}, gpus=0)
     monkeypatch.chdir(tmp_path)
-    assert next_commands(config, "log/run")[0].startswith(f"{command} --seed 2 --steps 7  # the same")
+    assert next_commands(config, "log/run")[0].startswith(f"{command} --preset shakespeare-tiny --seed=2 --steps=7  # ")
     (tmp_path / launcher).touch()
     assert next_commands(config, "log/run")[0].startswith(f"torchrun --standalone --nproc_per_node=1 {launcher} --")

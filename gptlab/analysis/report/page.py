@@ -16,6 +16,7 @@ import gptlab
 from gptlab.analysis.report import theme
 from gptlab.analysis.tables import number
 from gptlab.files import write_whole
+from gptlab.options import as_typed
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -100,4 +101,4 @@ def tenth(p: float) -> int:
 
 def value(option: Any) -> str:
     """An option as one would type it."""
-    return "–" if option is None else str(option).lower() if isinstance(option, bool) else str(option)
+    return "–" if option is None else as_typed(option)
