@@ -23,6 +23,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse's own, and it names the nearest choice."""
+        known = [*(action.choices or ())]
+        if known and value not in known:
+            name = action.option_strings[-1] if action.option_strings else self.prog.rpartition(" ")[2]
+            self.error(f"{name}: expected {', '.join(known)}, found {shown(value)}{did_you_mean(value, known)}")
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse everything or raise UsageError."""
         words = [_underscored(word) for word in argv]

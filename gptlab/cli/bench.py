@@ -40,25 +40,22 @@ def measure(argv: list[str]) -> dict[str, Any]:
 
 def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
     """What the options ask for; raises UsageError naming the nearest word before torch is imported."""
-    parser.add_argument("--size", default="tiny", metavar="|".join(SIZES), help="the model and batch to measure [tiny]")
+    size = "the model and batch to measure [tiny]"
+    parser.add_argument("--size", default="tiny", metavar="|".join(SIZES), choices=[*SIZES], help=size)
     parser.add_argument("--batch", type=int, default=0, help="sequences a step [the size's own]")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds [5]")
     parser.add_argument("--per_round", type=int, default=1, help="steps a round [1]")
     parser.add_argument("--modes", default=",".join(MODES), help=f"signal modes, of {', '.join(MODES)} [all]")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=" or ".join(PEERS))
     parser.add_argument("--peers_in_both", action="store_true", help="peers in fp32 and bf16 [below 256 channels only]")
-    parser.add_argument("--dtype", default="auto", help="of our steps: auto, fp32, bf16 [auto]")
+    dtype = "of our steps: auto, fp32, bf16 [auto]"
+    parser.add_argument("--dtype", default="auto", metavar="DTYPE", choices=["auto", "fp32", "bf16"], help=dtype)
     parser.add_argument("--ladder", action="store_true", help="also one run a core, side by side, as experiments do")
     parser.add_argument("--threads", type=int, default=0, help="threads [all cores]")
     options = parser.parse(argv)
     modes = tuple(mode for mode in options.modes.split(",") if mode)
     peers = tuple((name, path) for name, _, path in (word.partition("=") for word in options.peer))
-    for option, words, known in (
-        ("--size", [options.size], SIZES),
-        ("--modes", modes, MODES),
-        ("--peer", [name for name, _ in peers], PEERS),
-        ("--dtype", [options.dtype], ("auto", "fp32", "bf16")),
-    ):
+    for option, words, known in (("--modes", modes, MODES), ("--peer", [name for name, _ in peers], PEERS)):
         for word in words:
             if word not in known:
                 raise UsageError(

@@ -41,22 +41,18 @@ from gptlab.processes import python_command
 
 SUMMARY = "prepare a corpus, or look at one"
 
-COMMANDS = ("prepare", "info")
 EXCERPT_TOKENS = 120
 
 
 def main(argv: list[str]) -> int:
     """Run `gptlab data ...` with the words after `data`; returns the exit code. Raises GptlabError."""
-    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
-        raise UsageError(f"data: expected {' or '.join(COMMANDS)}, found {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
     options = _parser().parse(argv)
     return options.run(options)
 
 
 def _prepare(options: argparse.Namespace) -> int:
-    for given, known in ((options.name, CORPORA), (options.tokenizer, TOKENIZERS)):
-        if given is not None and given not in known and not (known is CORPORA and is_known(given)):
-            raise UsageError(f"expected one of {', '.join(known)}, found {shown(given)}{did_you_mean(given, known)}")
+    if not is_known(name := options.name):
+        raise UsageError(f"expected one of {', '.join(CORPORA)}, found {shown(name)}{did_you_mean(name, CORPORA)}")
     tokenizer = options.tokenizer or default_tokenizer(options.name)
     out = options.out or default_folder(options.name, tokenizer)
     with Counter() as display:
@@ -166,7 +162,12 @@ def _parser() -> Parser:
     add("--input", metavar="PATH", action="append", default=[], help=inputs)
     add("--text_field", metavar="NAME", default="text", help="of objects and rows of corpus text [text]")
     add("--skip_null", action="store_true", help="leave out documents whose text is null, and count them")
-    add("--tokenizer", metavar="NAME", help="bytes or gpt2 [gpt2 for text and fineweb-edu, else bytes]")
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        choices=[*TOKENIZERS],
+        help="bytes or gpt2 [gpt2 for text and fineweb-edu, else bytes]",
+    )
     add("--out", metavar="DIR", type=Path, help="[data/NAME-TOKENIZER]")
     add("--workers", metavar="N", type=int, help="tokenising threads [all processors]")
     add("--shard_tokens", metavar="N", type=int, default=100_000_000, help="[100000000]")

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from gptlab.cli.arguments import Parser, count
 from gptlab.cli.console import StopRequest, console, duration, grid, printable, say
-from gptlab.errors import ConfigError, GptlabError, UsageError, did_you_mean
+from gptlab.errors import ConfigError, GptlabError, UsageError
 
 if TYPE_CHECKING:
     from gptlab.runs.cells import State
@@ -43,10 +43,6 @@ SPOKEN: tuple[State, ...] = ("finished", "diverged", "failed")
 
 def main(argv: list[str]) -> int:
     """Do one of ACTIONS; raises ConfigError for a file that cannot be run, Stopped when asked to stop."""
-    if argv and not argv[0].startswith("-") and argv[0] not in ACTIONS:
-        raise UsageError(
-            f"experiment: expected {', '.join(ACTIONS)}, found {argv[0]!r}{did_you_mean(argv[0], ACTIONS)}"
-        )
     options = _parser().parse(argv)
     if options.executor and options.action != "run":
         raise UsageError(f"--executor is for run, found it with {options.action}")

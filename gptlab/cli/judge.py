@@ -61,19 +61,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--path", metavar="DIR", help="of a lab.toml to write: the folder that it runs in a copy of [.]")
     add("--preset", metavar="NAME", help="of a lab.toml to write: a preset of gptlab in place of a command")
     add("--metric", metavar="REGEX", help="of a lab.toml to write: a pattern with one group, the metric")
-    add("--better", metavar="lower|higher", help="of a lab.toml to write: which metric is better [lower]")
+    add(
+        "--better",
+        metavar="lower|higher",
+        choices=["lower", "higher"],
+        help="of a lab.toml to write: which metric is better [lower]",
+    )
     add("--status", action="store_true", help="what was tried, and what is left of the error rate")
     add("--report", action="store_true", help="write report.html into the lab")
-    add("--export", metavar="csv", help="print the ledger as CSV")
+    add("--export", metavar="csv", choices=["csv"], help="print the ledger as CSV")
     add("--adopt", action="store_true", help="make the idea, or the last kept one, part of the baseline if it is kept")
     add("--allow_code", action="store_true", help="let an arm's signal.name be a function in a file next to it")
     add("--json", action="store_true", help='print {"verdict", "reason", "difference", "interval", "n", ...}')
-    options = parser.parse(argv)
-    if options.export not in (None, "csv"):
-        raise UsageError(f"--export: expected csv, found {options.export!r}")
-    if options.better not in (None, "lower", "higher"):
-        raise UsageError(f"--better: expected lower or higher, found {options.better!r}")
-    return options
+    return parser.parse(argv)
 
 
 def _write_lab(path: Path, options: argparse.Namespace, *, must: bool) -> None:

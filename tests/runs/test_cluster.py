@@ -231,7 +231,7 @@ def test_submitit_knows_every_job_option() -> None:
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["run", "{file}", "--executor", "slurn"], 2, "invalid choice: 'slurn'"),
+        (["run", "{file}", "--executor", "slurn"], 2, "expected slurm, local, found 'slurn'"),
         (["run", "{file}", "--slurm", "qos=high"], 2, "--slurm is for jobs of a cluster: add --executor slurm"),
         (["smoke", "{file}", "--executor", "local"], 2, "--executor is for run, found it with smoke"),
         (["run", "{file}", "--executor", "slurm", "--slurm", "q=1"], 2, "--slurm: unknown key 'q'"),
