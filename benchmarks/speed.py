@@ -16,6 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -24,8 +26,9 @@ from typing import Any
 from marked import rewrite
 
 from gptlab.benchmark import SIZES
-from gptlab.benchmark.ladder import weak_scaling
+from gptlab.benchmark.ladder import STEPS, Ladder, Timing, interleave
 from gptlab.cli.bench import measure
+from gptlab.device import Machine, choose_compute
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/performance.md"
@@ -36,6 +39,8 @@ PER_ROUND = {"tiny": "8", "small": "2", "124m": "1"}
 HELP, WEAK = "help", "weak"
 WEAK_SIZES = ("tiny", "small")
 HELP_TIMES = 15
+TEAMS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
+"""name -> processes, threads of each. Two processes of one thread are what `torchrun --nproc_per_node=2` starts."""
 
 
 def main(argv: list[str]) -> int:
@@ -89,6 +94,54 @@ def weak(rounds: int) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "sizes": [weak_scaling(size, rounds, int(PER_ROUND[size]), tell) for size in WEAK_SIZES],
     }
+
+
+def weak_scaling(size: str, rounds: int, per_round: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """As much work a thread, in one process and in two that sum their gradients, in turn at one size; JSON values.
+
+    Twice the threads should make twice the tokens.
+    """
+    machine = Machine.probe()
+    placement = choose_compute(machine, device="cpu", n_embd=SIZES[size]["n_embd"])
+    batch = SIZES[size]["batch"]
+    with ExitStack() as running:
+        teams = {
+            name: running.enter_context(
+                Ladder(size, placement, processes, threads=threads, batch=batch * threads, together=processes > 1)
+            )
+            for name, (processes, threads) in TEAMS.items()
+        }
+        timings = interleave({name: team.steps for name, team in teams.items()}, rounds, per_round, report)
+    return {
+        "size": size,
+        "batch_per_thread": batch,
+        "dtype": placement.dtype_name,
+        "processor": machine.processor,
+        "bf16": machine.cpu_bf16,
+        "rounds": rounds,
+        "rows": rows(timings, STEPS * batch * SIZES[size]["block_size"]),
+    }
+
+
+def rows(timings: Mapping[str, Timing], tokens: int) -> list[dict[str, Any]]:
+    """A row a team, of `tokens` tokens a thread in each timed step.
+
+    efficiency: the rate a thread over that of one thread alone. ratio_to_one_process: the rate over that of one process
+    with as many threads in all.
+    """
+    rates = {(p, t): tokens * p * t / timings[name].median for name, (p, t) in TEAMS.items()}  # tokens/s
+    return [
+        {
+            "name": name,
+            "processes": processes,
+            "threads": threads,
+            "tokens_per_second": rates[processes, threads],
+            "spread": timings[name].spread,
+            "efficiency": rates[processes, threads] / (processes * threads * rates[1, 1]),
+            "ratio_to_one_process": rates[processes, threads] / rates[1, processes * threads],
+        }
+        for name, (processes, threads) in TEAMS.items()
+    ]
 
 
 def weak_table(found: dict[str, Any]) -> str:

@@ -135,7 +135,7 @@ def branch_test(
     """Run the branches of every signal from a checkpoint and judge them: name -> the object of `as_json`.
 
     run: a run (its newest checkpoint) or the folder of a checkpoint. See `runs.branching.branch` for what is raised
-    and for `progress`, whose first call gives the cost, and `runs.branching.arms_named` for signals by name.
+    and for `progress`, whose first call gives the cost.
     """
     from gptlab.runs.branching import Plan, branch
 

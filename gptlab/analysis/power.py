@@ -56,13 +56,7 @@ def smallest_delta(sigma: float, n: int, level: float = 0.10, power: float = POW
     >>> round(smallest_delta(0.017, 26), 3)
     0.01
     """
-    low, high = 0.0, sigma
-    while power_of_equivalence(0.0, sigma, n, high, level) < power:
-        low, high = high, 2 * high
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if power_of_equivalence(0.0, sigma, n, middle, level) >= power else (middle, high)
-    return high
+    return _least(lambda delta: power_of_equivalence(0.0, sigma, n, delta, level) >= power, sigma, 1e-3)
 
 
 def power_of_difference(difference: float, sigma: float, n: int, level: float = 0.05) -> float:
@@ -106,12 +100,17 @@ def smallest_difference(sigma: float, n: int, level: float = 0.05, power: float 
 
 @lru_cache(maxsize=1024)
 def _smallest_in_sigmas(n: int, level: float, power: float) -> float:
-    low, high = 0.0, 1.0
-    while power_of_difference(high, 1.0, n, level) < power:
+    return _least(lambda difference: power_of_difference(difference, 1.0, n, level) >= power, 1.0, 1e-4)
+
+
+def _least(enough: Callable[[float], bool], high: float, precision: float) -> float:
+    """The least number that is enough, to a share `precision` of itself, where more is never less; high: a guess."""
+    low = 0.0
+    while not enough(high):
         low, high = high, 2 * high
-    while high - low > 1e-4 * high:
+    while high - low > precision * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if power_of_difference(middle, 1.0, n, level) >= power else (middle, high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
     return high
 
 

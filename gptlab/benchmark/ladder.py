@@ -1,8 +1,7 @@
-"""Steps timed in turn, of one process and of several: the ladder, and weak scaling.
+"""Steps timed in turn, of one process and of several: the ladder.
 
 Interleaved timing: every contender runs once a round, so that a machine's drift falls on all of them alike. The ladder
-is one small run a core, as an experiment's cells run, their steps summed. Weak scaling is as much work a thread, in one
-process and in two that sum their gradients: twice the threads should make twice the tokens.
+is one small run a core, as an experiment's cells run, their steps summed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -30,8 +28,6 @@ from gptlab.processes import python_command
 
 STEPS = 4
 """Steps that a run of the ladder makes before it waits for the others."""
-TEAMS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
-"""name -> processes, threads of each. Two processes of one thread are what `torchrun --nproc_per_node=2` starts."""
 
 
 @dataclass
@@ -155,48 +151,3 @@ def run_of_ladder(words: list[str]) -> None:
             done = step()
         print(json.dumps(done.grad_norm), flush=True)
     world.disconnect()
-
-
-def weak_scaling(size: str, rounds: int, per_round: int = 1, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure the teams in turn at one size; JSON values."""
-    machine = Machine.probe()
-    placement = choose_compute(machine, device="cpu", n_embd=SIZES[size]["n_embd"])
-    batch = SIZES[size]["batch"]
-    with ExitStack() as running:
-        teams = {
-            name: running.enter_context(
-                Ladder(size, placement, processes, threads=threads, batch=batch * threads, together=processes > 1)
-            )
-            for name, (processes, threads) in TEAMS.items()
-        }
-        timings = interleave({name: team.steps for name, team in teams.items()}, rounds, per_round, report)
-    return {
-        "size": size,
-        "batch_per_thread": batch,
-        "dtype": placement.dtype_name,
-        "processor": machine.processor,
-        "bf16": machine.cpu_bf16,
-        "rounds": rounds,
-        "rows": rows(timings, STEPS * batch * SIZES[size]["block_size"]),
-    }
-
-
-def rows(timings: Mapping[str, Timing], tokens: int) -> list[dict[str, Any]]:
-    """A row a team, of `tokens` tokens a thread in each timed step.
-
-    efficiency: the rate a thread over that of one thread alone. ratio_to_one_process: the rate over that of one process
-    with as many threads in all.
-    """
-    rates = {(p, t): tokens * p * t / timings[name].median for name, (p, t) in TEAMS.items()}  # tokens/s
-    return [
-        {
-            "name": name,
-            "processes": processes,
-            "threads": threads,
-            "tokens_per_second": rates[processes, threads],
-            "spread": timings[name].spread,
-            "efficiency": rates[processes, threads] / (processes * threads * rates[1, 1]),
-            "ratio_to_one_process": rates[processes, threads] / rates[1, processes * threads],
-        }
-        for name, (processes, threads) in TEAMS.items()
-    ]

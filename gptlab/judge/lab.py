@@ -1,10 +1,12 @@
-"""A lab: the folder of `gptlab judge`, what its lab.toml declares, and how the first one is written.
+"""A lab: the folder of `gptlab judge`, what its lab.toml declares, how one is written, and the metric of a command.
 
 docs/judge.md explains every key; `lab_text` writes them all, with comments.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import json
 import platform
@@ -16,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.analysis.statistics import check_looks
-from gptlab.errors import ConfigError, did_you_mean
-from gptlab.files import MB, read_toml
-from gptlab.options import build, flatten, option, table_options
+from gptlab.errors import ConfigError, DataError, did_you_mean
+from gptlab.files import MB, parse_json, read_text, read_toml
+from gptlab.options import build, flatten, option, options_of, table_options
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS, preset_options
 
@@ -187,6 +189,73 @@ def _check_pattern(key: str, pattern: str) -> None:
         raise ConfigError(f"{key}: expected one group, such as 'loss ([0-9.]+)', found {groups} in {pattern!r}")
 
 
+LONGEST_LINE = 4096
+"""Characters of a line of output in which a pattern is looked for."""
+
+
+def read_metric(output: str, metric: Metric) -> float | None:
+    """The metric in a command's output; nan or inf where that is what it printed last; None where there is none.
+
+    >>> read_metric("loss 2.5\\nloss nan", Metric(pattern=r"loss ([0-9.]+)"))
+    nan
+    """
+    if metric.pattern:
+        return last_match(output, metric.pattern)
+    for line in reversed(output.splitlines()):
+        try:
+            found = parse_json(line)
+            return float(found[metric.json])
+        except (ValueError, TypeError, KeyError, IndexError):
+            continue
+    return None
+
+
+def last_match(output: str, pattern: str) -> float | None:
+    """The number in the last line that a pattern matches, also where it stands for a number and a NaN is printed."""
+    number, without = re.compile(pattern), re.compile(_of_no_number(pattern), re.IGNORECASE)
+    for line in reversed(output.splitlines()):
+        for found in [*number.finditer(line[:LONGEST_LINE]), *without.finditer(line[:LONGEST_LINE])][::-1]:
+            try:
+                return float(found[1])
+            except (ValueError, TypeError):
+                continue
+    return None
+
+
+def _of_no_number(pattern: str) -> str:
+    """The pattern with nan or inf in its one group.
+
+    >>> _of_no_number(r"\\(loss\\) ([(0-9.]+)$")
+    '\\\\(loss\\\\) ([-+]?(?:nan|inf(?:inity)?))$'
+    """
+    opened, depth, in_class, start = 0, 0, False, None
+    for at, (c, before) in enumerate(zip(pattern, " " + pattern, strict=False)):
+        escaped = before == "\\" and (at - len(pattern[:at].rstrip("\\"))) % 2 == 1
+        if escaped:
+            continue
+        if c in "[]":
+            in_class = c == "["
+        elif c == "(" and not in_class:
+            if start is None and not re.match(r"\(\?(?!P<)", pattern[at:]):
+                start, opened = at, depth
+            depth += 1
+        elif c == ")" and not in_class:
+            depth -= 1
+            if start is not None and depth == opened:
+                return pattern[:start] + "([-+]?(?:nan|inf(?:inity)?))" + pattern[at + 1 :]
+    return pattern
+
+
+def last_in_csv(work: Path, where: str) -> float | None:
+    """The last number in a column of a CSV file that the command wrote."""
+    name, _, column = where.rpartition(":")
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(work / name, limit=64 * MB, inside=work))))
+        return float(rows[-1][column])
+    except (FileNotFoundError, DataError, IndexError, KeyError, TypeError, ValueError, csv.Error):
+        return None
+
+
 def may_change(name: str, paths: Paths) -> bool:
     """Whether an idea may change a file, given relative to the baseline's folder with / between folders."""
     return any(matches(name, glob) for glob in paths.allow) and not any(matches(name, glob) for glob in paths.deny)
@@ -230,32 +299,15 @@ def lab_text(given: Mapping[str, Any]) -> str:
     given: {"baseline.command": ..., ...}; a key that is given with None is left out.
     """
     lines: list[str] = []
-    for key, default in flatten(LabConfig()).items():
-        table, _, name = key.partition(".")
-        if not lines or f"[{table}]" not in lines:
+    for known in options_of(LabConfig):
+        table, _, name = known.key.partition(".")
+        if f"[{table}]" not in lines:
             lines += ["", f"[{table}]"]
-        known = next(o for o in _known() if o.key == key)
+        value, usual = given.get(known.key), "" if known.default is None else known.default
+        shown = json.dumps(usual if value is None else value, ensure_ascii=False)
         unit = f", {known.unit}" if known.unit else ""
-        value = given.get(key)
-        shown = _toml(default) if value is None else _toml(value)
-        comment = "" if value is not None else "# "
-        lines.append(f"{comment}{name} = {shown}  # {known.help}{unit}")
-    if options := given.get("options"):
-        lines += ["", "[options]", *(f"{key} = {_toml(value)}" for key, value in options.items())]
-    return "\n".join(lines).lstrip("\n") + "\n"
-
-
-def _known() -> Sequence[Any]:
-    from gptlab.options import options_of
-
-    return list(options_of(LabConfig))
-
-
-def _toml(value: Any) -> str:
-    """A value as TOML writes it; none of a file's own is None."""
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps("" if value is None else value, ensure_ascii=False)
+        lines.append(f"{'# ' * (value is None)}{name} = {shown}  # {known.help}{unit}")
+    return "\n".join(lines[1:]) + "\n"
 
 
 def with_measured(text: str, lines: Sequence[str]) -> str:

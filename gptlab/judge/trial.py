@@ -37,9 +37,8 @@ from gptlab.files import (
     write_json,
     write_whole,
 )
-from gptlab.judge.lab import ENVIRONMENT_SEED, FIRST_FRESH, Lab, may_change
-from gptlab.judge.metric import last_in_csv, last_match, read_metric
-from gptlab.options import table_options
+from gptlab.judge.lab import ENVIRONMENT_SEED, FIRST_FRESH, Lab, last_in_csv, last_match, may_change, read_metric
+from gptlab.options import as_typed, table_options
 from gptlab.processes import environment, how_it_ended, package, python_command
 from gptlab.runs.executor import LARGEST_PATCH, MARK, Packing, PatchedPackage, apply_patch
 from gptlab.runs.experiment_spec import Arm
@@ -311,7 +310,7 @@ class Trials:
             texts = {name: file[1].decode(errors="surrogateescape") for name, file in subject.files.items()}
             mark = hashlib.sha256(subject.patch).hexdigest() + "\n"
             shutil.move(PatchedPackage({**texts, f"gptlab/{MARK}": mark}).unpack(), folder / "work" / "code")
-        words = [word for key, value in options.items() for word in (f"--{key}", _word(value))]
+        words = [word for key, value in options.items() for word in (f"--{key}", as_typed(value))]
         words += ["--seed", str(seed), "--out", str(folder), "--resume", "auto", *["--allow_code"] * self.allow_code]
         return python_command("gptlab.cli.main:main", "train", *words, code=_code_of(subject, folder))
 
@@ -373,12 +372,6 @@ class Trials:
 def _code_of(subject: Subject, folder: Path) -> Path | None:
     """Where a run's own code lies while it is run."""
     return folder / "work" / "code" if subject.patch else None
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(_word, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def read_preset(folder: Path, ended: Mapping[str, Any]) -> Outcome:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 from gptlab.data.batches import RandomWindows, TrainingWindows, ValidationWindows
 from gptlab.data.corpus import Corpus
@@ -90,35 +89,6 @@ class Plan:
         averages = len(self.averages)
         per_step = 1 + signals * (averages + sum(self.averages)) + known * averages
         return len(self.seeds) * (self.steps * per_step + signals)
-
-
-def arms_named(names: Sequence[str], config: TrainingConfig) -> dict[str, Arm]:
-    """Arms by name: SIGNAL, CONTROL:SIGNAL, gradient_noise:SIZE or gradient_bias:SIZE.
-
-    A signal that the run was trained with has the run's own options, another the defaults. Raises ConfigError.
-    """
-    controls = get_args(get_type_hints(SignalConfig)["control"])
-    own = {signal.name: signal for signal in config.signals}
-    arms: dict[str, Arm] = {}
-    for text in names:
-        head, _, rest = text.partition(":")
-        if known := {"gradient_noise": GradientNoise, "gradient_bias": GradientBias}.get(head):
-            arms[text] = known(_size(head, rest))
-        elif head in controls and rest:
-            arms[text] = replace(own.get(rest) or SignalConfig(rest), control=head)
-        else:
-            arms[text] = own.get(text) or SignalConfig(text)
-    return arms
-
-
-def _size(name: str, size: str) -> float:
-    try:
-        found = float(size or 1)
-    except ValueError:
-        found = -1.0
-    if not 0 < found < float("inf"):
-        raise ConfigError(f"{name}:{size}: expected {name}:SIZE with a size above 0 in units of |g_CE|")
-    return found
 
 
 @dataclass(frozen=True)

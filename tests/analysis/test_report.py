@@ -22,7 +22,7 @@ from gptlab.analysis import report
 from gptlab.analysis.load import read
 from gptlab.analysis.report import theme
 from gptlab.analysis.report.comparison import write_comparison
-from gptlab.analysis.report.plots import Band, Line, curves, draw_curves, draw_forest, forest
+from gptlab.analysis.report.plots import Band, Line, curves, draw_curves, draw_forest
 from gptlab.analysis.report.run import Points, binned, flat, over_seeds, read_history, write_run
 from gptlab.analysis.report.theme import CSS_COLOURS
 from gptlab.cli.compare import main as compare
@@ -238,7 +238,7 @@ def test_what_cannot_be_seen_is_said_in_words() -> None:
     better = {"verdict": "better", "differences": [-0.1, -0.3], "difference": -0.2, "interval": [-0.4, 0.0]}
     undecided = {"verdict": "undecided", "differences": [], "difference": None, "interval": [None, None]}
     arms = {"a": {**better, "control": False}, "b": {**undecided, "control": False}}
-    label = Page(forest(arms, 0.01, "forest", "loss minus the baseline's, nats")).values("aria-label")
+    label = Page(draw_forest(arms, 0.01, "forest", "loss minus the baseline's, nats").inline()).values("aria-label")
     assert label == [
         "Paired differences, loss minus the baseline's, nats, with a band of ±0.01: a, better: difference "
         "-0.2000, 95% interval -0.4000 to +0.0000; b, undecided: no difference measured"

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scripts import load_script
 
 from gptlab import device
 from gptlab.benchmark.contenders import ours
-from gptlab.benchmark.ladder import STEPS, TEAMS, Ladder, Timing, rows
+from gptlab.benchmark.ladder import STEPS, Ladder, Timing
 from gptlab.benchmark.run import Bench
 from gptlab.cli.main import main
 from gptlab.errors import UsageError
@@ -115,7 +116,8 @@ def test_wrong_words_are_named(capfd: pytest.CaptureFixture[str], words: list[st
 
 def test_weak_scaling_compares_the_rate_a_thread() -> None:
     """A second for one thread's 100 tokens, 1.25 for two threads' 200, two for two processes' 200."""
-    one, two, pair = rows({name: Timing([s]) for name, s in zip(TEAMS, (1.0, 1.25, 2.0), strict=True)}, 100)
+    speed = load_script("benchmarks/speed.py")
+    one, two, pair = speed.rows({name: Timing([s]) for name, s in zip(speed.TEAMS, (1.0, 1.25, 2.0), strict=True)}, 100)
     assert [row["tokens_per_second"] for row in (one, two, pair)] == pytest.approx([100, 160, 100])
     assert [row["efficiency"] for row in (one, two, pair)] == pytest.approx([1.0, 0.8, 0.5])
     assert [row["ratio_to_one_process"] for row in (one, two, pair)] == pytest.approx([1.0, 1.0, 0.625])

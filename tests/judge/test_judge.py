@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from small_lab import TRAINER, Run, Site  # pyright: ignore[reportMissingImports]
 
-from gptlab.judge.lab import Metric, matches, read_lab
+from gptlab.judge.lab import Metric, last_match, matches, read_lab, read_metric
 from gptlab.judge.procedure import EXIT
-from gptlab.judge.trial import last_match, read_metric
 
 
 def test_a_gain_is_kept_and_reported_from_fresh_seeds_alone(site: Site, run: Run) -> None:
@@ -30,6 +29,7 @@ def test_a_gain_is_kept_and_reported_from_fresh_seeds_alone(site: Site, run: Run
     assert found["lines"] == [1, 1]
 
 
+@pytest.mark.usefixtures("known_site")
 def test_a_loss_and_a_null_are_discarded_and_an_idea_without_effect_is_inactive(site: Site, run: Run) -> None:
     assert run(site.edit("rate = 0.1", "rate = -0.9", "worse.diff"))[0] == 10
     code, found = run(site.edit("step in", "update in", "renamed.diff"))
@@ -39,6 +39,7 @@ def test_a_loss_and_a_null_are_discarded_and_an_idea_without_effect_is_inactive(
     assert [line["verdict"] for line in site.ledger()][:2] == ["discard", "inactive"]
 
 
+@pytest.mark.usefixtures("known_site")
 def test_the_same_idea_twice_is_answered_from_the_ledger(site: Site, run: Run) -> None:
     idea = site.edit("rate = 0.1", "rate = -0.5")
     code, first = run(idea)
@@ -49,6 +50,7 @@ def test_the_same_idea_twice_is_answered_from_the_ledger(site: Site, run: Run) -
     assert len(site.ledger()) == 1
 
 
+@pytest.mark.usefixtures("known_site")
 def test_an_adopted_idea_is_the_baseline_of_the_next(site: Site, run: Run) -> None:
     first = site.edit("rate = 0.1", "rate = 0.9", "first.diff")
     code, found = run(first, "--adopt")
@@ -69,6 +71,7 @@ def test_an_adopted_idea_is_the_baseline_of_the_next(site: Site, run: Run) -> No
     assert "does not apply" in found["reason"]
 
 
+@pytest.mark.usefixtures("known_site")
 def test_a_kept_file_that_was_changed_is_not_adopted(site: Site, run: Run) -> None:
     run(site.edit("rate = 0.1", "rate = 0.9"), "--adopt")
     (kept,) = (site.lab / "kept").rglob("*.diff")
@@ -146,6 +149,7 @@ def test_what_is_wrong_in_a_lab_is_named(old: str, new: str, expected: str, site
     assert "lab.toml" in found["error"]
 
 
+@pytest.mark.usefixtures("known_site")
 def test_what_the_ledger_promises_may_not_change_under_it(site: Site, run: Run) -> None:
     run(site.edit("rate = 0.1", "rate = -0.9"))
     text = (site.lab / "lab.toml").read_text()
@@ -157,6 +161,7 @@ def test_what_the_ledger_promises_may_not_change_under_it(site: Site, run: Run) 
     assert run(site.edit("rate = 0.1", "rate = -0.3"))[0] == 10
 
 
+@pytest.mark.usefixtures("known_site")
 def test_an_edited_ledger_is_refused_by_every_use_of_it(site: Site, run: Run) -> None:
     run(site.edit("rate = 0.1", "rate = -0.9"))
     ledger = site.lab / "ledger.jsonl"
@@ -167,6 +172,7 @@ def test_an_edited_ledger_is_refused_by_every_use_of_it(site: Site, run: Run) ->
         assert "line 1" in found["error"]
 
 
+@pytest.mark.usefixtures("known_site")
 def test_the_report_and_the_csv_show_every_try(site: Site, run: Run) -> None:
     assert run("--report")[0] == 0  # of an empty lab too
     run(site.edit("rate = 0.1", "rate = 0.9", "<good>.diff"))

@@ -15,7 +15,7 @@ from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError, DataError
 from gptlab.runs import branching
-from gptlab.runs.branching import Arm, Branched, GradientBias, GradientNoise, Plan, Progress, arms_named, branch
+from gptlab.runs.branching import Arm, Branched, GradientBias, GradientNoise, Plan, Progress, branch
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig
@@ -186,25 +186,6 @@ def test_the_cost_is_said_before_the_first_gradient_and_kept(
     assert reported[0][1] == 0
     assert reported[-1][0].done == reported[-1][0].total == 2 * (2 * (1 + 24 + 3) + 1)
     assert [p.done for p, _ in reported] == sorted(p.done for p, _ in reported)
-
-
-def test_arms_have_names() -> None:
-    run = TrainingConfig(signal=SignalConfig("confidence", weight=0.3, layers=(1,)))
-    found = arms_named(["confidence", "placebo:confidence", "brier", "flipped:brier", "gradient_noise:0.5",
-                        "gradient_bias:2"], run)  # fmt: skip
-    assert found == {
-        "confidence": SignalConfig("confidence", weight=0.3, layers=(1,)),
-        "placebo:confidence": SignalConfig("confidence", weight=0.3, layers=(1,), control="placebo"),
-        "brier": SignalConfig("brier"),
-        "flipped:brier": SignalConfig("brier", control="flipped"),
-        "gradient_noise:0.5": GradientNoise(0.5),
-        "gradient_bias:2": GradientBias(2.0),
-    }
-    assert arms_named(["gradient_noise"], run) == {"gradient_noise": GradientNoise(1.0)}
-    for wrong, message in (("brierr", "did you mean 'brier'"), ("gradient_noise:x", "expected gradient_noise:SIZE"),
-                           ("gradient_bias:-1", "expected gradient_bias:SIZE")):  # fmt: skip
-        with pytest.raises(ConfigError, match=message):
-            arms_named([wrong], run)
 
 
 @pytest.mark.parametrize(

@@ -128,11 +128,6 @@ def _name_ends(axes: Axes, ends: Sequence[tuple[str, str, float]]) -> dict[str, 
     return texts
 
 
-def forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str, what: str) -> str:
-    """`draw_forest` as an <svg> element of a page."""
-    return draw_forest(arms, delta, name, what).inline()
-
-
 def draw_forest(arms: Mapping[str, Mapping[str, Any]], delta: float | None, name: str, what: str) -> Drawn:
     """Paired differences of `compare`'s arms: a dot a seed, their mean with its interval, the band of ±delta if any.
 
