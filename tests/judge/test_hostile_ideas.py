@@ -38,11 +38,13 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("known_site")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_that_fails_ends_in_a_verdict(name: str, site: Site, run: Run) -> None:
     body, expected, reason = COMMANDS[name]
     lab = site.lab / "lab.toml"
-    lab.write_text(lab.read_text().replace("time_limit = 20", "time_limit = 3"))
+    limit = 1 if reason == "time limit" else 5
+    lab.write_text(lab.read_text().replace("time_limit = 20", f"time_limit = {limit}"))
     whole = f"if rate > 0.5:\n    exec({body!r})\n    raise SystemExit\n"
     idea = site.edit("rate = 0.1\n", f"rate = 0.9\n{whole}")
     code, found = run(idea)
@@ -64,6 +66,7 @@ FORKS = {
 }
 
 
+@pytest.mark.usefixtures("known_site")
 @pytest.mark.parametrize("name", FORKS)
 @pytest.mark.parametrize("hangs", [False, True])
 def test_children_that_are_left_are_ended(name: str, hangs: bool, site: Site, run: Run) -> None:
@@ -154,7 +157,7 @@ def test_a_baseline_that_fails_is_no_verdict_and_is_tried_again_once_it_is_mende
     assert run(idea)[0] == 10
 
 
-SLOW = "import time; open(os.environ['COUNT'], 'a').write(f'{seed} {rate}\\n'); time.sleep(0.4)\n"
+SLOW = "import time; open(os.environ['COUNT'], 'a').write(f'{seed} {rate}\\n'); time.sleep(0.25)\n"
 
 
 def start(site: Site, *words: str | Path) -> subprocess.Popen[bytes]:
@@ -169,7 +172,7 @@ def slow(site: Site) -> None:
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_judge_that_is_ended_leaves_nothing_and_resumes(how: signal.Signals, site: Site) -> None:
     slow(site)
     idea = site.edit("rate = 0.1", "rate = 0.9")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_experiment import write  # pyright: ignore[reportMissingImports]
+from tiny_experiment import train_here, write  # pyright: ignore[reportMissingImports]
 
 from gptlab.cli.main import main
 from gptlab.errors import CheckpointError, ConfigError, GptlabError
@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A finished experiment: its file and its folder."""
     folder = tmp_path_factory.mktemp("packed")
     file, out = write(folder, ARMS), folder / "run"
-    assert main(["experiment", "run", str(file), "--out", str(out)]) == 0
+    train_here(file, out)
     return file, out
 
 

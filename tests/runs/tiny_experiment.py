@@ -17,6 +17,11 @@ from typing import Any
 
 from harness import ROOT, alive, children, make_corpus, wait_until  # pyright: ignore[reportMissingImports]
 
+from gptlab.cli.main import main
+from gptlab.runs.executor import Packing
+from gptlab.runs.experiment_runner import Runner
+from gptlab.runs.experiment_spec import read_experiment
+
 HEAD = {"name": "tiny", "preset": "shakespeare-tiny-v1", "baseline": "plain", "seeds": [1, 2]}
 OPTIONS = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 32, "batch_size": 4, "total_batch_tokens": 256, "steps": 24,
@@ -48,6 +53,15 @@ def write(
     path = folder / "tiny.toml"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def train_here(file: Path, out: Path) -> None:
+    """The experiment's cells one after the other in this process, which has PyTorch already; and its results."""
+    runner = Runner(read_experiment(file), out, Packing(1))
+    runner.prepare()
+    codes = [main(runner.words(cell, 0)) for cell in runner.cells]
+    assert codes == [0] * len(codes)
+    assert main(["experiment", "run", str(file), "--out", str(out)]) == 0, "nothing was left to run"
 
 
 class RunnerProcess:

@@ -20,8 +20,8 @@ from gptlab.errors import GptlabError
 from gptlab.files import parse_json, parse_toml
 
 EXAMPLES = 150
-SLOW = {"metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60}
-"""Examples of readers that take milliseconds each."""
+SLOW = {"metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60, "tuning.json": 60}
+"""Examples of readers that take many milliseconds each; a report is drawn of a choice."""
 NAMES = (
     "train_000000.bin", "train.bin", "train.npy", "corpus.json", "options.toml", "experiment.toml", "metrics.jsonl",
     "config.json", "tuning.json", "state.json", "model.safetensors", SHARD, "MANIFEST.json", "model.bin", "ckpt.pt",

@@ -1,4 +1,4 @@
-"""One rank of small runs whose blocks are cut over processes, for test_sharding.py; the last word says where to write.
+"""One rank of small runs whose blocks are cut over processes, for test_sharding.py; words: where to write, and which.
 
 Makes two updates of every run of `runs_of` and writes what rank 0 has then, as torch saves it, with the bytes that it
 holds of weights and moments.
@@ -51,9 +51,9 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def runs_of(size: int) -> dict[str, dict[str, Any]]:
-    """All of RUNS on two ranks; on four, which take twice as long here, those that are more than a signal's name."""
-    return RUNS if size == 2 else {name: options for name, options in RUNS.items() if name not in SIGNALS}
+def runs_of(which: str) -> dict[str, dict[str, Any]]:
+    """Of RUNS those that are no more than a signal's name ("signals"), or the others ("kinds")."""
+    return {name: options for name, options in RUNS.items() if (name in SIGNALS) == (which == "signals")}
 
 
 def outcome(run: Run, cut: tuple[int, ...], world: World) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ if __name__ == "__main__":
     assert sum(cut) * world.size == SEQUENCES
     try:
         found = {}
-        for name, options in runs_of(world.size).items():
+        for name, options in runs_of(sys.argv[2]).items():
             run = make_run(world=world, parallel="fsdp", **options)
             with counting_whole_blocks(run) as counts:
                 found[name] = outcome(run, cut, world)

@@ -19,14 +19,21 @@ from gptlab.training import TrainingConfig
 from gptlab.training.sharding import full_tensor, global_norm, local_shards, shard_like
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_cut_blocks_make_what_one_process_makes(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "which"),
+    [
+        (2, "kinds"),
+        pytest.param(2, "signals", marks=pytest.mark.slow),
+        pytest.param(4, "kinds", marks=pytest.mark.slow),
+    ],
+)
+def test_cut_blocks_make_what_one_process_makes(ranks: int, which: str, tmp_path: Path) -> None:
     """Real processes over gloo on the loopback, every signal and control, in float64: far below the 1e-6 promised."""
     out = tmp_path / "out.pt"
-    run_ranks(Path(__file__).with_name("sharded_ranks.py"), ranks, out)
+    run_ranks(Path(__file__).with_name("sharded_ranks.py"), ranks, out, which)
     found = torch.load(out, weights_only=True)
-    assert set(found) == set(runs_of(ranks))
-    for name, options in runs_of(ranks).items():
+    assert set(found) == set(runs_of(which))
+    for name, options in runs_of(which).items():
         most, passes = found[name].pop("whole blocks").tolist()
         assert most == 1, f"{name}: {most} blocks were whole at a time"
         assert passes > 8
