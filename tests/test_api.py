@@ -249,6 +249,12 @@ def test_what_cannot_be_compared_is_one_line(sources: tuple[Any, ...], said: str
         gptlab.compare(*sources, delta=0.1)
 
 
+def test_in_a_notebook_the_text_is_returned_and_not_shown_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = str(gptlab.compare(LOSSES, delta=0.01))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(gptlab.compare(LOSSES, delta=0.01)) == before
+
+
 def test_a_packed_finding_is_compared_by_its_path() -> None:
     found = gptlab.compare(ROOT / "docs/findings/1_noise.json.gz")
     assert found["confidence"]["verdict"] == "worse"

@@ -160,7 +160,7 @@ def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     """A rich console that fits the terminal; what is shown of the work in a pipe has lines of PIPE_WIDTH."""
     from rich.console import Console
 
-    shown = Console(stderr=stderr, highlight=False, quiet=quiet)
+    shown = Console(stderr=stderr, highlight=False, quiet=quiet, force_jupyter=False)
     if stderr and not shown.is_terminal:
         shown.width = PIPE_WIDTH
     elif shown.width < NARROWEST:
@@ -400,7 +400,8 @@ def result_text(tables: Iterable[Table], lines: Iterable[str], *, first: Sequenc
     from rich.console import Console
 
     text = io.StringIO()
-    show_result(tables, lines, first=first, on=Console(file=text, highlight=False, width=PIPE_WIDTH))
+    shown_on = Console(file=text, highlight=False, width=PIPE_WIDTH, force_jupyter=False)
+    show_result(tables, lines, first=first, on=shown_on)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
