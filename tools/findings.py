@@ -316,7 +316,8 @@ GREY, RED = "#8c959f", "#cf222e"
 BLOCKS = ("#9ecbff", "#54a0ff", "#1f6feb", "#0b3d91")
 """Of four blocks, first to last."""
 
-SIGNALS = ("#1f6feb", "#cf222e", "#8250df", "#bf8700", "#1a7f37", "#57606a")
+SIGNALS = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", "#57606a")
+"""Told apart with any kind of colour vision (Okabe and Ito 2008)."""
 STEPS = (25, 50, 100, 400)
 SHOWN = (0.5, 0.9)
 """Thresholds that are written next to their points."""
@@ -334,8 +335,9 @@ def labels(axes: Axes, _: int) -> None:
                 axes.annotate(
                     f"τ = {threshold:g}", (share, right), xytext=(6, 4), textcoords="offset points", fontsize=8
                 )
-    axes.set_xlabel("tokens that pass")
-    axes.set_ylabel("right of these")
+    axes.set_ylim(0, 1.05)
+    axes.set_xlabel("coverage: share of tokens with p_max of at least τ")
+    axes.set_ylabel("precision: share of these that is right")
     axes.legend(frameon=False, fontsize=8)
 
 
@@ -344,13 +346,17 @@ def alignment(axes: Axes, _: int) -> None:
     at = [_result(f"alignment_{step}")["signals"] for step in STEPS]
     axes.axhline(0.0, color=GREY, linewidth=0.6)
     for k, name in enumerate([name for name in at[0] if name != "true_loss"]):
-        cosines = [(i + (k - 2.5) / 20, one[name]["total"]["alignment"]) for i, one in enumerate(at)]
+        cosines = [(step * 1.02 ** (k - 2.5), one[name]["total"]["alignment"])
+                   for step, one in zip(STEPS, at, strict=True)]  # fmt: skip
         found = [(x, one) for x, one in cosines if one["value"] is not None]
         axes.plot([x for x, _ in found], [one["value"] for _, one in found], ".-", color=SIGNALS[k], label=name, lw=1.1)
         for x, one in found:
             axes.plot([x, x], one["interval"], color=SIGNALS[k], linewidth=1.6)
-    axes.set_xticks(range(len(STEPS)), [f"step {step}" for step in STEPS])
-    axes.set_ylabel("cosine with the true loss")
+    axes.set_xscale("log")
+    axes.set_xticks(STEPS, [f"{step}" for step in STEPS])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("step (log scale; points of a step are moved apart)")
+    axes.set_ylabel("cosine with the true gradient")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
@@ -374,7 +380,7 @@ def averages(axes: Axes, which: int) -> None:
 
 SHOWN_ARMS: tuple[tuple[str, str, str, str, tuple[tuple[float, float], tuple[float, float]]], ...] = (
     ("baseline", "baseline", GREY, "-", ((3.05, 0.31), (2.05, 2.8))),
-    ("confidence", "confidence", RED, "-", ((2.15, 0.92), (3.4, 4.7))),
+    ("confidence", "confidence", RED, "-", ((3.28, 0.76), (3.4, 4.7))),
     ("confidence-placebo", "its placebo", GREY, ":", ((3.05, 0.05), (2.15, 4.35))),
 )
 """Arm, its label, colour and line, and where the label stands in either panel."""
@@ -393,7 +399,7 @@ def sure_and_wrong(axes: Axes, which: int) -> None:
     axes.set_xticks(range(1, 5), [f"block {number}" for number in range(1, 5)])
     if which:
         axes.axhline(math.log(256), color="black", linewidth=0.8, linestyle="--")
-        axes.annotate("uniform guess", (3.35, math.log(256) + 0.08), fontsize=9)
+        axes.annotate("uniform guess", (4.15, math.log(256) + 0.08), fontsize=8, ha="right")
         axes.set_ylim(2.5, 6.5)
         axes.set_ylabel("cross-entropy with the truth, nats")
         axes.set_title("... and how wrong it is", fontsize=10)
@@ -427,7 +433,9 @@ def worlds(axes: Axes, which: int) -> None:
         axes.plot([], [], "D", color="#57606a", markerfacecolor="none", label="predicted")
         axes.plot([], [], "o-", color=SIGNALS[0], markersize=5, label="found, with 95% interval")
         axes.plot([], [], "|", color=SIGNALS[0], label="a seed")
-        axes.legend(frameon=False, fontsize=8, loc="center left")
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
 
 
 PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
