@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptlab.errors import DataError, needs_package, one_line, shortened, shown
-from gptlab.files import GB, MB, is_count, kind_of, open_regular, parse_json, read_bytes, size
+from gptlab.files import GB, KB, MB, is_count, kind_of, open_regular, parse_json, read_bytes, size
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = {".gz": ("",), ".zst": ("", ".gz")}
@@ -176,6 +176,9 @@ LARGEST_TEXT = 16 * GB
 """Bytes of a .txt, which is one document and lies in memory whole."""
 EXPANSION, FREE_EXPANSION = 200, 64 * MB
 """Bytes that a compressed byte may stand for, beyond the first 64 MB. Text that people write comes to 3 to 30."""
+
+LARGEST_PAGE_HEADER = 64 * KB
+"""Bytes of a parquet page's header, which may hold the least and the largest text of the page."""
 
 Row = tuple[str, str | None]
 """Where a document stands, in words, and its text; None for a null."""
@@ -435,7 +438,79 @@ def _open_parquet(file: Path, text_field: str) -> Iterator[Any]:
             raise DataError(
                 f"{file}: expected a parquet file, found {one_line(error)}: mend or leave out that file"
             ) from error
+        try:
+            _check_pages(raw, text_field, file)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{file} is damaged: expected pages of column {shown(text_field)}, found something else: mend or leave "
+                "out that file"
+            ) from error
         yield table
+
+
+def _check_pages(raw: BinaryIO, text_field: str, file: Path) -> None:
+    """Raise DataError where the pages of a column claim more bytes than the file's size allows, or one over LONGEST.
+
+    A page states its own size, which the footer need not know of; reading it takes that much memory at once. Other
+    errors mean that there are no such pages.
+    """
+    budget = _Budget(file)
+    raw.seek(-8, io.SEEK_END)
+    footer_bytes = int.from_bytes(raw.read(4), "little")
+    raw.seek(-8 - footer_bytes, io.SEEK_END)
+    footer, _ = _thrift(raw.read(footer_bytes))
+    chunks = [chunk[3] for group in footer.get(4, ()) for chunk in group[1] if chunk[3][3][0] == text_field.encode()]
+    for chunk in chunks:  # 5: its values, 7: bytes, 9: where its data begins, 11: where its dictionary does
+        at, values = min(filter(None, (chunk[9], chunk.get(11)))), 0
+        end = at + chunk[7]
+        while at < end and values < chunk[5]:
+            raw.seek(at)
+            page, length = _thrift(raw.read(LARGEST_PAGE_HEADER))
+            if page[2] > LONGEST:
+                raise DataError(f"{file}: expected pages of at most {size(LONGEST)}, found one of {size(page[2])}")
+            budget.take(max(0, page[2]))
+            values += (page.get(5) or page.get(8) or {}).get(1, 0)
+            at += length + max(0, page[3])
+
+
+def _thrift(content: bytes, at: int = 0, kind: int = 12) -> tuple[Any, int]:
+    """A value in Thrift's compact protocol and where it ends: a struct, which is the kind 12, by its fields' numbers.
+
+    Raises ValueError or IndexError for what is none.
+    """
+    if kind in (1, 2):
+        return kind == 1, at
+    if kind in (3, 7):
+        return content[at], at + (1 if kind == 3 else 8)
+    if kind == 12:
+        fields, number = {}, 0
+        while head := content[at]:
+            number, at = (number + (head >> 4), at + 1) if head >> 4 else _thrift(content, at + 1, 4)
+            fields[number], at = _thrift(content, at, head & 15)
+        return fields, at + 1
+    if kind in (9, 10):
+        count, inner = content[at] >> 4, content[at] & 15
+        count, at = (count, at + 1) if count < 15 else _varint(content, at + 1)
+        values = []
+        for _ in range(count):
+            value, at = (content[at], at + 1) if inner < 3 else _thrift(content, at, inner)
+            values.append(value)
+        return values, at
+    number, at = _varint(content, at)
+    if kind in (4, 5, 6):
+        return number >> 1 ^ -(number & 1), at
+    if kind == 8 and at + number <= len(content):
+        return content[at : at + number], at + number
+    raise ValueError("what Thrift does not write")
+
+
+def _varint(content: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        value |= (content[at + shift // 7] & 127) << shift
+        if content[at + shift // 7] < 128:
+            return value, at + shift // 7 + 1
+    raise ValueError("a number without an end")
 
 
 def _check_column(schema: Any, text_field: str, file: Path) -> None:

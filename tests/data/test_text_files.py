@@ -17,7 +17,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from gptlab.data.text_files import count_documents, read_documents
+from gptlab.data.text_files import _Budget, _check_pages, count_documents, read_documents
 from gptlab.errors import DataError
 
 TEXTS = ["plain", "two\nlines", "", "größer 你好 \N{GRINNING FACE}", 'quotes "and" \\ back', "last " * 500]
@@ -244,15 +244,17 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, content: bytes) -> None
         count_documents(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("place", [4, 50])
-def test_damaged_pages_are_named(tmp_path: Path, place: int) -> None:
+@pytest.mark.parametrize(
+    ("place", "found"), [(4, "is damaged: expected pages of column 'text'"), (50, "is damaged after row 0")]
+)
+def test_damaged_pages_are_named(tmp_path: Path, place: int, found: str) -> None:
     """From the first header on, or what follows it."""
     options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     content = bytearray(write_parquet(tmp_path / "a.parquet", pyarrow.array(TEXTS), **options).read_bytes())
     start = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0).column(1).data_page_offset
     content[start + place - 4 : start + place + 10] = b"\xff" * 14
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.parquet is damaged after row 0"):
+    with pytest.raises(DataError, match=rf"a\.parquet {found}"):
         list(read_documents(tmp_path / "a.parquet"))
 
 
@@ -329,8 +331,8 @@ def _number(value: int, length: int = 1) -> bytes:
     return bytes(content)
 
 
-def _hidden_page(size: int, **options: Any) -> bytes:
-    """A parquet file with a page of about so many bytes, of which the footer says 1000."""
+def _hidden_page(size: int, claim: int = 0, **options: Any) -> bytes:
+    """A parquet file with a page of about so many bytes, of which the footer says 1000; claim: what the page says."""
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": ["x" * size]}), buffer, use_dictionary=False, **options)
     content, metadata = buffer.getvalue(), parquet.ParquetFile(buffer).metadata
@@ -339,7 +341,8 @@ def _hidden_page(size: int, **options: Any) -> bytes:
     for stated in {metadata.row_group(0).total_byte_size, metadata.row_group(0).column(0).total_uncompressed_size}:
         assert _number(stated) in foot
         foot = foot.replace(_number(stated), _number(1000, len(_number(stated))))
-    return head + foot
+    page = next(n for n in range(size, size + 64) if _number(n) in head[:64])
+    return (head.replace(_number(page), _number(claim, len(_number(page))), 1) if claim else head) + foot
 
 
 def _bombs(folder: Path) -> list[Path]:
@@ -382,19 +385,57 @@ def test_a_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
         assert str(tmp_path / name) in read
         assert "as no text does that people write" in read or "more memory than there is" in read
     counted = dict(found[::2])
-    assert counted["a page.parquet"].startswith("DataError"), "from its footer, before it is read"
+    for name in ("a page.parquet", "a hidden page zstd 1.0.parquet", "a hidden page gzip 2.0.parquet"):
+        assert counted[name].startswith("DataError"), "from its footer or its page's header, before it is read"
     assert counted["lines.jsonl.zst"].startswith("DataError")
 
 
+def test_a_page_may_claim_so_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.parquet"
+    file.write_bytes(_hidden_page(2**17, claim=2**20 - 1))
+    monkeypatch.setattr("gptlab.data.text_files.LONGEST", 2**19)
+    with pytest.raises(DataError, match=r"a\.parquet: expected pages of at most 512 kB, found one of 1023 kB"):
+        list(read_documents(file))
+    monkeypatch.setattr("gptlab.data.text_files.FREE_EXPANSION", 2**19)
+    monkeypatch.setattr("gptlab.data.text_files.EXPANSION", 1)
+    monkeypatch.setattr("gptlab.data.text_files.LONGEST", 2**30)
+    with pytest.raises(DataError, match="come to more than 512 kB"):
+        count_documents(file)
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "gzip", "zstd"])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_pages_of_every_kind_are_walked_through(
+    tmp_path: Path, version: str, compression: str, dictionary: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies between the headers; of 200 texts in 20 groups, with a few pages each."""
+    sizes: list[int] = []
+    monkeypatch.setattr(_Budget, "take", lambda _, count: sizes.append(count))
+    table = pyarrow.table({"id": range(200), "text": [f"text {n} " * 40 for n in range(200)], "flag": [True] * 200})
+    options: dict[str, Any] = {"use_dictionary": dictionary, "data_page_size": 1000, "write_batch_size": 1}
+    parquet.write_table(
+        table, tmp_path / "a.parquet", row_group_size=10, data_page_version=version, compression=compression, **options
+    )
+    assert count_documents(tmp_path / "a.parquet") == (200, 0)
+    assert len(sizes) > 1 + 20
+    columns = [parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(n).column(1) for n in range(20)]
+    stated = sum(column.total_uncompressed_size for column in columns)  # headers count there
+    texts = sum(len(text) for text in table.column("text").to_pylist())
+    assert texts < sum(sizes[1:]) < stated
+
+
 @pytest.mark.parametrize("place", range(4, 300, 7))
-def test_a_damaged_footer_or_header_ends_in_one_line(tmp_path: Path, place: int) -> None:
+def test_a_damaged_footer_or_header_is_walked_through_to_an_end(tmp_path: Path, place: int) -> None:
     content = _hidden_page(100)
     for byte in (0, 1, 12, 127, 128, 140, 156, 249, 252, 255):
         damaged = bytearray(content)
         damaged[place % len(content)] = byte
         (tmp_path / "a.parquet").write_bytes(damaged)
-        with contextlib.suppress(DataError):
-            list(read_documents(tmp_path / "a.parquet"))
+        with contextlib.suppress(
+            DataError, ValueError, LookupError, TypeError, AttributeError, OSError
+        ):  # which its caller names
+            _check_pages(io.BytesIO(damaged), "text", tmp_path / "a.parquet")
 
 
 def test_text_that_repeats_itself_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
