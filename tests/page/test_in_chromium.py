@@ -44,6 +44,14 @@ def fits(browser: Browser) -> bool:
     return browser.value("document.documentElement.scrollWidth <= innerWidth")
 
 
+def small(browser: Browser) -> list[str]:
+    """What is too small for a finger: shown, to be touched, and below 24 pixels in a direction."""
+    return browser.value(
+        "[...document.querySelectorAll('a, button, input, select, label')].filter(e => { const r = "
+        "e.getBoundingClientRect(); return r.width && (r.width < 24 || r.height < 24) }).map(e => e.outerHTML)"
+    )
+
+
 def test_a_text_is_typed_a_cell_hovered_and_the_confidence_dragged(
     served: Serve, run: Path, tmp_path: Path, browser: Browser
 ) -> None:
@@ -161,6 +169,9 @@ def test_the_list_is_searched_sorted_folded_and_laid_over_each_other(
     ]  # fmt: skip
     browser.click("tbody:nth-of-type(1) .fold")
     assert browser.value(rows) == 12
+    browser.window(390, touch=True)
+    assert small(browser) == []
+    browser.window(1200)
     browser.click("tbody:nth-of-type(1) .all")
     browser.click("[formaction=overlay]")
     browser.arrives("document.querySelectorAll('#overlay path[fill=none]').length === 12")
@@ -173,6 +184,7 @@ def test_the_list_is_searched_sorted_folded_and_laid_over_each_other(
     for width in (1200, 390):
         browser.window(width)
         assert fits(browser)
+    assert small(browser) == []
     assert browser.messages == []
 
 
