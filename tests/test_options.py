@@ -16,7 +16,7 @@ from gptlab.options import Option, build, flatten, flatten_table, option, option
 from gptlab.runs.archive import read_pack
 from gptlab.runs.experiment_spec import experiment_from, read_experiment
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
-from gptlab.training.presets import PRESETS, RUNGS
+from gptlab.training.presets import PRESETS, RUNGS, preset_options
 
 
 @dataclass(frozen=True)
@@ -274,7 +274,10 @@ def test_what_a_pack_was_made_with_is_what_its_preset_says_now(pack: Path) -> No
     packed = read_pack(pack)
     experiment = experiment_from(packed.text, pack)
     for cell in packed.cells:
-        usual = flatten(build(TrainingConfig, {**PRESETS[experiment.preset], **experiment.arms[cell.arm].options}))
+        arm = experiment.arms[cell.arm].options
+        match = experiment.placebo_match
+        replay = {"signal.placebo_of": "RUN", "signal.placebo_match": match} if cell.arm in experiment.replayed else {}
+        usual = flatten(build(TrainingConfig, {**preset_options(experiment.preset, arm), **arm, **replay}))
         made = cell.run.config["options"]
         differ = {key for key in usual.keys() & made.keys() if json.loads(json.dumps(usual[key])) != made[key]}
         assert differ <= FREE_ON_RESUME | {"preset", "seed", "also"}, f"{cell.name}: {differ}"
