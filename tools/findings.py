@@ -438,12 +438,46 @@ def worlds(axes: Axes, which: int) -> None:
         figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
 
 
+CLOSE = (-0.18, 0.06)
+"""Differences that known_answers' picture shows, in nats; an arm beyond them is named with its difference."""
+
+FOUND_COLOURS = {"better": "#1a7f37", "worse": RED}
+
+
+def known(axes: Axes, _: int) -> None:
+    """Every arm of known_answers with its interval, under what was expected of it; a tick a seed."""
+    result = _result(KNOWN)
+    order = [arm for sign in ("better", "worse", "open") for arm, one in result["expected"].items() if one == sign]
+    axes.axvline(0.0, color=GREY, linewidth=0.6)
+    names = []
+    for y, arm in enumerate(reversed(order)):
+        seen, colour = result["arms"][arm], FOUND_COLOURS.get(result["arms"][arm]["verdict"], "#57606a")
+        expected = result["expected"][arm]
+        names.append(arm if expected == "open" else f"{arm} (expected {expected})")
+        if seen["difference"] > CLOSE[1]:
+            text = f"{seen['verdict']}, {seen['difference']:+.2f} →"
+            axes.annotate(text, (CLOSE[1], y), ha="right", va="center", color=colour, fontsize=9)
+            continue
+        axes.plot(seen["differences"], [y - 0.25] * seen["n"], "|", color=colour, markersize=5)
+        axes.plot(seen["interval"], [y, y], color=colour, linewidth=1.8)
+        axes.plot([seen["difference"]], [y], "o", color=colour, markersize=5)
+        left = seen["difference"] < -0.05  # its text would stand on the axis otherwise
+        ends = (*seen["interval"], *seen["differences"])
+        at = max(ends) + 0.004 if left else min(ends) - 0.004
+        axes.annotate(seen["verdict"], (at, y), ha="left" if left else "right", va="center", color=colour, fontsize=9)
+    axes.set_yticks(range(len(order)), names, fontsize=8)
+    axes.set_xlim(*CLOSE)
+    axes.set_ylim(-0.6, len(order) - 0.4)
+    axes.set_xlabel("loss minus the baseline's, nats a byte")
+
+
 PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     "noise_labels": (labels, 1),
     "noise_alignment": (alignment, 1),
     "noise_averages": (averages, 4),
     "1_noise_blocks": (sure_and_wrong, 2),
     CONVERSATION: (worlds, 4),
+    "known_answers_close": (known, 1),
     AUDIT: (speedrun_audit.forest, 1),
 }
 """name of the SVG -> what draws one panel, and how many."""
