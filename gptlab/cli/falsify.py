@@ -126,6 +126,7 @@ def ladder(options: argparse.Namespace, experiment: Experiment, folder: Path) ->
         holds = sum(status(sign, one) == "survived" for one in on) if sign else 0
         signs[arm] = {"sign": sign and ("higher" if sign > 0 else "lower"), "holds": holds, "of": len(on)}
     result = {"experiment": experiment.name, "metric": experiment.metric.name, "rungs": found, "arms": signs}
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / LADDER, result)
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))

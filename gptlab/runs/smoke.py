@@ -127,7 +127,7 @@ def _try(
 def _trial(experiment: Experiment, cell: Cell, code: int, start_up: float) -> Trial:
     arm, rows = cell.arm, Rows(cell).look()
     found = Trial(arm.name, rows.step, _activity(arm, rows.dose, rows.step), rows.dose, None)
-    if code not in (0, Stopped.exit_code) and rows.state(False) != "finished":  # it may be done when it is told to stop
+    if code not in (0, Stopped.exit_code) and rows.state(False) != "finished":  # stopped as it ended
         reason = (rows.reason or how_it_ended(code)).replace(str(cell.folder), cell.name)
         return replace(found, reason=reason)
     return replace(
