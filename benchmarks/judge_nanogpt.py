@@ -1,0 +1,127 @@
+"""nanoGPT's own train.py, judged by `gptlab judge` through a command: ideas whose answer is known.
+
+python benchmarks/judge_nanogpt.py --nanogpt PATH [--text FILE] [--lab DIR] [--updates 300]
+
+PATH is a checkout, of which a copy is changed in one place: its seed, fixed at 1337, is taken from GPTLAB_SEED. The
+recipe is the one of its README for a CPU (4 blocks, 128 wide), of fewer updates; what evaluates is in train.py, so that
+an idea may change model.py and the configuration alone. FILE is the text, where the checkout's data/shakespeare_char
+has no input.txt. The same command resumes a lab. Writes benchmarks/results/judge_nanogpt.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+from judge_night import ANSWER, judged
+from time_to_loss import NEEDED, RECIPE
+
+from gptlab.files import read_text, write_json, write_whole
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/judge_nanogpt.json"
+CONFIG = RECIPE[0]
+SEED = ("torch.manual_seed(1337 + seed_offset)", "torch.manual_seed(int(os.environ['GPTLAB_SEED']) + seed_offset)")
+
+
+class Idea(NamedTuple):
+    """expected: the judge's verdict; edit: (file, old text, new text)."""
+
+    name: str
+    expected: str
+    why: str
+    edit: tuple[str, str, str]
+
+
+IDEAS = (
+    Idea("rate_times_3", "keep", "few updates of a small model: its recipe's rate is for 5,000 of a larger one",
+         (CONFIG, "learning_rate = 1e-3", "learning_rate = 3e-3")),
+    Idea("rate_by_10", "discard", "too slow for so few updates", (CONFIG, "learning_rate = 1e-3", "learning_rate = 1e-4")),
+    Idea("other_draw", "discard", "another draw of the same first weights",
+         ("model.py", "        self.apply(self._init_weights)", "        torch.rand(1)\n        self.apply(self._init_weights)")),
+    Idea("a_comment", "inactive", "the same numbers",
+         ("model.py", "    def _init_weights(self, module):", "    # Normal.\n    def _init_weights(self, module):")),
+    Idea("easier_evaluation", "broken", "train.py evaluates, and may not be changed",
+         ("train.py", "losses[k] = loss.item()", "losses[k] = 0.9 * loss.item()")),
+)  # fmt: skip
+
+
+def repository(checkout: Path, text: Path, folder: Path) -> None:
+    """A git repository with nanoGPT, its seed an environment variable, and its data prepared and ignored."""
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "out*", "*.ipynb", "assets"))
+    train = read_text(folder / "train.py")
+    if train.count(SEED[0]) != 1:
+        raise SystemExit(f"expected {SEED[0]!r} once in {checkout / 'train.py'}, found it {train.count(SEED[0])} times")
+    write_whole(folder / "train.py", train.replace(*SEED))
+    data = folder / "data/shakespeare_char"
+    data.mkdir(parents=True, exist_ok=True)
+    if not (data / "input.txt").exists():
+        shutil.copyfile(text, data / "input.txt")
+    subprocess.run([sys.executable, str(data / "prepare.py")], check=True, stdout=subprocess.DEVNULL)
+    write_whole(folder / ".gitignore", "*.bin\n*.pkl\ninput.txt\n__pycache__/\nout*/\n")
+    git = ["git", "-C", str(folder), "-c", "user.name=judge", "-c", "user.email=judge@localhost"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "The seed is an environment variable"]):
+        subprocess.run([*git, *words], check=True)
+
+
+def write_lab(lab: Path, updates: int) -> None:
+    """lab.toml over the repository next to it."""
+    words = [sys.executable, "train.py", *RECIPE, f"--max_iters={updates}", f"--lr_decay_iters={updates}"]
+    words += [f"--eval_interval={updates}", "--out_dir=out"]
+    write_whole(lab / "lab.toml", "\n".join([
+        "[baseline]", f'command = "OMP_NUM_THREADS=1 {" ".join(words)}"', 'path = "../nanogpt"',
+        "[metric]", "pattern = 'step \\d+: train loss [\\d.]+, val loss ([\\d.]+)'",
+        "[plan]", "looks = [2, 4]", "confirm = [4, 8]", "time_limit = 1200", f"jobs = {os.cpu_count() or 1}",
+        "[paths]", f'allow = ["model.py", "{CONFIG}"]', 'deny = ["train.py"]', "",
+    ]))  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judge them all and compare with what was expected; 1 where a verdict is another."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT")
+    parser.add_argument("--text", type=Path, help="the text [input.txt of the checkout's data/shakespeare_char]")
+    parser.add_argument("--lab", type=Path, default=ROOT / "log" / "judge_nanogpt" / "lab")
+    parser.add_argument("--updates", type=int, default=300)
+    asked = parser.parse_args(argv)
+    text = asked.text or asked.nanogpt / "data/shakespeare_char/input.txt"
+    for path in (text, *(asked.nanogpt / name for name in NEEDED)):
+        if not path.is_file():
+            parser.error(f"expected a file {path}, found none; give a checkout of nanoGPT, and --text")
+    tree, began, answers = asked.lab.parent / "nanogpt", time.monotonic(), dict[str, dict[str, object]]()
+    if not (asked.lab / "lab.toml").exists():
+        asked.lab.mkdir(parents=True)
+        repository(asked.nanogpt, text, tree)
+        write_lab(asked.lab, asked.updates)
+    for idea in IDEAS:
+        file, old, new = idea.edit
+        before = read_text(tree / file)
+        if before.count(old) != 1:
+            raise SystemExit(f"{idea.name}: expected {old!r} once in {file}, found it {before.count(old)} times")
+        after = before.replace(old, new)
+        lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}")
+        path = asked.lab.parent / f"{idea.name}.diff"
+        write_whole(path, "".join(lines))
+        found = judged(path, asked.lab, None) or {}
+        answers[idea.name] = {"expected": idea.expected, "why": idea.why, **{key: found[key] for key in ANSWER}}
+        print(f"{idea.expected:<9} {found['verdict']:<9} {idea.name}: {found['reason']}", flush=True)
+    hits = sum(answer["expected"] == answer["verdict"] for answer in answers.values())
+    result = {"date": date.today().isoformat(), "cores": os.cpu_count(), "updates": asked.updates, "hits": hits,
+              "ideas": len(answers), "seconds": time.monotonic() - began, "answers": answers}  # fmt: skip
+    if asked.updates == parser.get_default("updates"):
+        write_json(RESULTS, result)
+    print(f"{hits} of {len(answers)} as expected, {result['seconds']:,.0f} s")
+    return int(hits < len(answers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
