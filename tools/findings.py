@@ -32,17 +32,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import speedrun_audit
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from gptlab.analysis.dose_response_runs import SHARES, Target, dose_response
 from gptlab.analysis.load import read
 from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
 from gptlab.analysis.report.comparison import write_figures
-from gptlab.analysis.report.standalone import PANEL, STYLE, draw
+from gptlab.analysis.report.standalone import PANEL, draw
+from gptlab.analysis.report.theme import DARK, FILE_SETTINGS, GREEN, GREY, RED, SERIES, SHADES, panels, save, settings
 from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown, table_in_markdown
@@ -312,12 +311,6 @@ def _premise(measured: Mapping[str, Any]) -> str:
 EVALUATED = 131_072
 """Validation bytes that a run of shakespeare-tiny reads."""
 
-GREY, RED = "#8c959f", "#cf222e"
-BLOCKS = ("#9ecbff", "#54a0ff", "#1f6feb", "#0b3d91")
-"""Of four blocks, first to last."""
-
-SIGNALS = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", "#57606a")
-"""Told apart with any kind of colour vision (Okabe and Ito 2008)."""
 STEPS = (25, 50, 100, 400)
 SHOWN = (0.5, 0.9)
 """Thresholds that are written next to their points."""
@@ -329,7 +322,7 @@ def labels(axes: Axes, _: int) -> None:
     for number, block in enumerate(blocks, 1):
         points = [p for p in zip(block["raw"]["coverage"], block["raw"]["precision"], THRESHOLDS, strict=True) if p[1]]
         x, y = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(x, y, ".-", color=BLOCKS[number - 1], label=f"block {number}", lw=1.1)
+        axes.plot(x, y, ".-", color=SHADES[number - 1], label=f"block {number}", lw=1.1)
         for share, right, threshold in points:
             if number == len(blocks) and any(abs(threshold - one) < 1e-9 for one in SHOWN):
                 axes.annotate(
@@ -349,9 +342,9 @@ def alignment(axes: Axes, _: int) -> None:
         cosines = [(step * 1.02 ** (k - 2.5), one[name]["total"]["alignment"])
                    for step, one in zip(STEPS, at, strict=True)]  # fmt: skip
         found = [(x, one) for x, one in cosines if one["value"] is not None]
-        axes.plot([x for x, _ in found], [one["value"] for _, one in found], ".-", color=SIGNALS[k], label=name, lw=1.1)
+        axes.plot([x for x, _ in found], [one["value"] for _, one in found], ".-", color=SERIES[k], label=name, lw=1.1)
         for x, one in found:
-            axes.plot([x, x], one["interval"], color=SIGNALS[k], linewidth=1.6)
+            axes.plot([x, x], one["interval"], color=SERIES[k], linewidth=1.6)
     axes.set_xscale("log")
     axes.set_xticks(STEPS, [f"{step}" for step in STEPS])
     axes.set_xticks([], minor=True)
@@ -370,7 +363,7 @@ def averages(axes: Axes, which: int) -> None:
         axes.plot([1 / int(averaged)] * len(row), row, ".", color=GREY, markersize=4)
     grid = [i / 50 for i in range(51)]
     curve = [sum(c * x**k for k, c in enumerate(branch["fit"])) for x in grid]
-    axes.plot(grid, curve, color=SIGNALS[0], linewidth=1.2)
+    axes.plot(grid, curve, color=SERIES[0], linewidth=1.2)
     axes.plot([0, 0], branch["bias"]["interval"], color="black", linewidth=1.6)
     axes.plot([0], [branch["bias"]["value"]], "D", color="black", markersize=4)
     axes.set_title(f"{name}: {branch['verdict']}", fontsize=9)
@@ -395,7 +388,7 @@ def sure_and_wrong(axes: Axes, which: int) -> None:
         axes.plot(numbers, means, dashes, color=colour, linewidth=1.5)
         for number, values in zip(numbers, blocks, strict=True):
             axes.plot([number] * len(values), values, ".", color=colour, markersize=3)
-        axes.annotate(label, at[which], color=colour if colour != GREY else "#57606a", fontsize=9)
+        axes.annotate(label, at[which], color=colour if colour != GREY else DARK, fontsize=9)
     axes.set_xticks(range(1, 5), [f"block {number}" for number in range(1, 5)])
     if which:
         axes.axhline(math.log(256), color="black", linewidth=0.8, linestyle="--")
@@ -416,12 +409,12 @@ def worlds(axes: Axes, which: int) -> None:
     axes.axvline(0.0, color=GREY, linewidth=0.6)
     for y, (_, arm, predicted) in enumerate(reversed(arms)):
         seen = result["arms"][arm]
-        axes.plot([predicted], [y], "D", color="#57606a", markerfacecolor="none", markersize=6)
-        axes.plot(seen["differences"], [y - 0.2] * seen["n"], "|", color=SIGNALS[0], markersize=5)
+        axes.plot([predicted], [y], "D", color=DARK, markerfacecolor="none", markersize=6)
+        axes.plot(seen["differences"], [y - 0.2] * seen["n"], "|", color=SERIES[0], markersize=5)
         if seen["difference"] is not None:
-            axes.plot([seen["difference"]], [y], "o", color=SIGNALS[0], markersize=5)
+            axes.plot([seen["difference"]], [y], "o", color=SERIES[0], markersize=5)
         if seen["interval"][0] is not None:
-            axes.plot(seen["interval"], [y, y], color=SIGNALS[0], linewidth=1.6)
+            axes.plot(seen["interval"], [y, y], color=SERIES[0], linewidth=1.6)
     axes.set_yticks(range(len(arms)), [name for name, *_ in reversed(arms)])
     axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.set_xlim(-0.15, 0.17)
@@ -430,9 +423,9 @@ def worlds(axes: Axes, which: int) -> None:
     where = f"sure replies after {after[world]}" if world in after else "the truth is the commonest answer"
     axes.set_title(f"{world}: {where}", fontsize=9)
     if world == "trap":
-        axes.plot([], [], "D", color="#57606a", markerfacecolor="none", label="predicted")
-        axes.plot([], [], "o-", color=SIGNALS[0], markersize=5, label="found, with 95% interval")
-        axes.plot([], [], "|", color=SIGNALS[0], label="a seed")
+        axes.plot([], [], "D", color=DARK, markerfacecolor="none", label="predicted")
+        axes.plot([], [], "o-", color=SERIES[0], markersize=5, label="found, with 95% interval")
+        axes.plot([], [], "|", color=SERIES[0], label="a seed")
         figure = axes.get_figure(root=True)
         assert figure is not None
         figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=3)
@@ -441,7 +434,7 @@ def worlds(axes: Axes, which: int) -> None:
 CLOSE = (-0.18, 0.06)
 """Differences that known_answers' picture shows, in nats; an arm beyond them is named with its difference."""
 
-FOUND_COLOURS = {"better": "#1a7f37", "worse": RED}
+FOUND_COLOURS = {"better": GREEN, "worse": RED}
 
 
 def known(axes: Axes, _: int) -> None:
@@ -451,7 +444,7 @@ def known(axes: Axes, _: int) -> None:
     axes.axvline(0.0, color=GREY, linewidth=0.6)
     names = []
     for y, arm in enumerate(reversed(order)):
-        seen, colour = result["arms"][arm], FOUND_COLOURS.get(result["arms"][arm]["verdict"], "#57606a")
+        seen, colour = result["arms"][arm], FOUND_COLOURS.get(result["arms"][arm]["verdict"], DARK)
         expected = result["expected"][arm]
         names.append(arm if expected == "open" else f"{arm} (expected {expected})")
         if seen["difference"] > CLOSE[1]:
@@ -486,14 +479,14 @@ PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
 def draw_pictures(folder: Path = FINDINGS) -> None:
     """Write all of PICTURES: equal bytes for equal results and matplotlib."""
     for name, (panel, count) in PICTURES.items():
-        with mpl.rc_context(STYLE):
+        with settings(FILE_SETTINGS):
             columns = min(count, 2)
             rows = -(-count // columns)
             width = PANEL[0] * (columns if count > 1 else 1.7)
-            figure = Figure(figsize=(width, PANEL[1] * (rows if count > 1 else 1.1)), layout="constrained")
-            for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).ravel()):
+            figure, all_axes = panels(rows, columns, (width, PANEL[1] * (rows if count > 1 else 1.1)))
+            for number, axes in enumerate(all_axes):
                 panel(axes, number)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, format="svg")
+        save(figure, folder / f"{name}.svg", FILE_SETTINGS)
 
 
 def measure_unigram() -> None:

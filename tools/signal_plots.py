@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from gptlab.analysis.report.theme import BLUE, FILE_SETTINGS, GREY, RED, panels, save, settings
 from gptlab.signals import SIGNALS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "images" / "signals"
 V = 256
 OTHER = 0.5
-BLUE, RED = "#1f6feb", "#cf222e"
-STYLE: Any = {"svg.hashsalt": "gptlab", "svg.fonttype": "none", "font.size": 8.0, "axes.spines.top": False,
-         "axes.spines.right": False, "path.simplify": False}  # fmt: skip
 
 
 def logits_at(p: Tensor) -> Tensor:
@@ -49,10 +44,10 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
     if signal.has_threshold:  # a gate is a step, not a slope
         p = torch.cat([p, torch.tensor([0.9 - 1e-9, 0.9 + 1e-9])]).sort().values
     lines = [("m = y", BLUE, "-", 0), ("m ≠ y", RED, "--", 1)] if signal.uses_truth else [("", BLUE, "-", 0)]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 1.9), layout="constrained")
-        for axes, what, title in zip(figure.subplots(1, 2), (0, 1), ("value", "gradient at z_m"), strict=True):
-            axes.axhline(0.0, color="#8c959f", linewidth=0.6)
+    with settings(FILE_SETTINGS):
+        figure, both = panels(1, 2, (5.6, 1.9))
+        for axes, what, title in zip(both, (0, 1), ("value", "gradient at z_m"), strict=True):
+            axes.axhline(0.0, color=GREY, linewidth=0.6)
             for label, color, dashes, target in lines:
                 axes.plot(p, curves(name, p, target)[what], dashes, color=color, label=label, linewidth=1.4)
             axes.set_title(title)
@@ -60,8 +55,8 @@ def draw(name: str, folder: Path = FOLDER) -> Path:
             axes.set_xlim(0, 1)
             if signal.uses_truth and not what:
                 axes.legend(frameon=False, handlelength=1.6)
-        path = folder / f"{name}.svg"
-        figure.savefig(path, metadata={"Date": None}, transparent=False)
+    path = folder / f"{name}.svg"
+    save(figure, path, FILE_SETTINGS)
     return path
 
 

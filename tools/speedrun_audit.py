@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from gptlab.analysis.logs import read_texts
 from gptlab.analysis.power import power_of_difference, smallest_difference
+from gptlab.analysis.report.theme import AMBER, GREEN, GREY
 from gptlab.analysis.statistics import holm, spread
 from gptlab.analysis.verdict import compare
 
@@ -229,7 +230,7 @@ def forest(axes: Any, _: int) -> None:
     axes.axvline(0.0, color="black", linewidth=0.8)
     for row, pair in enumerate(pairs):
         tested = pair["p"] is not None
-        colour = "#8c959f" if not tested else "#1a7f37" if pair["verdict"] == "better" else "#bf8700"
+        colour = GREY if not tested else GREEN if pair["verdict"] == "better" else AMBER
         if tested:
             axes.plot(pair["interval"], [row, row], color=colour, linewidth=2)
         axes.plot([pair["difference"]], [row], "o", color=colour, mfc=colour if tested else "white", markersize=5)
@@ -237,9 +238,9 @@ def forest(axes: Any, _: int) -> None:
     axes.set_yticks(range(len(pairs)), [f"{pair['name']} against {pair['against']}" for pair in pairs], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("steps to 3.28, minus those of the record before (95% interval)")
-    for label, colour in (("distinguishable", "#1a7f37"), ("not distinguishable", "#bf8700")):
+    for label, colour in (("distinguishable", GREEN), ("not distinguishable", AMBER)):
         axes.plot([], [], "o-", color=colour, label=label)
-    axes.plot([], [], "o", color="#8c959f", mfc="white", label="one run, no test")
+    axes.plot([], [], "o", color=GREY, mfc="white", label="one run, no test")
     axes.plot([], [], "|", color="black", markersize=9, linestyle="none", label="claimed")
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=4)
 

@@ -9,55 +9,50 @@ from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.report.page import render
 from gptlab.analysis.report.plots import shortened
-from gptlab.analysis.report.theme import save, settings
+from gptlab.analysis.report.theme import BLUE, DARK, FILE_SETTINGS, GREY, RED, SERIES, panels, save, settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#9ecbff", "#1f6feb", "#0b3d91", "#8250df", "#cf222e")
+COLOURS = ("#9ecbff", BLUE, "#0b3d91", "#8250df", RED)
 """Of levels, early to late."""
-STYLE: Any = {"svg.hashsalt": "gptlab", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0,
-              "axes.spines.top": False, "axes.spines.right": False, "path.simplify": False}  # fmt: skip
 PANEL, TITLE = (3.4, 2.7), 44
 """A panel's size in inches; characters of a line of its title, of which there are two at most."""
 
 
 def draw(result: Mapping[str, Any], path: str | Path) -> None:
     """Write the figure of a result of `dose_response`, in the format that the file's ending says."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     series = result["series"]
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, one in zip(panels, series, strict=False):
+    with settings(FILE_SETTINGS):
+        figure, all_axes = panels(rows, columns, (PANEL[0] * columns, PANEL[1] * rows))
+        for axes, one in zip(all_axes, series, strict=False):
             _panel(axes, one)
-        for axes in panels[len(series) :]:
+        for axes in all_axes[len(series) :]:
             axes.set_axis_off()
         figure.supylabel("tokens needed, times the clean run’s", fontsize=9)
-        grey: Any = {"color": "#4a4d52", "linewidth": 0.9}
+        grey: Any = {"color": DARK, "linewidth": 0.9}
         key = [
             Line2D([], [], marker="o", markersize=4, label="measured, with its 95% interval", **grey),
             Line2D([], [], marker="^", markersize=4, linestyle="", label="at least so many: some runs never got there",
                    **grey),
             Line2D([], [], linestyle="--", label="fit", **grey),
         ]  # fmt: skip
-        levels = panels[0].get_legend_handles_labels()[0]
+        levels = all_axes[0].get_legend_handles_labels()[0]
         for line in levels:
             line.set_label(f"to the clean run’s level {line.get_label()}")
         handles = [*levels, *key]
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    save(figure, path)
+    save(figure, path, FILE_SETTINGS)
 
 
 def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    axes.axhline(1.0, color="#8c959f", linewidth=0.6)
+    axes.axhline(1.0, color=GREY, linewidth=0.6)
     for i, level in enumerate(series["levels"]):
         colour = COLOURS[i % len(COLOURS)]
         found = [row for row in level["doses"] if row["multiplier"] is not None]
@@ -81,7 +76,7 @@ def _panel(axes: Axes, series: Mapping[str, Any]) -> None:
 
 
 LENS_TITLES = {"raw": "Raw reading", "tuned": "Tuned reading"}
-LENS_COLOURS = {"raw": "#0b6fc2", "tuned": "#c2410c"}
+LENS_COLOURS = {"raw": SERIES[0], "tuned": SERIES[1]}
 
 
 def lens_page(found: Mapping[str, Any]) -> str:
@@ -92,12 +87,10 @@ def lens_page(found: Mapping[str, Any]) -> str:
 
 def write_exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
     """Draw loss and agreement against compute, a line for each reader and a mark for each confidence."""
-    from matplotlib.figure import Figure
-
-    with settings({"svg.hashsalt": "gptlab"}):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+    with settings(FILE_SETTINGS):
+        figure, all_axes = panels(1, 2, (9, 3.6))
         labels = {"loss": "loss, nats a token", "agreement": "agreement with the full model"}
-        for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        for axes, (key, label) in zip(all_axes, labels.items(), strict=True):
             for name, points in found.items():
                 early = [point for point in points if point["confidence"] < 1]
                 x, y = ([point[what] for point in early] for what in ("compute", key))
@@ -108,14 +101,14 @@ def write_exit_plot(found: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
                         xytext=(4, 4), fontsize=8, color=LENS_COLOURS[name],
                     )  # fmt: skip
             full = next(iter(found.values()))[-1]
-            axes.plot([full["compute"]], [full[key]], "s", color="#4a4d52", markersize=6, label="Full model")
-            axes.axvline(1, color="#8c959f", linewidth=0.8)
+            axes.plot([full["compute"]], [full[key]], "s", color=DARK, markersize=6, label="Full model")
+            axes.axvline(1, color=GREY, linewidth=0.8)
             axes.set_xlabel("compute, full model = 1")
             axes.set_ylabel(label)
             axes.grid(color="#dcdddf", linewidth=0.6)
             axes.margins(0.08)
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    save(figure, path)
+        figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save(figure, path, FILE_SETTINGS)
 
 
 def _apart(points: Sequence[Mapping[str, Any]], key: str, least: float = 0.06) -> list[Mapping[str, Any]]:

@@ -1,4 +1,4 @@
-"""The look of a report's figures: colours by what they mean, and matplotlib's figures as SVG inside a page.
+"""The look of all figures: colours by what they mean, and matplotlib's figures as SVG inside a page or as files.
 
 The page's style sheet gives colours their values, light and dark. matplotlib knows only fixed colours, so that each
 meaning has one that nothing else uses, and `inline` puts the style sheet's variable in its place, `save` the variable's
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gptlab.files import write_whole
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ARMS, BLOCKS = 8, 10
@@ -64,6 +65,16 @@ SETTINGS = {
     "font.size": TEXT,
 }
 """matplotlib's settings while a figure is made and drawn."""
+DARK, GREY, BLUE, RED, GREEN, AMBER = "#57606a", "#8c959f", "#1f6feb", "#cf222e", "#1a7f37", "#bf8700"
+SHADES = ("#9ecbff", "#54a0ff", BLUE, "#0b3d91")
+"""Of things in an order, such as blocks from the first to the last."""
+SERIES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", DARK)
+"""Of things without one; distinct with any kind of colour vision (Okabe and Ito 2008)."""
+FILE_SETTINGS: dict[str, Any] = {
+    "svg.hashsalt": "gptlab", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0,
+    "axes.spines.top": False, "axes.spines.right": False, "path.simplify": False,
+}  # fmt: skip
+"""Of a figure that is only ever a file, in colours of its own: those of the documents, dose_response and lens."""
 _KEPT_STYLES = {"fill", "stroke", "stroke-width", "stroke-dasharray", "opacity", "fill-opacity", "stroke-opacity",
                 "stroke-linecap", "stroke-linejoin", "text-anchor", "font-size"}  # fmt: skip
 _SETTING = threading.Lock()
@@ -76,6 +87,14 @@ def settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
 
     with _SETTING, mpl.rc_context(cast(Any, {**SETTINGS, **(more or {})})):
         yield
+
+
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure of FILE_SETTINGS, in inches, and its axes row by row; draw into them under the same settings."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
 @dataclass(frozen=True)
@@ -100,12 +119,13 @@ class Drawn:
             save(self.figure, path)
 
 
-def save(figure: Figure, path: str | Path) -> None:
-    """Write a figure as its file's ending says: equal bytes for equal figures and matplotlib."""
+def save(figure: Figure, path: str | Path, of: Mapping[str, Any] = SETTINGS) -> None:
+    """Write a figure, made under the settings `of`, as its file's ending says: equal bytes for equal figures and
+    matplotlib."""
     form = Path(path).suffix.removeprefix(".").lower()
     date = {"pdf": "CreationDate", "svg": "Date"}.get(form)
     buffer = io.BytesIO()
-    with settings({"svg.hashsalt": "gptlab", "pdf.fonttype": 42, "path.simplify": False}):
+    with settings({**of, "svg.hashsalt": "gptlab", "pdf.fonttype": 42, "path.simplify": False}):
         metadata = cast(Any, {date: None} if date else None)
         figure.savefig(buffer, format=form, dpi=300, metadata=metadata, facecolor="white")
     write_whole(path, buffer.getvalue())
