@@ -45,9 +45,10 @@ class Idea(NamedTuple):
 IDEAS = (
     Idea("rate_times_3", "keep", "few updates of a small model: its recipe's rate is for 5,000 of a larger one",
          (CONFIG, "learning_rate = 1e-3", "learning_rate = 3e-3")),
-    Idea("rate_by_10", "discard", "too slow for so few updates", (CONFIG, "learning_rate = 1e-3", "learning_rate = 1e-4")),
+    Idea("rate_by_10", "discard", "too slow for so few updates",
+         (CONFIG, "learning_rate = 1e-3", "learning_rate = 1e-4")),
     Idea("other_draw", "discard", "another draw of the same first weights",
-         ("model.py", "        self.apply(self._init_weights)", "        torch.rand(1)\n        self.apply(self._init_weights)")),
+         ("model.py", "self.apply(self._init_weights)", "torch.rand(1)\n        self.apply(self._init_weights)")),
     Idea("a_comment", "inactive", "the same numbers",
          ("model.py", "    def _init_weights(self, module):", "    # Normal.\n    def _init_weights(self, module):")),
     Idea("easier_evaluation", "broken", "train.py evaluates, and may not be changed",

@@ -272,7 +272,7 @@ def main() -> None:
     options = {**(QUICK if small else {"sample_every": 0, "eval_every": 100000})}
     options |= {"data": asked.data} if asked.data else {}
     options |= {"steps": 4} if asked.smoke else {}
-    write_lab(asked.lab, options, [2] if small else [2, 4, 8], [2, 3] if small else [8, 16])
+    write_lab(asked.lab, options, [2] if small else [2, 4, 8], [2, 3] if small else [4, 8])
     used = {"learning_rate": 0.005, "batch_size": 16, "total_batch_tokens": 1024, "steps": 1300}
     used |= preset_options(PRESET, options) | options
     chosen = ideas(used["steps"], used["learning_rate"], used["total_batch_tokens"], used["batch_size"])
