@@ -17,7 +17,7 @@ arms/confidence/difference, as Python formats it; * in a place adds up all that 
 benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
 comment must not begin a line within a paragraph, which Markdown would end there.
 
-The pictures of docs/findings/noise.md that belong to no experiment are drawn from what `gptlab noise --json` printed.
+The pictures that belong to no experiment are drawn from what `gptlab noise --json` printed.
 """
 
 from __future__ import annotations
@@ -123,7 +123,24 @@ def _result(name: str) -> dict[str, Any]:
     if name == KNOWN:
         result["expected"] = _signs(read_pack(packed).text, result["arms"])
         result["counts"] = _counts(result)
+    if name == f"{CONVERSATION}_seeds":
+        result["pairs"] = _pairs(result["arms"])
     return result | _worlds(packed) if name == CONVERSATION else result
+
+
+PAIRS = {"gated": ("self", "shuffled", "gated_placebo"), "gated_16": ("gated", "exact", "self", "shuffled")}
+"""Arms of conversation_seeds that are compared with others than their baseline."""
+
+
+def _pairs(arms: Mapping[str, Any]) -> dict[str, Any]:
+    """{"arm-other": its differences by seed, their mean and 95% interval}, in the metric's unit."""
+    found = {}
+    for arm, others in PAIRS.items():
+        for other in others:
+            apart = [a - b for a, b in zip(arms[arm]["differences"], arms[other]["differences"], strict=True)]
+            test = paired_t(apart)
+            found[f"{arm}-{other}"] = {"differences": apart, "difference": test.mean, "interval": list(test.interval())}
+    return found
 
 
 HALF_BATCH = "half_batch"
