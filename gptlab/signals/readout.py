@@ -29,8 +29,10 @@ LossFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 ClosedForm = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(logits (n, V), which it may overwrite, targets (n,)) -> losses (n,), gradient (n, V) of their sum."""
 
-CHUNK_BYTES = 128 * 2**20
-"""Logits of one chunk in the dtype of the matmuls: at V=50304 1,333 rows in bf16."""
+CHUNK_BYTES, GPU_CHUNK_BYTES = 128 * 2**20, 2**30
+"""Logits of one chunk in the dtype of the matmuls: at V=50304 1,334 rows in bf16, and 10,624 on a GPU."""
+GPU_ROWS = 128
+"""Rows of a chunk on a GPU come in multiples of these, which its matmuls' tiles divide."""
 PIECE_ELEMENTS = 2**21
 """Logits of one elementwise pass on a CPU: 8 MiB in float32."""
 READINGS_WORTH_TRANSPOSING = 3
@@ -79,7 +81,7 @@ class Readout:
         transpose = self.row_block and readings >= READINGS_WORTH_TRANSPOSING
         self.head_t = self.working_head.t().contiguous() if transpose else self.working_head.t()  # (C, V)
         V = len(self.head)
-        self.chunk = chunk or max(1, CHUNK_BYTES // (V * dtype.itemsize))
+        self.chunk = chunk or chunk_rows(V * dtype.itemsize, on_gpu=self.head.is_cuda)
         self.piece = piece or (self.chunk if self.head.is_cuda else max(1, PIECE_ELEMENTS // V))
 
     def read(
@@ -159,6 +161,13 @@ class Readout:
             total += losses.sum(dtype=torch.float64)
             z[rows] = gradient
         return total
+
+
+def chunk_rows(row_bytes: int, *, on_gpu: bool) -> int:
+    """Rows of logits that are held at once, each of so many bytes."""
+    if on_gpu:
+        return max(1, GPU_CHUNK_BYTES // row_bytes // GPU_ROWS) * GPU_ROWS
+    return max(1, CHUNK_BYTES // row_bytes)
 
 
 def at_least_float32(z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals import SIGNALS
-from gptlab.signals.readout import LossFunction, Readout, true_loss
+from gptlab.signals.readout import LossFunction, Readout, chunk_rows, true_loss
 
 N, V, C = 11, 61, 12
 SCALE = 0.37
@@ -173,3 +173,10 @@ def test_chunks_of_a_large_vocabulary_are_bounded_by_memory() -> None:
     large = GPT(GPTConfig(block_size=1, vocab_size=50304, n_layer=1, n_head=1, n_embd=4))
     assert 64 <= Readout(large).chunk <= 128 * 2**20 // 4 // 50304
     assert Readout(large, torch.bfloat16).chunk <= 128 * 2**20 // 2 // 50304
+
+
+def test_a_chunk_of_a_gpu_is_a_gigabyte_of_whole_tiles() -> None:
+    assert chunk_rows(50304 * 2, on_gpu=True) == 10_624 == 83 * 128
+    assert 2**30 - 128 * 50304 * 2 < 10_624 * 50304 * 2 <= 2**30
+    assert chunk_rows(2**31, on_gpu=True) == 128
+    assert chunk_rows(50304 * 2, on_gpu=False) == 1_334
