@@ -44,6 +44,21 @@ class Idea(NamedTuple):
 
 
 RATE = "learning_rate = 1e-3", "learning_rate = 3e-3"
+OPTIMIZER = "optimizer = torch.optim.AdamW(optim_groups, lr=learning_rate, betas=betas, **extra_args)"
+MUON = """\
+matrices = [p for n, p in param_dict.items() if p.dim() == 2 and n.startswith('transformer.h.')]
+        chosen = set(map(id, matrices))
+        others = [{**g, 'params': [p for p in g['params'] if id(p) not in chosen]} for g in optim_groups]
+        parts = [
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn='match_rms_adamw'),
+            torch.optim.AdamW(others, lr=learning_rate, betas=betas),
+        ]
+        class Both:
+            param_groups = [group for part in parts for group in part.param_groups]
+            def step(self): [part.step() for part in parts]
+            def zero_grad(self, **how): [part.zero_grad(**how) for part in parts]
+            def state_dict(self): return [part.state_dict() for part in parts]
+        optimizer = Both()"""
 INIT, WEIGHTS = "self.apply(self._init_weights)", "    def _init_weights(self, module):"
 IDEAS = (
     Idea("rate_times_3", "keep", "few updates of a small model: its recipe's rate is for 5,000 of a larger one",
@@ -58,6 +73,8 @@ IDEAS = (
     Idea("rate_and_warmup", "keep", "a third of so few updates is a long warm-up; bolder than rate_times_3, and tried "
          "after 8 fresh seeds had not been enough for that one",
          CONFIG, (RATE, ("warmup_iters = 100", "warmup_iters = 20"))),
+    Idea("muon", "keep", "2502.16982, and better by far in docs/findings/known_answers.md; tried after those two",
+         "model.py", ((OPTIMIZER, MUON),)),
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,9 @@ def render(template: str, *, base: str = "base.html", folders: Sequence[Path] = 
         loader=jinja2.FileSystemLoader([TEMPLATES, *folders]), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": number, "visible": visible, "tenth": tenth, "value": value}
+    environment.filters |= {
+        "figure": number, "visible": visible, "tenth": tenth, "value": value, "breakable": breakable,
+    }  # fmt: skip
     style = stylesheet()
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     content |= {"base": base, "style": style, "style_hash": digest, "version": gptlab.__version__}
@@ -102,3 +105,10 @@ def tenth(p: float) -> int:
 def value(option: Any) -> str:
     """An option as one would type it."""
     return "–" if option is None else as_typed(option)
+
+
+def breakable(name: str) -> str:
+    """A name, escaped, that breaks over lines after its slashes, points and underscores first."""
+    import markupsafe
+
+    return markupsafe.Markup(re.sub(r"([/._-])(?=\w)", r"\1<wbr>", str(markupsafe.escape(name))))
