@@ -7,7 +7,7 @@ python benchmarks/judge_night.py --smoke                               every ide
 IDEAS says what is predicted of each and why, before the night. It writes them as files into the lab, judges them in an
 order drawn from the seed, kills the judge at random moments (SIGKILL, whole process group) and starts it again. What
 the ledger then holds is compared with the predictions: `false_keeps` may be 0 or 1 in a night at 5%. The result is
-night.json in the lab, and its report.html.
+night.json in the lab, and its report.html; of a whole night also benchmarks/results/judge_night.json.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,6 +37,7 @@ from gptlab.judge.trial import Subject
 from gptlab.training.presets import preset_options
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "judge_night.json"
 PRESET = "shakespeare-tiny"
 QUICK: dict[str, Any] = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 32, "batch_size": 4, "total_batch_tokens": 256, "steps": 24,
@@ -199,7 +202,10 @@ def night(chosen: Sequence[Idea], lab: Path, seed: int, kills: int) -> dict[str,
         result = summary(answers, killed, time.monotonic() - began)
         write_json(lab / "night.json", result)
     judge = Judge(read_lab(lab))
-    judge.ledger.read()  # raises where a line is not as it was written
+    tries, journal = judge.ledger.read()  # raises where a line is not as it was written
+    began, ended = (datetime.fromisoformat(line["time"]) for line in (journal[0], tries[-1]))
+    result["hours"] = (ended - began).total_seconds() / 3600
+    write_json(lab / "night.json", result)
     from gptlab.judge.report import write_report
 
     write_report(judge)
@@ -207,13 +213,18 @@ def night(chosen: Sequence[Idea], lab: Path, seed: int, kills: int) -> dict[str,
 
 
 def summary(answers: Mapping[str, Mapping[str, Any]], killed: int, seconds: float) -> dict[str, Any]:
-    """Keeps against the predictions; seconds: since this start, not of earlier ones."""
+    """Keeps against the predictions, and how many ideas of each prediction had each verdict.
+
+    seconds: since this start, not of earlier ones; `night` adds the hours from the lab's first line to its last.
+    """
     kept = [answer["predicted"] for answer in answers.values() if answer["verdict"] == "keep"]
+    verdicts = Counter(f"{answer['predicted']} {answer['verdict']}" for answer in answers.values())
     better = sum(answer["predicted"] == "better" for answer in answers.values())
     return {
         "ideas": len(answers), "false_keeps": len(kept) - kept.count("better"), "found": kept.count("better"),
         "better": better, "kills": killed, "seconds": seconds,
-        "seconds_of_runs": sum(answer["seconds"] for answer in answers.values()), "answers": dict(answers),
+        "seconds_of_runs": sum(answer["seconds"] for answer in answers.values()),
+        "verdicts": dict(sorted(verdicts.items())), "answers": dict(answers),
     }  # fmt: skip
 
 
@@ -279,6 +290,8 @@ def main() -> None:
     if asked.smoke:
         raise SystemExit(any(one != "ok" for one in smoke(chosen, asked.lab).values()))
     result = night(chosen[::6] if asked.quick else chosen, asked.lab, asked.seed, 2 if asked.quick else asked.kills)
+    if not asked.quick:
+        write_json(RESULTS, result)
     print(json.dumps({key: value for key, value in result.items() if key != "answers"}, indent=1))
 
 

@@ -11,11 +11,12 @@ is the branch tests in NAME.json, which `gptlab noise --json` printed; with <!--
 experiment's file predicts next to what was found; with <!-- premise: NAME --> what `gptlab noise --conversation --json`
 printed of several steps, in NAME.json by step; with <!-- audit: speedrun_audit --> the pairs of records in
 tools/speedrun_audit.py, whose other results are figures of that name; with <!-- expected: NAME --> the verdicts next to
-the signs that NAME's experiment file expects. A figure within a
-sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
-arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
-benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
-comment must not begin a line within a paragraph, which Markdown would end there.
+the signs that NAME's experiment file expects; with <!-- ideas: NAME --> what `gptlab judge` said of every idea of
+benchmarks/results/NAME.json. A figure within a sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the
+value at a place of the same results, such as arms/confidence/difference, as Python formats it; * in a place adds up all
+that is there. NAME may be that of a file in benchmarks/results too. An experiment's result also has `blocks`: the last
+validation of every block, mean over seeds. A comment must not begin a line within a paragraph, which Markdown would end
+there.
 
 The pictures that belong to no experiment are drawn from what `gptlab noise --json` printed.
 """
@@ -41,7 +42,19 @@ from gptlab.analysis.load import read
 from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
 from gptlab.analysis.report.comparison import write_figures
 from gptlab.analysis.report.standalone import PANEL, draw
-from gptlab.analysis.report.theme import DARK, FILE_SETTINGS, GREEN, GREY, RED, SERIES, SHADES, panels, save, settings
+from gptlab.analysis.report.theme import (
+    AMBER,
+    DARK,
+    FILE_SETTINGS,
+    GREEN,
+    GREY,
+    RED,
+    SERIES,
+    SHADES,
+    panels,
+    save,
+    settings,
+)
 from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown, table_in_markdown
@@ -60,7 +73,7 @@ RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "l
 """Options in which the arms of tune_* differ."""
 
 MARK = re.compile(
-    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|premise|audit|expected): (\w+) -->\n"
+    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|premise|audit|expected|ideas): (\w+) -->\n"
     r".*?<!-- end of \2 -->",
     re.DOTALL,
 )
@@ -89,6 +102,8 @@ def _filled(what: str, name: str) -> str:
         tables = _premise(result)
     elif what == "expected":
         tables = _expected(result)
+    elif what == "ideas":
+        tables = _ideas(result)
     elif what == "losses":
         tables = _losses(result)
     elif what == "audit":
@@ -325,6 +340,24 @@ def _premise(measured: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _ideas(result: Mapping[str, Any]) -> str:
+    """What a judge said of each idea, next to what was predicted or expected of it."""
+    first = next(key for key in ("predicted", "expected") if key in next(iter(result["answers"].values())))
+    lines = [f"| idea | {first} | verdict | difference, nats | 95% interval | seeds | reason |", "|---" * 7 + "|"]
+    answers = sorted(result["answers"].items(), key=lambda one: (PREDICTED.get(one[1][first], 0), one[0]))
+    for name, one in answers:
+        low, high = one["interval"]
+        cells = [
+            name, one[first], one["verdict"], "–" if one["difference"] is None else f"{one['difference']:+.4f}",
+            "–" if low is None else f"{low:+.4f} to {high:+.4f}", str(one["n"]), one["why"],
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+PREDICTED = {"better": 0, "worse": 1, "null": 2}
+"""The order of ideas by what was predicted of them."""
+
 EVALUATED = 131_072
 """Validation bytes that a run of shakespeare-tiny reads."""
 
@@ -481,6 +514,33 @@ def known(axes: Axes, _: int) -> None:
     axes.set_xlabel("loss minus the baseline's, nats a byte")
 
 
+NIGHT, REACH = "judge_night", 0.12
+"""The judge's night, and the differences that its picture shows, in nats; beyond them is an arrow."""
+MARKS = {"keep": GREEN, "discard": GREY, "undecided": AMBER, "inactive": GREY, "broken": RED, "diverged": RED}
+
+
+def ideas(axes: Axes, _: int) -> None:
+    """Every idea of the night with its interval, by what was predicted of it."""
+    answers = _result(NIGHT)["answers"]
+    order = sorted(answers, key=lambda name: (PREDICTED[answers[name]["predicted"]], name), reverse=True)
+    axes.axvline(0.0, color=GREY, linewidth=0.6)
+    for y, name in enumerate(order):
+        one = answers[name]
+        colour, kept = MARKS[one["verdict"]], one["verdict"] == "keep"
+        middle, ends = one["difference"] or 0.0, [max(-REACH, min(REACH, end or 0.0)) for end in one["interval"]]
+        axes.plot(ends, [y, y], color=colour, linewidth=2.0 if kept else 1.2)
+        marker = ">" if middle > REACH else "<" if middle < -REACH else "D" if kept else "o"
+        axes.plot([max(-REACH, min(REACH, middle))], [y], marker, color=colour, markersize=5 if kept else 4)
+        axes.annotate(one["verdict"], (REACH * 1.06, y), va="center", color=colour, fontsize=8, annotation_clip=False)
+    axes.set_yticks(range(len(order)), [f"{name} ({answers[name]['predicted']})" for name in order], fontsize=8)
+    axes.set_xlim(-REACH * 1.03, REACH * 1.03)
+    axes.set_ylim(-0.7, len(order) - 0.3)
+    axes.set_xlabel("loss minus the baseline's, nats a byte")
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.set_size_inches(7.2, 6.4)
+
+
 PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     "noise_labels": (labels, 1),
     "noise_alignment": (alignment, 1),
@@ -489,6 +549,7 @@ PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     CONVERSATION: (worlds, 4),
     "known_answers_close": (known, 1),
     AUDIT: (speedrun_audit.forest, 1),
+    NIGHT: (ideas, 1),
 }
 """name of the SVG -> what draws one panel, and how many."""
 
