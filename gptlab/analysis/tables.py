@@ -323,7 +323,8 @@ def noise_tables(result: Mapping[str, Any]) -> Iterator[Table]:
         })  # fmt: skip
         by_block = zip(*(signals[name]["blocks"] for name in others), strict=True)
         rows = [(f"block {j}", *(aligned(of["alignment"]) for of in block)) for j, block in enumerate(by_block, 1)]
-        yield Table("Alignment by block", ("block", *others), rows)
+        if any(cell != "–" for row in rows for cell in row[1:]):  # a single judge reads below the first block alone
+            yield Table("Alignment by block", ("block", *others), rows)
     quality = result["label_quality"]
     title = f"Readings as labels, on {quality['tokens']:,} validation tokens; coverage and precision at τ"
     by_threshold = (word for threshold in SHOWN for word in (f"τ {threshold:g}", "precision"))
@@ -437,7 +438,10 @@ def _measured(result: Mapping[str, Any]) -> str:
         "corpus": f"that is all training text there is, {missed}",
         "nothing to narrow": "there is no interval that more would narrow",
     }
-    return f"Measured {result['groups'] * result['group']:,} sequences: {why[stopped['by']]}."
+    reason = (
+        "as many --groups as asked for" if stopped["by"] == "groups" and not stopped["narrow"] else why[stopped["by"]]
+    )
+    return f"Measured {result['groups'] * result['group']:,} sequences: {reason}."
 
 
 def _pull(signal: Mapping[str, Any], result: Mapping[str, Any]) -> str:

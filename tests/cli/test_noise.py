@@ -211,7 +211,7 @@ def test_a_hugging_face_folder_is_measured_on_data_that_is_named(
     assert main(["noise", str(folder), *QUICK, "--data", str(tiny_corpus), "--signals", "confidence"]) == 0
     out = capsys.readouterr().out
     assert "no second moments here" in out
-    assert "Alignment by block" in out
+    assert "Alignment by block" not in out  # of two blocks the only judge reads below both
 
 
 HALF = "; it {} nevertheless: at dose 1.00 a step of the same length makes 81% of the progress in the true loss."
