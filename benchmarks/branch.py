@@ -31,14 +31,13 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from gptlab.analysis.branch import branch_test
+from gptlab.analysis.noise.branching import Arm, GradientBias, GradientNoise, Plan, branch_test
 from gptlab.cli.data import open_or_prepare
 from gptlab.cli.main import main as gptlab
 from gptlab.data.corpus import Corpus
 from gptlab.device import ComputeConfig, Machine
 from gptlab.distributed import World
 from gptlab.randomness import torch_generator
-from gptlab.runs.branching import Arm, GradientBias, GradientNoise, Plan
 from gptlab.signals import SIGNALS, Signal, SignalConfig
 
 ROOT = Path(__file__).parent.parent

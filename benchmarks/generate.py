@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from marked import rewrite
 
-from gptlab.benchmark.ladder import Timing, interleave
+from gptlab.benchmark.contenders import Timing, interleave
 from gptlab.cli.arguments import Parser
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.device import DTYPES, Machine, choose_compute, keep_freed_memory

@@ -27,8 +27,7 @@ from generate import transformers as peer_text
 from torch.nn import functional as F
 
 from gptlab.benchmark import MODES, contenders
-from gptlab.benchmark.contenders import Step, Work
-from gptlab.benchmark.ladder import interleave
+from gptlab.benchmark.contenders import Step, Work, interleave
 from gptlab.benchmark.run import MatmulTimes, products
 from gptlab.data.shards import write_shard
 from gptlab.device import DTYPES, ComputeConfig, Machine, choose_compute
@@ -42,7 +41,7 @@ from gptlab.runs.checkpoint import digest
 from gptlab.runs.folder import newest
 from gptlab.signals import SIGNALS, SignalConfig
 from gptlab.training import backward
-from gptlab.training.sharding import compile_blocks
+from gptlab.training.parallel import compile_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "training"))  # for the naive reference, which stands with the tests

@@ -129,7 +129,7 @@ GUARDS = (
     Guard("nothing elsewhere is deleted", "runs/folder.py",
           "if path.is_symlink() or real == inside or inside not in real.parents:", "if False:",
           ("tests/cli/test_runs.py",)),
-    Guard("the page follows no link", "analysis/listing.py", "follow_symlinks=False", "follow_symlinks=True",
+    Guard("the page follows no link", "analysis/run.py", "follow_symlinks=False", "follow_symlinks=True",
           ("tests/page/test_guard.py::test_a_link_to_elsewhere_is_not_followed",)),
     Guard("stated sizes fit the file", "model/weights.py", "if least > room:", "if False:",
           (SIZES, "tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line"),

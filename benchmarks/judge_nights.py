@@ -5,7 +5,7 @@ its table in docs/judge.md
 
 A night is 100 ideas in an order drawn for it; `effects` of them gain so many sigma, the baseline's standard deviation
 over seeds, and the others nothing. Runs of one seed share their noise with a correlation, as pairs do. What the
-judge does here is what it does in a lab: the functions are gptlab/judge/error_control.py's. Nothing is adopted, so
+judge does here is what it does in a lab: the functions are gptlab/judge/evidence.py's. Nothing is adopted, so
 that every idea is compared with the same baseline, whose screening runs all ideas share.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from gptlab.analysis.statistics import critical_t, failure_rate_bound
-from gptlab.judge.error_control import confirmed, next_level, screened
+from gptlab.judge.evidence import confirmed, next_level, screened
 from gptlab.judge.lab import Plan
 
 ROOT = Path(__file__).parent.parent

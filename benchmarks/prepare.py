@@ -24,7 +24,7 @@ from typing import Any
 
 from marked import rewrite
 
-from gptlab.benchmark.ladder import interleave
+from gptlab.benchmark.contenders import interleave
 from gptlab.cli.arguments import Parser
 from gptlab.data.corpora import Shakespeare
 from gptlab.data.tokenizers import GPT2Tokenizer

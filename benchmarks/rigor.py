@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from gptlab.analysis import compare, verdict
-from gptlab.analysis.power import seeds_for_difference
+from gptlab.analysis.design import seeds_for_difference
 from gptlab.analysis.statistics import failure_rate_bound, look_level
 
 ROOT = Path(__file__).parent.parent

@@ -26,8 +26,8 @@ from typing import Any
 from marked import rewrite
 
 from gptlab.benchmark import SIZES
-from gptlab.benchmark.ladder import STEPS, Ladder, Timing, interleave
-from gptlab.cli.bench import measure
+from gptlab.benchmark.contenders import STEPS, Ladder, Timing, interleave
+from gptlab.cli.machine import measure
 from gptlab.device import Machine, choose_compute
 
 ROOT = Path(__file__).parents[1]

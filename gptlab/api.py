@@ -19,7 +19,7 @@ import gptlab
 from gptlab.errors import CheckpointError, ConfigError, DivergedError, shown
 from gptlab.options import flatten, table_options
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.user import GivenFunction
+from gptlab.signals.registry import GivenFunction
 from gptlab.training.config import TrainingConfig
 
 if TYPE_CHECKING:

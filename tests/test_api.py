@@ -20,9 +20,8 @@ from run_folders import TINY
 
 import gptlab
 from gptlab import api
-from gptlab.analysis.listing import listed
 from gptlab.analysis.report.run import write_run
-from gptlab.analysis.run import read_run
+from gptlab.analysis.run import listed, read_run
 from gptlab.cli.compare import main as compare_command
 from gptlab.cli.main import main
 from gptlab.errors import CheckpointError, ConfigError, DataError
@@ -171,7 +170,7 @@ def test_a_function_is_a_signal_wherever_a_name_is_one(here: Path, options: dict
     assert found == named != 0
     run = gptlab.train(options, signal=margin, out="run", quiet=True)
     assert run.options["signal.name"].endswith("test_api.py:margin")
-    assert next(iter(run.config["code"].values())) == gptlab.signals.user.file_hash(f"{__file__}:margin")
+    assert next(iter(run.config["code"].values())) == gptlab.signals.registry.file_hash(f"{__file__}:margin")
     placebo = gptlab.train(options, signal=SignalConfig(margin, control="placebo"), out="placebo", quiet=True)  # type: ignore[arg-type]
     assert placebo.dose == pytest.approx(run.dose, rel=0.5)
 

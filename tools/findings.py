@@ -37,7 +37,7 @@ import numpy as np
 import speedrun_audit
 from matplotlib.axes import Axes
 
-from gptlab.analysis.dose_response_runs import SHARES, Target, dose_response
+from gptlab.analysis.dose_response import SHARES, Target, dose_response
 from gptlab.analysis.load import read
 from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
 from gptlab.analysis.report.comparison import write_figures
@@ -58,7 +58,7 @@ from gptlab.analysis.report.theme import (
 from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown, table_in_markdown
-from gptlab.cli.dose_response import tables as response_tables
+from gptlab.cli.compare import response_tables
 from gptlab.data.corpora import Shakespeare
 from gptlab.runs.archive import SUFFIX, read_pack
 from gptlab.runs.records import read_rows

@@ -20,8 +20,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptlab.analysis.design import power_of_difference, smallest_difference
 from gptlab.analysis.logs import read_texts
-from gptlab.analysis.power import power_of_difference, smallest_difference
 from gptlab.analysis.report.theme import AMBER, GREEN, GREY
 from gptlab.analysis.statistics import holm, spread
 from gptlab.analysis.verdict import compare

@@ -22,9 +22,8 @@ from gptlab.analysis.comparability import (
     undeclared,
 )
 from gptlab.analysis.design import Seed, order
-from gptlab.analysis.listing import find_runs
 from gptlab.analysis.logs import SUFFIXES, Logged, read_table, read_texts, text_logs
-from gptlab.analysis.run import Run, mean_dose, norm_ratio, passport, read_run
+from gptlab.analysis.run import Run, find_runs, mean_dose, norm_ratio, passport, read_run
 from gptlab.analysis.statistics import repeated, spread
 from gptlab.analysis.verdict import compare
 from gptlab.errors import ConfigError, DataError, did_you_mean

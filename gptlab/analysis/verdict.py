@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gptlab.analysis import power
+from gptlab.analysis import design as power
 from gptlab.analysis.design import Design, Losses, Pairing, Seed, declare, finite, order
 from gptlab.analysis.statistics import (
     ALPHA,

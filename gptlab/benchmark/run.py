@@ -26,8 +26,7 @@ from typing import Any
 import torch
 
 from gptlab.benchmark import MODES, ON_A_GPU, SIZES, contenders
-from gptlab.benchmark.contenders import Step, Work, placed
-from gptlab.benchmark.ladder import STEPS, Ladder, Timing, interleave, wait
+from gptlab.benchmark.contenders import STEPS, Ladder, Step, Timing, Work, interleave, placed, wait
 from gptlab.device import ComputeConfig, Machine, choose_compute, seconds
 from gptlab.errors import ConfigError, UsageError
 from gptlab.model.gpt import GPTConfig

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from gptlab.errors import ConfigError, UsageError, did_you_mean, shown
 from gptlab.files import MB, read_toml
 from gptlab.options import Option, options_of, table_options, typed
-from gptlab.signals.user import next_to
+from gptlab.signals.registry import next_to
 
 MOST_IN_USAGE = 20
 """Options that a usage names; of more it says [options], and the list below it has them."""

@@ -115,7 +115,7 @@ def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened
     from gptlab.model.fast_cpu import install
     from gptlab.runs.init_weights import weights_digest
     from gptlab.training.evaluate import hidden_states
-    from gptlab.training.sharding import compile_blocks
+    from gptlab.training.parallel import compile_blocks
 
     model, config, vocabulary = open_any(options.run, options.tokenizer)
     if options.tasks != ["val"]:
@@ -141,8 +141,7 @@ def _open(options: argparse.Namespace, world: World, display: Counter) -> Opened
 
 def _score(name: str, opened: Opened, options: argparse.Namespace, display: Counter) -> dict[str, dict[str, Any]]:
     """{task: its figures} of one name of --tasks, which may be a group."""
-    from gptlab.evals.harness import run_harness
-    from gptlab.evals.scoring import Scorer
+    from gptlab.evals.scoring import Scorer, run_harness
     from gptlab.evals.tasks import hellaswag, lambada
 
     if name == "val":

@@ -314,8 +314,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _sigma(options: argparse.Namespace, folder: Path) -> float | None:
     """The spread that was given, or that of the runs in an experiment's folder; None where there are too few."""
+    from gptlab.analysis.design import pooled_sigma
     from gptlab.analysis.load import read
-    from gptlab.analysis.power import pooled_sigma
 
     if options.sigma is None:
         with contextlib.suppress(GptlabError):
@@ -330,7 +330,7 @@ def _sigma(options: argparse.Namespace, folder: Path) -> float | None:
 
 def _reach(experiment: Experiment, sigma: float) -> dict[str, Any]:
     """What the declared seeds can find with that spread: `power.plan`, and what is in reach of so many."""
-    from gptlab.analysis.power import plan, smallest_delta, smallest_difference
+    from gptlab.analysis.design import plan, smallest_delta, smallest_difference
     from gptlab.analysis.statistics import EQUIVALENCE, look_level
     from gptlab.runs.tuning import cells_an_arm
 

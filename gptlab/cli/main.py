@@ -42,9 +42,14 @@ COMMANDS = {
 }
 
 ELSEWHERE = {
-    "digest": "verify:digest",
+    "dose_response": "compare:dose_response",
+    "page": "runs:page",
+    "verify": "runs:verify",
+    "digest": "runs:digest",
     "export": "model:export",
     "import": "model:import_",
+    "bench": "machine:bench",
+    "doctor": "machine:doctor",
     "completion": "main:completion",
 }
 """Commands that are not the function `main` of the module of their own name."""

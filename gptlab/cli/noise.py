@@ -16,9 +16,9 @@ from gptlab.errors import ConfigError, UsageError
 from gptlab.options import build
 
 if TYPE_CHECKING:
+    from gptlab.analysis.noise.branching import Progress as Branching
     from gptlab.analysis.noise.measure import Progress, Subject
     from gptlab.cli.model import Vocabulary
-    from gptlab.runs.branching import Progress as Branching
     from gptlab.signals.config import SignalConfig
     from gptlab.training.config import TrainingConfig
     from gptlab.training.state import TrainingState
@@ -139,8 +139,7 @@ def _branches(
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """What the branch test says of each signal; nothing where it was left out or no moments can be continued from."""
-    from gptlab.analysis.branch import branch_test
-    from gptlab.runs.branching import Plan
+    from gptlab.analysis.noise.branching import Plan, branch_test
 
     if not options.branch_steps or not signals:
         return {}

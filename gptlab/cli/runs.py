@@ -1,21 +1,37 @@
-"""`gptlab runs`: the runs in a folder, their state and their differences; or move some to the trash."""
+"""`gptlab runs`, `page`, `verify` and `digest`: a folder's runs, and whether one is as it was written.
+
+`runs` lists their state and their differences, or moves some to the trash; `page` shows them in a browser, behind a
+link that only this start knows; `verify` and `digest` only read. Digests compare two runs for equality, never
+closeness.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
+import secrets
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 
 from gptlab.analysis.tables import number
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import console, grid, printable
-from gptlab.errors import UsageError
+from gptlab.cli.console import StopRequest, console, grid, printable
+from gptlab.errors import CheckpointError, UsageError
 from gptlab.options import as_typed
 
 if TYPE_CHECKING:
-    from gptlab.analysis.listing import Group
+    from gptlab.analysis.run import Group
+    from gptlab.cli.model import Opened
+    from gptlab.page.guard import AccessPolicy
+    from gptlab.runs.checkpoint import Problem
+    from gptlab.runs.folder import RunFolder
+
 
 COLUMNS = {"arm or run": 0, "state": 0, "step": 72, "loss": 0, "bits/byte": 120, "dose": 90, "differs in": 0}
 """From how many characters of width on each is shown."""
@@ -34,7 +50,7 @@ def main(argv: list[str]) -> int:
     if options.delete:
         return _delete(root, options)
 
-    from gptlab.analysis.listing import differing, find_runs, grouped, listed, ordered, where
+    from gptlab.analysis.run import differing, find_runs, grouped, listed, ordered, where
 
     runs = where([listed(root, path) for path in find_runs(root)], options.where)
     runs = ordered(runs, options.sort, reverse=options.reverse)
@@ -97,7 +113,7 @@ def _show(experiment: str | None, groups: list[Group], *, each: bool) -> None:
     """An experiment's table; where the terminal is narrow it has fewer columns."""
     from rich.text import Text
 
-    from gptlab.analysis.listing import Group
+    from gptlab.analysis.run import Group
 
     if each:
         groups = [Group(None, None, [run], group.differences) for group in groups for run in group.runs]
@@ -129,3 +145,183 @@ def _cell(group: Group, column: str) -> str:
         return run.problem or " ".join(words[:MOST_WORDS] + more)
     mean, deviation = group.mean(FIGURES[column])
     return number(mean, ".4f") + (f" ±{deviation:.4f}" if deviation is not None else "")
+
+
+COVERS = (
+    "checkpoints, by checksums; a finished run's rows in metrics.jsonl but for a clock's figures, by the hash in the "
+    "last; an experiment's declaration, by the one of its first start. Not covered: config.json, "
+    "environment.json, log.txt, runs from before such hashes, and whoever changes a hash too"
+)
+
+
+def verify(argv: list[str]) -> int:
+    """Print what is damaged and return 3 if anything is; raises CheckpointError where there is no run."""
+    description = (
+        "Check every checkpoint of a run against its checksums, that its records can be read, and that the rows of a "
+        "finished run are those that it ended with; of an experiment's folder every cell, and that its declaration is "
+        "that of its first start. Training falls back to the newest checkpoint that is whole. Exit code 3 if anything "
+        "is damaged."
+    )
+    options = _one_run(argv, "verify", description, 'print {"ok", "problems": [{"file", "problem"}]}')
+    problems = list(_problems(Path(options.run)))
+    if options.json:
+        print(json.dumps({"ok": not problems, "problems": [dataclasses.asdict(p) for p in problems]}, indent=1))
+        return 3 if problems else 0
+    for p in problems:
+        print(f"{p.file}: {p.problem}")
+    if problems:
+        raise CheckpointError(
+            f"expected {options.run} as it was written, found {len(problems)} damaged file(s), listed above; "
+            "training continues from the newest checkpoint that is whole"
+        )
+    print(f"{options.run}: every file is as it was written\ncovered: {COVERS}")
+    return 0
+
+
+def digest(argv: list[str]) -> int:
+    """Print the SHA-256 and the step of a run's newest checkpoint; raises CheckpointError where it is damaged."""
+    description = (
+        "SHA-256 over weights, moments, RNG and data cursor of a run's newest checkpoint. Two runs have the same one "
+        "only if every bit of their states is equal."
+    )
+    options = _one_run(argv, "digest", description, 'print {"sha256", "step"}')
+    from gptlab.runs import checkpoint
+    from gptlab.runs.folder import newest
+
+    sha256, step = checkpoint.digest(newest(options.run))
+    print(json.dumps({"sha256": sha256, "step": step}) if options.json else f"{sha256}  step {step}")
+    return 0
+
+
+def _one_run(argv: list[str], name: str, description: str, json_help: str) -> argparse.Namespace:
+    parser = Parser(prog=f"gptlab {name}", description=description)
+    parser.add_argument(
+        "run", metavar="RUN", help="a run's folder, or one of its checkpoints; for verify an experiment's too"
+    )
+    parser.add_argument("--json", action="store_true", help=json_help)
+    return parser.parse(argv)
+
+
+def _problems(path: Path) -> Iterator[Problem]:
+    from gptlab.runs import checkpoint
+    from gptlab.runs.experiment_spec import FILE, declaration, read_experiment, recorded_declaration
+    from gptlab.runs.folder import RunFolder
+
+    if (path / FILE).is_file() and not (path / "config.json").exists():
+        yield from (
+            checkpoint.Problem(str(path / FILE), line)
+            for line in declaration(read_experiment(path / FILE, copy=True), path, recorded_declaration(path))[1]
+        )
+        for config in sorted(path.glob("*/seed_*/config.json")):
+            yield from _problems(config.parent)
+        return
+    folder = RunFolder(path)
+    if not folder.exists() and not folder.checkpoints.is_dir():
+        if not path.is_dir() or not any((path / name).exists() for name in (checkpoint.MANIFEST, checkpoint.WEIGHTS)):
+            raise CheckpointError(f"expected a run or a checkpoint, found none at {path}; check the path")
+        yield from checkpoint.verify(path)
+        return
+    needed = {"metrics.jsonl": 0, "log.txt": 0}
+    for saved in checkpoint.complete(folder.checkpoints):
+        damage = checkpoint.verify(saved)
+        yield from damage
+        if not damage:
+            try:
+                records = checkpoint.read_state(saved / checkpoint.STATE)["records"]
+            except CheckpointError as error:
+                yield checkpoint.Problem(str(saved / checkpoint.STATE), str(error))
+                continue
+            lengths = {"metrics.jsonl": records.get("metrics_bytes", 0), "log.txt": records.get("log_bytes", 0)}
+            needed = {name: max(length, lengths[name]) for name, length in needed.items()}
+    yield from _unreadable(folder, needed)
+
+
+def _unreadable(folder: RunFolder, needed: dict[str, int]) -> Iterator[Problem]:
+    """The records that do not parse, or are shorter than a checkpoint needs to cut them back to."""
+    from gptlab.runs.checkpoint import Problem
+    from gptlab.runs.records import edited_rows
+
+    for name, length in needed.items():
+        path = folder.path / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < length:
+            yield Problem(str(path), f"expected at least {length} bytes, found {found}")
+    reads = {
+        "config.json": folder.config,
+        "environment.json": lambda: folder.recorded("environment.json"),
+        "metrics.jsonl": lambda: edited_rows(folder.path),
+    }
+    for name, read in reads.items():
+        try:
+            found = read()
+            if isinstance(found, str):
+                yield Problem(str(folder.path / name), found)
+        except CheckpointError as error:
+            yield Problem(str(folder.path / name), str(error))
+
+
+def page(argv: list[str]) -> int:
+    """Print the link and serve it until Ctrl-C, which is 0; raises UsageError, and ConfigError for a port in use."""
+    options = _page_options(argv)
+    from gptlab.page.app import READ, WRITE, create_app, listen, serve
+    from gptlab.page.guard import AccessPolicy
+
+    with listen(options.host, options.port) as listening:
+        policy = AccessPolicy(
+            options.host, listening.getsockname()[1], secrets.token_urlsafe(), frozenset({READ, WRITE})
+        )
+        app, queues = create_app(Path(options.folder), options.model, partial(_open_model, options=options), policy)
+        with StopRequest() as asked_to_stop:
+            _announce(policy, options)
+            serve(app, listening, asked_to_stop)
+            if queues.busy:  # Python would wait for a model to be opened that nobody will look into
+                os._exit(0)
+    return 0
+
+
+def _page_options(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="gptlab page",
+        description="Show runs, their curves while they run, comparisons and the lens in a browser. The link that is "
+        "printed holds a new token each time; nothing is written, and nothing is fetched from elsewhere. From another "
+        "machine: ssh -L PORT:127.0.0.1:PORT MACHINE, then open the link here.",
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", nargs="?", default="log", help="where runs lie, at any depth [log]")
+    add("--host", metavar="ADDRESS", default="127.0.0.1", help="where to listen [127.0.0.1: this machine alone]")
+    add("--port", metavar="N", type=int, default=0, help="where to listen; 0 takes any that is free [0]")
+    add("--model", metavar="SOURCE", help="a model for the lens: a run, a checkpoint or a Hugging Face GPT-2 folder")
+    add("--device", metavar="NAME", default="auto", help="of the lens: auto, cpu, cuda or cuda:N [auto]")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the lens's matmuls [fp32]")
+    add("--threads", metavar="N", type=int, default=0, help="of the lens [all cores]")
+    add("--json", action="store_true", help='print {"url"} instead of words')
+    options = parser.parse(argv)
+    if not 0 <= options.port <= 65535:
+        raise UsageError(f"--port: expected a number from 0 to 65535, found {options.port}")
+    for name, what in (("folder", "a folder of runs"), ("model", "a run, a checkpoint or a Hugging Face folder")):
+        given = getattr(options, name)
+        if given is not None and not Path(given).is_dir():
+            raise UsageError(f"expected {what}, found none at {given}; check the path")
+    return options
+
+
+def _open_model(source: str, options: argparse.Namespace) -> Opened:
+    from gptlab.cli.model import open_model
+
+    return open_model(source, options.device, options.dtype, options.threads)
+
+
+def _announce(policy: AccessPolicy, options: argparse.Namespace) -> None:
+    """The link on standard output, and on standard error what it gives away."""
+    name = policy.host if policy.local else gethostname()
+    shown = f"[{name}]" if ":" in name else name
+    url = f"http://{shown}:{policy.port}/{policy.token}/"
+    print(json.dumps({"url": url}) if options.json else url, flush=True)
+    said = [f"the runs in {options.folder}, until Ctrl-C"]
+    if not policy.local:
+        said.append(
+            f"warning: {policy.host} is open to other machines: whoever has or overhears the link can read these runs "
+            f"and their samples, and ask the lens; safer is ssh -L {policy.port}:127.0.0.1:{policy.port}"
+        )
+    for line in said:
+        print(printable(line), file=sys.stderr, flush=True)

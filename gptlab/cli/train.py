@@ -164,13 +164,12 @@ def _train(
 ) -> dict[str, Any]:  # fmt: skip
     from gptlab.analysis.report import after_run, lacks_report
     from gptlab.cli.data import open_or_prepare
-    from gptlab.cli.progress import Display
+    from gptlab.cli.progress import Display, check_installed, tracking
     from gptlab.data.batches import TrainingWindows, ValidationWindows
     from gptlab.data.tokenizers import get_tokenizer
     from gptlab.device import environment, kept_matmul_peak
     from gptlab.runs.folder import RunFolder
     from gptlab.runs.session import Beginning, Session, begin
-    from gptlab.runs.trackers import check_installed, tracking
 
     check_installed(config)
     display = Display(config, quiet=quiet)

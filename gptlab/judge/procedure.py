@@ -19,15 +19,26 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.analysis.power import seeds_for_difference, smallest_difference
+from gptlab.analysis.design import seeds_for_difference, smallest_difference
 from gptlab.analysis.run import read_run
 from gptlab.analysis.statistics import paired_t, spread
 from gptlab.errors import ConfigError, DivergedError, Stopped, UsageError
 from gptlab.files import read_bytes, write_whole
-from gptlab.judge.error_control import PASS, design, keeps, level_left, next_level, screened, screening_z
-from gptlab.judge.evidence import Evidence, at_equal_flops, cost, flops, runs_as_json
-from gptlab.judge.lab import FIRST_FRESH, Lab, machine_type
-from gptlab.judge.ledger import Ledger, Line
+from gptlab.judge.evidence import (
+    PASS,
+    Evidence,
+    at_equal_flops,
+    cost,
+    design,
+    flops,
+    keeps,
+    level_left,
+    next_level,
+    runs_as_json,
+    screened,
+    screening_z,
+)
+from gptlab.judge.lab import FIRST_FRESH, Lab, Ledger, Line, machine_type
 from gptlab.judge.trial import Outcome, Subject, Trials, arm_options, baseline_of, read_idea, signal_file
 
 EXIT = {"keep": 0, "discard": 10, "undecided": 11, "inactive": 12, "broken": 13, "diverged": 4}

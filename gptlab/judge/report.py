@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.judge.error_control import level_left, next_level
-from gptlab.judge.ledger import Line
+from gptlab.judge.evidence import level_left, next_level
+from gptlab.judge.lab import Line
 from gptlab.judge.procedure import EXIT, failures
 
 if TYPE_CHECKING:

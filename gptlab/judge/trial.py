@@ -334,7 +334,7 @@ class Trials:
             "output": str(folder / "output.txt"), "result": str(result), "time_limit": plan.time_limit,
             "disk": int(plan.disk * GB), "parent": os.getpid(),
         }  # fmt: skip
-        command = python_command("gptlab.judge.supervisor:main", json.dumps(asked))
+        command = python_command("gptlab.processes:supervise", json.dumps(asked))
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         while process.poll() is None:
             if self.stop():

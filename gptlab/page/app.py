@@ -10,16 +10,16 @@ import errno
 import json
 import socket
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from gptlab.errors import ConfigError, GptlabError
 from gptlab.page.guard import AccessPolicy, Guard
 from gptlab.page.run_index import RunIndex, key_of
 from gptlab.page.views import Missing, Models, View, Views, prepare, static
-from gptlab.page.worker_queue import Busy, Late, WorkerQueue
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from gptlab.interpret.generate import OpenedModel
+
+T = TypeVar("T")
 
 READ, WRITE = "/read", "/write"
 """The addresses that take POST, of the lens and of generation: a prompt is no part of an address, which browsers
@@ -49,6 +51,57 @@ HEAD_SECONDS, ANSWER_SECONDS = 10.0, 180.0
 
 PATIENCE = 2
 """Seconds that answers under way are waited for when the page ends."""
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Late(Exception):
+    """The answer took longer than a request waits."""
+
+
+class WorkerQueue:
+    """Calls served by a few threads: at most `most` of them wait or are computed, and none longer than `patience` s."""
+
+    def __init__(
+        self, name: str, workers: int, most: int, patience: float, first: Callable[[], object] = lambda: None
+    ) -> None:
+        """first: done before the first call is served, whatever comes of it."""
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
+        self._pool.submit(first)
+        self._under_way: set[Future[Any]] = set()
+        self._most, self._patience, self._waiting = most, patience, 0
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """What `work()` gives, computed by a worker; raises Busy at once where the queue is full, Late after a while.
+
+        Work that is late is finished nevertheless, so that what it keeps is there for the next request.
+        """
+        if self._waiting >= self._most:
+            raise Busy
+        self._waiting += 1
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self._submit(work)), self._patience)
+        except TimeoutError:
+            raise Late from None
+        finally:
+            self._waiting -= 1
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        future = self._pool.submit(work)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
+
+    @property
+    def busy(self) -> bool:
+        """Whether a call is still being computed, whoever still waits for it."""
+        return bool(self._under_way)
+
+    def close(self) -> None:
+        """Let go of all that waits; what is being computed ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Queues(NamedTuple):

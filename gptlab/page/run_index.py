@@ -1,4 +1,4 @@
-"""The runs and experiments below a folder, each by a key that a request can name. Reads only.
+"""The runs and experiments below a folder, each by a key that a request can name; and what is kept of them.
 
 A key is a hash of a name that was found by looking through the folder, and is only ever looked up among those: nothing
 that a request says becomes a path.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-from gptlab.analysis.listing import FIGURES, Listed, find_runs, listed
 from gptlab.analysis.load import EXPERIMENT
+from gptlab.analysis.run import FIGURES, Listed, find_runs, listed
 from gptlab.files import LOCK, is_locked
-from gptlab.page.worker_queue import Cache
 from gptlab.runs.records import CONFIG, ENVIRONMENT, METRICS
+
+T = TypeVar("T")
 
 SHARE = 0.2
 """Of one core's time: what looking at runs, or drawing one of them again and again, may take."""
@@ -28,6 +32,59 @@ MOST_ROWS = 10_000
 
 ROW_SECONDS, LIST_SECONDS = 30.0, 2.0
 """CPU seconds that reading one run for the list may take, and seconds that the list waits for runs to be read."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """mark: of what it was made from; seconds: its making took; made_at: on the monotonic clock."""
+
+    value: Any
+    mark: Hashable
+    seconds: float
+    made_at: float
+
+
+class Cache:
+    """The last `size` results, each renewed when what it is made from has changed, but not all the time.
+
+    share: of one core's time that renewing a result may take. A page that is costly to draw is drawn less often, so
+    that to watch a run does not slow it down. Threads that ask for the same result wait for it together.
+    """
+
+    def __init__(self, size: int, share: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._size, self._share, self._clock = size, share, clock
+        self._kept: OrderedDict[Hashable, Kept] = OrderedDict()
+        self._lock, self._making = threading.Lock(), {}
+
+    def get(self, key: Hashable, mark: Hashable, make: Callable[[], T]) -> tuple[T, Hashable]:
+        """The result of `key` and the mark that it was made at."""
+        with self._lock:
+            if kept := self._current(key, mark):
+                return kept.value, kept.mark
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            with self._lock:
+                if kept := self._current(key, mark):  # another thread has just made it
+                    return kept.value, kept.mark
+                self._kept.pop(key, None)  # freed before another one is made, which may need the room
+                while len(self._kept) >= self._size:
+                    self._kept.popitem(last=False)
+            begun = self._clock()
+            value = make()
+            made_at = self._clock()
+            with self._lock:
+                self._kept[key] = Kept(value, mark, made_at - begun, made_at)
+                self._making.pop(key, None)
+        return value, mark
+
+    def _current(self, key: Hashable, mark: Hashable) -> Kept | None:
+        """What is kept of `key`, if it need not be renewed yet; it is then the newest in use."""
+        kept = self._kept.get(key)
+        rest = 1 / self._share - 1  # how much longer than its making a result is left alone
+        if kept is None or (kept.mark != mark and self._clock() - kept.made_at >= kept.seconds * rest):
+            return None
+        self._kept.move_to_end(key)
+        return kept
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,15 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gptlab.analysis.listing import Listed, figures_of, grouped, listed, ordered
 from gptlab.analysis.load import read
 from gptlab.analysis.report import comparison, run, theme
 from gptlab.analysis.report.page import render, stylesheet
 from gptlab.analysis.report.plots import Band, Line, curves
 from gptlab.analysis.report.run import History, read_history
-from gptlab.analysis.run import read_run
+from gptlab.analysis.run import Listed, figures_of, grouped, listed, ordered, read_run
 from gptlab.errors import CheckpointError, ConfigError, GptlabError
 from gptlab.files import LOCK, is_locked
-from gptlab.page.run_index import SHARE, Indexed, RunIndex, mark_of, stamp
-from gptlab.page.worker_queue import Cache
+from gptlab.page.run_index import SHARE, Cache, Indexed, RunIndex, mark_of, stamp
 from gptlab.runs.records import SlowReadError
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Checkpoints: whole or absent. Weights and moments in safetensors, the rest in JSON, checksums over all of it.
 
-Tensors stand in two files, or, where a run's blocks are cut over processes (training/sharding.py), in one file a
+Tensors stand in two files, or, where a run's blocks are cut over processes (training/parallel.py), in one file a
 process, through torch.distributed.checkpoint in its one format without pickles: each process writes its rows into the
 checkpoint's folder, which all must see, and reads the rows that it needs, of however many processes' files or of whole
 tensors.

@@ -29,9 +29,8 @@ from typing import Protocol
 import gptlab
 from gptlab.errors import ConfigError, Stopped, shown
 from gptlab.files import MB, kind_of, open_new, read_bytes, read_text
-from gptlab.processes import environment, how_it_ended, package, python_command, usable_cores
+from gptlab.processes import ForkServer, environment, how_it_ended, package, python_command, usable_cores, wait_for
 from gptlab.runs.cells import OUTPUT, Cell, Claim, revoke
-from gptlab.runs.forking import ForkServer, wait_for
 
 SIDE_BY_SIDE = 512
 """The widest model, in channels, of which one run a core is trained rather than one run over all cores.

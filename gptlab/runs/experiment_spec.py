@@ -45,7 +45,7 @@ from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.files import MB, is_count, is_number, parse_toml, read_json, read_text, write_whole
 from gptlab.options import LARGEST_SIZES, build, check_size, flatten, flatten_table, options_of, table_options, typed
 from gptlab.processes import package
-from gptlab.signals.user import next_to
+from gptlab.signals.registry import next_to
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import PRESETS, preset_options
 

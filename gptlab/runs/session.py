@@ -35,12 +35,12 @@ from gptlab.runs.executor import applied
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import frozen_listener, initial_model, jitter, weights_digest
 from gptlab.runs.records import read_config, replayed_norms, rows_sha256
-from gptlab.signals.user import file_hash, without_folders
+from gptlab.signals.registry import file_hash, without_folders
 from gptlab.training.config import FIXED_IF_DETERMINISTIC, FREE_ON_RESUME, TrainingConfig
 from gptlab.training.loop import Record, rehearse, train
 from gptlab.training.optimizer import build_optimizer
+from gptlab.training.parallel import compile_blocks, shard_blocks
 from gptlab.training.presets import command_of
-from gptlab.training.sharding import compile_blocks, shard_blocks
 from gptlab.training.state import TrainingState
 
 

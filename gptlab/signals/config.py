@@ -9,8 +9,18 @@ from typing import Literal
 from gptlab.errors import ConfigError, did_you_mean, shown
 from gptlab.options import option
 from gptlab.randomness import uniform_index
-from gptlab.signals.registry import CONVERSATION, OBJECTIVES, SAMPLED, SIGNALS, Objective, Sampled, Signal, known_names
-from gptlab.signals.user import GivenFunction, user_signal
+from gptlab.signals.registry import (
+    CONVERSATION,
+    OBJECTIVES,
+    SAMPLED,
+    SIGNALS,
+    GivenFunction,
+    Objective,
+    Sampled,
+    Signal,
+    known_names,
+    user_signal,
+)
 
 READING_OPTIONS = ("layers", "positions", "evaluator", "reach", "embeddings")
 """What signals that read blocks have and other sources have not."""

@@ -21,7 +21,7 @@ from gptlab.data.batches import Window
 from gptlab.model.fast_cpu import WorkingLinear
 from gptlab.model.gpt import GPT, add_gradient
 from gptlab.signals.config import SignalConfig
-from gptlab.training.sharding import blocks_are_sharded
+from gptlab.training.parallel import blocks_are_sharded
 
 
 @dataclass(frozen=True)

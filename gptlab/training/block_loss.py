@@ -1,9 +1,11 @@
 """The loss of a micro-batch: CE(z_L, y) + Σ_signals weight · signal, and its gradient, block by block.
 
-A signal is a source of gradients next to the true loss. `SOURCES` has the three kinds of them. Block readings are here:
+A signal is a source of gradients next to the true loss. `SOURCES` has the three kinds of them. In block readings,
 judge j reads h_j = f_j(h_{j-1}) as logits z_j = head(ln_f(h_j)), and its signal teaches h_{j-1}. A *frozen* judge only
 passes the gradient on through f_j, one vector-Jacobian product through the graph that the forward pass left, without
 weight gradients; a *live* one learns from it too. So a block is never run twice for a judge.
+Sequence objectives are here too: losses of whole sequences at the end of the model, from which it learns as from the
+true loss, head and ln_f included. Conversations are in conversation.py.
 
 Gradients are added to `.grad`. Where that leads is the caller's affair: `into` may redirect it for each source
 (gradient_sources.py), and nothing here loops over steps or knows of optimizers. Read this file from the bottom up.
@@ -25,8 +27,8 @@ from torch import Tensor
 from gptlab.model.gpt import GPT
 from gptlab.randomness import permutation
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.readout import CLOSED_FORMS, Readout, ReadoutGradient, TokenLoss, true_loss
-from gptlab.signals.registry import Signal
+from gptlab.signals.readout import CLOSED_FORMS, Readout, ReadoutGradient, TokenLoss, at_least_float32, true_loss
+from gptlab.signals.registry import Objective, Signal
 from gptlab.training.block_graph import (
     TRUE_LOSS,
     ActiveSignal,
@@ -40,10 +42,10 @@ from gptlab.training.block_graph import (
     backprop_blocks,
     block_vjp,
     build_graph,
+    matmuls_in,
 )
 from gptlab.training.controls import UNFLIPPED, TargetFlip, flipped, named, rotated, shuffled
 from gptlab.training.conversation import run_conversation
-from gptlab.training.sequence_objectives import run_objective
 
 
 def run_judges(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveSignal, batch: Batch) -> SourceOutput:
@@ -122,6 +124,32 @@ def _read_true_loss(model: GPT, graph: BlockGraph, readout: Readout, batch: Batc
 
 def _argmax_flipped_loss(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
     return true_loss(logits, named(logits, targets))
+
+
+def run_objective(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveSignal, batch: Batch) -> SourceOutput:
+    """The objective's mean over the batch's tokens, its gradient at the hidden states, and the head's in `.grad`.
+
+    Sequences go through it a few at a time, so that no micro-batch's logits are there at once.
+    """
+    objective, (B, T), L = signal.config.signal, batch.tokens.shape, model.config.n_layer
+    assert isinstance(objective, Objective)
+
+    def read(h: Tensor) -> Tensor:
+        return at_least_float32(model.read(h))
+
+    used = range(L, L + 1) if objective.reads == "logits" else range(L + 1)
+    states = [graph.hidden(j).requires_grad_() for j in used]
+    total = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
+    size = max(1, readout.chunk // T)
+    for first in range(0, B, size):
+        rows = slice(first, first + size)
+        with torch.enable_grad(), matmuls_in(graph.autocast, model, batch.tokens.device):
+            values = objective([h[rows] for h in states], batch.tokens[rows], batch.targets[rows], read)
+        total += values.detach().sum(dtype=torch.float64)
+        if values.requires_grad:
+            (values.sum() * (signal.weight * batch.share / (B * T))).backward()
+    gradients = [HiddenGradient(j, h.grad) for j, h in zip(used, states, strict=True) if h.grad is not None]
+    return SourceOutput({L: total / (B * T)}, gradients)
 
 
 SOURCES: Mapping[str, Callable[[GPT, BlockGraph, Readout, ActiveSignal, Batch], SourceOutput]] = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gptlab.data.batches import Window
 from gptlab.randomness import key_bits, permutation, torch_generator
-from gptlab.training.sharding import global_norm, local_shards, shard_like
+from gptlab.training.parallel import global_norm, local_shards, shard_like
 
 
 @lru_cache(maxsize=64)

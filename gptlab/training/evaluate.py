@@ -22,7 +22,7 @@ from gptlab.model.weights import refuse_not_finite
 from gptlab.signals.readout import Readout, true_loss
 from gptlab.training.block_graph import matmuls_in
 from gptlab.training.controls import clean_loss
-from gptlab.training.sharding import blocks_are_sharded
+from gptlab.training.parallel import blocks_are_sharded
 
 SHAPE = 8
 """Windows of a validation batch, whatever the run's batch size is."""

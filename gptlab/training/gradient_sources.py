@@ -20,7 +20,7 @@ from gptlab.training.block_graph import ActiveSignal, Batch, Losses, Source, act
 from gptlab.training.block_loss import accumulate
 from gptlab.training.controls import permuted
 from gptlab.training.optimizer import AdamStep
-from gptlab.training.sharding import full_tensor, global_norm, local_shards, shard_like
+from gptlab.training.parallel import full_tensor, global_norm, local_shards, shard_like
 
 Gradients = list[Tensor]
 """One gradient for each of the model's parameters, in their order."""

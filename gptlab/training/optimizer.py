@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
-from gptlab.training.sharding import global_norm, is_sharded
+from gptlab.training.parallel import global_norm, is_sharded
 
 
 class Optimizer(Protocol):

@@ -1,7 +1,7 @@
 """One update: micro-batches become a gradient, and the gradient a step. State goes in and out; nothing is written.
 
 `update` is all of it, stage by stage. What most updates do not need is only there where an option asks for it: the
-gradient by source (gradient_sources.py), known noise (controls.py), sums over processes (reduction.py).
+gradient by source (gradient_sources.py), known noise (controls.py), sums over processes (parallel.py).
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ from gptlab.training.block_loss import accumulate
 from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import TargetFlip, add_drawn, add_scaled
 from gptlab.training.conversation import figure_count, named_figures
-from gptlab.training.divergence import describe_divergence
 from gptlab.training.gradient_sources import Gradients, GradientSources, gradients_into
 from gptlab.training.optimizer import AdamStep
-from gptlab.training.reduction import Reducer
-from gptlab.training.sharding import global_norm, local_shards
-from gptlab.training.state import TrainingState
+from gptlab.training.parallel import Reducer, global_norm, local_shards
+from gptlab.training.state import TrainingState, describe_divergence
 
 _T = TypeVar("_T")
 

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from scripts import load_script
 
-from gptlab.analysis.branch import BranchTest, as_json, judge
+from gptlab.analysis.noise.branching import Branched, BranchTest, Plan, as_json, judge
 from gptlab.analysis.statistics import paired_t
 from gptlab.data.corpus import open_corpus
-from gptlab.runs.branching import Branched, Plan
 from gptlab.signals import SIGNALS
 
 AVERAGES = (1, 4, 16)

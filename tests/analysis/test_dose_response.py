@@ -17,12 +17,12 @@ from gptlab.analysis.dose_response import (
     THEORIES,
     Multiplier,
     compounding,
+    corruptions,
     fit_exponent,
     growth,
     multiplier,
     tokens_to_reach,
 )
-from gptlab.analysis.dose_response_runs import corruptions
 from gptlab.analysis.statistics import critical_t
 from gptlab.cli.main import main
 from gptlab.options import build, flatten, table_options

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlab.analysis import power
+from gptlab.analysis import design as power
 from gptlab.analysis.statistics import critical_t
 from gptlab.cli.experiment import main
 from gptlab.errors import UsageError

@@ -11,8 +11,7 @@ import torch
 from scripts import load_script
 
 from gptlab import device
-from gptlab.benchmark.contenders import ours
-from gptlab.benchmark.ladder import STEPS, Ladder, Timing
+from gptlab.benchmark.contenders import STEPS, Ladder, Timing, ours
 from gptlab.benchmark.run import Bench
 from gptlab.cli.main import main
 from gptlab.errors import UsageError

@@ -48,10 +48,10 @@ def test_a_link_is_served_until_ctrl_c_and_nothing_is_written(finished_run: Path
 
 SLOW = """
 import sys, time
-from gptlab.cli import page
+from gptlab.cli import runs as page
 
-page._open = lambda source, options: time.sleep(600)
-sys.exit(page.main(sys.argv[1:]))
+page._open_model = lambda source, options: time.sleep(600)
+sys.exit(page.page(sys.argv[1:]))
 """
 
 

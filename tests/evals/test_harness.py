@@ -15,8 +15,7 @@ from gptlab.data.tokenizers import get_tokenizer
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import DataError
-from gptlab.evals.harness import run_harness
-from gptlab.evals.scoring import Scorer
+from gptlab.evals.scoring import Scorer, run_harness
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import write_folder
 

@@ -14,7 +14,7 @@ from gptlab.distributed import World
 from gptlab.evals.scoring import Request, Scorer
 from gptlab.model.gpt import GPT
 from gptlab.training.evaluate import hidden_states
-from gptlab.training.sharding import compile_blocks
+from gptlab.training.parallel import compile_blocks
 
 Naive = Callable[[list[int], list[int]], tuple[Tensor, Tensor]]
 

@@ -10,7 +10,7 @@ import pytest
 from scripts import load_script
 
 from gptlab.analysis.statistics import two_sided_p
-from gptlab.judge.error_control import critical_value, design, keeps, level_left, next_level, screened
+from gptlab.judge.evidence import critical_value, design, keeps, level_left, next_level, screened
 
 LOOKS = (8, 16)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from small_lab import Run, Site  # pyright: ignore[reportMissingImports]
 
-from gptlab.judge.ledger import Ledger
+from gptlab.judge.lab import Ledger
 
 COMMANDS = {
     "prints no metric": ("print('val_los: 1')", 13, "no metric"),

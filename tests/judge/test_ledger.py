@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.errors import DataError
-from gptlab.judge.ledger import Ledger
+from gptlab.judge.lab import Ledger
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_an_edit_is_found(edit: str, ledger: Ledger, tmp_path: Path) -> None:
 
 
 def test_an_edit_is_found_even_where_its_own_hash_was_made_new(ledger: Ledger, tmp_path: Path) -> None:
-    from gptlab.judge.ledger import digest
+    from gptlab.judge.lab import digest
 
     path = tmp_path / "ledger.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]

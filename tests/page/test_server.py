@@ -17,7 +17,7 @@ from pages import Page
 from serving import TOKEN, Served
 
 from gptlab.page import app, run_index, views
-from gptlab.page.worker_queue import Cache
+from gptlab.page.run_index import Cache
 
 Serve = Callable[..., Served]
 

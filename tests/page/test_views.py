@@ -20,7 +20,7 @@ from gptlab.interpret.lens import as_json, look, summary
 from gptlab.model.huggingface import write_folder
 from gptlab.page import views
 from gptlab.page.guard import AccessPolicy
-from gptlab.page.worker_queue import Cache
+from gptlab.page.run_index import Cache
 from gptlab.runs.folder import RunFolder
 from gptlab.runs.init_weights import model_of
 from gptlab.signals.tuned_lens import TunedLens, path_of, save

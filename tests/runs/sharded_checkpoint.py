@@ -24,7 +24,7 @@ from gptlab.model import GPT, GPTConfig
 from gptlab.runs import checkpoint
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
-from gptlab.training.sharding import full_tensor, shard_blocks, shard_like
+from gptlab.training.parallel import full_tensor, shard_blocks, shard_like
 from gptlab.training.state import TrainingState
 
 SHAPE = GPTConfig(block_size=8, vocab_size=31, n_layer=3, n_head=2, n_embd=10)  # 10 rows: 4 ranks hold 3, 3, 3 and 1

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from gptlab.analysis.noise import branching
+from gptlab.analysis.noise.branching import Arm, Branched, GradientBias, GradientNoise, Plan, Progress, branch
 from gptlab.cli.main import main
 from gptlab.data.corpus import Corpus, open_corpus
 from gptlab.device import ComputeConfig
 from gptlab.errors import ConfigError, DataError
-from gptlab.runs import branching
-from gptlab.runs.branching import Arm, Branched, GradientBias, GradientNoise, Plan, Progress, branch
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
 from gptlab.training import TrainingConfig

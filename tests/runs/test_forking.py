@@ -135,7 +135,7 @@ def test_cells_end_with_their_runner(place: Path) -> None:
     words = [*made.words(cell, 0), "--steps", "100000", "--eval_every", "0"]
     script = (
         "import sys, time; from pathlib import Path; from gptlab.runs.cells import Claim;"
-        "from gptlab.runs.executor import ForkedChild; from gptlab.runs.forking import ForkServer;"
+        "from gptlab.runs.executor import ForkedChild; from gptlab.processes import ForkServer;"
         "folder = Path(sys.argv[1]); claim = Claim.take(folder);"
         "child = ForkedChild(ForkServer(), folder, claim, sys.argv[2:]); time.sleep(600)"
     )

@@ -19,7 +19,7 @@ from gptlab.runs import checkpoint
 from gptlab.runs.folder import RunFolder, newest
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
-from gptlab.training.sharding import shard_blocks
+from gptlab.training.parallel import shard_blocks
 from gptlab.training.state import TrainingState
 
 KEPT = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "muon": {"exp_avg", "exp_avg_sq", "step", "momentum_buffer"}}

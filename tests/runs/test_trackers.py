@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gptlab.cli import progress as trackers
 from gptlab.cli.main import main
+from gptlab.cli.progress import figures, tracking
 from gptlab.errors import ConfigError
-from gptlab.runs import trackers
 from gptlab.runs.folder import RunFolder
-from gptlab.runs.trackers import figures, tracking
 from gptlab.training.config import FREE_ON_RESUME, TrainingConfig
 from gptlab.training.loop import Record
 

@@ -22,7 +22,7 @@ from gptlab.errors import CheckpointError, ConfigError
 from gptlab.model.huggingface import from_huggingface, to_huggingface
 from gptlab.model.weights import ADAMW, check_moments
 from gptlab.runs.folder import RunFolder
-from gptlab.signals.user import user_signal
+from gptlab.signals.registry import user_signal
 
 Capture = pytest.CaptureFixture[str]
 

@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted([*ROOT.glob("*.py"), *(p for d in ("gptlab", "benchmarks", "tools") for p in (ROOT / d).rglob("*.py"))])
 
 EXCEPTED = {
-    ("gptlab/signals/user.py", "exec"): "a user's own signal file is code, and runs with --allow_code only",
-    ("gptlab/signals/user.py", "compile"): "the same",
+    ("gptlab/signals/registry.py", "exec"): "a user's own signal file is code, and runs with --allow_code only",
+    ("gptlab/signals/registry.py", "compile"): "the same",
     ("gptlab/__init__.py", "importlib.import_module"): "a module of a table in our own code",
     ("gptlab/benchmark/contenders.py", "exec_module"): "a peer's training script, which --peer NAME=PATH asks to run",
     ("gptlab/cli/main.py", "importlib.import_module"): "a command of COMMANDS",
-    ("gptlab/evals/harness.py", "importlib.import_module"): "a module of lm_eval, named in the file itself",
-    ("gptlab/runs/forking.py", "importlib.import_module"): "modules of ours and of PyTorch, named in the file itself",
+    ("gptlab/evals/scoring.py", "importlib.import_module"): "a module of lm_eval, named in the file itself",
+    ("gptlab/processes.py", "importlib.import_module"): "modules of ours and of PyTorch, named in the file itself",
 }
 
 
@@ -43,9 +43,9 @@ OPENED = {
     ("gptlab/distributed.py", ".read_bytes"): "/proc",
     ("gptlab/distributed.py", "os.open"): "in torchrun's own folder, no link followed",
     ("gptlab/cli/console.py", "open"): "/dev/null",
-    ("gptlab/runs/forking.py", "os.open"): "/dev/null",
+    ("gptlab/processes.py", "os.open"): "/dev/null",
     ("gptlab/judge/lab.py", ".read_text"): "/proc",
-    ("gptlab/judge/supervisor.py", ".read_text"): "/proc",
+    ("gptlab/processes.py", ".read_text"): "/proc",
     ("gptlab/judge/trial.py", "tempfile.TemporaryDirectory"): OUR_OWN,
     ("gptlab/judge/trial.py", ".write_bytes"): "a copy of the baseline, in a new folder of the lab",
     ("gptlab/judge/trial.py", "shutil.move"): "the patched package, from a fresh folder into a new one of the lab",

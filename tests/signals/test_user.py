@@ -16,7 +16,7 @@ from gptlab.errors import ConfigError
 from gptlab.model import GPT, GPTConfig
 from gptlab.runs.folder import RunFolder
 from gptlab.signals import SignalConfig
-from gptlab.signals.user import file_hash, user_signal
+from gptlab.signals.registry import file_hash, user_signal
 from gptlab.training import TrainingConfig, backward
 
 Capture = pytest.CaptureFixture[str]

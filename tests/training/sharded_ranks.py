@@ -19,7 +19,7 @@ from torch import Tensor
 from gptlab.distributed import World
 from gptlab.model.gpt import Block
 from gptlab.signals import SIGNALS, SignalConfig
-from gptlab.training.sharding import is_sharded, local_shards
+from gptlab.training.parallel import is_sharded, local_shards
 
 PLACEBO = SignalConfig("advantage", control="placebo", evaluator="live", positions=0.5)
 RUNS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from gptlab.model import GPT, GPTConfig
 from gptlab.training import TrainingConfig
 from gptlab.training.block_graph import Batch
 from gptlab.training.optimizer import build_optimizer
-from gptlab.training.sharding import full_tensor, shard_blocks
+from gptlab.training.parallel import full_tensor, shard_blocks
 from gptlab.training.state import TrainingState
 from gptlab.training.step import Update, update
 

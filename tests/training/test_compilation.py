@@ -22,7 +22,7 @@ from gptlab.distributed import World
 from gptlab.errors import ConfigError
 from gptlab.signals import SIGNALS, SignalConfig
 from gptlab.training.loop import rehearse
-from gptlab.training.sharding import compile_blocks
+from gptlab.training.parallel import compile_blocks
 
 Backend = Callable[[GraphModule, list[Any]], Any]
 

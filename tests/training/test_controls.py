@@ -21,7 +21,7 @@ from gptlab.training.block_graph import active_signals
 from gptlab.training.block_loss import accumulate
 from gptlab.training.controls import flipped, named, permuted, rotated, rotation, shuffled
 from gptlab.training.gradient_sources import GradientSources
-from gptlab.training.sharding import global_norm
+from gptlab.training.parallel import global_norm
 
 Gradients = dict[str, Tensor]
 

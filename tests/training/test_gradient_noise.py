@@ -24,7 +24,7 @@ from gptlab.training.gradient_noise import (
     sums_over,
 )
 from gptlab.training.gradient_sources import Gradients, GradientSources
-from gptlab.training.sharding import global_norm
+from gptlab.training.parallel import global_norm
 
 SIGNALS = (
     SignalConfig("confidence"),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gptlab.errors import ConfigError
 from gptlab.training import TrainingConfig
-from gptlab.training.reduction import Node, TreeSum, complete_subtrees
+from gptlab.training.parallel import Node, TreeSum, complete_subtrees
 
 
 def terms(count: int) -> Tensor:

@@ -16,8 +16,7 @@ from torch.nn.functional import cross_entropy
 from gptlab.errors import ConfigError
 from gptlab.model import GPT, GPTConfig
 from gptlab.signals import SignalConfig, functions
-from gptlab.signals.registry import OBJECTIVES
-from gptlab.signals.user import user_signal
+from gptlab.signals.registry import OBJECTIVES, user_signal
 from gptlab.training import TrainingConfig, backward
 
 NAMES = ["label_smoothing", "z_loss", "multi_token_prediction"]

@@ -16,7 +16,7 @@ from gptlab.distributed import World
 from gptlab.errors import ConfigError
 from gptlab.model import GPTConfig
 from gptlab.training import TrainingConfig
-from gptlab.training.sharding import full_tensor, global_norm, local_shards, shard_like
+from gptlab.training.parallel import full_tensor, global_norm, local_shards, shard_like
 
 
 @pytest.mark.parametrize(
