@@ -71,7 +71,7 @@ NO_EFFECT, OTHER_DRAW, TOO_SMALL = (
     "the same numbers: inactive", "another draw of the same distribution", "far below the spread of seeds"
 )  # fmt: skip
 INIT, ORDER = 'torch_generator("init", seed, name)', "= corpus, block_size, vocab_size, seed"
-EPSILON = "betas=(0.9, config.beta2), eps=1e-8,"
+EPSILON = "betas=betas, eps=1e-8,"
 KNOWN = "experiments/known_answers.toml"
 
 

@@ -117,14 +117,14 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "seed": (0, 7), "resume": ("never", "must"), "init_from": ("x",),
     "init_jitter": (0.1,), "data": ("x",), "tokenizer": ("gpt2",), "block_size": (1, 48, 4096), "batch_size": (1, 999),
     "total_batch_tokens": (128, 2176), "n_layer": (1, 2, 48), "n_head": (1, 3, 128), "n_embd": (4, 129, 768),
-    "share_blocks": (True,), "steps": (1, 99_999), "optimizer": ("muon",), "beta2": (0.0, 0.99),
+    "share_blocks": (True,), "steps": (1, 99_999), "optimizer": ("muon",), "beta1": (0.0,), "beta2": (0.0, 0.99),
     "learning_rate": (0.0, 1e-5, 9.0),
     "min_lr": (0.0, 1e-3, 2e-3), "warmup_steps": (0, 99_999), "schedule": ("wsd", "constant"), "weight_decay": (0.0,),
     "grad_clip": (0.0,), "gradient_noise": (0.5,), "gradient_noise_shape": ("batch",), "gradient_bias": (0.5,),
     "target_flip": (0.5,), "target_flip_to": ("argmax",), "log_every": (0, 1), "eval_every": (0, 1),
     "eval_tokens": (1, 128),
     "checkpoint_every": (0, 1), "sample_every": (0, 1), "dose_every": (0, 1), "dose_first": (0, 1),
-    "log": ("tensorboard",),
+    "log": ("tensorboard",), "log_project": ("x",), "log_name": ("x",),
     "noise_every": (0, 5), "device": ("cpu",), "dtype": ("bf16",), "threads": (2,), "compile": ("on",),
     "parallel": ("fsdp",), "activation_checkpointing": (True,), "deterministic": (True,), "rank_timeout": (1,),
     "signal.name": ("none", "gated_confidence", "advantage"), "signal.weight": (0.0, -1.0), "signal.dose": (0.0, 0.5),
@@ -257,13 +257,14 @@ def test_the_recipe_of_the_findings_stays_as_it_was() -> None:
         "preset": "shakespeare-tiny", "depth": None, "out": None, "seed": 1, "resume": "auto",
         "init_from": None, "init_jitter": 0.0,
         "data": "shakespeare", "tokenizer": "bytes", "block_size": 128, "batch_size": 16, "total_batch_tokens": 2048,
-        "n_layer": 4, "n_head": 4, "n_embd": 128, "share_blocks": False, "steps": 700, "optimizer": "adamw", "beta2":
-        0.95, "learning_rate": 1e-3, "min_lr": None, "warmup_steps": 50, "schedule": "cosine", "weight_decay": 0.1,
-        "grad_clip": 1.0, "gradient_noise": 0.0, "gradient_noise_shape": "isotropic", "gradient_bias": 0.0,
-        "target_flip": 0.0, "target_flip_to": "uniform",
+        "n_layer": 4, "n_head": 4, "n_embd": 128, "share_blocks": False, "steps": 700, "optimizer": "adamw", "beta1":
+        0.9, "beta2": 0.95, "learning_rate": 1e-3, "min_lr": None, "warmup_steps": 50, "schedule": "cosine",
+        "weight_decay": 0.1, "grad_clip": 1.0, "gradient_noise": 0.0, "gradient_noise_shape": "isotropic",
+        "gradient_bias": 0.0, "target_flip": 0.0, "target_flip_to": "uniform",
         "also": [], "log_every": 10, "eval_every": 100, "eval_tokens": 131072, "checkpoint_every": 100, "sample_every":
         350, "dose_every": 50, "dose_first": 100,
-        "log": "none", "noise_every": 0, "device": "auto", "dtype": "auto", "threads": 0,
+        "log": "none", "log_project": "gptlab", "log_name": "", "noise_every": 0,
+        "device": "auto", "dtype": "auto", "threads": 0,
         "compile": "auto", "parallel": "ddp", "activation_checkpointing": False, "deterministic": False, "rank_timeout":
         600,
     }  # fmt: skip

@@ -266,9 +266,6 @@ def _shade(p: float) -> str:
     return "green" if p >= 0.9 else "yellow" if p >= 0.5 else "dim"
 
 
-PROJECT = "gptlab"
-
-
 class Tracker(Protocol):
     def write(self, step: int, figures: Mapping[str, float]) -> None: ...
 
@@ -310,15 +307,15 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of project gptlab, written into the run's folder for `wandb sync`: offline unless the user set a mode."""
+    """A run of `log_project`, written into the run's folder for `wandb sync`: offline unless the user set a mode."""
 
     def __init__(self, config: TrainingConfig, folder: Path, step: int) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its own errors to its makers
         wandb = import_module("wandb")
         chosen = "mode" in wandb.setup().settings.model_fields_set
         self._run = wandb.init(
-            project=PROJECT,
-            name=folder.name,
+            project=config.log_project,
+            name=config.log_name or folder.name,
             id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
             resume="allow",
             dir=str(folder),
@@ -335,15 +332,15 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A run of project gptlab in trackio's own folder on this machine, unless the user has set a Space for it."""
+    """A run of `log_project` in trackio's own folder on this machine, unless the user has set a Space for it."""
 
     def __init__(self, config: TrainingConfig, folder: Path, step: int) -> None:
         trackio = import_module("trackio")
         name = folder.resolve()
         self._trackio = trackio
         self._run = trackio.init(
-            project=PROJECT, name=f"{name.parent.name}/{name.name}", resume="allow", config=flatten(config),
-            embed=False, auto_log_gpu=False, auto_log_cpu=False,
+            project=config.log_project, name=config.log_name or f"{name.parent.name}/{name.name}", resume="allow",
+            config=flatten(config), embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:

@@ -54,6 +54,7 @@ class TrainingConfig:
     optimizer: Literal["adamw", "muon"] = option(
         "adamw", "AdamW, or Muon for the blocks' matrices and AdamW for the rest"
     )
+    beta1: float = option(0.9, "of AdamW's first moment")
     beta2: float = option(0.95, "of AdamW's second moment; a longer memory (0.99) suits small batches")
     learning_rate: float = option(5e-3, "the peak, after warmup")
     min_lr: float | None = option(None, "where the schedule ends", shown="learning_rate/10")
@@ -83,6 +84,8 @@ class TrainingConfig:
         100, "with dose_every, also in each of the first updates of the run and of a signal", unit="updates"
     )
     log: str = option("none", "also log figures with tensorboard, wandb or trackio; several with commas")
+    log_project: str = option("gptlab", "project of wandb and trackio")
+    log_name: str = option("", "name of the run in wandb and trackio", shown="its folder's")
     noise_every: int = option(0, "log noise scale and alignment, from 32 sequences", unit="updates")
 
     device: str = option("auto", "auto, cpu, cuda or cuda:N", group="Machine")
@@ -128,8 +131,9 @@ class TrainingConfig:
                 raise ConfigError(f"{name} must be at least 0, found {value}")
         if not 0 <= self.target_flip < 1:
             raise ConfigError(f"target_flip must be at least 0 and below 1, found {self.target_flip}")
-        if not 0 <= self.beta2 < 1:
-            raise ConfigError(f"beta2 must be at least 0 and below 1, found {self.beta2}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ConfigError(f"log: expected none, {', '.join(TRACKERS)} or several with commas, "
@@ -310,7 +314,7 @@ class TrainingConfig:
 
 FREE_ON_RESUME = frozenset(
     {"out", "resume", "log", "log_every", "eval_every", "checkpoint_every", "sample_every", "noise_every", "dose_every"}
-    | {"dose_first"}
+    | {"dose_first", "log_project", "log_name"}
     | {"batch_size", "device", "threads", "compile", "rank_timeout", "parallel", "activation_checkpointing"}
     | {"signal.placebo_of", "signal.listener"}  # the norms and the weights there may not, wherever they lie
 )

@@ -46,7 +46,7 @@ class MuonWithAdamW:
 
 
 def build_optimizer(model: GPT, config: TrainingConfig) -> Optimizer:
-    """AdamW (beta1 0.9), fused, with or without Muon for the blocks' matrices; biases and norms do not decay."""
+    """AdamW, fused, with or without Muon for the blocks' matrices; biases and norms do not decay."""
     parameters = list(model.parameters())
     within = [p for block in dict.fromkeys(model.blocks) for p in block.parameters() if p.dim() == 2]
     matrices = within if config.optimizer == "muon" else []
@@ -59,7 +59,8 @@ def build_optimizer(model: GPT, config: TrainingConfig) -> Optimizer:
         others = {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0}
         groups += [group for group in (decaying, others) if group["params"]]
     fused = parameters[0].device.type in ("cpu", "cuda")
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), eps=1e-8, fused=fused)
+    betas = config.beta1, config.beta2
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-8, fused=fused)
     if not matrices:
         return adamw
     return _muon_with_adamw(matrices, adamw, config.learning_rate, config.weight_decay)

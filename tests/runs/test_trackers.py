@@ -94,6 +94,16 @@ class Fake(types.ModuleType):
         self.finished = True
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_project_and_a_name_are_what_was_asked(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(set())
+    monkeypatch.setitem(sys.modules, tracker, fake)
+    config = TrainingConfig(log=tracker, log_project="sure", log_name="first try")
+    with tracking(config, tmp_path / "run", 0, print):
+        pass
+    assert (fake.asked["project"], fake.asked["name"]) == ("sure", "first try")
+
+
 @pytest.mark.parametrize(("chosen", "mode"), [(set(), "offline"), ({"mode"}, None)])
 def test_wandb_is_offline_unless_the_user_chose(
     chosen: set[str], mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -109,6 +119,7 @@ def test_wandb_is_offline_unless_the_user_chose(
     assert (fake.asked["project"], fake.asked["mode"], fake.asked["config"]["seed"]) == ("gptlab", mode, 7)
     expected = {"train/loss": 2.0, "train/clipped": 1.0, "train/signal_by_judge/2": 0.5}
     assert fake.rows == [(1, expected), (1, {"val/loss": 3.0})]
+    assert fake.asked["name"] == "run"
     assert fake.finished
     assert capsys.readouterr().out == "", "standard output is for --json"
 

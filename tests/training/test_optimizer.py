@@ -46,12 +46,12 @@ def test_constant_stays() -> None:
 
 def test_matrices_and_embeddings_decay_and_nothing_else() -> None:
     model = GPT(GPTConfig(block_size=4, vocab_size=8, n_layer=2, n_head=1, n_embd=4))
-    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3, beta2=0.99))
+    optimizer = build_optimizer(model, TrainingConfig(weight_decay=0.3, beta1=0.8, beta2=0.99))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert len(decay) == len(list(model.parameters()))
     for name, p in model.named_parameters():
         assert decay[id(p)] == (0.0 if name.endswith("bias") or ".ln_" in name else 0.3), name
-    assert all(group["betas"] == (0.9, 0.99) for group in optimizer.param_groups)
+    assert all(group["betas"] == (0.8, 0.99) for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
