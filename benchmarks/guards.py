@@ -49,7 +49,7 @@ class Guard:
 
 
 PICKLES = "tests/model/test_formats.py::test_code_in_a_pickle_is_refused_and_never_run"
-SIZES = "tests/security/test_sizes.py::test_a_claim_ends_in_an_error_of_ours_and_takes_no_memory"
+SIZES = "tests/security/test_payloads.py::test_a_claim_ends_in_an_error_of_ours_and_takes_no_memory"
 NAMES = "tests/security/test_escapes.py::test_names_that_become_folders_are_no_paths"
 PATCH = "tests/security/test_escapes.py::test_a_patch_reaches_nothing_but_its_copy"
 KINDS = "tests/runs/test_patches.py::test_a_patch_changes_python_files_of_the_package_and_nothing_else"
@@ -75,7 +75,7 @@ GUARDS = (
           ("tests/model/test_huggingface.py::test_an_index_names_weight_files_of_its_own_folder",)),
     Guard("a model's tokenizer is read up to a size", "data/huggingface_tokenizer.py",
           "read_bytes(folder / name, limit=LIMIT)", "(folder / name).read_bytes()",
-          ("tests/data/test_huggingface_tokenizer.py::test_a_file_that_is_too_large_or_no_file_is_refused",)),
+          ("tests/data/test_tokenizers.py::test_a_file_that_is_too_large_or_no_file_is_refused",)),
     Guard("a signal file needs --allow_code", "cli/train.py",
           "if code and not allow_code:", "if False:", (CODE,)),
     Guard("an experiment's signal file needs --allow_code", "cli/experiment.py",
@@ -94,7 +94,7 @@ GUARDS = (
           ("tests/security/test_escapes.py::test_a_manifest_names_files_of_its_own_folder",)),
     Guard("a checkpoint's manifest names its own files", "runs/checkpoint.py",
           "if unknown := expected.keys() - {*names}:", "if unknown := set():",
-          ("tests/runs/test_sharded.py::test_a_manifest_lists_nothing_but_a_checkpoints_own_files",)),
+          ("tests/runs/test_checkpoint.py::test_a_manifest_lists_nothing_but_a_checkpoints_own_files",)),
     Guard("a patch changes modules of the package and makes no link", "runs/executor.py",
           'raise ConfigError(f"patch {patch}: expected changes of Python files',
           'return text\n    str(f"{patch}', (PATCH, KINDS)),
@@ -141,10 +141,10 @@ GUARDS = (
           "if held != config.parameters:", "if False:", (SIZES,), behind=("a checkpoint's weights have its shapes",)),
     Guard("a checkpoint's weights have its shapes", "model/weights.py",
           "if name not in expected or not _is_weight(found, expected[name]):", "if False:",
-          ("tests/security/test_sizes.py::test_weights_have_the_shapes_of_the_options",)),
+          ("tests/security/test_payloads.py::test_weights_have_the_shapes_of_the_options",)),
     Guard("moments are those of the weights", "model/weights.py",
           "if of not in weights or not _is_weight(found, expected):", "if False:",
-          ("tests/security/test_sizes.py::test_moments_are_those_of_the_weights",)),
+          ("tests/security/test_payloads.py::test_moments_are_those_of_the_weights",)),
     Guard("sizes have an end", "options.py", "if not 1 <= found <= most:", "if found < 1:",
           (SIZES, "tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line"),
           behind=("stated sizes fit the file",)),
@@ -181,7 +181,7 @@ GUARDS = (
           ("tests/security/test_payloads.py::test_figures_that_are_not_finite_are_one_line",)),
     Guard("rows of a cut tensor make a whole", "runs/checkpoint.py",
           "if first != expected or not piece.dim() or len(shapes) > 1:", "if False:",
-          ("tests/runs/test_sharded.py::test_rows_that_make_no_whole_are_refused",)),
+          ("tests/runs/test_checkpoint.py::test_rows_that_make_no_whole_are_refused",)),
     Guard("an error does not steer the terminal", "cli/console.py",
           "print(printable(line), file=sys.stderr", "print(line, file=sys.stderr",
           ("tests/security/test_payloads.py::test_what_a_file_says_does_not_steer_the_terminal",)),

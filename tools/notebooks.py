@@ -3,7 +3,7 @@
     pip install -e '.[docs]' && python tools/notebooks.py             # execute, then render: a minute or two
     python tools/notebooks.py --render                                # from the outputs that the notebooks hold
 
-A page is what its notebook holds and nothing else (tests/test_notebooks.py).
+A page is what its notebook holds and nothing else (tests/test_tools.py).
 """
 
 # pyright: reportMissingImports=false

@@ -1,4 +1,4 @@
-"""`gptlab runs` over folders written by hand: what is listed, and that nothing outside can be deleted."""
+"""`gptlab runs`, `digest`, `verify` and `page`: what is listed, found damaged and served, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +218,194 @@ def test_the_table_shows_hostile_names_as_text(log: Path, capsys: Capture) -> No
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert "[red]" in "".join(shown.split())
+
+
+def test_digest_is_one_number_and_its_step(run: Path, finished_run: Path, capsys: Capture) -> None:
+    found = []
+    for path in (run, finished_run, run / "checkpoints" / "step_00000006"):
+        assert main(["digest", str(path), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+    assert found[0].keys() == {"sha256", "step"}
+    assert found[0]["step"] == 6
+    assert main(["digest", str(run)]) == 0
+    assert capsys.readouterr().out == f"{found[0]['sha256']}  step 6\n"
+    assert main(["digest", str(run / "checkpoints" / "step_00000003"), "--json"]) == 0
+    earlier = json.loads(capsys.readouterr().out)
+    assert earlier["step"] == 3
+    assert earlier["sha256"] != found[0]["sha256"]
+
+
+def test_verify_finds_a_run_whole_and_a_checkpoint_of_it(run: Path, capsys: Capture) -> None:
+    for path in (run, run / "checkpoints" / "step_00000003"):
+        assert main(["verify", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"ok": True, "problems": []}
+    assert main(["verify", str(run)]) == 0
+    whole, covered, _ = capsys.readouterr().out.split("\n")
+    assert whole == f"{run}: every file is as it was written"
+    assert covered.startswith("covered: checkpoints, by checksums; ")
+    assert "Not covered: config.json, " in covered
+
+
+def last_byte_changed(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def no_json(path: Path) -> None:
+    path.write_text("{")
+
+
+def bad_row(path: Path) -> None:
+    path.write_text('{"step": 1\n' + path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "problem"),
+    [
+        ("checkpoints/step_00000003/model.safetensors", last_byte_changed, "its content does not match its checksum"),
+        ("checkpoints/step_00000006/optimizer.safetensors", cut, "found 100"),
+        ("checkpoints/step_00000006/state.json", Path.unlink, "missing"),
+        ("checkpoints/step_00000006/MANIFEST.json", no_json, "cannot be read"),
+        ("metrics.jsonl", cut, "bytes, found 100"),
+        ("metrics.jsonl", bad_row, "line 1: "),
+        ("log.txt", Path.unlink, "bytes, found 0"),
+        ("config.json", no_json, "is damaged"),
+        ("config.json", Path.unlink, "expected a run folder, found no config.json"),
+        ("environment.json", no_json, "is damaged"),
+    ],
+)
+def test_verify_names_the_damaged_file(
+    name: str, damage: Callable[[Path], None], problem: str, run: Path, capsys: Capture
+) -> None:
+    damage(run / name)
+    assert main(["verify", str(run), "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert [entry["file"] for entry in found["problems"]] == [str(run / name)]
+    assert problem in found["problems"][0]["problem"]
+    assert main(["verify", str(run)]) == 3
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{run / name}: ")
+    assert err.startswith(f"gptlab: expected {run} as it was written, found 1 damaged file(s)")
+
+
+def test_digest_of_a_damaged_checkpoint_is_refused(run: Path, capsys: Capture) -> None:
+    path = run / "checkpoints" / "step_00000006" / "model.safetensors"
+    last_byte_changed(path)
+    assert main(["digest", str(run), "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert f"damaged checkpoint: {path}: its content does not match" in err
+    assert json.loads(out)["exit_code"] == 3
+
+
+@pytest.mark.parametrize("command", ["digest", "verify"])
+def test_where_there_is_no_run_it_says_so(command: str, tmp_path: Path, capsys: Capture) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        assert main([command, str(path)]) == 3
+        assert f"expected a run or a checkpoint, found none at {path}" in capsys.readouterr().err
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def test_a_link_is_served_until_ctrl_c_and_nothing_is_written(finished_run: Path) -> None:
+    before = files(finished_run)
+    command = [sys.executable, "-m", "gptlab", "page", str(finished_run), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            with urllib.request.urlopen(url, timeout=60) as answer:
+                assert b"<bdi>run</bdi>" in answer.read()
+            start, token = url.rstrip("/").rsplit("/", 1)
+            assert len(token) >= 43
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(f"{start}/{token[:-1]}/", timeout=60)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (0, "")
+    assert err == f"the runs in {finished_run}, until Ctrl-C\n"
+    assert files(finished_run) == before
+
+
+SLOW = """
+import sys, time
+from gptlab.cli import runs as page
+
+page._open_model = lambda source, options: time.sleep(600)
+sys.exit(page.page(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_does_not_wait_for_a_model_that_is_being_opened(finished_run: Path) -> None:
+    command = [sys.executable, "-c", SLOW, str(finished_run), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            with urllib.request.urlopen(f"{url}lens", timeout=60) as answer:
+                key = answer.read().split(b'<option value="')[1][:16].decode()
+            question = urllib.request.Request(
+                f"{url}read", json.dumps({"model": key, "prompt": "a"}).encode(), {"Content-Type": "application/json"}
+            )
+            stop = threading.Timer(1.0, process.send_signal, [signal.SIGINT])
+            stop.start()
+            with pytest.raises(urllib.error.HTTPError, match="503") as refused:
+                urllib.request.urlopen(question, timeout=60)
+            assert refused.value.read() == b"gptlab page has ended\n"
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert err == f"the runs in {finished_run}, until Ctrl-C\n"
+
+
+def test_a_taken_port_is_said_in_a_line(tmp_path: Path, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["page", str(tmp_path), "--port", str(port)]) == 3
+    assert capsys.readouterr().err == f"gptlab: --port {port} is taken; give another, or none for any that is free\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["/nowhere"], 2, "expected a folder of runs"),
+        ([".", "--port", "-1"], 2, "expected a number from 0 to 65535"),
+        ([".", "--model", "/nowhere"], 2, "expected a run, a checkpoint or a Hugging Face folder"),
+        ([".", "--host", "192.0.2.1"], 3, "cannot be listened at"),
+        ([".", "--host", "no such name"], 3, "expected a name or address of this machine"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_a_line(words: list[str], code: int, told: str, capsys: Capture) -> None:
+    assert main(["page", *words]) == code
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert told in err
+
+
+def test_a_host_that_others_reach_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Not really listened at: the test stays on loopback."""
+    from gptlab.page import app
+
+    def listen_on_loopback(host: str, port: int, listen: Callable[..., socket.socket] = app.listen) -> socket.socket:
+        return listen("127.0.0.1", port)
+
+    monkeypatch.setattr(app, "listen", listen_on_loopback)
+    monkeypatch.setattr(app, "serve", lambda app, listening, asked_to_stop: None)
+    assert main(["page", str(tmp_path), "--host", "0.0.0.0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"http://{socket.gethostname()}:")
+    assert "warning: 0.0.0.0 is open to other machines: whoever has or overhears the link can read these runs" in err
+    assert main(["page", str(tmp_path)]) == 0
+    assert "warning" not in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, then the same command again: the very same run, and nobody left who writes."""
+"""SIGKILL at any moment, then the same command again: the very same run; and never two writers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Trainer, kill, make_corpus, options, outcome, rows, settle
+from harness import ROOT, Trainer, kill, make_corpus, options, outcome, row_count, rows, settle
 
 from gptlab.data.batches import TrainingWindows
 from gptlab.data.corpus import open_corpus
-from gptlab.runs.folder import newest
-
-pytestmark = pytest.mark.slow
+from gptlab.errors import CheckpointError
+from gptlab.runs.folder import RunFolder, newest
 
 STEPS = 24  # over three epochs; with the rows of validation and samples 28 rows
 
@@ -37,6 +36,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
     return {processes: folder / str(processes) for processes in (1, 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=2)
 @pytest.mark.parametrize(("processes", "victim"), [(1, "worker"), (1, "torchrun"), (2, "worker"), (2, "both")])
 def test_killed_at_a_random_moment_and_identical(
@@ -55,6 +55,7 @@ def test_killed_at_a_random_moment_and_identical(
     assert outcome(run) == outcome(whole[processes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"say": 2, "reply": 2, "dose": 0.3}, {"exact": "true", "control": "placebo"}, {"listener": "frozen:EARLIER"}],
@@ -85,6 +86,7 @@ def test_a_conversation_killed_twice_is_identical(
     assert any(row.get("reward", 0) > 0 for row in rows(run))
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=12)
 def test_with_restarts_it_goes_on_by_itself(
     trainer: Trainer, whole: dict[int, Path], tmp_path: Path, choose: random.Random
@@ -101,6 +103,7 @@ def test_with_restarts_it_goes_on_by_itself(
     assert [path.name for path in tmp_path.glob("run*")] == ["run"]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=7)
 def test_torchrun_passes_a_stop_on(
     trainer: Trainer, whole: dict[int, Path], tmp_path: Path, choose: random.Random
@@ -125,6 +128,7 @@ def test_torchrun_passes_a_stop_on(
     assert outcome(run) == outcome(whole[2])
 
 
+@pytest.mark.slow
 def test_the_rank_that_is_left_says_that_it_lost_one(trainer: Trainer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     running = trainer.start(run, processes=2, steps=4000)
@@ -138,6 +142,7 @@ def test_the_rank_that_is_left_says_that_it_lost_one(trainer: Trainer, tmp_path:
     assert rows(run)[-1]["event"] == "LostProcessError"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=15)
 def test_a_checkpoint_at_an_epochs_very_end(tmp_path: Path) -> None:
     """64 windows are eight updates of eight: checkpoints 8 and 16 lie between two epochs."""
@@ -176,6 +181,7 @@ def inside(corpus: Path, tmp_path: Path, number: str, moments: list[str], *sizes
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=3)
 def test_killed_within_every_phase_of_a_save(corpus: Path, tmp_path: Path) -> None:
     """Files that are opened, renamed or removed in the third save, and the middle of a write of either tensor file.
@@ -203,6 +209,7 @@ def test_killed_within_every_phase_of_a_save(corpus: Path, tmp_path: Path) -> No
         assert outcome(Path(trial["run"])) == outcome(Path(none["run"])), trial
 
 
+@pytest.mark.slow
 @pytest.mark.fault(number=8)
 def test_asked_to_stop_at_the_start_and_in_a_save(corpus: Path, tmp_path: Path) -> None:
     """While the folder is set up there is nothing to save and the process ends; a save that has begun is finished."""
@@ -215,3 +222,45 @@ def test_asked_to_stop_at_the_start_and_in_a_save(corpus: Path, tmp_path: Path) 
     for trial in trials:
         assert (trial["ended"], trial["damaged"], trial["debris"]) == (0, [], []), trial
         assert outcome(Path(trial["run"])) == outcome(Path(none["run"])), trial
+
+
+@pytest.mark.slow
+@pytest.mark.fault(number=16)
+def test_a_second_writer_is_refused_until_the_first_is_gone(trainer: Trainer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    running = trainer.start(run, processes=2, steps=4000)
+    running.wait_for_rows(run, 2)
+    with pytest.raises(CheckpointError, match=r"is being written by process (\d+) on ") as refused:
+        RunFolder(run).lock(patience=0.5)
+    assert any(f"process {worker} on" in str(refused.value) for worker in running.workers())
+    before = row_count(run)
+    running.wait_for_rows(run, before + 2)
+    kill(running, "both", random.Random(3))
+    running.end()
+    folder = RunFolder(run)
+    folder.lock(patience=5.0)
+    count = row_count(run)
+    steps = [row["step"] for row in rows(run) if row["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1)), "one writer's rows, in order"
+    assert row_count(run) == count
+    folder.close()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(number=16)
+def test_a_writer_waits_for_one_that_is_about_to_end(trainer: Trainer, tmp_path: Path) -> None:
+    """The second start of a run that is being stopped goes on with it, rather than fail."""
+    run = tmp_path / "run"
+    running = trainer.start(run, steps=4000)
+    running.wait_for_rows(run, 3)
+    second = trainer.start(run, steps=4000)
+    running.send(signal.SIGTERM)
+    assert running.end().code == 75
+    stopped_at = rows(run)[-1]["step"]
+    second.wait_for_rows(run, row_count(run) + 3)
+    second.send(signal.SIGTERM)
+    ended = second.end()
+    assert ended.code == 75, ended.err
+    steps = [row["step"] for row in rows(run) if row["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
+    assert steps[-1] > stopped_at

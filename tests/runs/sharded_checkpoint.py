@@ -1,4 +1,4 @@
-"""One rank of a state whose blocks are cut over processes, for test_sharded.py: checkpoints in, others out.
+"""One rank of a state whose blocks are cut over processes, for test_checkpoint.py: checkpoints in, others out.
 
 `python sharded_checkpoint.py FROM TO [FROM TO ...] [full]`; FROM is a checkpoint's folder, or - for a state after one
 update. The state is restored over one that has moved on, compared with what was saved, bit for bit, and saved into the

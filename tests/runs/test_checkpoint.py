@@ -1,16 +1,33 @@
-"""Checkpoints: what goes in comes out, damage is named, nothing half-written looks whole, two are kept."""
+"""Checkpoints: what goes in comes out bit for bit, sharded ones too; damage is named."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
+from safetensors.torch import save_file
+from torch import Tensor
 
+from gptlab.cli.main import main
+from gptlab.device import ComputeConfig
+from gptlab.distributed import World
 from gptlab.errors import CheckpointError
+from gptlab.model import GPT, GPTConfig
 from gptlab.runs import checkpoint
+from gptlab.runs.checkpoint import OFFSETS, WHERE, apart, rows_together
+from gptlab.runs.folder import RunFolder, newest
+from gptlab.training import TrainingConfig
+from gptlab.training.optimizer import build_optimizer
+from gptlab.training.parallel import shard_blocks
+from gptlab.training.state import TrainingState
 
 
 def state(step: int, **changes: Any) -> dict[str, Any]:
@@ -141,3 +158,199 @@ def test_a_place_that_cannot_be_written_is_told_with_the_way_out(tmp_path: Path)
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"could not save .*step_00000001: .*; earlier checkpoints are intact"):
         save(tmp_path / "file" / "checkpoints", 1)
+
+
+KEPT = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "muon": {"exp_avg", "exp_avg_sq", "step", "momentum_buffer"}}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Names, dtypes and bits."""
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.fault(number=18)
+@pytest.mark.parametrize(("optimizer", "share_blocks"), [("adamw", False), ("muon", False), ("muon", True)])
+def test_weights_and_moments_are_the_ones_that_were_saved(
+    optimizer: str, share_blocks: bool, tiny: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "optimizer": optimizer,
+        "share_blocks": share_blocks,
+        "schedule": "constant",
+        "threads": 1,
+    }
+    changes |= {"signal_name": "confidence", "checkpoint_every": 100, "eval_every": 0}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(tiny(whole, **changes)) == main(tiny(stopped, **changes, steps=3)) == 0
+
+    saved, config = checkpoint.load(newest(stopped)), RunFolder(stopped).config()
+    model = GPT(GPTConfig(16, 256, 2, 2, 32, share_blocks=share_blocks), seed=99)
+    state = TrainingState(model, build_optimizer(model, config))
+    for p in model.parameters():  # a state that has moved on already
+        p.grad = torch.ones_like(p)
+    state.optimizer.step()
+    state.restore(saved.weights, saved.moments, saved.state["scalars"])
+    weights, moments = state.tensors()
+    assert same(weights, saved.weights)
+    assert same(moments, saved.moments)
+    assert {name.partition(".")[0] for name in moments} == KEPT[optimizer]
+    assert model.lm_head.weight is model.wte.weight, "tied"
+    assert "lm_head.weight" not in weights
+    assert state.step == 3
+
+    assert main(tiny(stopped, **changes)) == 0
+    assert checkpoint.digest(newest(stopped)) == checkpoint.digest(newest(whole))
+
+
+@pytest.fixture
+def one_of_two_ranks() -> Iterator[World]:
+    """A rank whose process group answers at once and sends nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield World(rank=0, size=2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("case", ["adamw", "muon", "sharded"])
+def test_every_tensor_is_restored_to_the_device_where_the_optimizer_keeps_it(
+    case: str, fused: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """On an accelerator a fused kernel refuses a `step` on the host. The meta device stands for the accelerator."""
+    optimizers = importlib.import_module("torch.optim.optimizer")  # torch.optim hides the name
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    config = TrainingConfig(optimizer="muon" if case == "muon" else "adamw")
+    model = GPT(GPTConfig(16, 256, 2, 2, 32)).to("meta")
+    if case == "sharded":
+        world = request.getfixturevalue("one_of_two_ranks")
+        shard_blocks(model, world, ComputeConfig(torch.device("cpu"), None, 1, False, {}))
+
+    def fresh() -> TrainingState:
+        state = TrainingState(model, build_optimizer(model, config))
+        for group in state.optimizer.param_groups:
+            if "betas" in group:  # AdamW's
+                group["fused"] = fused
+        return state
+
+    stepped = fresh()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    stepped.optimizer.step()
+    weights, moments = stepped.tensors()
+    loaded = {name: torch.zeros(()) if name.startswith("step.") else tensor for name, tensor in moments.items()}
+    resumed = fresh()
+    resumed.restore(weights, loaded, {})  # a checkpoint's counts are read into the host's memory
+    found = {name: tensor.device for name, tensor in resumed.tensors()[1].items()}
+    assert found == {name: tensor.device for name, tensor in moments.items()}
+    assert {device.type for name, device in found.items() if name.startswith("step.")} == {"meta" if fused else "cpu"}
+    resumed.optimizer.step()
+
+
+SCRIPT = Path(__file__).with_name("sharded_checkpoint.py")
+
+
+@pytest.mark.fault(number=18)
+def test_four_processes_save_what_two_and_one_read(tmp_path: Path) -> None:
+    """Weights and moments, tied ones once, bit for bit, whoever reads; whole tensors can be read in rows too."""
+    by_four, by_two, again = (tmp_path / name for name in ("four", "two", "again"))
+    run_ranks(SCRIPT, 4, "-", by_four)
+    saved = by_four / "step_00000005"
+    assert [path.name for path in checkpoint.shards(saved)] == [
+        f"shard-0000{n}-model-00001-of-00001.safetensors" for n in (1, 2, 3, 4)
+    ]
+    assert checkpoint.verify(saved) == []
+    found = checkpoint.load(saved)
+    assert {name.partition(".")[0] for name in found.moments} == {"exp_avg", "exp_avg_sq", "step"}
+    assert "lm_head.weight" not in found.weights
+
+    whole = checkpoint.save(tmp_path / "one", found.weights, found.moments, found.state)
+    assert checkpoint.digest(whole) == checkpoint.digest(saved)
+    run_ranks(SCRIPT, 2, saved, by_two, whole, again)
+    for copy in (by_two, again):
+        assert checkpoint.digest(copy / "step_00000005") == checkpoint.digest(saved)
+
+    damaged = tmp_path / "damaged"
+    for name, spoil, words in (
+        ("shard-00002", lambda path: path.unlink(), "missing"),
+        ("shard-00003", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x7f"), "does not match"),
+        ("shard-00004", lambda path: shutil.copy(path, path.with_name(path.name.replace("4", "5", 1))), "not of this"),
+    ):
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(saved, damaged)
+        spoil(next(damaged.glob(f"{name}*")))
+        (problem,) = checkpoint.verify(damaged)
+        assert words in problem.problem
+        with pytest.raises(CheckpointError, match=r"damaged checkpoint: .*shard-0000"):
+            checkpoint.load(damaged)
+
+
+@pytest.mark.fault(number=4)
+def test_one_process_without_room_fails_the_save_of_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_ranks(SCRIPT, 2, "-", out, "full")
+    assert list(out.iterdir()) == [], "nothing is left that looks like a checkpoint, and no debris"
+
+
+def rows(folder: Path, *pieces: tuple[object, torch.Tensor]) -> list[Path]:
+    """Files of rows of a tensor w, one a piece, with what their headers say of its place."""
+    files = []
+    for n, (place, tensor) in enumerate(pieces, start=1):
+        files.append(folder / f"shard-{n:05d}-model-00001-of-00001.safetensors")
+        save_file({"w": tensor}, files[-1], {WHERE: json.dumps(place) if not isinstance(place, str) else place})
+    return files
+
+
+def at(*offsets: int) -> dict[str, dict[str, list[int]]]:
+    return {"w": {OFFSETS: list(offsets)}}
+
+
+def test_rows_are_put_together_in_their_order(tmp_path: Path) -> None:
+    whole = torch.arange(15.0).view(5, 3)
+    found = rows_together(rows(tmp_path, (at(2, 0), whole[2:]), (at(0, 0), whole[:2])))
+    assert torch.equal(found["w"], whole)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (((at(0, 0), 2), (at(3, 0), 2)), "expected row 2 of w"),
+        (((at(0, 0), 2), (at(1, 0), 2)), "expected row 2 of w"),
+        (((at(1, 0), 2),), "expected row 0 of w"),
+        (((at(0, 0), 2), (at(10**12, 0), 2)), "expected row 2 of w"),
+        (((at(0, 1), 2),), "place of each tensor's rows"),
+        (((at(0), 2),), "place of each tensor's rows"),
+        (((at(-1, 0), 2),), "place of each tensor's rows"),
+        ((({"w": [0, 0]}, 2),), "place of each tensor's rows"),
+        ((("not json", 2),), "place of each tensor's rows"),
+        ((([], 2),), "place of each tensor's rows"),
+    ],
+)
+def test_rows_that_make_no_whole_are_refused(pieces: tuple, words: str, tmp_path: Path) -> None:
+    files = rows(tmp_path, *((place, torch.zeros(count, 3)) for place, count in pieces))
+    with pytest.raises(CheckpointError, match=words):
+        rows_together(files)
+
+
+def test_moments_are_told_from_weights_by_their_names() -> None:
+    names = ["transformer.wte.weight", "exp_avg.transformer.wte.weight", "step.transformer.wte.weight", "h.weight"]
+    weights, moments = apart({name: torch.zeros(()) for name in names})
+    assert list(weights) == [names[0], names[3]]
+    assert list(moments) == names[1:3]
+
+
+def test_a_manifest_lists_nothing_but_a_checkpoints_own_files(tmp_path: Path) -> None:
+    """Whoever wrote it: a name that leads out of the folder is not followed."""
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    state = {"scalars": {"step": 1}}
+    folder = checkpoint.save(tmp_path / "checkpoints", {"w": torch.zeros(1)}, {}, state)
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest.pop("sha256")
+    manifest["files"]["../../secret"] = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+    text = json.dumps(manifest, sort_keys=True, indent=1) + "\n"
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
+    (problem,) = checkpoint.verify(folder)
+    assert "belongs to no checkpoint" in problem.problem

@@ -1,4 +1,4 @@
-"""Running an experiment with real processes: kills and stops, two runners, failing arms, patched arms, pairing."""
+"""Running an experiment with real processes: kills and stops, two runners, failing arms, and how many at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptlab.cli.arguments import file_options
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError
 from gptlab.runs.cells import CLAIM, Claim, Rows, cells_of
-from gptlab.runs.executor import Packing, package
+from gptlab.runs.executor import SIDE_BY_SIDE, Packing, package
 from gptlab.runs.experiment_runner import Runner, standing
 from gptlab.runs.experiment_spec import options_file, options_text, read_experiment
 from gptlab.runs.folder import RunFolder
@@ -354,3 +354,34 @@ def test_rows_are_read_on_and_anew_where_a_resume_cut_them(file: Path, tmp_path:
     assert (rows.look().step, rows.doses) == (1, [(1, 1)])
     metrics.write_text(" " + train(1) + train(2))  # cut back and longer again: the old place lies within a line
     assert (rows.look().step, rows.doses) == (2, [(1, 1), (2, 2)])
+
+
+@pytest.mark.parametrize(
+    ("packing", "width", "threads", "at_a_time", "said"),
+    [
+        (Packing(2), 128, 1, 2, "2 runs at a time of one thread"),
+        (Packing(8), 128, 1, 8, "8 runs at a time of one thread"),
+        (Packing(8, jobs=3), 128, 1, 3, "3 runs at a time of one thread"),
+        (Packing(8, jobs=1), 128, 1, 1, "1 run at a time of one thread"),
+        (Packing(2, jobs=9), 128, 1, 2, "2 runs at a time of one thread"),
+        (Packing(1), 128, 1, 1, "1 run at a time of one thread"),
+        (Packing(8), SIDE_BY_SIDE + 1, 8, 1, "one run over all 8 cores for models wider than"),
+        (Packing(8, gpus=2), 768, 8, 2, "one run on each of 2 GPUs"),
+        (Packing(8, gpus=4, jobs=3), 128, 1, 3, "one run on each of 3 of 4 GPUs"),
+    ],
+)
+def test_cores_and_gpus_are_shared_out(packing: Packing, width: int, threads: int, at_a_time: int, said: str) -> None:
+    assert packing.threads(width) == threads
+    running: list[int] = []
+    while packing.fits(width, running):
+        running.append(width)
+    assert len(running) == at_a_time
+    assert packing.why({width}).startswith(said)
+
+
+def test_a_wide_model_waits_for_the_narrow_ones() -> None:
+    packing = Packing(4)
+    assert not packing.fits(768, [128])
+    assert packing.fits(768, [])
+    assert not packing.fits(128, [768])
+    assert packing.why({128, 768}).count(";") == 1

@@ -1,6 +1,6 @@
 """Files that claim to be huge, read by a process that has little room: who believes one has no memory left.
 
-Started by test_sizes.py with a folder; prints a line of JSON a file, {case: the error's class and text}.
+Started by test_payloads.py with a folder; prints a line of JSON a file, {case: the error's class and text}.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run folders as damage or ill will would leave them, made from a real one, and every command that reads a run.
 
-What tests/security/test_hostile_runs.py and benchmarks/hostile.py share. No assertions.
+What tests/security/test_fuzz.py and benchmarks/hostile.py share. No assertions.
 """
 
 from __future__ import annotations

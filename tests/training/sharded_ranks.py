@@ -1,4 +1,4 @@
-"""One rank of small runs whose blocks are cut over processes, for test_sharding.py; words: where to write, and which.
+"""One rank of small runs whose blocks are cut over processes, for test_parallel.py; words: where to write, and which.
 
 Makes two updates of every run of `runs_of` and writes what rank 0 has then, as torch saves it, with the bytes that it
 holds of weights and moments.

@@ -1,18 +1,19 @@
-"""Compiled blocks: the same gradients for every signal, compiled before the first update, and eager where that fails.
-
-Through PyTorch's own front and AOTAutograd, which is what splits a block into passes; the code generator behind them,
-which takes minutes on a CPU, is left out.
-"""
+"""Sums in one tree, blocks cut over processes, compiled blocks: the same updates as by one process, eagerly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, partialmethod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_run import Run, make_run
+from ranks import run_ranks
+from scripts import load_script
+from sharded_ranks import RUNS, outcome, runs_of
+from small_run import SEQUENCES, L, Run, T, V, make_run
+from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
@@ -20,9 +21,138 @@ from torch.fx import GraphModule
 from gptlab.device import ComputeConfig
 from gptlab.distributed import World
 from gptlab.errors import ConfigError
+from gptlab.model import GPTConfig
 from gptlab.signals import SIGNALS, SignalConfig
+from gptlab.training import TrainingConfig
 from gptlab.training.loop import rehearse
-from gptlab.training.parallel import compile_blocks
+from gptlab.training.parallel import (
+    Node,
+    TreeSum,
+    compile_blocks,
+    complete_subtrees,
+    full_tensor,
+    global_norm,
+    local_shards,
+    shard_like,
+)
+
+
+def terms(count: int) -> Tensor:
+    """Terms (count, 50) over nine orders of magnitude, whose sums round otherwise in every order."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 50, generator=generator) * 10.0 ** torch.randint(-4, 5, (count, 50), generator=generator)
+
+
+def recursion(units: Tensor) -> Tensor:
+    """The sum of full trees over the largest powers of two, each left half plus right half, added from the left."""
+    if len(units) == 1:
+        return units[0]
+    size = 1 << (len(units).bit_length() - 1)
+    if size == len(units):
+        return recursion(units[: size // 2]) + recursion(units[size // 2 :])
+    total, units = recursion(units[:size]), units[size:]
+    while len(units):
+        size = 1 << (len(units).bit_length() - 1)
+        total, units = total + recursion(units[:size]), units[size:]
+    return total
+
+
+def held(units: Tensor, ranks: int, rank: int) -> TreeSum:
+    """What one of so many ranks holds."""
+    each, tree = len(units) // ranks, TreeSum()
+    for k in range(rank * each, (rank + 1) * each):
+        tree.add(Node(0, k), [units[k].clone()])
+    return tree
+
+
+@pytest.mark.fault(number=13)
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 8, 12, 20, 24, 32])
+def test_any_number_of_ranks_gives_the_bits_of_the_recursion(count: int) -> None:
+    units = terms(count)
+    expected = recursion(units)
+    if count > 3:
+        assert not torch.equal(expected, sum(units[1:], start=units[0])), "the order counts"
+    for ranks in (n for n in range(1, count + 1) if count % n == 0):
+        together = TreeSum()
+        for rank in range(ranks):
+            roots = held(units, ranks, rank).roots
+            each = count // ranks
+            assert [node for node, _ in roots] == complete_subtrees(range(rank * each, (rank + 1) * each))
+            for node, tensors in roots:
+                together.add(node, tensors)
+        (total,) = together.total()
+        assert torch.equal(total, expected), ranks
+
+
+def test_units_are_as_large_for_any_ranks_and_what_cannot_be_shared_is_refused() -> None:
+    config = TrainingConfig(block_size=32, total_batch_tokens=32 * 12, batch_size=5, deterministic=True, threads=1)
+    assert [config.micro_batch(ranks) for ranks in (1, 3)] == [4, 4]
+    with pytest.raises(
+        ConfigError, match=r"12 sequences is 3 micro-batches of 4 .* 2 processes cannot share; use 1, 3"
+    ):
+        config.micro_batch(2)
+    with pytest.raises(ConfigError, match="deterministic needs a fixed number of threads"):
+        TrainingConfig(deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "which"),
+    [
+        (2, "kinds"),
+        pytest.param(2, "signals", marks=pytest.mark.slow),
+        pytest.param(4, "kinds", marks=pytest.mark.slow),
+    ],
+)
+def test_cut_blocks_make_what_one_process_makes(ranks: int, which: str, tmp_path: Path) -> None:
+    """Real processes over gloo on the loopback, every signal and control, in float64: far below the 1e-6 promised."""
+    out = tmp_path / "out.pt"
+    run_ranks(Path(__file__).with_name("sharded_ranks.py"), ranks, out, which)
+    found = torch.load(out, weights_only=True)
+    assert set(found) == set(runs_of(which))
+    for name, options in runs_of(which).items():
+        most, passes = found[name].pop("whole blocks").tolist()
+        assert most == 1, f"{name}: {most} blocks were whole at a time"
+        assert passes > 8
+        weights, moments = found[name].pop("bytes").tolist()
+        if name == "baseline":  # docs/scale.md counts fp32
+            said = load_script("tools/scale.py").state(GPTConfig(T, V, L, 2, 16), ranks, "fsdp")
+            assert (weights, moments) == (2 * said.weights, 2 * said.moments)
+        expected = outcome(make_run(**options), (SEQUENCES,), World())
+        assert found[name].keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[name][key], tensor, rtol=1e-7, atol=1e-9, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", ["baseline", "confidence", "live", "placebo", "one block shared"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_are_the_ones_that_were_not_kept(name: str, dtype: torch.dtype) -> None:
+    options = RUNS[name] | {"dtype": torch.float32, "autocast": None if dtype == torch.float32 else dtype}
+    kept = outcome(make_run(**options), (5, 7), World())
+    again = outcome(make_run(**options, activation_checkpointing=True), (5, 7), World())
+    for key, tensor in kept.items():
+        assert torch.equal(again[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": "muon"}, "whole matrices"),
+        ({"deterministic": True, "threads": 1}, "one fixed order"),
+        ({"noise_every": 5}, "single sequences"),
+    ],
+)
+def test_what_needs_whole_tensors_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(options))}.*{words}.*--parallel ddp"):
+        TrainingConfig(parallel="fsdp", **options)
+
+
+def test_whole_tensors_need_no_processes() -> None:
+    tensors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert global_norm(tensors) == pytest.approx(5.0)
+    assert full_tensor(tensors[0]) is tensors[0]
+    assert shard_like(tensors[0], tensors[1]) is tensors[0]
+    assert all(a is b for a, b in zip(local_shards(tensors), tensors, strict=True))
+
 
 Backend = Callable[[GraphModule, list[Any]], Any]
 

@@ -1,4 +1,4 @@
-"""A model with a tokenizer of its own, or with none, through every command: its own tokens, or one line."""
+"""The model that a command names: with a tokenizer of its own or none through every command, to llm.c and back."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from gptlab.cli.main import main
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.data.shards import write_shard
+from gptlab.runs.init_weights import any_model, initial_model
 
 Capture = pytest.CaptureFixture[str]
 TEXT = "the lord of the manor spoke, and they're all gone; what of the play? naïve 🙂 no more of it. " * 30
@@ -284,3 +285,58 @@ def test_training_starts_from_a_model_of_the_datas_tokens_alone(
 def re_line(capsys: Capture, *parts: str) -> bool:
     """Whether one line on standard error holds all of the parts."""
     return any(all(part in line for part in parts) for line in capsys.readouterr().err.splitlines())
+
+
+def test_llmcs_file_comes_back_as_the_same_model(finished_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    model, _ = any_model(finished_run)
+    file, folder = tmp_path / "out" / "model.bin", tmp_path / "model"
+    assert main(["export", str(finished_run), str(file), "--format", "llm.c", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "file": str(file),
+        "parameters": model.config.parameters,
+        "padding": 0,
+    }
+    assert main(["import", str(file), "--out", str(folder), "--tokenizer", "bytes", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["format"], told["n_layer"], told["vocab_size"], told["tokenizer"]) == ("llm.c", 2, 256, "bytes")
+    given = dict(any_model(folder)[0].named_parameters())
+    started = dict(initial_model(str(folder), model.config, 5, "bytes").named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, given[name]), name
+        assert torch.equal(p, started[name]), name
+    words = ["--prompt", "line", "--max_new_tokens", "9", "--temperature", "0", "--json"]
+    texts = []
+    for source in (finished_run, folder):
+        assert main(["sample", "--checkpoint", str(source), *words]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["samples"])
+    assert texts[0] == texts[1]
+
+
+def test_another_programs_model_is_pointed_to_the_import(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "ckpt.pt").write_bytes(b"PK\x03\x04")
+    for source in (tmp_path, tmp_path / "ckpt.pt"):
+        for words in (["sample", "--checkpoint"], ["lens", "--prompt", "a"], ["eval"], ["noise"]):
+            assert main([*words, str(source)]) == 3
+            assert f"is read with `gptlab import {source} --out FOLDER`" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_is_left(
+    finished_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "notes.txt").write_text("mine")
+    (tmp_path / "no_model").write_bytes(b"x" * 40)
+    refused = (
+        (["import", str(tmp_path / "no_model"), "--out", str(used)], 2, "expected a new or empty folder to import to"),
+        (["import", str(tmp_path / "no_model"), "--out", str(tmp_path / "new")], 3, "found none of them"),
+        (["import", str(finished_run), "--out", str(tmp_path / "new")], 3, "what gptlab trained needs no import"),
+        (["export", str(finished_run), str(used)], 2, "expected a new or empty folder to export to"),
+        (["export", str(finished_run), str(used), "--format", "llm.c"], 2, "expected a new file to export to"),
+        (["export", str(finished_run), str(tmp_path / "n"), "--dtype", "bf16"], 2, "bf16 is for --format llm.c"),
+    )
+    before = sorted(tmp_path.rglob("*"))
+    for words, code, line in refused:
+        assert main(words) == code
+        assert line in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,218 @@
+"""Scripts of benchmarks/ and tools/: gpu.py on a CPU, time_to_loss.py, the audit of a contest, the notebooks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from scripts import ROOT, load_script
+
+gpu = load_script("benchmarks/gpu.py")
+
+
+def test_the_page_says_what_was_measured_and_nothing_else() -> None:
+    between = gpu.PAGE.read_text().partition(gpu.START)[2].partition(gpu.END)[0].strip()
+    found = json.loads(gpu.RESULT.read_text()) if gpu.RESULT.exists() else {}
+    assert between == gpu.page(found).strip()
+    assert gpu.page({}) == "Not measured.\n\n"
+    row = {"name": "exact", "batch": 16, "tokens_per_second": 1234.5, "spread": 0.01, "share_of_limit": None}
+    row |= {"peer": "transformers", "against_peer": 1.5}
+    where = {"machine": "a GPU", "torch": "2.13.0", "date": "2026-12-01", "seconds": 9.0}
+    page = gpu.page({
+        "parity": {**where, "status": "ended with exit code 1: a|b", "summary": ["one", "two"]},
+        "speed": {**where, "status": "ok", "tokens": 1024, "rows": [row]},
+        "resume": {"status": "cut off after 5 s: ", "seconds": 5.0},
+    })  # fmt: skip
+    assert "| parity | ended with exit code 1: a/b | one; two | a GPU, torch 2.13.0, 2026-12-01 |" in page
+    assert "| exact | 16 | 1,234 | 1.0% |  | transformers 1.50x |" in page
+
+
+@pytest.mark.slow
+def test_every_section_is_ok_on_a_cpu(tmp_path: Path) -> None:
+    before = gpu.PAGE.read_text()
+    code = gpu.main(["--tiny", "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {name: of["status"] for name, of in found.items()} == dict.fromkeys(gpu.SECTIONS, "ok")
+    assert code == 0
+    assert len(found["parity"]["differences"]["bf16 compiled"]) > 30
+    assert set(found["determinism"]["repeats"].values()) == {True}
+    assert found["resume"]["as shipped"] == {"bit for bit": True, "losses apart": 0.0}
+    names = {row["name"] for row in found["speed"]["rows"]}
+    assert names == {"baseline", "exact", "rotate", "positions", "whole model", "transformers"}
+    assert found["torchrun"]["processes"] == 2
+    assert len(found["generate"]["rows"]) == 4
+    assert gpu.PAGE.read_text() == before
+    assert "| generate | ok |" in gpu.page(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "limit", "status"),
+    [
+        ("raise RuntimeError('broken here')", "0", "ended with exit code 1: RuntimeError: broken here"),
+        ("import os; os.kill(os.getpid(), 9)", "0", "ended by SIGKILL; was memory short?"),
+        ("import time; time.sleep(600)", "20", "cut off after 20 s"),
+    ],
+)
+def test_a_broken_section_is_said_to_be(
+    what: str, limit: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers.py").write_text(what)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    (tmp_path / "found.json").write_text(json.dumps({"parity": {"status": "ok", "seconds": 1.0}}))
+    code = gpu.main(["--tiny", "--only", "generate", "--limit", limit, "--out", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert code == 1
+    assert found["generate"]["status"].startswith(status)
+    assert found["parity"]["status"] == "ok", "a section that was not asked for stays as it was"
+
+
+timed = load_script("benchmarks/time_to_loss.py")
+
+
+@pytest.mark.parametrize(
+    ("line", "theirs", "ours"),
+    [
+        ("step 250: train loss 2.4000, val loss 2.4123\n", 2.4123, None),
+        ("step 0: train loss 4.2000, val loss 4.2123\n", None, None),
+        ("iter 12: loss 3.1000, time 4.00ms, mfu -100.00%\n", None, None),
+        ("    50 val   loss 2.5091  accuracy 20%\n", None, 2.5091),
+        ("    50 train loss 2.5091\n", None, None),
+    ],
+)
+def test_the_lines_that_hold_a_validation_loss(line: str, theirs: float | None, ours: float | None) -> None:
+    assert timed.printed_loss(line) == theirs
+    assert timed.logged_loss(line) == ours
+
+
+def test_the_clock_is_read_when_a_line_comes(tmp_path: Path) -> None:
+    lines = [f"step {k}: train loss 3, val loss {loss}" for k, loss in ((1, 2.1), (2, 1.9))]
+    code = f"import time; print({lines[0]!r}); time.sleep(0.5); print({lines[1]!r})"
+    marks = timed.marks([sys.executable, "-u", "-c", code], tmp_path, time.perf_counter(), timed.printed_loss)
+    (first, high), (second, low) = marks
+    assert (high, low) == (2.1, 1.9)
+    assert second - first > 0.4
+    assert [timed.seconds_to(loss, marks) for loss in (2.2, 2.0, 1.88)] == [first, second, None]
+    found = timed.medians([marks, [(1.0, 2.0)], [(3.0, 1.0)]])
+    assert found["2.0"] == sorted([second, 1.0, 3.0])[1]
+    assert found["1.88"] is None
+
+
+def test_the_split_is_nanogpts(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(bytes(range(1, 102)))
+    timed.write_characters(str(tmp_path / "text"), str(tmp_path / "data"))
+    from gptlab.data.corpus import open_corpus
+
+    corpus = open_corpus(tmp_path / "data")
+    assert corpus.read("train", 0).tolist() == list(range(1, 91))
+    assert corpus.read("val", 0).tolist() == list(range(91, 102))
+
+
+audit = load_script("tools/speedrun_audit.py")
+LOGS = {
+    "a/one.txt": "print(f'step:{step}/20 val_loss:{x}')\nstep:10/20 val_loss:3.4 t:1\nstep:20/20 val_loss:3.28 t:1\n",
+    "a/two.txt": "".join(f"step:{s}/20 val_loss:{x} t:1\n" for x in (3.271, 3.272) for s in (10, 20)),
+    "b/one.txt": "step:20/30 val_loss:3.29 val_ema_loss:3.27 t:1\nstep:30/30 val_loss:3.1 val_ema_loss:3.1 t:1\n",
+    "c/README.md": "| seed | step 10 | step 20 |\n| -: | -: | -: |\n| 0 | 3.3 | 3.2 |\n| 1 | 3.4 | 3.1 |\n| mean |\n",
+}
+
+
+def test_runs_are_read_from_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in LOGS.items():
+        (tmp_path / audit.TRACK / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / audit.TRACK / name).write_text(text)
+    for words in (
+        ["init", "-q"],
+        ["-c", "user.name=x", "-c", "user.email=x@y", "commit", "-q", "--allow-empty", "-m", "x"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    records = [audit.Record(k, "x", 20, logs, n) for k, (logs, n) in enumerate((("a/*", 3), ("b/*", 1), ("c/*", 2)))]
+    monkeypatch.setattr(audit, "RECORDS", records)
+    rows = audit.extract(tmp_path)
+    assert [(row["record"], row["val_loss"]) for row in rows] == [
+        (0, "3.28000"), (0, "3.27100"), (0, "3.27200"), (1, "3.27000"), (2, "3.20000"), (2, "3.10000")
+    ]  # fmt: skip
+    monkeypatch.setattr(audit, "RECORDS", [records[0]._replace(n=4)])
+    with pytest.raises(SystemExit, match="#0: expected 4 runs"):
+        audit.extract(tmp_path)
+
+
+def test_pairs_agree_with_scipy_and_the_tracks_arithmetic() -> None:
+    result = audit.audit()
+    for old, new in pairwise(audit.RECORDS[2:]):
+        pair, values = result["arms"][str(new.number)], [audit.steps_to_target(r.number) for r in (new, old)]
+        test = stats.ttest_ind(*values, equal_var=False)
+        assert pair["p"] == pytest.approx(test.pvalue)
+        assert pair["interval"] == pytest.approx(list(test.confidence_interval()))
+        means = [np.mean(one) for one in values]
+        assert pair["margin"] == pytest.approx((means[1] - means[0]) * audit.SLOPE / np.sqrt(1 / new.n + 1 / old.n))
+    shift = audit.detectable(1.0, 8, 16) / np.sqrt(1 / 8 + 1 / 16)
+    bound = stats.t.ppf(0.975, 22)
+    assert stats.nct.sf(bound, 22, shift) + stats.nct.cdf(-bound, 22, shift) == pytest.approx(audit.POWER, abs=2e-3)
+    found = audit.needed(-1.0, 1.0)
+    powers = [stats.nct.sf(stats.t.ppf(0.975, 2 * n - 2), 2 * n - 2, np.sqrt(n / 2)) for n in (found - 1, found)]
+    assert powers[0] < audit.POWER <= powers[1] + 2e-3
+
+
+tool = load_script("tools/notebooks.py")
+NOTEBOOKS = tool.notebooks()
+
+
+def outputs(notebook: dict[str, Any]) -> list[list[str]]:
+    """What the cells show, without what a processor that rounds otherwise may change.
+
+    Of tables their titles, headers and arms; of texts all but digits and verdicts.
+    """
+    shown = []
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "text/html" in data:
+                page = "".join(data["text/html"])
+                shown.append(re.findall(r"<(?:caption|th)>.*?<|<tr><td>[^(<]*", page))
+            else:
+                text = "".join(output.get("text") or data["text/plain"])
+                text = re.sub(r"better|worse|no difference|undecided", "VERDICT", text)
+                shown.append([*data, re.sub(r"[-+]?[\d.,]*\d(e-?\d+)?", "0", text)])
+    return shown
+
+
+def test_there_are_notebooks() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["idea", "trainer"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_page_is_what_its_executed_notebook_holds(path: Path) -> None:
+    notebook = tool.read(path)
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+    page, images = tool.rendered(notebook, path.stem)
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == page, "run `python tools/notebooks.py --render`"
+    assert {name: (tool.FOLDER / name).read_bytes() for name in images} == images
+    assert path.stat().st_size < 100_000
+    for said in re.findall(r"Here it is \*([\w ]+)\*", page):
+        assert f"'verdict': '{said}'" in page
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of a library that only writers of documents have
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_shows_the_same_again(path: Path) -> None:
+    if importlib.util.find_spec("nbclient") is None or importlib.util.find_spec("ipykernel") is None:
+        reason = "needs nbclient and ipykernel (pip install -e '.[docs]')"
+        # .ci/run installs them with the site's generator, so that a skip there would hide notebooks that no longer run
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    notebook = tool.read(path)
+    assert outputs(tool.executed(notebook)) == outputs(notebook)
