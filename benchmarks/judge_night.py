@@ -3,6 +3,7 @@
 python benchmarks/judge_night.py [--lab DIR] [--seed 1] [--kills 20]   hours; the same command resumes it
 python benchmarks/judge_night.py --quick                               minutes: a few ideas, a model of two blocks
 python benchmarks/judge_night.py --smoke                               every idea for three updates: does it run?
+python benchmarks/judge_night.py --collect                             the result of what its ledger holds so far
 
 IDEAS says what is predicted of each and why, before the night. It writes them as files into the lab, judges them in an
 order drawn from the seed, kills the judge at random moments (SIGKILL, whole process group) and starts it again. What
@@ -30,7 +31,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gptlab.files import read_text, write_json, write_whole
+from gptlab.files import parse_json, read_text, write_json, write_whole
 from gptlab.judge.lab import read_lab
 from gptlab.judge.procedure import Judge
 from gptlab.judge.trial import Subject
@@ -186,7 +187,6 @@ def night(chosen: Sequence[Idea], lab: Path, seed: int, kills: int) -> dict[str,
     order = choose.sample(chosen, len(chosen))
     targets = [choose.randrange(len(order)) for _ in range(kills)]
     (lab / "ideas").mkdir(exist_ok=True)
-    result = summary({}, 0, 0.0)
     for place, idea in enumerate(order):
         path = write_idea(idea, lab / "ideas")
         for _ in range(targets.count(place)):
@@ -199,15 +199,31 @@ def night(chosen: Sequence[Idea], lab: Path, seed: int, kills: int) -> dict[str,
             **{key: found[key] for key in ANSWER},
         }  # fmt: skip
         print(f"{place + 1:>3}/{len(order)}  {idea.predicted:<7} {found['verdict']:<10} {idea.name}", flush=True)
-        result = summary(answers, killed, time.monotonic() - began)
-        write_json(lab / "night.json", result)
-    judge = Judge(read_lab(lab))
-    tries, journal = judge.ledger.read()  # raises where a line is not as it was written
-    began, ended = (datetime.fromisoformat(line["time"]) for line in (journal[0], tries[-1]))
-    result["hours"] = (ended - began).total_seconds() / 3600
-    write_json(lab / "night.json", result)
+        write_json(lab / "night.json", summary(answers, killed, time.monotonic() - began))
+    return collect(chosen, lab)
+
+
+def collect(chosen: Sequence[Idea], lab: Path) -> dict[str, Any]:
+    """The result of all ideas in the lab's ledger, written as night.json too; kills are those of the night's own.
+
+    Raises DataError where a line of the ledger is not as it was written.
+    """
     from gptlab.judge.report import write_report
 
+    judge = Judge(read_lab(lab))
+    tries, journal = judge.ledger.read()
+    last = {line["name"].rpartition(".")[0]: line for line in tries}
+    answers = {
+        idea.name: {"predicted": idea.predicted, "why": idea.why, **{key: last[idea.name][key] for key in ANSWER}}
+        for idea in chosen
+        if idea.name in last
+    }
+    night = parse_json(read_text(lab / "night.json"))
+    began, ended = (datetime.fromisoformat(line["time"]) for line in (journal[0], tries[-1]))
+    result = summary(answers, night["kills"], night["seconds"]) | {
+        "hours": (ended - began).total_seconds() / 3600, "of": len(chosen),
+    }  # fmt: skip
+    write_json(lab / "night.json", result)
     write_report(judge)
     return result
 
@@ -218,7 +234,7 @@ def summary(answers: Mapping[str, Mapping[str, Any]], killed: int, seconds: floa
     seconds: since this start, not of earlier ones; `night` adds the hours from the lab's first line to its last.
     """
     kept = [answer["predicted"] for answer in answers.values() if answer["verdict"] == "keep"]
-    verdicts = Counter(f"{answer['predicted']} {answer['verdict']}" for answer in answers.values())
+    verdicts = Counter(f"{answer['predicted']}_{answer['verdict']}" for answer in answers.values())
     better = sum(answer["predicted"] == "better" for answer in answers.values())
     return {
         "ideas": len(answers), "false_keeps": len(kept) - kept.count("better"), "found": kept.count("better"),
@@ -277,6 +293,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--data", help="a prepared corpus in place of the preset's")
     parser.add_argument("--quick", action="store_true", help="every sixth idea, a small model, two kills")
+    parser.add_argument("--collect", action="store_true", help="judge nothing more: the result as the ledger has it")
     parser.add_argument("--smoke", action="store_true", help="run every idea for three updates")
     asked = parser.parse_args()
     small = asked.quick or asked.smoke
@@ -289,7 +306,11 @@ def main() -> None:
     chosen = ideas(used["steps"], used["learning_rate"], used["total_batch_tokens"], used["batch_size"])
     if asked.smoke:
         raise SystemExit(any(one != "ok" for one in smoke(chosen, asked.lab).values()))
-    result = night(chosen[::6] if asked.quick else chosen, asked.lab, asked.seed, 2 if asked.quick else asked.kills)
+    chosen = chosen[::6] if asked.quick else chosen
+    if asked.collect:
+        result = collect(chosen, asked.lab)
+    else:
+        result = night(chosen, asked.lab, asked.seed, 2 if asked.quick else asked.kills)
     if not asked.quick:
         write_json(RESULTS, result)
     print(json.dumps({key: value for key, value in result.items() if key != "answers"}, indent=1))
