@@ -8,9 +8,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gptlab.cli.main import main
+from gptlab.data.shards import write_shard
 from gptlab.errors import ConfigError
 from gptlab.options import LARGEST_SIZES, build, check_size
 from gptlab.runs.cells import cells_of
@@ -223,6 +225,16 @@ def test_options_written_for_train_are_read_as_they_were(tmp_path: Path, options
     assert build(TrainingConfig, file_options(tmp_path / "x.toml", TrainingConfig)) == build(TrainingConfig, options)
 
 
+def corpus_of_gpt2_tokens(folder: Path) -> Path:
+    """A corpus of GPT-2's vocabulary, of tokens in no order."""
+    folder.mkdir()
+    (folder / "tokenizer.txt").write_text("gpt2\n")
+    tokens = np.arange(4096, dtype=np.uint16) * 11 % 50257
+    for name in ("tokens_train_000001.bin", "tokens_val_000000.bin"):
+        write_shard(folder / name, tokens)
+    return folder
+
+
 TRAINED: list[dict[str, Any]] = []
 """What arms of ready experiments, as small as they are here, differ in: many are another's again."""
 
@@ -237,6 +249,8 @@ def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, t
     quick = {"data": str(tiny_corpus), "steps": 4, "n_layer": blocks, "n_head": 2, "n_embd": 32, "block_size": 16,
              "batch_size": 4, "total_batch_tokens": 64, "eval_tokens": 512, "checkpoint_every": 0,
              "dose_every": 2, "threads": 1}  # fmt: skip
+    if experiment.arms[experiment.baseline].options.get("tokenizer") == "gpt2":
+        quick["data"] = str(corpus_of_gpt2_tokens(tmp_path / "tokens"))
     if "init_from" in experiment.arms[experiment.baseline].options:
         (tmp_path / "prior.toml").write_text(as_toml({"preset": experiment.preset, **quick, "checkpoint_every": 4}))
         assert main(["train", "--config", str(tmp_path / "prior.toml"), "--out", str(tmp_path / "prior")]) == 0
