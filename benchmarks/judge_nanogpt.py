@@ -34,13 +34,14 @@ SEED = ("torch.manual_seed(1337 + seed_offset)", "torch.manual_seed(int(os.envir
 
 
 class Idea(NamedTuple):
-    """expected: the judge's verdict; edits: (old text, new text) in a file."""
+    """expected: the judge's verdict; edits: (old text, new text) in a file; more: of another file."""
 
     name: str
     expected: str
     why: str
     file: str
     edits: tuple[tuple[str, str], ...]
+    more: tuple[str, tuple[tuple[str, str], ...]] | None = None
 
 
 RATE = "learning_rate = 1e-3", "learning_rate = 3e-3"
@@ -75,6 +76,9 @@ IDEAS = (
          CONFIG, (RATE, ("warmup_iters = 100", "warmup_iters = 20"))),
     Idea("muon", "keep", "2502.16982, and better by far in docs/findings/known_answers.md; tried after those two",
          "model.py", ((OPTIMIZER, MUON),)),
+    Idea("muon_rate_times_5", "keep", "Muon at the rate it has in known_answers; tried after Muon at 0.001 gained "
+         "next to nothing",
+         "model.py", ((OPTIMIZER, MUON),), (CONFIG, (("learning_rate = 1e-3", "learning_rate = 5e-3"),))),
 )  # fmt: skip
 
 
@@ -126,13 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         repository(asked.nanogpt, text, tree)
         write_lab(asked.lab, asked.updates)
     for idea in IDEAS:
-        file, before = idea.file, read_text(tree / idea.file)
-        after = before
-        for old, new in idea.edits:
-            if after.count(old) != 1:
-                raise SystemExit(f"{idea.name}: expected {old!r} once in {file}, found it {after.count(old)} times")
-            after = after.replace(old, new)
-        lines = difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}")
+        lines = list[str]()
+        for file, edits in filter(None, ((idea.file, idea.edits), idea.more)):
+            before = after = read_text(tree / file)
+            for old, new in edits:
+                if after.count(old) != 1:
+                    raise SystemExit(f"{idea.name}: expected {old!r} once in {file}, found it {after.count(old)} times")
+                after = after.replace(old, new)
+            lines += difflib.unified_diff(before.splitlines(True), after.splitlines(True), f"a/{file}", f"b/{file}")
         path = asked.lab.parent / f"{idea.name}.diff"
         write_whole(path, "".join(lines))
         found = judged(path, asked.lab, None) or {}
