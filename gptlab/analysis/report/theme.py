@@ -71,7 +71,8 @@ SHADES = ("#9ecbff", "#54a0ff", BLUE, "#0b3d91")
 SERIES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#009e73", DARK)
 """Of things without one; distinct with any kind of colour vision (Okabe and Ito 2008)."""
 FILE_SETTINGS: dict[str, Any] = {
-    "svg.hashsalt": "gptlab", "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.0,
+    "svg.hashsalt": "gptlab", "svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif",
+    "font.size": 9.0,
     "axes.spines.top": False, "axes.spines.right": False, "path.simplify": False,
 }  # fmt: skip
 """Of a figure that is only ever a file, in colours of its own: those of the documents, dose_response and lens."""
