@@ -71,10 +71,9 @@ def losses(folder: Path) -> dict[str, float]:
     """{cell: its last validation loss} of all runs below a folder."""
     found = {}
     for path in sorted(folder.rglob("metrics.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found["/".join(path.parts[-3:-1])] = [row["loss"] for row in rows if row.get("kind", row.get("type")) == "val"][
-            -1
-        ]
+        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        validated = [row["loss"] for row in rows if row.get("kind", row.get("type")) == "val"]
+        found[str(path.relative_to(folder).parent)] = validated[-1]
     return found
 
 

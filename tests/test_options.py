@@ -121,7 +121,7 @@ OTHERS: dict[str, tuple[Any, ...]] = {
     "learning_rate": (0.0, 1e-5, 9.0),
     "min_lr": (0.0, 1e-3, 2e-3), "warmup_steps": (0, 99_999), "schedule": ("wsd", "constant"), "weight_decay": (0.0,),
     "grad_clip": (0.0,), "gradient_noise": (0.5,), "gradient_noise_shape": ("batch",), "gradient_bias": (0.5,),
-    "target_flip": (0.5,), "target_flip_to": ("argmax",), "log_every": (0, 1), "eval_every": (0, 1),
+    "dropout": (0.5,), "target_flip": (0.5,), "target_flip_to": ("argmax",), "log_every": (0, 1), "eval_every": (0, 1),
     "eval_tokens": (1, 128),
     "checkpoint_every": (0, 1), "sample_every": (0, 1), "dose_every": (0, 1), "dose_first": (0, 1),
     "log": ("tensorboard",), "log_project": ("x",), "log_name": ("x",),
@@ -259,8 +259,8 @@ def test_the_recipe_of_the_findings_stays_as_it_was() -> None:
         "data": "shakespeare", "tokenizer": "bytes", "block_size": 128, "batch_size": 16, "total_batch_tokens": 2048,
         "n_layer": 4, "n_head": 4, "n_embd": 128, "share_blocks": False, "steps": 700, "optimizer": "adamw", "beta1":
         0.9, "beta2": 0.95, "learning_rate": 1e-3, "min_lr": None, "warmup_steps": 50, "schedule": "cosine",
-        "weight_decay": 0.1, "grad_clip": 1.0, "gradient_noise": 0.0, "gradient_noise_shape": "isotropic",
-        "gradient_bias": 0.0, "target_flip": 0.0, "target_flip_to": "uniform",
+        "weight_decay": 0.1, "grad_clip": 1.0, "dropout": 0.0, "gradient_noise": 0.0,
+        "gradient_noise_shape": "isotropic", "gradient_bias": 0.0, "target_flip": 0.0, "target_flip_to": "uniform",
         "also": [], "log_every": 10, "eval_every": 100, "eval_tokens": 131072, "checkpoint_every": 100, "sample_every":
         350, "dose_every": 50, "dose_first": 100,
         "log": "none", "log_project": "gptlab", "log_name": "", "noise_every": 0,
@@ -303,9 +303,9 @@ def test_a_rung_of_the_ladder_has_twenty_tokens_a_parameter_or_four_epochs(depth
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"preset": "ladder", "depth": 3}, "depth 2, 4, 6, 8 3"),
-        ({"preset": "ladder", "depth": 0}, "depth 2, 4, 6, 8 0"),
-        ({"preset": "ladder", "depth": -2}, "depth 2, 4, 6, 8 -2"),
+        ({"preset": "ladder", "depth": 5}, "depth 2, 3, 4, 6, 8 5"),
+        ({"preset": "ladder", "depth": 0}, "depth 2, 3, 4, 6, 8 0"),
+        ({"preset": "ladder", "depth": -2}, "depth 2, 3, 4, 6, 8 -2"),
         ({"preset": "shakespeare-tiny", "depth": 2}, "depth ladder shakespeare-tiny --n_layer"),
         ({"depth": 4}, "depth ladder --n_layer"),
     ],

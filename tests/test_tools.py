@@ -109,14 +109,19 @@ def test_the_clock_is_read_when_a_line_comes(tmp_path: Path) -> None:
     assert found["1.88"] is None
 
 
-def test_the_split_is_nanogpts(tmp_path: Path) -> None:
-    (tmp_path / "text").write_bytes(bytes(range(1, 102)))
+def test_the_split_is_nanogpts_and_validation_reads_stretches_of_all_of_it(tmp_path: Path) -> None:
+    text = bytes(b % 251 for b in range(400_000))
+    (tmp_path / "text").write_bytes(text)
     timed.write_characters(str(tmp_path / "text"), str(tmp_path / "data"))
     from gptlab.data.corpus import open_corpus
 
     corpus = open_corpus(tmp_path / "data")
-    assert corpus.read("train", 0).tolist() == list(range(1, 91))
-    assert corpus.read("val", 0).tolist() == list(range(91, 102))
+    assert bytes(corpus.read("train", 0).tolist()) == text[:360_000]
+    read = bytes(corpus.read("val", 0).tolist())
+    assert len(read) == timed.VALIDATED + 1
+    apart = 40_000 // 30
+    for k in range(30):
+        assert read[1024 * k : 1024 * (k + 1)] == text[360_000 + apart * k :][:1024]
 
 
 audit = load_script("tools/speedrun_audit.py")

@@ -75,7 +75,7 @@ def _parser() -> Parser:
     add("--json", action="store_true", help="print JSON on standard output")
     add("--seeds", type=count, metavar="N", help="run only the first N seeds, a look, say [all]")
     add("--jobs", type=count, metavar="N", help="cells at a time, at most [what suits the machine]")
-    add("--depths", type=_depths, default=(2, 4), metavar="N,N,..", help="ladder: its rungs, of 2,4,6,8 [2,4]")
+    add("--depths", type=_depths, default=(2, 4), metavar="N,N,..", help="ladder: its rungs, of 2,3,4,6,8 [2,4]")
     add("--executor", choices=EXECUTORS, help=executor)
     add("--slurm", action="append", metavar="KEY=VALUE", help=slurm)
     add("--allow_code", action="store_true", help="let signal.name be a function in a file of yours")

@@ -96,10 +96,17 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, attend: Attend | None = None, context: Tensor | None = None) -> Tensor:
-        """(B, T, C) -> (B, T, C). attend: in place of the block's own attention, to x and to `context` (B, T', C)."""
-        x = x + self.attn(self.ln_1(x), attend, None if context is None else self.ln_1(context))
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self, x: Tensor, attend: Attend | None = None, context: Tensor | None = None, masks: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C). attend: in place of the block's own attention, to x and to `context` (B, T', C).
+
+        masks (2, B, T, C): factors of what attention and MLP add to the residual stream, for dropout.
+        """
+        added = self.attn(self.ln_1(x), attend, None if context is None else self.ln_1(context))
+        x = x + (added if masks is None else added * masks[0])
+        added = self.mlp(self.ln_2(x))
+        return x + (added if masks is None else added * masks[1])
 
 
 class GPT(nn.Module):

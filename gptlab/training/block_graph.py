@@ -19,8 +19,9 @@ from torch import Tensor
 
 from gptlab.data.batches import Window
 from gptlab.model.fast_cpu import WorkingLinear
-from gptlab.model.gpt import GPT, add_gradient
+from gptlab.model.gpt import GPT, Block, add_gradient
 from gptlab.signals.config import SignalConfig
+from gptlab.training.controls import dropout_masks
 from gptlab.training.parallel import blocks_are_sharded
 
 
@@ -103,9 +104,10 @@ class BlockGraph:
     inputs[j-1] is h_{j-1} (B, T, C) as a leaf, outputs[j-1] is f_j of it, without a graph if `recompute`.
     """
 
-    tokens: Tensor
+    batch: Batch
     autocast: torch.dtype | None
     recompute: bool
+    dropout: float
     inputs: list[Tensor]
     outputs: list[Tensor]
 
@@ -122,21 +124,38 @@ class HiddenGradient(NamedTuple):
     stop_here: bool = False
 
 
-def build_graph(model: GPT, tokens: Tensor, autocast: torch.dtype | None, *, recompute: bool = False) -> BlockGraph:
-    """Run the blocks on tokens (B, T), each with a graph of its own.
+def build_graph(
+    model: GPT, batch: Batch, autocast: torch.dtype | None, *, recompute: bool = False, dropout: float = 0.0
+) -> BlockGraph:
+    """Run the blocks on a batch, each with a graph of its own.
 
-    recompute: keep no block's inner activations; each is run again when a gradient passes through it.
+    recompute: keep no block's inner activations; each is run again when a gradient passes through it. dropout: the
+    share of entries that embeddings, attention and MLP leave out of the residual stream.
     """
     inputs, outputs = [], []
-    with matmuls_in(autocast, model, tokens.device):
+    with matmuls_in(autocast, model, batch.tokens.device):
         with torch.no_grad():
-            h = model.embed(tokens)  # its backward is embedding_backward
-        for block in model.blocks:
+            h = model.embed(batch.tokens)  # its backward is embedding_backward
+            if dropout:
+                h = h * _masks(model, batch, 0, dropout)[0]
+        for j, block in enumerate(model.blocks, 1):
             inputs.append(h.detach().requires_grad_())
             with torch.set_grad_enabled(not recompute):
-                outputs.append(block(inputs[-1]))
+                outputs.append(_run_block(model, block, inputs[-1], batch, j, dropout))
             h = outputs[-1]
-    return BlockGraph(tokens, autocast, recompute, inputs, outputs)
+    return BlockGraph(batch, autocast, recompute, dropout, inputs, outputs)
+
+
+def _run_block(model: GPT, block: Block, x: Tensor, batch: Batch, j: int, dropout: float) -> Tensor:
+    """f_j(x), the same in every call: what dropout leaves out has a key."""
+    return block(x, masks=_masks(model, batch, j, dropout)) if dropout else block(x)
+
+
+def _masks(model: GPT, batch: Batch, j: int, dropout: float) -> Tensor:
+    """The factors (1 or 2, B, T, C) of dropout in the embeddings (j = 0) or in block j."""
+    shape = (1 if j == 0 else 2, batch.tokens.shape[1], model.config.n_embd)
+    sequences = range(batch.first_sequence, batch.first_sequence + len(batch.tokens))
+    return dropout_masks(shape, dropout, batch.seed, batch.step, sequences, j, batch.tokens.device)
 
 
 def matmuls_in(dtype: torch.dtype | None, model: GPT, device: torch.device) -> AbstractContextManager[object]:
@@ -155,7 +174,7 @@ def block_vjp(model: GPT, graph: BlockGraph, j: int, gradient: Tensor, *, learn:
     x, y = graph.inputs[j - 1], graph.outputs[j - 1]
     if graph.recompute:
         with matmuls_in(graph.autocast, model, x.device):
-            y, keep = model.blocks[j - 1](x), False
+            y, keep = _run_block(model, model.blocks[j - 1], x, graph.batch, j, graph.dropout), False
     if not learn:
         return torch.autograd.grad(y, x, gradient, retain_graph=keep)[0]
     torch.autograd.backward(y, gradient, retain_graph=keep)
@@ -183,7 +202,8 @@ def backprop_blocks(
             below = block_vjp(model, graph, j, passing.pop(j), learn=True, keep=keep)
             passing[j - 1] = below + passing[j - 1] if j - 1 in passing else below
     if embeddings and 0 in passing:
-        embedding_backward(model, graph.tokens, passing[0])
+        gradient = passing[0] * _masks(model, graph.batch, 0, graph.dropout)[0] if graph.dropout else passing[0]
+        embedding_backward(model, graph.batch.tokens, gradient)
 
 
 def embedding_backward(model: GPT, tokens: Tensor, gradient: Tensor, positions: Tensor | None = None) -> None:

@@ -215,6 +215,7 @@ def accumulate(
     flip: TargetFlip = UNFLIPPED,
     into: Into | None = None,
     recompute: bool = False,
+    dropout: float = 0.0,
 ) -> Losses:
     """Add one micro-batch's gradient, scaled by its share of the update's tokens, to `.grad`.
 
@@ -225,7 +226,7 @@ def accumulate(
     truth = batch.part != "signals"
     L = model.config.n_layer
     enter: Into = into or (lambda source: nullcontext())
-    graph = build_graph(model, batch.tokens, autocast, recompute=recompute)
+    graph = build_graph(model, batch, autocast, recompute=recompute, dropout=dropout)
     judges = sum(len(signal.config.judges_at(batch.step, L, batch.seed)[0]) for signal in signals)
     readout = Readout(model, autocast, readings=truth + judges)
 

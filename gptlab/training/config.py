@@ -29,7 +29,7 @@ class TrainingConfig:
         shown="shakespeare-tiny; gpt2-124m with a GPU",
     )
     depth: int | None = option(
-        None, "the rung of preset ladder: 2, 4, 6 or 8 blocks, from which its other options follow", unit="blocks"
+        None, "the rung of preset ladder: 2, 3, 4, 6 or 8 blocks, from which its other options follow", unit="blocks"
     )
     out: str | None = option(None, "the run's folder", shown="log/<preset>-<signal>-<seed>")
     seed: int = option(1, "decides initial weights, data order and every draw")
@@ -62,6 +62,9 @@ class TrainingConfig:
     schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "fall of the learning rate after warmup")
     weight_decay: float = option(0.1, "on matrices only")
     grad_clip: float = option(1.0, "longest gradient, over all parameters; 0 = never clipped")
+    dropout: float = option(
+        0.0, "share of entries that embeddings, attention and MLP leave out of the residual stream, in training updates only"
+    )
     gradient_noise: float = option(0.0, "noise on the gradient, drawn again in every update, as a share of |g_CE|")
     gradient_noise_shape: Literal["isotropic", "batch"] = option(
         "isotropic", "alike in all parameters, or the scaled difference of two unread batches' gradients"
@@ -129,9 +132,7 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must be at least 0, found {value}")
-        if not 0 <= self.target_flip < 1:
-            raise ConfigError(f"target_flip must be at least 0 and below 1, found {self.target_flip}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "dropout", "target_flip"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 0 and below 1, found {getattr(self, name)}")
         for name in self.trackers:

@@ -44,6 +44,26 @@ def permuted(gradient: Tensor, seed: int, name: str, which: int = 0) -> Tensor:
     return gradient.flatten()[order.to(gradient.device)].view_as(gradient)
 
 
+def dropout_masks(
+    shape: tuple[int, int, int],
+    share: float,
+    seed: int,
+    step: int,
+    sequences: Sequence[int],
+    j: int,
+    device: torch.device,
+) -> Tensor:
+    """Factors (n, B, T, C) of dropout (Srivastava et al. 2014) for n places of block j (0: the embeddings).
+
+    shape: (n, T, C) of one sequence. A factor is 0 with probability `share`, else 1 / (1 - share).
+    """
+    rows = []
+    for sequence in sequences:
+        generator = torch_generator("dropout", seed, step, sequence, j, device=str(device))
+        rows.append(torch.rand(shape, generator=generator, device=device) >= share)
+    return torch.stack(rows, 1) / (1 - share)
+
+
 def shuffled(gradient: Tensor, seed: int, step: int, first_sequence: int, judge: int) -> Tensor:
     """Gradients (B, T, C) permuted over the positions of their sequence, in another order in every step."""
     B, T, _ = gradient.shape

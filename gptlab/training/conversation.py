@@ -232,8 +232,8 @@ def _frozen(
         return None
     if (model := signal.listener) is None:
         raise ConfigError(f"signal.listener {signal.config.listener} is loaded by training alone; use self here")
-    with matmuls_in(graph.autocast, model, graph.tokens.device):
-        hidden = model.hidden_states(graph.tokens)
+    with matmuls_in(graph.autocast, model, graph.batch.tokens.device):
+        hidden = model.hidden_states(graph.batch.tokens)
     return Readout(model, graph.autocast), branches(model, hidden)
 
 

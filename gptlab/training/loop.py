@@ -112,7 +112,8 @@ def rehearse(
     tokens = torch.zeros(config.micro_batch(world.size), T, dtype=torch.int64, device=device)
     signals = active_signals(config.signals, [1.0] * len(config.signals), listener)
     batch = Batch(tokens, tokens, 0, config.seed, 0)
-    accumulate(model, batch, signals, compute.autocast, recompute=config.activation_checkpointing)
+    how: dict[str, Any] = {"recompute": config.activation_checkpointing, "dropout": config.dropout}
+    accumulate(model, batch, signals, compute.autocast, **how)
     hidden_states(model, torch.zeros(SHAPE, T, dtype=torch.int64, device=device), compute)
 
 

@@ -43,7 +43,7 @@ _FINEWEB: dict[str, Any] = _V1 | {  # build-nanogpt's recipe: one pass over 10B 
     "dose_every": 250,
 }
 
-RUNGS = (2, 4, 6, 8)
+RUNGS = (2, 3, 4, 6, 8)
 TOKENS_PER_PARAMETER, MOST_TOKENS = 20, 4 * 4_557_580
 """Of the ladder: what a rung trains on, and at most four passes over Shakespeare."""
 

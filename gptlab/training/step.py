@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,7 +98,8 @@ def update(
     model.zero_grad(set_to_none=True)
     reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, [*drawn, metrics.all])
     flip, seen = TargetFlip(config.target_flip, config.target_flip_to), list[tuple[Batch, Losses]]()
-    how = {"autocast": compute.autocast, "flip": flip, "recompute": config.activation_checkpointing}
+    how: dict[str, Any] = {"autocast": compute.autocast, "flip": flip, "dropout": config.dropout,
+                           "recompute": config.activation_checkpointing}  # fmt: skip
     for batch in batches:
         losses = accumulate(model, batch, signals, into=_target(batch, model, sources, by_source, drawn), **how)
         if batch.part == "noise":

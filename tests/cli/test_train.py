@@ -348,6 +348,7 @@ def test_the_shortest_context_has_a_prompt_for_its_samples(tiny: Words, tmp_path
         ({"min_lr": -1}, "min_lr must be at least 0, found -1.0"),
         ({"beta2": 1}, "beta2 must be at least 0 and below 1, found 1.0"),
         ({"beta1": -0.1}, "beta1 must be at least 0 and below 1, found -0.1"),
+        ({"dropout": 1}, "dropout must be at least 0 and below 1, found 1.0"),
         ({"threads": 100_000}, r"threads must be from 0 \(a share of the cores\) to 1024, found 100000"),
         ({"device": "tpu"}, "device must be auto, cpu, cuda or cuda:N, found 'tpu'"),
         ({"data": "shakespear"}, "no corpus 'shakespear'.*did you mean 'shakespeare'"),

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from small_run import SEQUENCES, WINDOWS, Run, make_run
+from small_run import SEQUENCES, WINDOWS, Run, T, make_run
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from two_ranks import RUNS, outcomes
 
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
+from gptlab.randomness import torch_generator
 from gptlab.signals import SIGNALS, Signal, SignalConfig, functions
 from gptlab.training.block_graph import Batch
 from gptlab.training.loop import measures_dose
@@ -29,6 +31,7 @@ SIGNALS_TRIED: dict[str, dict[str, Any]] = {
     "live, some positions": {"signal": SignalConfig("advantage", evaluator="live", positions=0.5)},
     "placebo": {"signal": SignalConfig("brier", control="placebo")},
     "two": {"signal": SignalConfig("confidence"), "also": (SignalConfig("entropy", layers="rotate"),)},
+    "dropout": {"signal": SignalConfig("confidence"), "dropout": 0.4},
 }
 
 
@@ -70,6 +73,34 @@ def test_an_update_is_adamws_own_step_with_that_gradient() -> None:
         twin.state.step += 1
     for name, p in twin.weights.items():
         assert torch.equal(run.weights[name], p)
+
+
+def test_dropout_leaves_out_of_the_residual_stream_what_its_keys_say() -> None:
+    share = 0.25
+    run = make_run(dropout=share, seed=5)
+    model, windows = run.state.model, run.text[:SEQUENCES]
+    tokens, targets = windows[:, :-1], windows[:, 1:]
+
+    def factors(places: int, j: int) -> Tensor:  # (places, B, T, C)
+        drawn = [torch.rand(places, T, 16, generator=torch_generator("dropout", 5, 0, b, j)) for b in range(SEQUENCES)]
+        return torch.stack([(one >= share) / (1 - share) for one in drawn], 1)
+
+    h = model.embed(tokens) * factors(1, 0)[0]
+    for j, block in enumerate(model.blocks, 1):
+        attention, mlp = factors(2, j)
+        h = h + attention * block.attn(block.ln_1(h))
+        h = h + mlp * block.mlp(block.ln_2(h))
+    loss = cross_entropy(model.read(h).flatten(0, 1), targets.flatten())
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    done = run.update((5, 7))
+    assert done.loss == pytest.approx(loss.item(), rel=1e-7)
+    for name, p in make_run(dropout=share, seed=5).gradient((5, 7)).items():
+        torch.testing.assert_close(p, expected[name], rtol=1e-9, atol=1e-12)
+    assert 0.2 < float((factors(2, 1) == 0).double().mean()) < 0.3
+    signal = SignalConfig("confidence", evaluator="live")
+    kept, again = (make_run(dropout=share, signal=signal, activation_checkpointing=a).gradient() for a in (False, True))
+    assert all(torch.equal(kept[name], again[name]) for name in kept), "blocks run again leave out the same"
 
 
 def test_a_gradient_is_clipped_over_all_parameters_and_the_clipped_are_counted() -> None:
