@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
         about = {"processor": machine.processor, "threads": placement.threads, "date": date.today().isoformat()}
         about |= {"command": " ".join(["python benchmarks/generate.py", *argv]), "tokens": options.tokens}
         about |= {"rounds": options.rounds}
-        RESULT.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        earlier = json.loads(RESULT.read_text(encoding="utf-8"))["earlier"]  # another machine's, which the page names
+        RESULT.write_text(json.dumps({**about, "rows": rows, "earlier": earlier}, indent=1) + "\n", encoding="utf-8")
         rewrite(PAGE, START, END, table({**about, "rows": rows}))
     return 0
 

@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--sizes tiny,small,124m,weak,help] [--rounds N] [--json] [--peer nanogpt=PATH] [...]
 
 Peers run in fp32 and in bf16, and the tables compare with the fastest of them all.
-Writes benchmarks/results/speed_SIZE.json and, from all that are there, the tables; `weak` is weak scaling, 1 process
+Writes benchmarks/results/speed.json, by size, and the tables of all that is there; `weak` is weak scaling, 1 process
 against 2, and `help` times `gptlab --help`. --json prints what was measured, too.
 Run it on a machine that does nothing else: what counts is the ratios within a run, and a busy machine blurs them.
 """
@@ -32,11 +32,11 @@ from gptlab.device import Machine, choose_compute
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/performance.md"
-RESULTS = ROOT / "benchmarks/results"
+RESULTS = ROOT / "benchmarks/results/speed.json"
 START, END = "<!-- measured by benchmarks/speed.py -->", "<!-- end of what was measured -->"
 PEERS = ("transformers", "nanogpt", "build-nanogpt")
 PER_ROUND = {"tiny": "8", "small": "2", "124m": "1"}
-HELP, WEAK = "help", "weak"
+HELP, WEAK, PEERS_ALONE = "help", "weak", "small_peers_in_bf16"
 WEAK_SIZES = ("tiny", "small")
 HELP_TIMES = 15
 TEAMS = {"1 process, 1 thread": (1, 1), "1 process, 2 threads": (1, 2), "2 processes, 1 thread each": (2, 1)}
@@ -50,7 +50,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds [5]")
     parser.add_argument("--json", action="store_true", help="print JSON on standard output instead of tables")
     chosen, passed_on = parser.parse_known_args(argv)  # to `gptlab bench`
-    RESULTS.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Any] = {}
     for size in chosen.sizes.split(","):
         if size == HELP:
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> int:
             measured[size] = weak(chosen.rounds)
         else:
             measured[size] = steps(size, ["--rounds", str(chosen.rounds), *passed_on])
-        (RESULTS / f"speed_{size}.json").write_text(json.dumps(measured[size], indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(json.dumps({**kept(), size: measured[size]}, indent=1) + "\n", encoding="utf-8")
         if not chosen.json and size != HELP:
             print(weak_table(measured[size]) if size == WEAK else table(measured[size]))
     if chosen.json:
@@ -68,13 +67,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def kept() -> dict[str, Any]:
+    """What was measured before, by size."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+
+
 def page() -> str:
     """The tables and lines of all results there are."""
-    kept = {size: path for size in (*SIZES, WEAK, HELP) if (path := RESULTS / f"speed_{size}.json").exists()}
-    found = {size: json.loads(path.read_text(encoding="utf-8")) for size, path in kept.items()}
+    found = kept()
     sizes = [found[size] for size in SIZES if size in found]
     scaling = weak_table(found[WEAK]) if WEAK in found else ""
-    return "".join(map(table, sizes)) + alone_line(sizes) + scaling + (help_line(found[HELP]) if HELP in found else "")
+    return "".join(map(table, sizes)) + alone_line(found) + scaling + (help_line(found[HELP]) if HELP in found else "")
 
 
 def steps(size: str, passed_on: list[str]) -> dict[str, Any]:
@@ -193,15 +196,13 @@ def help_line(found: dict[str, Any]) -> str:
     )
 
 
-def alone_line(found: list[dict[str, Any]]) -> str:
+def alone_line(found: Mapping[str, Any]) -> str:
     """How the ladder stands against the best peer, here and in the run in which peers were fastest."""
-    before = json.loads((RESULTS / "speed_small_peers_in_bf16.json").read_text(encoding="utf-8"))
-    now = [one for one in found if one["size"] == before["size"]]
-    said = [f"{rate:,.0f} tokens/s and the ladder {ratio:.2f}x" for rate, ratio in map(against_best, (*now, before))]
+    before, now = found[PEERS_ALONE], found["small"]
+    said = [f"{rate:,.0f} tokens/s and the ladder {ratio:.2f}x" for rate, ratio in map(against_best, (now, before))]
     return (
-        f"At the {before['size']} size the best peer made {said[0]} of it here, but {said[1]} in an earlier run of "
-        f"peers in bf16 alone ([figures](../benchmarks/results/speed_small_peers_in_bf16.json), {before['date']}); "
-        "[another such run](../benchmarks/results/speed_small_again.json) was like the one here. "
+        f"At the small size the best peer made {said[0]} of it here, but {said[1]} in an earlier run of peers in bf16 "
+        f"alone ({before['date']}, {PEERS_ALONE} in [the figures](../benchmarks/results/speed.json)). "
         "Take the lower ratio.\n\n"
     )
 

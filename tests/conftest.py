@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_folders import TINY
+from run_folders import hostile_experiment as hostile_experiment
+from run_folders import write_run as write_run
 
 from gptlab.analysis.report.run import write_run as write_report
 from gptlab.cli.main import main
 from gptlab.data.shards import write_shard
-
-sys.path.insert(0, str(Path(__file__).parent))  # for what several tests import: pages, browser, ranks, run_folders
-from run_folders import TINY
-from run_folders import hostile_experiment as hostile_experiment
-from run_folders import write_run as write_run
 
 CACHE = tempfile.TemporaryDirectory(prefix="gptlab_tests_")
 os.environ["XDG_CACHE_HOME"] = CACHE.name

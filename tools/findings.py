@@ -1,24 +1,19 @@
 """The tables and pictures of the findings, from the packed experiments next to them.
 
-    python tools/findings.py              renews them all: in the README and every page of docs/
-    python tools/findings.py --unigram    measures what a model has that only counts bytes, where the corpus is at hand
+    python tools/findings.py                    renews them all: in the README and every page of docs/
+    python tools/findings.py --add NAME=FILE    keeps JSON that a command printed in docs/findings/measured.json
+    python tools/findings.py --unigram          measures what a model has that only counts bytes, from the corpus
 
-What stands between <!-- compare: NAME --> and <!-- end of NAME --> is what `gptlab compare docs/findings/NAME.json.gz`
-prints as Markdown; with <!-- verdicts: NAME --> it is the first of its tables, with <!-- dose_response: NAME -->
-what `gptlab dose_response` finds there. Each pack gets a NAME.svg; those of tune_*, whose arms end at other steps and
-are not compared, have only <!-- losses: NAME -->, the last validation losses by arm. With <!-- branches: NAME --> it
-is the branch tests in NAME.json, which `gptlab noise --json` printed; with <!-- predicted: conversation --> what that
-experiment's file predicts next to what was found; with <!-- premise: NAME --> what `gptlab noise --conversation --json`
-printed of several steps, in NAME.json by step; with <!-- audit: speedrun_audit --> the pairs of records in
-tools/speedrun_audit.py, whose other results are figures of that name; with <!-- expected: NAME --> the verdicts next to
-the signs that NAME's experiment file expects; with <!-- ideas: NAME --> what `gptlab judge` said of every idea of
-benchmarks/results/NAME.json. A figure within a sentence stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the
-value at a place of the same results, such as arms/confidence/difference, as Python formats it; * in a place adds up all
-that is there. NAME may be that of a file in benchmarks/results too. An experiment's result also has `blocks`: the last
-validation of every block, mean over seeds. A comment must not begin a line within a paragraph, which Markdown would end
-there.
+What is not a pack is in measured.json, by name: what `gptlab noise --json`, `gptlab falsify --json` and `gptlab
+experiment ladder --json` printed.
 
-The pictures that belong to no experiment are drawn from what `gptlab noise --json` printed.
+Between <!-- WHAT: NAME --> and <!-- end of NAME --> stands a table of the results of a name. WHAT is one of TABLES, or:
+compare, all that `gptlab compare docs/findings/NAME.json.gz` prints as Markdown; verdicts, its first table. A pack
+whose NAME.svg a page shows is drawn. A figure within a sentence
+stands between <!-- = NAME PLACE FORM --> and <!-- . -->: the value at a place of the same results, such as
+arms/confidence/difference, as Python formats it; * in a place adds up all that is there. NAME may be that of a file in
+benchmarks/results too. An experiment's result also has `blocks`: the last validation of every block, mean over seeds. A
+comment must not begin a line within a paragraph, which Markdown would end there.
 """
 
 from __future__ import annotations
@@ -59,12 +54,14 @@ from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown, table_in_markdown
 from gptlab.cli.compare import response_tables
+from gptlab.cli.falsify import changes_table, rungs_table
 from gptlab.data.corpora import Shakespeare
 from gptlab.runs.archive import SUFFIX, read_pack
 from gptlab.runs.records import read_rows
 
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
+MEASURED = FINDINGS / "measured.json"
 RESPONSE, TUNING, AUDIT = "dose_response", "tune_", "speedrun_audit"
 LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 """What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
@@ -72,11 +69,6 @@ LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 RECIPE = ("optimizer", "block_size", "total_batch_tokens", "n_embd", "beta2", "learning_rate", "steps")
 """Options in which the arms of tune_* differ."""
 
-MARK = re.compile(
-    r"<!-- (compare|verdicts|dose_response|branches|losses|predicted|premise|audit|expected|ideas): (\w+) -->\n"
-    r".*?<!-- end of \2 -->",
-    re.DOTALL,
-)
 FIGURE = re.compile(r"(<!-- = (\S+) (\S+) (\S+) -->)[^<]*(?=<!-- \. -->)")
 
 
@@ -93,28 +85,27 @@ def renewed(text: str) -> str:
 
 
 def _filled(what: str, name: str) -> str:
-    result = _result(name)
-    if what == "branches":
-        tables = _branches(result)
-    elif what == "predicted":
-        tables = _predicted(result)
-    elif what == "premise":
-        tables = _premise(result)
-    elif what == "expected":
-        tables = _expected(result)
-    elif what == "ideas":
-        tables = _ideas(result)
-    elif what == "losses":
-        tables = _losses(result)
-    elif what == "audit":
-        tables = speedrun_audit.table(result)
-    elif what == "dose_response":
-        tables = "\n\n".join(map(table_in_markdown, response_tables(result))) + "\n"
+    if what in TABLES:
+        tables = TABLES[what](_result(name))
     else:
-        tables = markdown(result)
-    if what == "verdicts":
-        tables = "\n\n".join(tables.split("\n\n")[:2]) + "\n"
+        tables = markdown(_result(name))
+        if what == "verdicts":
+            tables = "\n\n".join(tables.split("\n\n")[:2]) + "\n"
     return f"<!-- {what}: {name} -->\n\n{tables}\n<!-- end of {name} -->"
+
+
+@cache
+def measured() -> dict[str, Any]:
+    """What commands printed as JSON, by the name that pages give it."""
+    return json.loads(MEASURED.read_text(encoding="utf-8"))
+
+
+def keep(name: str, result: Mapping[str, Any]) -> None:
+    """Write a result to measured.json, a line each."""
+    results = {**measured(), name: result}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(results.items()))
+    MEASURED.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    measured.cache_clear()
 
 
 @cache
@@ -122,10 +113,11 @@ def _result(name: str) -> dict[str, Any]:
     """What the command that belongs to the results of a name gives as JSON."""
     if name == AUDIT:
         return speedrun_audit.audit()
-    for folder in (FINDINGS, ROOT / "benchmarks" / "results"):
-        if (file := folder / f"{name}.json").is_file():
-            result = json.loads(file.read_text(encoding="utf-8"))
-            return {**result, "against_best_peer": _against_best_peer(result)} if name.startswith("speed_") else result
+    if name in measured():
+        return measured()[name]
+    if (file := ROOT / "benchmarks" / "results" / f"{name}.json").is_file():
+        result = json.loads(file.read_text(encoding="utf-8"))
+        return {**result, "against_best_peer": _against_best_peer(result["124m"])} if name == "speed" else result
     packed = FINDINGS / f"{name}{SUFFIX}"
     if name.startswith(RESPONSE):
         return dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES))))
@@ -135,7 +127,7 @@ def _result(name: str) -> dict[str, Any]:
     result = {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
     if name == HALF_BATCH:
         result["agreement"] = _agreement(packed)
-    if name == KNOWN:
+    if name.startswith(KNOWN):
         result["expected"] = _signs(read_pack(packed).text, result["arms"])
         result["counts"] = _counts(result)
     if name == f"{CONVERSATION}_seeds":
@@ -554,6 +546,25 @@ PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
 """name of the SVG -> what draws one panel, and how many."""
 
 
+TABLES: dict[str, Callable[[Any], str]] = {
+    "audit": speedrun_audit.table,
+    "branches": _branches,  # the branch tests that `gptlab noise` made
+    "dose_response": lambda result: "\n\n".join(map(table_in_markdown, response_tables(result))) + "\n",
+    "expected": _expected,  # verdicts next to the signs that the experiment's file expects
+    "falsify": lambda result: table_in_markdown(changes_table(result)) + "\n",
+    "ideas": _ideas,  # what `gptlab judge` said of every idea of benchmarks/results/NAME.json
+    "ladder": lambda result: table_in_markdown(rungs_table(result)) + "\n",
+    "losses": _losses,  # the last validation losses, by arm
+    "predicted": _predicted,  # what experiments/conversation.toml predicts next to what was found
+    "premise": _premise,  # what `gptlab noise --conversation` printed, by step
+}
+"""WHAT is shown of a result -> its Markdown."""
+MARK = re.compile(
+    rf"<!-- (compare|verdicts|{'|'.join(TABLES)}): (\w+) -->\n.*?<!-- end of \2 -->",
+    re.DOTALL,
+)
+
+
 def draw_pictures(folder: Path = FINDINGS) -> None:
     """Write all of PICTURES: equal bytes for equal results and matplotlib."""
     for name, (panel, count) in PICTURES.items():
@@ -576,18 +587,24 @@ def measure_unigram() -> None:
     counts, read = np.bincount(train, minlength=256), validation[1 : 1 + EVALUATED]
     nats = -np.log(np.maximum(counts[read], 0.5) / counts.sum()).mean()
     result = {"nats": float(nats), "training_bytes": len(train), "validation_bytes": len(read)}
-    (FINDINGS / "shakespeare_unigram.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep("shakespeare_unigram", result)
 
 
 def main() -> None:
     if "--unigram" in sys.argv:
         measure_unigram()
+    if "--add" in sys.argv:
+        name, _, path = sys.argv[sys.argv.index("--add") + 1].partition("=")
+        keep(name, json.loads(Path(path).read_text(encoding="utf-8")))
     for page in pages():
         page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")
+    shown = "".join(page.read_text(encoding="utf-8") for page in pages())
     for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
+        if f"{name}.svg)" not in shown or name in PICTURES:
+            continue
         if name.startswith(RESPONSE):
             draw(_result(name), FINDINGS / f"{name}.svg")
-        elif not name.startswith((TUNING, CONVERSATION)):
+        else:
             write_figures(None, _result(name), FINDINGS / f"{name}.svg")
     draw_pictures()
 

@@ -217,8 +217,9 @@ def seconds_table() -> str:
 def checked_table() -> str:
     """What the benchmark measured of a process on a CPU, and what the functions above say of it."""
     rows = []
+    measured = json.loads((ROOT / "benchmarks" / "results" / "speed.json").read_text(encoding="utf-8"))
     for name in ("small", "124m"):
-        found = json.loads((ROOT / "benchmarks" / "results" / f"speed_{name}.json").read_text(encoding="utf-8"))
+        found = measured[name]
         peaks = {row["name"]: row["peak_memory_bytes"] for row in found["rows"]}
         size: dict[str, Any] = {key: value for key, value in SIZES[name].items() if key != "batch"}
         model = GPTConfig(**size)

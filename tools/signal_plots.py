@@ -1,6 +1,6 @@
-"""The plots of docs/signals.md: every signal's value and gradient against p_m, one SVG each.
+"""The picture of docs/signals.md: every signal's value and gradient against p_m, side by side.
 
-    python tools/signal_plots.py [FOLDER]    draws them again, into docs/images/signals by default
+    python tools/signal_plots.py [FILE]    draws it again, as docs/images/signals.svg by default
 
 The same bytes for the same version of matplotlib. Tokens are bytes (V = 256), τ is 0.9. What the argmax leaves of the
 probability is spread evenly over all other tokens; another block that a signal reads has p_m = 0.5 on the same argmax.
@@ -17,9 +17,11 @@ from torch import Tensor
 from gptlab.analysis.report.theme import BLUE, FILE_SETTINGS, GREY, RED, panels, save, settings
 from gptlab.signals import SIGNALS
 
-FOLDER = Path(__file__).parents[1] / "docs" / "images" / "signals"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "signals.svg"
 V = 256
 OTHER = 0.5
+ACROSS = 3
+"""Signals in a row."""
 
 
 def logits_at(p: Tensor) -> Tensor:
@@ -37,31 +39,35 @@ def curves(name: str, p: Tensor, target: int) -> tuple[Tensor, Tensor]:
     return values.detach(), slope[:, 0]
 
 
-def draw(name: str, folder: Path = FOLDER) -> Path:
-    """Write NAME.svg and give its path."""
-    signal = SIGNALS[name]
-    p = torch.cat([torch.linspace(1.5 / V, 0.98, 80), 1 - torch.logspace(-1.8, -4, 20)]).double()
-    if signal.has_threshold:  # a gate is a step, not a slope
-        p = torch.cat([p, torch.tensor([0.9 - 1e-9, 0.9 + 1e-9])]).sort().values
-    lines = [("m = y", BLUE, "-", 0), ("m ≠ y", RED, "--", 1)] if signal.uses_truth else [("", BLUE, "-", 0)]
-    with settings(FILE_SETTINGS):
-        figure, both = panels(1, 2, (5.6, 1.9))
-        for axes, what, title in zip(both, (0, 1), ("value", "gradient at z_m"), strict=True):
-            axes.axhline(0.0, color=GREY, linewidth=0.6)
-            for label, color, dashes, target in lines:
-                axes.plot(p, curves(name, p, target)[what], dashes, color=color, label=label, linewidth=1.4)
-            axes.set_title(title)
-            axes.set_xlabel("p_m")
-            axes.set_xlim(0, 1)
-            if signal.uses_truth and not what:
-                axes.legend(frameon=False, handlelength=1.6)
-    path = folder / f"{name}.svg"
+def draw(path: Path = PICTURE) -> Path:
+    """Write the picture and give its path."""
+    rows = -(-len(SIGNALS) // ACROSS)
+    with settings(FILE_SETTINGS | {"axes.titlesize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7}):
+        figure, axes = panels(rows, 2 * ACROSS, (10.4, 1.65 * rows))
+        for k, (name, signal) in enumerate(SIGNALS.items()):
+            p = torch.cat([torch.linspace(1.5 / V, 0.98, 80), 1 - torch.logspace(-1.8, -4, 20)]).double()
+            if signal.has_threshold:  # a gate is a step, not a slope
+                p = torch.cat([p, torch.tensor([0.9 - 1e-9, 0.9 + 1e-9])]).sort().values
+            lines = [(BLUE, "-", 0), (RED, "--", 1)] if signal.uses_truth else [(BLUE, "-", 0)]
+            for what, title in enumerate((name, "gradient at z_m")):
+                panel = axes[2 * k + what]
+                panel.axhline(0.0, color=GREY, linewidth=0.6)
+                for color, dashes, target in lines:
+                    panel.plot(p, curves(name, p, target)[what], dashes, color=color, linewidth=1.3)
+                panel.set_title(title, loc="left")
+                panel.set_xlim(0, 1)
+                panel.set_xticks([0, 0.5, 1])
+        for panel in axes[2 * len(SIGNALS) :]:
+            panel.set_axis_off()
+        key = axes[-2 if len(axes) > 2 * len(SIGNALS) else -1]
+        for color, dashes, label in ((BLUE, "-", "the argmax is right, or the truth is not read"),
+                                     (RED, "--", "the argmax is wrong")):  # fmt: skip
+            key.plot([], [], dashes, color=color, linewidth=1.3, label=label)
+        figure.legend(*key.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
+        figure.supxlabel("p_m, probability of the argmax", fontsize=8)
     save(figure, path, FILE_SETTINGS)
     return path
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in SIGNALS:
-        draw(name, folder)
+    draw(Path(sys.argv[1]) if len(sys.argv) > 1 else PICTURE)

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
-        show_result([_changes_table(result)], [f"written: {folder / FALSIFIED}"], first=[result["sentence"]])
+        show_result([changes_table(result)], [f"written: {folder / FALSIFIED}"], first=[result["sentence"]])
     return 0
 
 
@@ -132,7 +132,7 @@ def ladder(options: argparse.Namespace, experiment: Experiment, folder: Path) ->
         print(json.dumps(result, indent=1, allow_nan=False))
     else:
         lines = (_holds(arm, one) for arm, one in signs.items())
-        show_result([_rungs_table(result)], [*lines, f"written: {folder / LADDER}"])
+        show_result([rungs_table(result)], [*lines, f"written: {folder / LADDER}"])
     return 0
 
 
@@ -234,7 +234,8 @@ def _short(found: Mapping[str, Any]) -> dict[str, Any]:
     return {key: found[key] for key in SHOWN}
 
 
-def _changes_table(result: Mapping[str, Any]) -> Table:
+def changes_table(result: Mapping[str, Any]) -> Table:
+    """What `gptlab falsify` found, a change a row."""
     title = f"{result['arm']} against {result['baseline']}, {result['metric']}"
     rows: list[tuple[str, ...]] = [("as it was found", "", *_cells(result["found"]))]
     for one in result["changes"]:
@@ -242,7 +243,8 @@ def _changes_table(result: Mapping[str, Any]) -> Table:
     return Table(title, ("change", "sign", "difference", "95% interval", "seeds"), rows)
 
 
-def _rungs_table(result: Mapping[str, Any]) -> Table:
+def rungs_table(result: Mapping[str, Any]) -> Table:
+    """What `gptlab experiment ladder` found, an arm and rung a row."""
     header = ("arm", "blocks", "verdict", "difference", "95% interval", "seeds")
     rows: list[tuple[str, ...]] = []
     for arm in result["arms"]:

@@ -63,7 +63,8 @@ class TrainingConfig:
     weight_decay: float = option(0.1, "on matrices only")
     grad_clip: float = option(1.0, "longest gradient, over all parameters; 0 = never clipped")
     dropout: float = option(
-        0.0, "share of entries that embeddings, attention and MLP leave out of the residual stream, in training updates only"
+        0.0,
+        "share of entries that embeddings, attention and MLP leave out of the residual stream, in updates only",
     )
     gradient_noise: float = option(0.0, "noise on the gradient, drawn again in every update, as a share of |g_CE|")
     gradient_noise_shape: Literal["isotropic", "batch"] = option(

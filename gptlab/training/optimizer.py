@@ -2,7 +2,7 @@
 
 Muon (Jordan 2024) makes of a matrix's momentum, by Newton-Schulz steps, a nearly orthogonal matrix of the same
 directions. That is meant for matrices within the network; embeddings with the head, vectors and biases stay with AdamW.
-Gradients are summed over processes before the step, so that every process sees whole matrices. docs/optimizers.md.
+Gradients are summed over processes before the step, so that every process sees whole matrices. docs/options.md.
 """
 
 from __future__ import annotations

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import Page
 
 from gptlab.analysis.report.noise import write_figures
 from gptlab.analysis.tables import noise_sentences
 from gptlab.cli.main import main
 from gptlab.runs.folder import RunFolder
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "analysis"))
-from pages import Page
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ("--eval_tokens", "128", "--reader_tokens", "0", "--threads", "1", "--branch_steps", "0", "--groups", "32")

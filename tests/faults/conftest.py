@@ -5,14 +5,10 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `harness`, which benchmarks/faults.py imports too
-
 from harness import Trainer, kill, make_corpus, outcome
 
 

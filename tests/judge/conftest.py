@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_lab import Run, Site
 
 from gptlab.cli.main import main
 from gptlab.judge.lab import FIRST_FRESH, read_lab
 from gptlab.judge.procedure import Judge
-
-sys.path.insert(0, str(Path(__file__).parent))
-from small_lab import Run, Site
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from scripts import load_script
+from tiny_experiment import OPTIONS, make_corpus
 
 from gptlab.cli.main import main
 from gptlab.errors import ConfigError, UsageError
@@ -19,11 +21,6 @@ from gptlab.judge.trial import baseline_of
 from gptlab.options import build
 from gptlab.training.config import TrainingConfig
 from gptlab.training.presets import preset_options
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-from scripts import load_script
-from tiny_experiment import OPTIONS, make_corpus
 
 LAB = """\
 [baseline]

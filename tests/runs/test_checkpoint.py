@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import save_file
+from scripts import run_ranks
 from torch import Tensor
 
 from gptlab.cli.main import main

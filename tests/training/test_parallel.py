@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from scripts import load_script
+from scripts import load_script, run_ranks
 from sharded_ranks import RUNS, outcome, runs_of
 from small_run import SEQUENCES, L, Run, T, V, make_run
 from torch import Tensor

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from scripts import run_ranks
 from small_run import SEQUENCES, WINDOWS, Run, T, make_run
 from torch import Tensor
 from torch.nn.functional import cross_entropy
