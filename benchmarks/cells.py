@@ -1,10 +1,10 @@
 """Cells of experiments on this code against another checkout of gptlab: the same work, in turn.
 
-python benchmarks/cells.py --old PATH [--rounds 3] [--whole 1]
+python benchmarks/cells.py --old PATH [--rounds 3] [--whole 1] [--only placebo_cell,short_cells,whole_cells]
 
 Three sizes of work, each with every option of the recipe given, so that both do the same: a placebo cell of 150
-updates; an experiment of 45 cells (3 arms, 15 seeds) of 10 updates, which is mostly starting; and, --whole times, one
-of 9 cells (3 arms, 3 seeds) of shakespeare-tiny-v1's 700 updates. What runs at a time is what `experiment run` chooses.
+updates; an experiment of 9 cells (3 arms, 3 seeds) of 10 updates, which is mostly starting; and, --whole times, one of
+9 cells of shakespeare-tiny-v1's 700 updates. What runs at a time is what `experiment run` chooses.
 The corpus is prepared before. Last losses are compared. PATH is a checkout; the packages are this one's. Writes
 benchmarks/results/cells.json.
 """
@@ -83,14 +83,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--old", type=Path, required=True, help="a checkout of gptlab")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--whole", type=int, default=1, metavar="N", help="rounds of the 9 whole cells [1]")
+    parser.add_argument("--only", metavar="NAME,..", help="these kinds alone")
     asked = parser.parse_args(argv)
     kinds = {
         "placebo_cell": (asked.rounds, placebo_cell),
-        "45_cells_of_10_updates": (asked.rounds, lambda code, folder: cells(code, folder, 10, 15)),
-        "9_whole_cells": (asked.whole, lambda code, folder: cells(code, folder, 700, 3)),
+        "short_cells": (asked.rounds, lambda code, folder: cells(code, folder, 10, 3)),
+        "whole_cells": (asked.whole, lambda code, folder: cells(code, folder, 700, 3)),
     }
-    result: dict[str, object] = {"date": date.today().isoformat(), "cores": os.cpu_count()}
-    for name, (rounds, work) in kinds.items():
+    path = ROOT / "benchmarks/results/cells.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    result: dict[str, object] = {**kept, "date": date.today().isoformat(), "cores": os.cpu_count()}
+    for name in asked.only.split(",") if asked.only else kinds:
+        rounds, work = kinds[name]
         seconds: dict[str, list[float]] = {"old": [], "new": []}
         apart = 0.0
         for _ in range(rounds):
@@ -107,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratio = statistics.median(new / old for old, new in zip(seconds["old"], seconds["new"], strict=True))
         result[name] = {"seconds": seconds, "new_over_old": ratio, "largest_difference_of_losses": apart}
         print(f"{name}: {ratio:.3f} of the old time ({seconds}); losses within {apart:.2g}", flush=True)
-        write_json(ROOT / "benchmarks/results/cells.json", result)
+        write_json(path, result)
     return 0
 
 

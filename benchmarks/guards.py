@@ -5,7 +5,7 @@
 Each guard is a line of the package. In a copy of the project it is replaced by what stands there when nobody thought of
 it, and the tests that bring the payload are run: they must fail, and they must pass on the copy as it is. Writes
 benchmarks/results/guards.json and the table of docs/hardening.md. The page's rules are not here:
-tests/page/test_guard.py takes each of them out itself.
+tests/page/test_server.py takes each of them out itself.
 
 What stands here in place of a guard (weights_only=False, allow_pickle=True) is text for the copy, which is thrown away;
 nothing of it runs but there, on payloads of the tests.
@@ -130,7 +130,7 @@ GUARDS = (
           "if path.is_symlink() or real == inside or inside not in real.parents:", "if False:",
           ("tests/cli/test_runs.py",)),
     Guard("the page follows no link", "analysis/run.py", "follow_symlinks=False", "follow_symlinks=True",
-          ("tests/page/test_guard.py::test_a_link_to_elsewhere_is_not_followed",)),
+          ("tests/page/test_server.py::test_a_link_to_elsewhere_is_not_followed",)),
     Guard("stated sizes fit the file", "model/weights.py", "if least > room:", "if False:",
           (SIZES, "tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line"),
           behind=("weights from elsewhere have a GPT-2's shapes",)),
@@ -167,7 +167,7 @@ GUARDS = (
           ("tests/data/test_shards.py::test_the_first_token_out_of_range_is_named",)),
     Guard("a tuned lens has the model's shape", "signals/tuned_lens.py",
           "if lens.weight.shape != (L - 1, C, C) or lens.bias.shape != (L - 1, C):", "if False:",
-          ("tests/signals/test_tuned_lens.py::test_a_lens_of_another_shape_is_refused_whatever_weights_it_names",)),
+          ("tests/signals/test_readout.py::test_a_lens_of_another_shape_is_refused_whatever_weights_it_names",)),
     Guard("JSON and TOML are not nested without end", "files.py",
           '        if not level:\n            return value\n    raise ValueError("nested too deeply")',
           "        pass\n    return value", (DEEP,)),

@@ -2,5 +2,5 @@
 
 from __future__ import annotations
 
-from serving import page as page
-from serving import served as served
+from pages import page as page
+from pages import served as served

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from browser import Browser
-from pages import HOSTILE, IMAGE
-from serving import Served
+from pages import HOSTILE, IMAGE, Served
 
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.model.huggingface import write_folder

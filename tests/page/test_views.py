@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from browser import wait
-from pages import ARM, HOSTILE, IMAGE, Page
-from serving import Served
+from pages import ARM, HOSTILE, IMAGE, Page, Served
 
 import gptlab
 from gptlab.data.huggingface_tokenizer import files_of

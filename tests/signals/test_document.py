@@ -1,4 +1,4 @@
-"""docs/signals.md against the registry: an entry for every signal, the picture, and its example as a reader tries it."""
+"""docs/signals.md against the registry: an entry for every signal, the picture, and its example as it stands."""
 
 from __future__ import annotations
 
