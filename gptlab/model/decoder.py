@@ -98,7 +98,10 @@ class BlockWeights:
         self.ln_1, self.ln_2 = Norm(block.ln_1, dtype), Norm(block.ln_2, dtype)
         self.width = len(block.ln_1.weight)
         self.c_attn, self.attn_proj = product(block.attn.c_attn, dtype), product(block.attn.c_proj, dtype)
-        self.c_fc, self.mlp_proj = product(block.mlp.c_fc, dtype, gelu=block.mlp.gelu), product(block.mlp.c_proj, dtype)
+        self.c_fc, self.mlp_proj = (
+            product(block.mlp.c_fc, dtype, gelu=block.mlp.gelu.approximate),
+            product(block.mlp.c_proj, dtype),
+        )
 
     @cached_property
     def keys_values(self) -> Product:

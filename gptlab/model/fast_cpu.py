@@ -1,12 +1,14 @@
-"""The fast path of a CPU in bf16, installed by replacing a model's modules: working copies of weights, short attention.
+"""The fast path of a CPU in bf16, installed by replacing a model's modules: working copies, short attention, GELU.
 
 Under autocast a linear layer casts its weight in every forward; its backward casts the gradient back and adds it in a
 third pass over memory. A `WorkingLinear` multiplies by a copy that is cast once an update, and puts its weight's
 gradient straight into `.grad`. PyTorch's fused attention is slow backwards there: `ShortAttention` keeps its scores.
+GELU's tanh is slow in both directions: `SlopeGELU` takes one sigmoid for both.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -30,6 +32,7 @@ def install(model: GPT, compute: ComputeConfig, *, copies: bool = True) -> None:
     if not compute.eager_bf16_on_cpu or compute.autocast is None:
         return
     replace_attention(model)
+    _replace(model, nn.GELU, lambda gelu: SlopeGELU(gelu.approximate))
     if copies:
         replace_linears(model, compute.autocast, compute.row_block)
 
@@ -178,3 +181,54 @@ class _KeptScores(torch.autograd.Function):
         torch.bmm(ds, k, out=d[0])
         torch.bmm(ds.transpose(1, 2), q, out=d[1])
         return d.view(3, B, H, T, D).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D), None
+
+
+class SlopeGELU(nn.GELU):
+    """GPT-2's GELU, which keeps its slope for the backward pass in place of its input.
+
+    On two cores of an AMD EPYC PyTorch's own, forward and backward, took 1.28 ms for 1,024 tokens of 512 channels in
+    bf16, and this takes 0.74: docs/performance.md.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype != torch.bfloat16 or self.approximate != "tanh":
+            return super().forward(input)
+        return _KeptSlope.apply(input, torch.is_grad_enabled())  # type: ignore[return-value]
+
+
+LINEAR = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715 * LINEAR
+PIECE = 2**18
+"""Entries whose fp32 copies stay in a core's cache."""
+
+
+class _KeptSlope(torch.autograd.Function):
+    """x σ(u) with u = LINEAR·x + CUBIC·x³, which is x (1 + tanh(u/2)) / 2, in fp32 and rounded once, piece by piece.
+
+    Its slope is σ + x u' σ (1 - σ), and x u' = 3u - 2·LINEAR·x. It is kept in the input's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, learn: bool) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        slope = torch.empty_like(y) if learn else y[:0]
+        scratch = torch.empty(3, min(PIECE, x.numel()))  # one for all pieces: what is fresh is in no cache
+        for k, piece in enumerate(x.reshape(-1).split(PIECE)):
+            here = slice(k * PIECE, k * PIECE + len(piece))
+            wide, u, xu = scratch[:, : len(piece)]
+            wide.copy_(piece)
+            torch.mul(wide, wide, out=u).mul_(CUBIC).add_(LINEAR).mul_(wide)
+            if learn:
+                torch.mul(wide, -2 * LINEAR, out=xu).add_(u, alpha=3)
+            u.sigmoid_()
+            if learn:
+                torch.ops.aten.sigmoid_backward(xu, u, grad_input=xu)
+                slope.view(-1)[here] = xu.add_(u)
+            y.view(-1)[here] = wide.mul_(u)
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope, None

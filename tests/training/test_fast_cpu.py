@@ -1,4 +1,4 @@
-"""The fast path of a CPU gives what the plain one gives: working copies, blocks of rows, attention with kept scores."""
+"""The fast path of a CPU gives what the plain one gives: working copies, rows in blocks, attention, GELU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from naive_gradients import SIZE, build, furthest, gradients, naive, text
 from small_run import make_run
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from gptlab.device import ComputeConfig
 from gptlab.model import GPT, GPTConfig, fast_cpu
@@ -89,9 +89,9 @@ def test_modules_are_replaced_where_it_pays_and_parameters_keep_their_names() ->
         return {type(module).__name__ for module in model.modules()}
 
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    fast = {"WorkingLinear", "ShortAttention"}
+    fast = {"WorkingLinear", "ShortAttention", "SlopeGELU"}
     assert fast < kinds(ComputeConfig(cpu, bf16, 1, False))
-    assert kinds(ComputeConfig(cpu, bf16, 1, False), copies=False) & fast == {"ShortAttention"}
+    assert kinds(ComputeConfig(cpu, bf16, 1, False), copies=False) & fast == {"ShortAttention", "SlopeGELU"}
     assert not kinds(ComputeConfig(cpu, None, 1, False)) & fast
     assert not kinds(ComputeConfig(cpu, bf16, 1, True)) & fast
     assert not kinds(ComputeConfig(torch.device("cuda"), bf16, 1, False)) & fast
@@ -144,3 +144,25 @@ def test_kept_scores_serve_short_bfloat16_sequences_only() -> None:
     assert used(fast_cpu.LONGEST_KEPT, torch.bfloat16)
     assert not used(fast_cpu.LONGEST_KEPT + 1, torch.bfloat16)
     assert not used(8, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 2**18 + 3)], ids=str)
+def test_gelu_by_its_slope_is_gelu_rounded_once(shape: tuple[int, ...]) -> None:
+    """Against float64: every value and slope within half a unit of bfloat16, and a little for fp32."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5)).mul_(3).bfloat16()
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    y, expected = fast_cpu.SlopeGELU("tanh")(ours), gelu(theirs, approximate="tanh")
+    y.backward(torch.ones_like(y))
+    expected.backward(torch.ones_like(expected))
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    for found, exact in ((y, expected), (ours.grad, theirs.grad)):
+        torch.testing.assert_close(found.double(), exact.detach(), rtol=1.01 * 2**-8, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(fast_cpu.SlopeGELU("tanh")(x), y), "without a gradient too"
+
+
+def test_only_gpt2s_own_gelu_in_bfloat16_is_replaced() -> None:
+    for form, dtype in (("tanh", torch.float32), ("none", torch.bfloat16), ("none", torch.float64)):
+        x = torch.linspace(-3, 3, 99, dtype=dtype)
+        assert torch.equal(fast_cpu.SlopeGELU(form)(x), gelu(x, approximate=form))
