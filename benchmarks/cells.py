@@ -2,7 +2,8 @@
 
 python benchmarks/cells.py --old PATH [--rounds 3] [--whole 1] [--only placebo_cell,short_cells,whole_cells]
 
-Three sizes of work, each with every option of the recipe given, so that both do the same: a placebo cell of 150
+Three sizes of work, each with every option of the recipe given, so that both do the same (doses of the first updates,
+which the old code did not measure, are left out of the new one's): a placebo cell of 150
 updates; an experiment of 9 cells (3 arms, 3 seeds) of 10 updates, which is mostly starting; and, --whole times, one of
 9 cells of shakespeare-tiny-v1's 700 updates. What runs at a time is what `experiment run` chooses.
 The corpus is prepared before. Last losses are compared. PATH is a checkout; the packages are this one's. Writes
@@ -35,9 +36,10 @@ RECIPE = {
 PLACEBO = {"signal.name": "confidence", "signal.control": "placebo"}
 
 
-def experiment(steps: int, seeds: int) -> str:
-    """The text of an experiment file: a baseline, confidence and its placebo."""
-    options = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {**RECIPE, "steps": steps}.items())
+def experiment(code: Path, steps: int, seeds: int) -> str:
+    """The text of an experiment file for a checkout: a baseline, confidence and its placebo."""
+    own = {"dose_first": 0} if code == ROOT else {}
+    options = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {**RECIPE, **own, "steps": steps}.items())
     return (
         f'name = "cells"\npreset = "shakespeare-tiny"\nbaseline = "baseline"\ndelta = 0.01\n'
         f"seeds = {list(range(1, seeds + 1))}\n[options]\n{options}[arms.baseline]\n"
@@ -58,12 +60,13 @@ def timed(words: Sequence[str], code: Path, folder: Path) -> float:
 
 
 def placebo_cell(code: Path, folder: Path) -> float:
-    words = [f"--{key}={value}" for key, value in {**RECIPE, "steps": 150, "threads": 1, **PLACEBO}.items()]
+    own = {"dose_first": 0} if code == ROOT else {}
+    words = [f"--{key}={value}" for key, value in {**RECIPE, **own, "steps": 150, "threads": 1, **PLACEBO}.items()]
     return timed(["train", *words, "--out", "placebo"], code, folder)
 
 
 def cells(code: Path, folder: Path, steps: int, seeds: int) -> float:
-    (folder / "cells.toml").write_text(experiment(steps, seeds), encoding="utf-8")
+    (folder / "cells.toml").write_text(experiment(code, steps, seeds), encoding="utf-8")
     return timed(["experiment", "run", "cells.toml"], code, folder)
 
 
