@@ -63,8 +63,8 @@ def draw(path: Path = PICTURE) -> Path:
         for color, dashes, label in ((BLUE, "-", "the argmax is right, or the truth is not read"),
                                      (RED, "--", "the argmax is wrong")):  # fmt: skip
             key.plot([], [], dashes, color=color, linewidth=1.3, label=label)
-        figure.legend(*key.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2)
-        figure.supxlabel("p_m, probability of the argmax", fontsize=8)
+        figure.legend(*key.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2,
+                      title="against p_m, the probability of the argmax")  # fmt: skip
     save(figure, path, FILE_SETTINGS)
     return path
 

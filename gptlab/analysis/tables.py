@@ -141,7 +141,7 @@ def _effect(arm: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     share = placebo / arm["difference"]
     same = arm["difference"] * (1 if result["better"] == "lower" else -1) > 0
     does = "harms" if same == (share > 0) else "helps"
-    if arm["verdict"] not in EFFECTS:  # times a difference that may be 0 says nothing
+    if arm["verdict"] not in ("better", "worse"):  # times a difference that may be 0 says nothing
         return f"{text}; its placebo {does} by {abs(placebo):.{digits}f}"
     size = abs(share)
     times = f"{size:.0%} as much" if size < 0.95 else "as much" if size < 1.05 else f"{size:.1f} times as much"
