@@ -177,9 +177,10 @@ class _KeptScores(torch.autograd.Function):
         d = torch.empty(3, B * H, T, D, dtype=dy.dtype)  # of q, k and v
         torch.bmm(p.transpose(1, 2), dy, out=d[2])
         dp = torch.bmm(dy, v.transpose(1, 2))
-        ds = torch._softmax_backward_data(dp, p, 2, p.dtype).mul_(D**-0.5)  # pyright: ignore[reportPrivateImportUsage]
+        ds = torch._softmax_backward_data(dp, p, 2, p.dtype)  # pyright: ignore[reportPrivateImportUsage]
         torch.bmm(ds, k, out=d[0])
         torch.bmm(ds.transpose(1, 2), q, out=d[1])
+        d[:2].mul_(D**-0.5)
         return d.view(3, B, H, T, D).permute(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D), None
 
 

@@ -190,12 +190,20 @@ def _by_autograd(token_loss: LossFunction, z: Tensor, targets: Tensor, other: Te
 # the losses that are read most. They are only speed: a signal needs none.
 
 
+def softmax_and_gap(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z) (n, V), and LSE(z) less the `chosen` logits (n, 1), from one pass of exponentials.
+
+    log max p is max z - LSE(z). As precise as log_softmax, near 0 too.
+    """
+    p = logits.softmax(1)
+    return p, (logits.amax(1, keepdim=True) - chosen) - p.amax(1, keepdim=True).log()
+
+
 def cross_entropy_form(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """CE(z, y), and p - [k=y]."""
     index = targets[:, None]
-    log_p = logits.log_softmax(1)
-    losses = -log_p.gather(1, index)[:, 0]
-    gradient = log_p.exp_()
+    gradient, losses = softmax_and_gap(logits, logits.gather(1, index))
+    losses = losses[:, 0]
     return losses, gradient.scatter_add_(1, index, gradient.new_full((1, 1), -1.0).expand_as(index))
 
 
@@ -203,13 +211,10 @@ def log_rest_form(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """log(1-p_i), and p_i·q_k for k≠i, -p_i for i, with q the distribution over the others."""
     index = index[:, None]
     chosen = logits.gather(1, index)
-    rest = logits.scatter_(1, index, -torch.inf)
-    some = (index + 1) % logits.shape[1]  # z_k - log q_k of any other token k is LSE over all others
-    rest_of_some = rest.gather(1, some)
-    log_q = rest.log_softmax(1)
-    odds = chosen - (rest_of_some - log_q.gather(1, some))  # log p_i/(1-p_i)
+    q, against = softmax_and_gap(logits.scatter_(1, index, -torch.inf), chosen)
+    odds = -against  # log p_i/(1-p_i)
     p = odds.sigmoid()
-    gradient = log_q.exp_().mul_(p)
+    gradient = q.mul_(p)
     return -F.softplus(odds)[:, 0], gradient.scatter_(1, index, -p)
 
 
