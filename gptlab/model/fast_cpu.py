@@ -194,7 +194,7 @@ class SlopeGELU(nn.GELU):
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype != torch.bfloat16 or self.approximate != "tanh":
             return super().forward(input)
-        return _KeptSlope.apply(input, torch.is_grad_enabled())  # type: ignore[return-value]
+        return _KeptSlope.apply(input, torch.is_grad_enabled())  # type: ignore[return-value]  # untyped, as every apply
 
 
 LINEAR = 2 * math.sqrt(2 / math.pi)

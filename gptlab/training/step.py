@@ -97,9 +97,7 @@ def update(
     # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
     reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, [*drawn, metrics.all])
-    flip, seen = TargetFlip(config.target_flip, config.target_flip_to), list[tuple[Batch, Losses]]()
-    how: dict[str, Any] = {"autocast": compute.autocast, "flip": flip, "dropout": config.dropout,
-                           "recompute": config.activation_checkpointing}  # fmt: skip
+    how, seen = _pass_options(config, compute), list[tuple[Batch, Losses]]()
     for batch in batches:
         losses = accumulate(model, batch, signals, into=_target(batch, model, sources, by_source, drawn), **how)
         if batch.part == "noise":
@@ -195,6 +193,13 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
         falling = (step - config.steps * (1 - WSD_DECAY)) / (config.steps * WSD_DECAY)
         return peak + min(1.0, max(0.0, falling)) * (low - peak)
     return peak
+
+
+def _pass_options(config: TrainingConfig, compute: ComputeConfig) -> dict[str, Any]:
+    """What every pass over a micro-batch is told of the run."""
+    flip = TargetFlip(config.target_flip, config.target_flip_to)
+    recompute = config.activation_checkpointing
+    return {"autocast": compute.autocast, "flip": flip, "dropout": config.dropout, "recompute": recompute}
 
 
 def _target(

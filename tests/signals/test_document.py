@@ -83,7 +83,7 @@ def test_the_picture_is_the_one_that_is_drawn_now(plots: ModuleType, tmp_path: P
     for name in SIGNALS:
         assert f">{name}<" in drawn
     if f"Matplotlib v{matplotlib.__version__}," not in kept:
-        pytest.skip("the picture was drawn by another version of matplotlib")
+        pytest.skip("the picture was drawn by another version of matplotlib")  # requirements.txt has the one that did
 
     def numbers(svg: str) -> list[float]:
         paths = re.findall(r' d="([^"]*)"', svg)
