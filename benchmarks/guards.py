@@ -56,7 +56,7 @@ KINDS = "tests/runs/test_patches.py::test_a_patch_changes_python_files_of_the_pa
 CODE = "tests/security/test_payloads.py::test_a_run_that_names_code_runs_none_when_it_is_read"
 DEEP = "tests/security/test_fuzz.py::test_what_is_nested_too_deeply_is_a_value_error"
 SHARDS = "tests/data/test_shards.py::test_a_damaged_file_is_named"
-SECRETS = "tests/security/test_secrets.py::test_a_run_and_its_report_keep_none"
+SECRETS = "tests/security/test_escapes.py::test_a_run_and_its_report_keep_none"
 
 GUARDS = (
     Guard("pickled checkpoints are tensors alone", "model/weights.py",

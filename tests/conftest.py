@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import page as page
+from pages import served as served
 from run_folders import TINY
 from run_folders import hostile_experiment as hostile_experiment
 from run_folders import write_run as write_run

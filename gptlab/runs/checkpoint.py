@@ -411,6 +411,9 @@ def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: Wo
         for name, entry in said.items()
         if isinstance(entry, TensorStorageMetadata)
     }
+    for name, whole in stored.items():  # torch reads rows that no file has as whatever the memory holds
+        if sum(chunk.sizes.numel() for chunk in said[name].chunks) != whole.numel():
+            raise CheckpointError(f"{folder}: expected every row of {name} once, found some missing or twice")
     weights, moments = apart(stored)
     check_stored(shape, weights, folder)
     check_moments(weights, moments, folder)

@@ -1,6 +1,8 @@
 """A run killed by its own hand at the k-th thing it does in its folder, then started again: `python killed_inside.py`.
 
-With `--signal SIGTERM` it is asked to stop there instead.
+With `--signal SIGTERM` it is asked to stop there instead. With `--sittings` alone it trains a JSON list of
+[processes, options] from standard input one after another, each in so many ranks over gloo that are forked from this
+process, and prints their exit codes, a list an entry.
 
 Started by the tests and by benchmarks/faults.py, with the run's options after `--`. Python's audit hook tells of every
 file that is opened, made, renamed or removed just before it happens, so that nothing of gptlab is replaced. A kill in
@@ -15,6 +17,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -32,6 +35,7 @@ import gptlab.runs.session
 import gptlab.training.loop  # noqa: F401
 from gptlab.cli.main import guarded
 from gptlab.cli.train import main
+from gptlab.distributed import end_with_launcher
 from gptlab.runs import checkpoint
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -125,5 +129,24 @@ def all_trials(argv: list[str]) -> None:
         print(json.dumps({"size": size, **result}), flush=True)
 
 
+def become(rank: int, size: int, port: int) -> None:
+    """Be that rank, and end with the process that this one was forked from."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    end_with_launcher()
+
+
+def sitting(processes: int, options: list[str]) -> list[int]:
+    """Train in so many processes; their exit codes, by rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start_in_child(options, partial(become, rank, processes, port)) for rank in range(processes)]
+    return [ended(rank) for rank in ranks]
+
+
 if __name__ == "__main__":
-    all_trials(sys.argv[1:])
+    if sys.argv[1:] == ["--sittings"]:
+        print(json.dumps([sitting(processes, options) for processes, options in json.load(sys.stdin)]))
+    else:
+        all_trials(sys.argv[1:])

@@ -344,7 +344,7 @@ TOLERANCE = 1e-4
 
 def train(sittings: list[tuple[int, list[str]]]) -> None:
     """Train in so many processes with these options, one sitting after the other."""
-    driver = [sys.executable, str(Path(__file__).with_name("world_sizes.py"))]
+    driver = [sys.executable, str(Path(__file__).with_name("killed_inside.py")), "--sittings"]
     done = subprocess.run(driver, input=json.dumps(sittings), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [[0] * processes for processes, _ in sittings], done.stderr

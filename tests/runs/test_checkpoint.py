@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import resource
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ from gptlab.runs.checkpoint import OFFSETS, WHERE, apart, rows_together
 from gptlab.runs.folder import RunFolder, newest
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
-from gptlab.training.parallel import shard_blocks
+from gptlab.training.parallel import full_tensor, shard_blocks, shard_like
 from gptlab.training.state import TrainingState
 
 
@@ -248,7 +253,49 @@ def test_every_tensor_is_restored_to_the_device_where_the_optimizer_keeps_it(
     resumed.optimizer.step()
 
 
-SCRIPT = Path(__file__).with_name("sharded_checkpoint.py")
+SCRIPT = Path(__file__)
+"""Run by itself, `python test_checkpoint.py FROM TO [FROM TO ...] [full]` is one of the ranks."""
+SHAPE = GPTConfig(block_size=8, vocab_size=31, n_layer=3, n_head=2, n_embd=10)  # 10 rows: 4 ranks hold 3, 3, 3 and 1
+REST = {"cursor": {"sequence": 3}, "rng": {"seed": 1}, "records": {"metrics_bytes": 1, "log_bytes": 1}}
+
+
+def moved_on(model: GPT, seed: int) -> TrainingState:
+    """A state after one update with gradients drawn from a seed, the same on every rank."""
+    state = TrainingState(model, build_optimizer(model, TrainingConfig()))
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = shard_like(torch.randn(p.shape, generator=generator), p.detach())
+    state.optimizer.step()
+    state.step = seed
+    return state
+
+
+def one_rank(world: World, source: str, out: Path, full: bool) -> None:
+    """One of the processes over which a state's blocks are cut: a checkpoint in, another out.
+
+    source: a checkpoint's folder, or - for a state after one update. It is restored over a state that has moved on,
+    compared with what was saved, bit for bit, and saved into `out`. full: the last rank finds no room to write, and
+    every rank says so.
+    """
+    model = GPT(SHAPE, seed=7)
+    shard_blocks(model, world, ComputeConfig(torch.device("cpu"), None, 1, False, {}))
+    state = moved_on(model, 5)
+    if source != "-":
+        state = moved_on(model, 6)
+        checkpoint.load_sharded(Path(source), SHAPE, state, world)
+        saved = checkpoint.load(Path(source))
+        for mine, theirs in zip(state.tensors(), (saved.weights, saved.moments), strict=True):
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(full_tensor(mine[name]), theirs[name]) for name in theirs)
+        assert state.step == saved.step
+        assert model.lm_head.weight is model.wte.weight, "tied"
+    if full and world.rank == world.size - 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    rest = {**REST, "scalars": state.scalars()}
+    refusal = f"could not save {out.resolve()}/step_00000005"
+    with pytest.raises(CheckpointError, match=refusal) if full else nullcontext():
+        checkpoint.save_sharded(out if world.main else None, state, rest if world.main else {}, world)
 
 
 @pytest.mark.fault(number=18)
@@ -284,6 +331,13 @@ def test_four_processes_save_what_two_and_one_read(tmp_path: Path) -> None:
         assert words in problem.problem
         with pytest.raises(CheckpointError, match=r"damaged checkpoint: .*shard-0000"):
             checkpoint.load(damaged)
+
+    shutil.rmtree(damaged)
+    shutil.copytree(saved, damaged)
+    next(damaged.glob("shard-00002*")).unlink()
+    state = TrainingState(GPT(SHAPE, seed=9), build_optimizer(GPT(SHAPE), TrainingConfig()))
+    with pytest.raises(CheckpointError, match=r"expected every row of .* once"):  # though a manifest lists what is left
+        checkpoint.load_sharded(damaged, SHAPE, state, World())
 
 
 @pytest.mark.fault(number=4)
@@ -354,3 +408,15 @@ def test_a_manifest_lists_nothing_but_a_checkpoints_own_files(tmp_path: Path) ->
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
     (problem,) = checkpoint.verify(folder)
     assert "belongs to no checkpoint" in problem.problem
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    world.connect(torch.device("cpu"), timeout=timedelta(seconds=120))
+    try:
+        words = [word for word in sys.argv[1:] if word != "full"]
+        for source, out in zip(words[::2], words[1::2], strict=True):
+            one_rank(world, source, Path(out), "full" in sys.argv)
+    finally:
+        world.disconnect()

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import CUT, outcome, runs_of
 from scripts import load_script, run_ranks
-from sharded_ranks import RUNS, outcome, runs_of
 from small_run import SEQUENCES, L, Run, T, V, make_run
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
@@ -105,7 +105,7 @@ def test_units_are_as_large_for_any_ranks_and_what_cannot_be_shared_is_refused()
 def test_cut_blocks_make_what_one_process_makes(ranks: int, which: str, tmp_path: Path) -> None:
     """Real processes over gloo on the loopback, every signal and control, in float64: far below the 1e-6 promised."""
     out = tmp_path / "out.pt"
-    run_ranks(Path(__file__).with_name("sharded_ranks.py"), ranks, out, which)
+    run_ranks(Path(__file__).with_name("ranks.py"), ranks, out, which)
     found = torch.load(out, weights_only=True)
     assert set(found) == set(runs_of(which))
     for name, options in runs_of(which).items():
@@ -125,7 +125,7 @@ def test_cut_blocks_make_what_one_process_makes(ranks: int, which: str, tmp_path
 @pytest.mark.parametrize("name", ["baseline", "confidence", "live", "placebo", "one block shared"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputed_activations_are_the_ones_that_were_not_kept(name: str, dtype: torch.dtype) -> None:
-    options = RUNS[name] | {"dtype": torch.float32, "autocast": None if dtype == torch.float32 else dtype}
+    options = CUT[name] | {"dtype": torch.float32, "autocast": None if dtype == torch.float32 else dtype}
     kept = outcome(make_run(**options), (5, 7), World())
     again = outcome(make_run(**options, activation_checkpointing=True), (5, 7), World())
     for key, tensor in kept.items():

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import COPIED, outcomes
 from scripts import run_ranks
 from small_run import SEQUENCES, WINDOWS, Run, T, make_run
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from two_ranks import RUNS, outcomes
 
 from gptlab.distributed import World
 from gptlab.errors import DivergedError
@@ -288,9 +288,9 @@ def test_the_signal_loss_of_a_held_dose_is_that_of_the_weight_used() -> None:
 def test_two_ranks_make_what_one_makes(tmp_path: Path) -> None:
     """Real processes over gloo on the loopback: weights and figures of every kind of run, to the last digits."""
     out = tmp_path / "two.pt"
-    run_ranks(Path(__file__).with_name("two_ranks.py"), 2, out)
+    run_ranks(Path(__file__).with_name("ranks.py"), 2, out)
     found, expected = torch.load(out, weights_only=True), outcomes(World(), (SEQUENCES,))
-    assert set(found) == set(RUNS)
+    assert set(found) == set(COPIED)
     for name, tensors in expected.items():
         for key, tensor in tensors.items():
             torch.testing.assert_close(found[name][key], tensor, rtol=1e-7, atol=1e-9)
