@@ -269,7 +269,7 @@ def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, t
 
 def test_the_ready_experiments_are_the_ones_promised() -> None:
     found = {path.stem: read_experiment(path) for path in READY}
-    assert {"1_noise", "aa", "dose", "dose_response", "gating", "supervised"} <= found.keys()
+    assert {"1_noise", "aa", "dose", "dose_response", "gates", "supervised"} <= found.keys()
     assert len(found["aa"].seeds) == 64
     signals = {arm.options.get("signal.name") for arm in found["1_noise"].arms.values()}
     assert signals == {None, "confidence", "negated_cross_entropy", "negative_self_cross_entropy",
