@@ -262,7 +262,8 @@ def test_a_ready_experiment_trains_in_every_arm(path: Path, tiny_corpus: Path, t
         file = tmp_path / f"{arm.name}.toml"
         begins = {"signal.start": 1} if "signal.start" in arm.options else {}
         file.write_text(as_toml({"preset": experiment.preset, **arm.options, **quick, **begins}))
-        assert main(["train", "--config", str(file), "--out", str(tmp_path / arm.name), "--json"]) == 0
+        code = ["--allow_code"] if ".py:" in arm.options.get("signal.name", "") else []
+        assert main(["train", "--config", str(file), "--out", str(tmp_path / arm.name), "--json", *code]) == 0
         last = json.loads((tmp_path / arm.name / "metrics.jsonl").read_text().splitlines()[-1])
         assert (last["event"], math.isfinite(last["loss"])) == ("finished", True)
 
