@@ -7,7 +7,7 @@ which the old code did not measure, are left out of the new one's): a placebo ce
 updates; an experiment of 9 cells (3 arms, 3 seeds) of 10 updates, which is mostly starting; and, --whole times, one of
 9 cells of shakespeare-tiny-v1's 700 updates. What runs at a time is what `experiment run` chooses.
 The corpus is prepared before. Last losses are compared. PATH is a checkout; the packages are this one's. Writes
-benchmarks/results/cells.json.
+benchmarks/results/measured.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from gptlab.files import write_json
+from figures import keep, measured
 
 ROOT = Path(__file__).parents[1]
 RECIPE = {
@@ -93,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "short_cells": (asked.rounds, lambda code, folder: cells(code, folder, 10, 3)),
         "whole_cells": (asked.whole, lambda code, folder: cells(code, folder, 700, 3)),
     }
-    path = ROOT / "benchmarks/results/cells.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    result: dict[str, object] = {**kept, "date": date.today().isoformat(), "cores": os.cpu_count()}
+    result: dict[str, object] = {**measured("cells"), "date": date.today().isoformat(), "cores": os.cpu_count()}
     for name in asked.only.split(",") if asked.only else kinds:
         rounds, work = kinds[name]
         seconds: dict[str, list[float]] = {"old": [], "new": []}
@@ -114,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ratio = statistics.median(new / old for old, new in zip(seconds["old"], seconds["new"], strict=True))
         result[name] = {"seconds": seconds, "new_over_old": ratio, "largest_difference_of_losses": apart}
         print(f"{name}: {ratio:.3f} of the old time ({seconds}); losses within {apart:.2g}", flush=True)
-        write_json(path, result)
+        keep("cells", result)
     return 0
 
 

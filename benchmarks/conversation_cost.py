@@ -1,6 +1,6 @@
 """What a conversation costs an update: peak memory and processor time next to the baseline's, by utterances a sequence.
 
-    python benchmarks/conversation_cost.py    a minute of one core; writes benchmarks/results/conversation_cost.json
+    python benchmarks/conversation_cost.py    a minute of one core; writes benchmarks/results/measured.json
 
 Each row is a process of its own, forked before anything is computed, that accumulates one micro-batch three times:
 `peak_mib` is the kernel's mark of its resident memory, `seconds` the processor time of the fastest, `cost` that over
@@ -10,7 +10,6 @@ never made.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import time
 from datetime import date
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import keep
 
 from gptlab.device import Machine
 from gptlab.model.gpt import GPT, GPTConfig
@@ -25,7 +25,6 @@ from gptlab.signals import SignalConfig
 from gptlab.training.block_graph import Batch, active_signals
 from gptlab.training.block_loss import accumulate
 
-RESULT = Path(__file__).parent / "results" / "conversation_cost.json"
 SHAPES = {
     "tiny": (16, GPTConfig(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128)),
     "T128": (4, GPTConfig(block_size=128, vocab_size=50304, n_layer=2, n_head=2, n_embd=64)),
@@ -75,7 +74,7 @@ def main() -> None:
         rows[name] = of_shape
     machine = Machine.probe()
     result = {"date": date.today().isoformat(), "processor": machine.processor, "say": SAY, "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep("conversation_cost", result)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "runs"), str(ROOT / "tests" / "faults")]
+sys.path[:0] = [str(ROOT), *(str(ROOT / part) for part in ("benchmarks", "tests/runs", "tests/faults"))]
 
 import torch  # noqa: E402
+from figures import keep  # noqa: E402
 from tiny_experiment import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     ARMS,
     RunnerProcess,
@@ -33,7 +34,6 @@ from tiny_experiment import (  # noqa: E402  # pyright: ignore[reportMissingImpo
 
 from gptlab.device import Machine  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results" / "experiment_kills.json"
 DIVERGED = 4
 
 
@@ -102,8 +102,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the moments")
     chosen = parser.parse_args()
     results = run(chosen.rounds, chosen.seed)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    keep("experiment_kills", results)
     print(f"{results['identical']} of {results['experiments']} experiments identical after {results['kills']} kills")
     return int(bool(results["failures"] or results["processes_left"]))
 

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "faults"), str(Path(__file__).pa
 
 import torch  # noqa: E402
 from experiment_kills import run as experiment_kills  # noqa: E402  # pyright: ignore[reportMissingImports]
+from figures import rewrite  # noqa: E402
 from harness import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     Running,
     Trainer,
@@ -42,7 +43,6 @@ from harness import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     rows,
     settle,
 )
-from marked import rewrite  # noqa: E402
 from stops import table as table_of_stops  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from gptlab.device import Machine  # noqa: E402

@@ -4,13 +4,12 @@
 
 Greedy, from a prompt of 16 tokens, every contender to the same length; a turn begins with one text that is not timed.
 Beside them the linear layers and the head alone, as a token needs them: no more than that can be reached. Writes
-benchmarks/results/generate.json and the table of docs/performance.md, unless --n_layer makes it a trial. Run it on a
+benchmarks/results/measured.json and the table of docs/performance.md, unless --n_layer makes it a trial. Run it on a
 machine that does nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from marked import rewrite
+from figures import keep, measured, rewrite
 
 from gptlab.benchmark.contenders import Timing, interleave
 from gptlab.cli.arguments import Parser
@@ -30,7 +29,6 @@ from gptlab.model.decoder import Weights
 from gptlab.model.gpt import GPT, GPTConfig
 from gptlab.model.huggingface import to_huggingface
 
-RESULT = Path(__file__).parent / "results" / "generate.json"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 START, END = "<!-- measured by benchmarks/generate.py -->", "<!-- end of what generate.py measured -->"
 PROMPT = list(range(100, 116))
@@ -69,8 +67,8 @@ def main(argv: list[str]) -> int:
         about = {"processor": machine.processor, "threads": placement.threads, "date": date.today().isoformat()}
         about |= {"command": " ".join(["python benchmarks/generate.py", *argv]), "tokens": options.tokens}
         about |= {"rounds": options.rounds}
-        earlier = json.loads(RESULT.read_text(encoding="utf-8"))["earlier"]  # another machine's, which the page names
-        RESULT.write_text(json.dumps({**about, "rows": rows, "earlier": earlier}, indent=1) + "\n", encoding="utf-8")
+        earlier = measured("generate")["earlier"]  # another machine's, which the page names
+        keep("generate", {**about, "rows": rows, "earlier": earlier})
         rewrite(PAGE, START, END, table({**about, "rows": rows}))
     return 0
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from marked import rewrite
+from figures import rewrite
 
 from gptlab.cli.arguments import Parser
 from gptlab.cli.main import guarded

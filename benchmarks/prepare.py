@@ -5,7 +5,7 @@
 Documents are Shakespeare's texts cut into pieces of a few thousand characters, in another order each time they come
 round, as JSON lines. Ours is the whole command: reading, tokenising, hashing, writing shards. tiktoken's is
 `encode_ordinary_batch` over texts that lie in memory, with as many threads as there are cores. The most memory that
-our processes held together is sampled meanwhile. Writes benchmarks/results/prepare.json and docs/performance.md.
+our processes held together is sampled meanwhile. Writes benchmarks/results/measured.json and docs/performance.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from marked import rewrite
+from figures import keep, rewrite
 
 from gptlab.benchmark.contenders import interleave
 from gptlab.cli.arguments import Parser
@@ -30,7 +30,6 @@ from gptlab.data.corpora import Shakespeare
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.device import Machine
 
-RESULT = Path(__file__).parent / "results" / "prepare.json"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 START, END = "<!-- measured by benchmarks/prepare.py -->", "<!-- end of what prepare.py measured -->"
 PIECE = 4000  # characters of a document
@@ -68,7 +67,7 @@ def main(argv: list[str]) -> int:
         "ratio": timings["tiktoken"].median / timings["gptlab"].median,
         "peak_memory_bytes": max(peaks),
     }
-    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    keep("prepare", found)
     rewrite(PAGE, START, END, paragraph(found))
     if options.json:
         print(json.dumps(found))

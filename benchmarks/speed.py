@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from marked import rewrite
+from figures import rewrite
 
 from gptlab.benchmark import SIZES
 from gptlab.benchmark.contenders import STEPS, Ladder, Timing, interleave

@@ -9,7 +9,7 @@ training text and 20 of the held-out tenth, gptlab on stretches of the held-out 
 does not come to a loss, gptlab's share is of the whole of its run, and below what it would be.
 
 PATH is a checkout, of which a copy is run. FILE is the text, where the checkout's data/shakespeare_char has no
-input.txt. --steps shortens both, for trying the script out. Writes benchmarks/results/time_to_loss.json.
+input.txt. --steps shortens both, for trying the script out. Writes benchmarks/results/measured.json.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from figures import keep
+
 from gptlab.training import TrainingConfig
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results/time_to_loss.json"
 LOSSES = (2.2, 2.0, 1.88, 1.75)
 """Nats a character."""
 RECIPE = (
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"date": date.today().isoformat(), "cores": len(os.sched_getaffinity(0)), "steps": asked.steps or None,
               "seconds": {name: medians(marks) for name, marks in runs.items()}, "runs": runs}  # fmt: skip
     if not asked.steps:
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep("time_to_loss", result)
     print(json.dumps(result) if asked.json else table(result))
     return 0
 

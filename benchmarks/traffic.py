@@ -5,13 +5,12 @@
 
 Each row is the trainer itself under torchrun, over gloo, for a few updates and again for more: the difference is the
 updates' alone. Counted are all bytes that pass the interface, headers and all. Writes
-benchmarks/results/traffic.json and the table of docs/scale.md.
+benchmarks/results/measured.json and the table of docs/scale.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from marked import rewrite
+from figures import keep, rewrite
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tools"))  # for scale.py, a script and no package: so imports follow
@@ -33,7 +32,6 @@ from gptlab.data.shards import write_shard  # noqa: E402
 from gptlab.device import Machine  # noqa: E402
 from gptlab.model.gpt import GPTConfig  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "traffic.json"
 PAGE = ROOT / "docs" / "scale.md"
 START, END = "<!-- measured by benchmarks/traffic.py -->", "<!-- end of what traffic.py measured -->"
 
@@ -77,7 +75,7 @@ def main() -> int:
         "micro_batches": MICRO_BATCHES,
         "rows": rows,
     }
-    RESULT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    keep("traffic", found)
     rewrite(PAGE, START, END, table(found))
     return 0
 

@@ -322,7 +322,7 @@ def test_the_tables_are_those_that_the_arithmetic_gives(scale: ModuleType) -> No
 
 def test_the_traffic_on_the_page_was_measured_and_is_what_is_computed(scale: ModuleType) -> None:
     traffic = load_script("benchmarks/traffic.py")
-    found = json.loads(traffic.RESULT.read_text(encoding="utf-8"))
+    found = load_script("benchmarks/figures.py").measured("traffic")
     assert traffic.table(found) in scale.PAGE.read_text(encoding="utf-8")
     for row in found["rows"]:
         _, parallel, judges = traffic.KINDS[row["run"]]

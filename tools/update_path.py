@@ -1,13 +1,12 @@
 """What one update passes through: the files, functions and lines of gptlab that run in it, traced on a tiny model.
 
-    python tools/update_path.py    prints it, and writes benchmarks/results/update_path.json
+    python tools/update_path.py    prints it, and keeps it in benchmarks/results/measured.json
 
 The update is the second of a run with --signal.name none, and of one with confidence.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,10 @@ from typing import Any
 import gptlab
 from gptlab.cli.train import main as train
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "update_path.json"
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from figures import keep  # pyright: ignore[reportMissingImports]
+
 PACKAGE = Path(gptlab.__file__).parent
 SMALL = ["--steps", "2", "--n_layer", "3", "--n_embd", "32", "--n_head", "2", "--block_size", "32", "--eval_every", "0",
          "--total_batch_tokens", "256", "--batch_size", "4", "--sample_every", "0", "--checkpoint_every", "0",
@@ -58,7 +60,7 @@ def path_of_update(signal: str) -> dict[str, Any]:
 
 def main() -> None:
     found = {name: path_of_update(signal) for name, signal in (("baseline", "none"), ("confidence", "confidence"))}
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    keep("update_path", found)
     for name, one in found.items():
         counts = f"{one['files']} files, {one['functions']} functions, {one['lines']} lines"
         print(f"{name}: {counts}: {', '.join(one['names'])}")
