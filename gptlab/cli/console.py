@@ -7,7 +7,6 @@ lacks a character take the display with them, never the training that it shows.
 from __future__ import annotations
 
 import argparse
-import codecs
 import contextlib
 import errno
 import io
@@ -45,23 +44,6 @@ NARROWEST = 20
 _KEPT = "\n\t"
 _BIDI = {0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 """Marks that change the direction of what follows: shown text could be made to read otherwise than it is."""
-
-_SPELLED = {
-    "τ": "tau", "Σ": "sum", "Δ": "Delta", "∞": "inf", "–": "-", "—": "-", "…": "...", "’": "'", "“": '"', "”": '"',
-    "±": "+/-", "×": "x", "·": "*", "≤": "<=", "≥": ">=", "≠": "!=", "→": "->", "²": "^2", "␣": "_", "⏎": "\\n",
-    "⇥": "\\t", "∅": "\\0",
-}  # fmt: skip
-"""How a stream in another encoding than UTF-8 shows characters that we write and it may lack."""
-
-
-def _spell(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeEncodeError)
-    missing = error.object[error.start : error.end]
-    escaped = (c.encode("ascii", "backslashreplace").decode() for c in missing)
-    return "".join(_SPELLED.get(c, e) for c, e in zip(missing, escaped, strict=True)), error.end
-
-
-codecs.register_error("gptlab.spelled", _spell)
 
 
 class ReaderLeft(Exception):
@@ -147,7 +129,7 @@ def _encodable(stream: IO[str] | None) -> IO[str]:
     if stream is None:  # it was closed before Python started
         return open(os.devnull, "w", encoding="utf-8")
     if reconfigure := getattr(stream, "reconfigure", None):
-        reconfigure(errors="gptlab.spelled")
+        reconfigure(errors="backslashreplace")
     return stream
 
 

@@ -11,7 +11,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import gptlab
 from gptlab.cli.console import ReaderLeft, say, standard_streams
@@ -143,7 +142,7 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "`gptlab COMMAND --help` shows a command's options. Each takes --json and --debug.",
+            "`gptlab COMMAND --help` shows a command's options. Each takes --debug, and all but completion --json.",
         ]
     )
 
@@ -164,13 +163,12 @@ def completion(argv: list[str]) -> int:
         'or `eval "$(gptlab completion zsh)"` below `autoload -Uz compinit && compinit` into ~/.zshrc.',
     )
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="whose script")
-    parser.add_argument("--json", action="store_true", help="print every command's words, options and values instead")
     options = parser.parse(argv)
     root = argparse.ArgumentParser(prog="gptlab", description="Train GPT-2 with auxiliary per-block losses.")
     commands = root.add_subparsers()
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, parents=[_parser_of(name)], add_help=False)
-    print(json.dumps(_known(commands.choices), indent=1) if options.json else shtab.complete(root, options.shell))
+    print(shtab.complete(root, options.shell))
     return 0
 
 
@@ -203,18 +201,3 @@ def _parser_of(name: str) -> argparse.ArgumentParser:
 
 _WORDS = re.compile(r"[a-z\d.-]+(\|[a-z\d.-]+)+")
 """How an option whose values are checked later shows them: on|off, say."""
-
-
-def _known(commands: dict[str, argparse.ArgumentParser]) -> dict[str, Any]:
-    """The words, options and options' values of every command and its subcommands."""
-    known = {}
-    for name, parser in commands.items():
-        actions = list(parser._actions)
-        for inner in (a for a in parser._actions if isinstance(a, argparse._SubParsersAction)):
-            actions += [action for one in inner.choices.values() for action in one._actions]
-        options = {o: list(a.choices or ()) for a in actions for o in a.option_strings if o.startswith("--")}
-        words = [word for a in actions if not a.option_strings for word in a.choices or ()]
-        known[name] = {
-            "words": words, "options": ["--debug", *options], "values": {o: v for o, v in options.items() if v},
-        }  # fmt: skip
-    return known

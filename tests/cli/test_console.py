@@ -189,7 +189,7 @@ def test_no_command_ends_because_of_the_locale(variables: dict[str, str], finish
     assert not re.search("UnicodeEncodeError|Traceback", err), err
     out = done.stdout.decode("latin-1")
     assert out.count("done ") == len(COMMANDS) + 13
-    assert "tau of the signals that have one" in out or "τ" in done.stdout.decode("cp437")
+    assert r"\u03c4 of the signals that have one" in out or "τ" in done.stdout.decode("cp437")
 
 
 HEADER = tuple(f"name of column {n}" for n in range(8))

@@ -52,11 +52,11 @@ def test_help_names_every_command(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help_and_takes_json(name: str, capsys: Capture) -> None:
+def test_every_command_has_help_and_takes_json_but_completion(name: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit) as ended:
         main([name, *(["info"] if name == "data" else []), "--help"])
     assert ended.value.code == 0
-    assert "--json" in capsys.readouterr().out
+    assert ("--json" in capsys.readouterr().out) == (name != "completion")
 
 
 def test_train_help_shows_every_option_with_default_and_unit(capsys: Capture) -> None:
@@ -292,15 +292,6 @@ def test_bash_is_offered_what_there_is(offered: Callable[..., list[str]]) -> Non
     assert offered("gptlab", "completion", "z") == ["zsh"]
     assert "tmp" in offered("gptlab", "verify", "t")  # files, seen from /
     assert offered("gptlab", "sample", "--checkpoint", "RU") == []
-
-
-def test_the_words_are_printed_as_json(capsys: Capture) -> None:
-    assert main(["completion", "bash", "--json"]) == 0
-    known = json.loads(capsys.readouterr().out)
-    assert known.keys() == COMMANDS.keys()
-    assert set(known["experiment"]["words"]) >= {"run", "status", "smoke", "pack"}
-    assert known["train"]["values"]["--schedule"] == ["cosine", "wsd", "constant"]
-    assert all("--json" in command["options"] for command in known.values())
 
 
 def test_zsh_takes_the_script_where_completion_is_on(
