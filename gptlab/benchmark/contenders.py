@@ -21,8 +21,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any
+from types import MappingProxyType, ModuleType, TracebackType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from gptlab.errors import UsageError
 from gptlab.files import read_text
 from gptlab.model.fast_cpu import install
 from gptlab.model.gpt import GPT, GPTConfig
+from gptlab.model.weights import SIZES as MODEL_SIZES
 from gptlab.processes import python_command
 from gptlab.signals.config import SignalConfig
 from gptlab.training.block_graph import Batch
@@ -115,44 +116,33 @@ def transformers_step(work: Work, placement: ComputeConfig) -> Step:
     return plain_step(model, optimizer, loss, placement)
 
 
-def nanogpt_step(work: Work, placement: ComputeConfig, checkout: Path) -> Step:
-    """A step of nanoGPT's model.py, its optimizer as it configures it (on a CPU: not fused)."""
-    module = _module(checkout / "model.py", "nanogpt_model")
-    return _checkout_step(work, placement, module, (0.1, 1e-5, (0.9, 0.95)), dropout=0.0, bias=True)
+class Peer(NamedTuple):
+    """Where a peer's checkout has its model, and how it is made as its own trainer makes it.
+
+    optimizer: what its configure_optimizers takes before the device; on a CPU neither asks for a fused one
+    """
+
+    file: str
+    load: Callable[[Path, str], ModuleType]
+    optimizer: tuple[Any, ...]
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
-def build_nanogpt_step(work: Work, placement: ComputeConfig, checkout: Path) -> Step:
-    """A step of build-nanogpt's model: its file is a script, so only its definitions are executed."""
-    module = _definitions(checkout / "train_gpt2.py", "build_nanogpt_model")
-    return _checkout_step(work, placement, module, (0.1, 1e-5))
-
-
-def _checkout_step(
-    work: Work, placement: ComputeConfig, module: ModuleType, optimizer: tuple[Any, ...], **options: Any
-) -> Step:
-    """A step of a checkout's own GPT; optimizer: what its configure_optimizers takes before the device."""
-    model = module.GPT(module.GPTConfig(**_sizes(work.config), **options)).to(placement.device)
-    configured = model.configure_optimizers(*optimizer, placement.device.type)
+def peer_step(name: str, work: Work, placement: ComputeConfig, checkout: Path) -> Step:
+    """A step of the model of a peer's checkout."""
+    peer = CHECKOUTS[name]
+    module = peer.load(checkout / peer.file, f"{name.replace('-', '_')}_model")
+    sizes = {size: getattr(work.config, size) for size in MODEL_SIZES}
+    model = module.GPT(module.GPTConfig(**sizes, **peer.options)).to(placement.device)
+    configured = model.configure_optimizers(*peer.optimizer, placement.device.type)
     tokens, targets = work.data(placement.device)
     return plain_step(model, configured, lambda: model(tokens, targets)[1], placement)
 
 
-def _sizes(c: GPTConfig) -> dict[str, int]:
-    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-    return {name: getattr(c, name) for name in names}
-
-
-PEERS: dict[str, Callable[[Work, ComputeConfig, Path], Step]] = {
-    "nanogpt": nanogpt_step,
-    "build-nanogpt": build_nanogpt_step,
-}
-FILES = {"nanogpt": "model.py", "build-nanogpt": "train_gpt2.py"}
-
-
 def check_checkout(name: str, path: Path) -> None:
     """Raise UsageError if there is no checkout of a peer at `path`."""
-    if not (path / FILES[name]).is_file():
-        raise UsageError(f"--peer {name}: expected a checkout with {FILES[name]}, found none at {path}")
+    if not (path / CHECKOUTS[name].file).is_file():
+        raise UsageError(f"--peer {name}: expected a checkout with {CHECKOUTS[name].file}, found none at {path}")
 
 
 def plain_step(
@@ -202,6 +192,12 @@ def _safe_import(node: Any) -> bool:
     import ast
 
     return isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("torch", "dataclasses")
+
+
+CHECKOUTS = {
+    "nanogpt": Peer("model.py", _module, (0.1, 1e-5, (0.9, 0.95)), {"dropout": 0.0, "bias": True}),
+    "build-nanogpt": Peer("train_gpt2.py", _definitions, (0.1, 1e-5)),
+}
 
 
 def placed(placement: ComputeConfig, dtype: str) -> ComputeConfig:

@@ -83,7 +83,7 @@ class Bench:
             there = placed(self.placement, dtype)
             steps[f"transformers {dtype}"] = partial(contenders.transformers_step, self.work, there)
             for name, path in self.peers:
-                steps[f"{name} {dtype}"] = partial(contenders.PEERS[name], self.work, there, Path(path))
+                steps[f"{name} {dtype}"] = partial(contenders.peer_step, name, self.work, there, Path(path))
         return steps
 
     def build(self, name: str) -> Step:

@@ -31,15 +31,10 @@ def install(model: GPT, compute: ComputeConfig, *, copies: bool = True) -> None:
     """
     if not compute.eager_bf16_on_cpu or compute.autocast is None:
         return
-    replace_attention(model)
+    _replace(model, CausalAttention, lambda attention: ShortAttention(attention.n_head))
     _replace(model, nn.GELU, lambda gelu: SlopeGELU(gelu.approximate))
     if copies:
         replace_linears(model, compute.autocast, compute.row_block)
-
-
-def replace_attention(model: nn.Module) -> None:
-    """Let short sequences keep their attention scores."""
-    _replace(model, CausalAttention, lambda attention: ShortAttention(attention.n_head))
 
 
 def replace_linears(model: nn.Module, dtype: torch.dtype, row_block: int = 0) -> None:
