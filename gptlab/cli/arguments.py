@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -76,13 +77,6 @@ def _hint(word: str, known: Sequence[str]) -> str:
     return f"; did you mean '{meant}'?" if meant and meant.split()[0] in known else did_you_mean(word, known)
 
 
-def at_least(least: int, options: argparse.Namespace, *names: str) -> None:
-    """Raise UsageError where one of these options is given and below `least`, or no finite number."""
-    for name in names:
-        if (found := getattr(options, name)) is not None and not least <= found < float("inf"):
-            raise UsageError(f"--{name}: expected a number of at least {least}, found {found}")
-
-
 def _underscored(word: str) -> str:
     if not word.startswith("--"):
         return word
@@ -153,11 +147,24 @@ def add_paper(parser: Parser, drawn: str) -> None:
     parser.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown too")
 
 
-def count(text: str) -> int:
+def count(text: str, least: int = 1) -> int:
     """The type of an option that counts: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {text!r}")
     return int(text)
+
+
+def whole(text: str) -> int:
+    """The type of an option that is a whole number of at least 0."""
+    return count(text, least=0)
+
+
+def amount(text: str) -> float:
+    """The type of an option that is a finite number of at least 0."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {text!r}")
 
 
 def figure_file(text: str) -> str:

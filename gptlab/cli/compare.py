@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptlab.analysis.tables import Table
-from gptlab.analysis.tables import number as in_digits
-from gptlab.cli.arguments import Parser, add_paper, figure_file
+from gptlab.analysis.tables import Table, number
+from gptlab.cli.arguments import Parser, add_paper, amount, figure_file
 from gptlab.cli.console import show_result, write_tables
 from gptlab.errors import ConfigError, DataError, UsageError
 
@@ -71,7 +69,7 @@ def _parser() -> Parser:
     own = parser.add_argument_group("Runs and logs (an experiment file declares these)")
     own.add_argument("--baseline", metavar="ARM", help="an arm of a log, or one of the baseline's runs [baseline]")
     delta = "the largest difference that does not matter [none: only an exact 0 is no difference]"
-    own.add_argument("--delta", type=number, metavar="X", help=delta)
+    own.add_argument("--delta", type=amount, metavar="X", help=delta)
     own.add_argument("--looks", type=numbers, metavar="N,N,..", help="seeds at which looks were declared [none]")
     own.add_argument("--seeds", type=numbers, metavar="N,N,..", help="the seeds that count [all that any arm has]")
     own.add_argument("--placebo", action="append", default=[], metavar="ARM=PLACEBO", help="a log's placebo arms")
@@ -80,18 +78,11 @@ def _parser() -> Parser:
     own.add_argument("--higher_is_better", action="store_true", help="of it [known of the usual figures, else lower]")
     plan = parser.add_argument_group("Planning")
     plan.add_argument("--plan", action="store_true", help="how many seeds a question needs, instead of verdicts")
-    plan.add_argument("--sigma", type=number, metavar="X", help="spread of paired differences, nats [the sources']")
-    plan.add_argument("--difference", type=number, metavar="X", help="the true difference to find, nats [1 sigma]")
+    plan.add_argument("--sigma", type=amount, metavar="X", help="spread of paired differences, nats [the sources']")
+    plan.add_argument("--difference", type=amount, metavar="X", help="the true difference to find, nats [1 sigma]")
     plan.add_argument("--arms", type=int, default=1, metavar="N", help="arms without baseline and controls [1]")
-    plan.add_argument("--power", type=number, default=0.8, metavar="X", help="probability to find it [0.8]")
+    plan.add_argument("--power", type=amount, default=0.8, metavar="X", help="probability to find it [0.8]")
     return parser
-
-
-def number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"expected a number that is not negative, found {text!r}")
-    return value
 
 
 def numbers(text: str) -> list[int]:
@@ -230,7 +221,7 @@ def response_tables(result: Mapping[str, Any]) -> Iterator[Table]:
             grown = series["growth"].get(first["arm"])
             rows.append((first["arm"], f"{first['dose']:g}", *cells, factor(grown["ratio"], grown["interval"])
                          if grown else "–"))  # fmt: skip
-        levels = (f"{in_digits(level['level'], '.4f')}" for level in series["levels"])
+        levels = (f"{number(level['level'], '.4f')}" for level in series["levels"])
         rows.append(("(level)", series["figure"], *levels, ""))
         fits = (factor(level["fit"]["exponent"], level["fit"]["interval"]) if level["fit"] else "–"
                 for level in series["levels"])  # fmt: skip
@@ -243,12 +234,10 @@ def response_tables(result: Mapping[str, Any]) -> Iterator[Table]:
 
 
 def _compounded(one: Mapping[str, Any]) -> tuple[str, ...]:
-    singles = ", ".join(in_digits(ratio, ".3f") for ratio in one["singles"])
+    singles = ", ".join(number(ratio, ".3f") for ratio in one["singles"])
     bounded = {"singles": ("product", "sum"), "everywhere": ("everywhere",), "all": ("everywhere", "product", "sum")}
     atleast = bounded.get(one.get("bounds", ""), ())
-    means = (
-        ("≥ " if key in atleast else "") + in_digits(one.get(key), ".3f") for key in ("everywhere", "product", "sum")
-    )
+    means = (("≥ " if key in atleast else "") + number(one.get(key), ".3f") for key in ("everywhere", "product", "sum"))
     return (f"{one['kind']}, {one['dose']:g}", _place(one), singles, *means, _compounding_verdict(one))
 
 

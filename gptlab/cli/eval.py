@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptlab.analysis.tables import Table
-from gptlab.cli.arguments import Parser, at_least
+from gptlab.cli.arguments import Parser, count, whole
 from gptlab.cli.console import Counter, console, show_table
 from gptlab.cli.model import add_model_options
 from gptlab.errors import DataError, UsageError, did_you_mean
@@ -82,11 +82,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add("--hellaswag", metavar="FILE", help="JSON lines or parquet [Rowan/hellaswag by the package datasets]")
     add("--lambada", metavar="FILE", help="JSON lines or parquet [EleutherAI/lambada_openai by datasets]")
     add("--include_path", metavar="FOLDER", help="a folder of your own lm_eval tasks (YAML)")
-    add("--limit", metavar="N", type=int, help="the first N rows of a test, for a quick look [all]")
+    add("--limit", metavar="N", type=count, help="the first N rows of a test, for a quick look [all]")
     add("--data", metavar="CORPUS", help="whose validation tokens val reads [the run's]")
-    add("--eval_tokens", metavar="N", type=int, help="how many, the first of the pinned set [the run's]")
-    add("--skip_tokens", metavar="N", type=int, default=0, help="of that set that are left out before them [0]")
-    add("--batch_size", metavar="N", type=int, default=16, help="rows read at once by a process [16]")
+    add("--eval_tokens", metavar="N", type=count, help="how many, the first of the pinned set [the run's]")
+    add("--skip_tokens", metavar="N", type=whole, default=0, help="of that set that are left out before them [0]")
+    add("--batch_size", metavar="N", type=count, default=16, help="rows read at once by a process [16]")
     add("--out", metavar="FOLDER", help="where finished rows are kept [RUN/eval]")
     add_model_options(parser)
     add("--threads", metavar="N", type=int, default=0, help="threads a process [its share of the cores]")
@@ -100,8 +100,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             raise UsageError(f"--tasks: no task {name!r}{hint}; there are {', '.join(TASKS)} and {HARNESS}NAME")
     if not options.tasks:
         raise UsageError(f"--tasks: expected one or more of {', '.join(TASKS)} and {HARNESS}NAME, found none")
-    at_least(1, options, "limit", "eval_tokens", "batch_size")
-    at_least(0, options, "skip_tokens")
     if options.blocks and options.skip_tokens:
         raise UsageError("--skip_tokens: figures of every block are of all that is read; leave --blocks out")
     return options

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptlab.analysis.tables import Table, interval, number
-from gptlab.cli.arguments import Parser, count
+from gptlab.cli.arguments import Parser, amount, count
 from gptlab.cli.console import StopRequest, say, show_result
 from gptlab.errors import ConfigError, GptlabError, Stopped, UsageError, did_you_mean
 
@@ -95,11 +95,7 @@ def _only(variants: list[Variant], names: str | None) -> list[Variant]:
 
 
 def _hours(text: str) -> float:
-    try:
-        hours = float(text)
-    except ValueError:
-        hours = -1.0
-    if not 0 < hours < float("inf"):
+    if not (hours := amount(text)):
         raise argparse.ArgumentTypeError(f"expected hours above 0, found {text!r}")
     return hours
 

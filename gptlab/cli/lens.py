@@ -6,10 +6,10 @@ Readings and early exit are interpret/lens.py, the tuned readers signals/tuned_l
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.cli.arguments import Parser, at_least, figure_file
+from gptlab.cli.arguments import Parser, count, figure_file
 from gptlab.cli.console import console, grid, printable, say
 from gptlab.cli.model import add_model_options
 from gptlab.errors import CheckpointError, UsageError
@@ -69,13 +69,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint or a Hugging Face GPT-2 folder")
     add("--prompt", metavar="TEXT", help="the text to look at")
-    add("--top", metavar="K", type=int, help="tokens shown for every block and position [5; in the table 1]")
+    add("--top", metavar="K", type=count, help="tokens shown for every block and position [5; in the table 1]")
     add("--html", metavar="FILE", help="also write the lens as a page that opens offline")
     add("--fit", action="store_true", help="train an affine reader for each block, and keep it")
-    add("--steps", metavar="N", type=int, default=200, help="updates of the fit [200]")
-    add("--batch_tokens", metavar="N", type=int, default=2048, help="tokens of an update of the fit [2048]")
+    add("--steps", metavar="N", type=count, default=200, help="updates of the fit [200]")
+    add("--batch_tokens", metavar="N", type=count, default=2048, help="tokens of an update of the fit [2048]")
     add("--early_exit", action="store_true", help="loss, agreement and compute for confidences from 0.5 to 1")
-    add("--tokens", metavar="N", type=int, default=8192, help="validation tokens that are measured on [8192]")
+    add("--tokens", metavar="N", type=count, default=8192, help="validation tokens that are measured on [8192]")
     add("--figure", "--svg", metavar="FILE", type=figure_file, help="also draw --early_exit: .pdf, .svg or .png")
     add("--data", metavar="NAME|FOLDER", help="corpus for --fit and --early_exit [the run's own, else shakespeare]")
     add("--seed", metavar="N", type=int, default=1, help="decides the windows that the fit reads [1]")
@@ -84,7 +84,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse(argv)
     if options.prompt is None and not options.fit and not options.early_exit:
         raise UsageError("expected --prompt TEXT, --fit or --early_exit, found none of them; see `gptlab lens --help`")
-    at_least(1, options, "top", "steps", "batch_tokens", "tokens")
     if options.html and options.prompt is None:
         raise UsageError("--html shows a text; add --prompt TEXT")
     if options.figure and not options.early_exit:
@@ -120,7 +119,8 @@ def _fit(opened: Opened, options: argparse.Namespace) -> dict[str, Any]:
         found = [divergences(model, tokens, reader, opened.placement.autocast) for tokens in held_out]
         return [sum(of_block) / len(found) for of_block in zip(*found, strict=True)]
 
-    batches = ((tokens.to(device), y.to(device)) for n in count() for tokens, y in [windows.rows(n * rows, rows)])
+    read = (windows.rows(n * rows, rows) for n in itertools.count())
+    batches = ((tokens.to(device), y.to(device)) for tokens, y in read)
     cast = opened.placement.autocast
     reader = fit(TunedLens.untuned(model), model, batches, options.steps, autocast=cast, progress=progress)
     path = path_of(options.checkpoint)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import gptlab
 from gptlab.benchmark import MODES, PEERS, SIZES
-from gptlab.cli.arguments import Parser
+from gptlab.cli.arguments import Parser, count, whole
 from gptlab.cli.console import console, grid
 from gptlab.errors import UsageError, did_you_mean, shown
 
@@ -125,9 +125,9 @@ def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
     """What the options ask for; raises UsageError naming the nearest word before torch is imported."""
     size = "the model and batch to measure [tiny]"
     parser.add_argument("--size", default="tiny", metavar="|".join(SIZES), choices=[*SIZES], help=size)
-    parser.add_argument("--batch", type=int, default=0, help="sequences a step [the size's own]")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds [5]")
-    parser.add_argument("--per_round", type=int, default=1, help="steps a round [1]")
+    parser.add_argument("--batch", type=whole, default=0, help="sequences a step [the size's own]")
+    parser.add_argument("--rounds", type=count, default=5, help="interleaved rounds [5]")
+    parser.add_argument("--per_round", type=count, default=1, help="steps a round [1]")
     parser.add_argument("--modes", default=",".join(MODES), help=f"signal modes, of {', '.join(MODES)} [all]")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help=" or ".join(PEERS))
     parser.add_argument("--peers_in_both", action="store_true", help="peers in fp32 and bf16 [below 256 channels only]")
@@ -144,10 +144,6 @@ def _asked(parser: Parser, argv: list[str]) -> tuple[Bench, Any]:
                 raise UsageError(
                     f"{option}: expected {', '.join(known)}, found {shown(word)}{did_you_mean(word, known)}"
                 )
-    if options.rounds < 1 or options.per_round < 1:
-        raise UsageError(f"--rounds and --per_round: expected at least 1, found {options.rounds}, {options.per_round}")
-    if options.batch < 0:
-        raise UsageError(f"--batch: expected at least 1, or 0 for the size's own, found {options.batch}")
 
     from gptlab.benchmark.run import Bench
 

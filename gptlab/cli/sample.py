@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptlab.cli.arguments import Parser, at_least
+from gptlab.cli.arguments import Parser, amount, count, whole
 from gptlab.cli.console import printable
 from gptlab.cli.model import add_model_options
 from gptlab.errors import CheckpointError, UsageError
@@ -77,12 +77,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", metavar="RUN|FOLDER", required=True, help="a run, a checkpoint or a Hugging Face GPT-2 folder")
     add("--prompt", metavar="TEXT", default="\n", help="the text to continue [a line break]")
-    add("--max_new_tokens", metavar="N", type=int, default=200, help="tokens to generate, at most [200]")
-    add("--temperature", metavar="T", type=float, default=0.8, help="0 = always the likeliest token [0.8]")
-    add("--top_k", metavar="K", type=int, help="draw from the K likeliest tokens only [all]")
+    add("--max_new_tokens", metavar="N", type=whole, default=200, help="tokens to generate, at most [200]")
+    add("--temperature", metavar="T", type=amount, default=0.8, help="0 = always the likeliest token [0.8]")
+    add("--top_k", metavar="K", type=count, help="draw from the K likeliest tokens only [all]")
     add("--top_p", metavar="P", type=float, default=1.0, help="from the fewest that hold P of the probability [1.0]")
     add("--seed", metavar="N", type=int, default=1, help="the same seed draws the same text [1]")
-    add("--samples", metavar="N", type=int, default=1, help="how many texts, generated side by side [1]")
+    add("--samples", metavar="N", type=count, default=1, help="how many texts, generated side by side [1]")
     add("--ignore_end", action="store_true", help="continue past the end of a document, instead of stopping there")
     add("--exit_confidence", metavar="P", type=float, help="take a token from the first block at least so sure [none]")
     reader = "how --exit_confidence and --show_blocks read blocks; `gptlab lens --fit` makes a tuned one [raw]"
@@ -91,8 +91,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_model_options(parser)
     add("--json", action="store_true", help='print {"samples": [{"tokens", "text", "exit_blocks"}]}, prompt left out')
     options = parser.parse(argv)
-    at_least(0, options, "max_new_tokens", "temperature")
-    at_least(1, options, "top_k", "samples")
     for name in ("top_p", "exit_confidence"):
         if (found := getattr(options, name)) is not None and not 0 < found <= 1:
             raise UsageError(f"--{name}: expected a number above 0 and at most 1, found {found}")

@@ -104,7 +104,7 @@ def test_two_processes_score_what_one_does_and_finished_rows_are_kept(
         ),
         (["--tasks", "lm_eval:"], "no task 'lm_eval:'"),
         (["--tasks", ""], "expected one or more of val, hellaswag, lambada and lm_eval:NAME"),
-        (["--limit", "0"], "--limit: expected a number of at least 1, found 0"),
+        (["--limit", "0"], "--limit: expected a whole number of at least 1, found '0'"),
     ],
 )
 def test_a_wrong_word_exits_2(words: list[str], line: str, capsys: Capture) -> None:

@@ -308,8 +308,8 @@ def test_an_arm_or_a_change_that_is_not_there(
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["x", "--budget", "-1"], 2, "--budget: expected hours above 0, found '-1'"),
-        (["x", "--budget", "nan"], 2, "--budget: expected hours above 0, found 'nan'"),
+        (["x", "--budget", "0"], 2, "--budget: expected hours above 0, found '0'"),
+        (["x", "--budget", "nan"], 2, "--budget: expected a number of at least 0, found 'nan'"),
         (["x"], 2, "required: --budget"),
         (["x.json.gz", "--budget", "1"], 3, "expected a packed experiment at x.json.gz, found nothing"),
         ([".", "--budget", "1"], 3, "expected an experiment's folder, found no experiment.toml in ."),

@@ -143,7 +143,7 @@ def test_it_reads_hugging_face_folders(finished_run: Path, tmp_path: Path, capsy
     ("words", "message"),
     [
         ([], "expected --prompt TEXT, --fit or --early_exit"),
-        (["--prompt", "a", "--top", "0"], "--top: expected a number of at least 1, found 0"),
+        (["--prompt", "a", "--top", "0"], "--top: expected a whole number of at least 1, found '0'"),
         (["--fit", "--html", "x"], "--html shows a text"),
         (["--prompt", "a", "--figure", "x.svg"], "--figure draws early exit"),
         (["--promt", "a"], "did you mean '--prompt'"),

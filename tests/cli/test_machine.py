@@ -139,8 +139,8 @@ def test_a_profile_names_the_products(capfd: pytest.CaptureFixture[str]) -> None
         (["--size", "tinny"], "--size: expected tiny, small, 124m, found 'tinny'; did you mean 'tiny'?"),
         (["--modes", "exakt"], "did you mean 'exact'?"),
         (["--peer", "nanogtp=."], "did you mean 'nanogpt'?"),
-        (["--batch", "-3"], "--batch: expected at least 1, or 0 for the size's own, found -3"),
-        (["--rounds", "0"], "--rounds and --per_round: expected at least 1, found 0, 1"),
+        (["--batch", "-3"], "--batch: expected a whole number of at least 0, found '-3'"),
+        (["--rounds", "0"], "--rounds: expected a whole number of at least 1, found '0'"),
         (["--peer", "nanogpt=/nowhere", "--batch", "1"], "expected a checkout with model.py, found none at /nowhere"),
     ],
 )

@@ -86,8 +86,8 @@ def test_a_text_ends_with_its_document(finished_run: Path, tmp_path: Path, capsy
         (["--exit_confidence", "1.5"], "--exit_confidence: expected a number above 0 and at most 1, found 1.5"),
         (["--exit_confidence", "nan"], "--exit_confidence: expected a number above 0 and at most 1, found nan"),
         (["--top_p", "0"], "--top_p: expected a number above 0 and at most 1, found 0.0"),
-        (["--temperature", "-1"], "--temperature: expected a number of at least 0, found -1.0"),
-        (["--samples", "0"], "--samples: expected a number of at least 1, found 0"),
+        (["--temperature", "-1"], "--temperature: expected a number of at least 0, found '-1'"),
+        (["--samples", "0"], "--samples: expected a whole number of at least 1, found '0'"),
         (["--reader", "tuned"], "--reader says how blocks are read; add --exit_confidence P or --show_blocks"),
     ],
 )

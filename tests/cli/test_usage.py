@@ -161,7 +161,7 @@ def test_whichever_process_of_a_machine_comes_first_speaks_once(
         (["sample", "--checkpoint", "x", "--temperature=-1"], "--temperature: expected a number of at least 0"),
         (["sample", "--checkpoint", "x", "--temperature=nan"], "--temperature: expected a number of at least 0"),
         (["sample", "--checkpoint", "x", "--top_p=0"], "--top_p: expected a number above 0 and at most 1, found 0.0"),
-        (["sample", "--checkpoint", "x", "--top-k", "0"], "--top_k: expected a number of at least 1, found 0"),
+        (["sample", "--checkpoint", "x", "--top-k", "0"], "--top_k: expected a whole number of at least 1, found '0'"),
         (
             ["noise", "x", "--conversation", "--signals", "entropy"],
             "--signals: --conversation measures the model without",
