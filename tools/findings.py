@@ -134,6 +134,8 @@ def _result(name: str) -> dict[str, Any]:
     result = {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
     if name == HALF_BATCH:
         result["agreement"] = _agreement(packed)
+    if name == RIGHT_WRONG:
+        result["shares"] = {name: _shares(result["arms"], gate) for name, gate in (("all", ""), ("gate", "-gate"))}
     if name.startswith(KNOWN):
         result["expected"] = _signs(read_pack(packed).text, result["arms"])
         result["counts"] = _counts(result)
@@ -511,6 +513,41 @@ def known(axes: Axes, _: int) -> None:
     axes.set_xlim(*CLOSE)
     axes.set_ylim(-0.6, len(order) - 0.4)
     axes.set_xlabel("loss minus the baseline's, nats a byte")
+
+
+RIGHT_WRONG, DOSES = "right_wrong", (0.03, 0.1, 0.2, 0.4, 0.8)
+"""The experiment of right against wrong, and its doses."""
+KINDS = {"both": DARK, "wrong": RED, "right": GREEN}
+
+
+def right_against_wrong(axes: Axes, which: int) -> None:
+    """Harm against dose where confidence counts on all tokens, on wrong or right guesses; without and with a gate."""
+    arms, gate = _result(RIGHT_WRONG)["arms"], ("", "-gate")[which]
+    axes.axhline(0.0, color=GREY, linewidth=0.6)
+    for k, (kind, colour) in enumerate(KINDS.items()):
+        found = [(dose * 1.04 ** (k - 1), arms.get(f"{kind}{gate}-{dose:g}")) for dose in DOSES]
+        seen = [(x, one) for x, one in found if one and one["difference"] is not None]
+        axes.plot([x for x, _ in seen], [one["difference"] for _, one in seen], ".-", color=colour, lw=1.2, label=kind)
+        for x, one in seen:
+            if one["interval"][0] is not None:
+                axes.plot([x, x], one["interval"], color=colour, linewidth=1.6)
+    axes.set_xscale("log")
+    axes.set_xticks(DOSES, [f"{dose:g}" for dose in DOSES])
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("dose: the signal's norm in that of the true gradient")
+    axes.set_ylabel("loss minus the baseline's, nats a byte")
+    axes.set_title(("every token counts", "only where p_max is at least 0.5")[which], fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def _shares(arms: Mapping[str, Any], gate: str) -> dict[str, float]:
+    """Of the harm of confidence on all tokens, the share that is done at the same dose by one kind of them alone."""
+    harm = {name: one["difference"] for name, one in arms.items()}
+    return {
+        f"{kind}-{dose:g}": harm[f"{kind}{gate}-{dose:g}"] / harm[f"both{gate}-{dose:g}"]
+        for kind in ("wrong", "right")
+        for dose in DOSES
+    }
 
 
 NIGHT, REACH = "judge_night", 0.12

@@ -196,7 +196,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def _pass_options(config: TrainingConfig, compute: ComputeConfig) -> dict[str, Any]:
-    """What every pass over a micro-batch is told of the run."""
+    """What every pass over a micro-batch needs to know of the run."""
     flip = TargetFlip(config.target_flip, config.target_flip_to)
     recompute = config.activation_checkpointing
     return {"autocast": compute.autocast, "flip": flip, "dropout": config.dropout, "recompute": recompute}
