@@ -74,7 +74,7 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("finding", metavar="FINDING", help="an experiment with finished runs: its folder, pack, file or name")
-    add("--budget", metavar="HOURS", type=_hours, required=True, help="time after which nothing more is begun")
+    add("--budget", metavar="HOURS", type=_hours, required=True, help="time after which nothing more is trained")
     add("--arm", metavar="NAME", help="the arm that the finding is about [the one that is better or worse]")
     add("--only", metavar="NAME,..", help="these changes alone, such as rate_half,other_seeds [all]")
     add("--seeds", type=count, default=SEEDS, metavar="N", help=f"seeds of every setting [{SEEDS}]")
@@ -195,6 +195,7 @@ def _each(
     """Every variant with the verdicts on its arms; None where it was not trained, with the reason."""
     from gptlab.analysis.load import read
     from gptlab.cli.experiment import Watch
+    from gptlab.runs.cells import ENDED, RESULTS, Rows
     from gptlab.runs.executor import Packing
     from gptlab.runs.experiment_runner import Runner
     from gptlab.runs.variants import derived
@@ -203,17 +204,19 @@ def _each(
     packing = Packing.of_this_machine(options.jobs)
     with StopRequest() as stop:
         for variant in variants:
-            if variant.impossible or time.monotonic() > end:
+            begun = (folder / variant.name / RESULTS).is_file()  # what is whole is read, however late it is
+            if variant.impossible or (time.monotonic() > end and not begun):
                 yield variant, None, variant.impossible or BUDGET_ENDED
                 continue
             try:
                 asked = derived(experiment, variant, names, options.seeds or SEEDS)
                 runner = Runner(asked, folder / variant.name, packing, allow_code=options.allow_code)
                 runner.prepare()
-                say(f"{variant.what}: {len(runner.cells)} cells in {runner.folder}")
-                with Watch() as watch:
-                    for snapshot in runner.run(lambda: stop() or time.monotonic() > end):
-                        watch.show(snapshot)
+                if not all(Rows(cell).look().state(False) in ENDED for cell in runner.cells):
+                    say(f"{variant.what}: {len(runner.cells)} cells in {runner.folder}")
+                    with Watch() as watch:
+                        for snapshot in runner.run(lambda: stop() or time.monotonic() > end):
+                            watch.show(snapshot)
                 failed = [one for one in runner.snapshot().cells if one.state == "failed"]
                 if failed:
                     raise ConfigError(f"{failed[0].cell.name}: {failed[0].reason}")

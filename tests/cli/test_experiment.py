@@ -260,7 +260,10 @@ def test_a_finding_is_tried_under_changes_and_continued(
     rows = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*/seed_*/metrics.jsonl")}
     assert {path.parent.name for path in rows if "other_seeds" in str(path)} == {"seed_3", "seed_4"}
     words[-1] = "other_seeds"
+    words[words.index("--budget") + 1] = "1e-9"
+    capsys.readouterr()
     assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["changes"] == [by_name["other_seeds"]], "what is whole needs no budget"
     assert {path: path.stat().st_mtime_ns for path in rows} == rows  # nothing was trained again
 
 
