@@ -103,7 +103,7 @@ WITHOUT_TORCH = [
     (["doctor", "--jsn"], 2),
     (["import", "model.bin"], 2),
     (["eval", "run", "--tasks", "hellaswg"], 2),
-    (["runs", "log"], 0),
+    (["runs", "docs"], 0),
     (["runs", "/nowhere"], 2),
     (["completion", "bash"], 0),
     (["page", "--help"], 0),
