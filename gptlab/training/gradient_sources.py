@@ -108,24 +108,13 @@ class GradientSources:
                     g.mul_(factor)
             self.parts.append(part)
 
-    def norm(self, factors: Sequence[float]) -> float:
-        """|weight·g_signal| of all signals together, each times its factor."""
-        return global_norm(self._sum(factors))
-
-    def effect(self, factors: Sequence[float], step: AdamStep) -> tuple[float, float | None]:
-        """The norm of what all signals together change in Adam's step, and its share of that step (`AdamStep`)."""
-        return step.effect(self.true, self._sum(factors))
-
     def doses(self) -> list[float]:
         """|weight·g_signal| / |g_CE| of every signal, after `scale_placebos`."""
         true = global_norm(self.true)
         return [global_norm(part) / true for part in self.parts]
 
-    def dose(self, factors: Sequence[float]) -> float:
-        """The same of all signals together, each times its factor."""
-        return self.norm(factors) / global_norm(self.true)
-
-    def _sum(self, factors: Sequence[float]) -> Gradients:
+    def sum(self, factors: Sequence[float]) -> Gradients:
+        """weight·g_signal of all signals together, each times its factor."""
         total = self._zeros()
         for part, factor in zip(self.parts, factors, strict=True):
             torch._foreach_add_(local_shards(total), local_shards(part), alpha=factor)
@@ -133,7 +122,7 @@ class GradientSources:
 
     def write_total(self, factors: Sequence[float], *, add: bool = False) -> None:
         """Set `.grad` to the true loss's gradient and every signal's, times its factor; or add that to it."""
-        total = self._sum(factors)
+        total = self.sum(factors)
         torch._foreach_add_(local_shards(total), local_shards(self.true))
         for p, g in zip(self.parameters, total, strict=True):
             p.grad = p.grad + g if add and p.grad is not None else g

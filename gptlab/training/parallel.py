@@ -185,7 +185,8 @@ class TreeSum:
         """Take over the tensors of the next subtree, a unit (level 0) or more; they are added to in place."""
         while self.roots and self.roots[-1][0].joins(node):
             (left, sums), right = self.roots.pop(), tensors
-            torch._foreach_add_(sums, right)
+            if sums:
+                torch._foreach_add_(sums, right)
             node, tensors = Node(left.level + 1, left.place // 2), sums
         self.roots.append((node, tensors))
 
@@ -223,11 +224,7 @@ class TreeSum:
 
 def complete_subtrees(units: Iterable[int]) -> list[Node]:
     """The fewest subtrees that cover consecutive units."""
-    nodes: list[Node] = []
+    tree = TreeSum()
     for unit in units:
-        node = Node(0, unit)
-        while nodes and nodes[-1].joins(node):
-            left = nodes.pop()
-            node = Node(left.level + 1, left.place // 2)
-        nodes.append(node)
-    return nodes
+        tree.add(Node(0, unit), [])
+    return [node for node, _ in tree.roots]

@@ -7,10 +7,10 @@ gradient by source (gradient_sources.py), known noise (controls.py), sums over p
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -114,13 +114,16 @@ def update(
         reducer.reduce(world)
 
     # Combine: scale placebos and held doses, and write their sum with the true loss's gradient to `.grad`.
-    weights = _weigh(state, config, sources, metrics, replayed) if sources else Weights([s.weight for s in signals])
-    if sources and by_source:
-        sources.write_total(weights.factors)
+    weights, measured = [signal.weight for signal in signals], dict[str, Any]()
+    if sources:
+        weights, factors, measured = _weigh(state, config, sources, metrics, replayed)
+        if by_source:
+            sources.write_total(factors)
 
     # Perturb: known noise, measured against the true loss's gradient.
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    noise = _inject_noise(gradients, state, config, sources, drawn, measure_dose) if config.injects_noise else Noise()
+    if config.injects_noise:
+        measured |= _inject_noise(gradients, state, config, sources, drawn, measure_dose)
 
     # Check: every rank has the same sums and so the same answer, and nothing of the state has changed yet.
     norm = global_norm(gradients.values())
@@ -140,7 +143,7 @@ def update(
     state.optimizer.step()
     torch.autograd.graph.increment_version(model.parameters())  # a fused step leaves it out, and fast_cpu.py looks
     state.step, state.clipped = state.step + 1, state.clipped + clipped
-    return _as_update(config, signals, metrics, weights, noise, norm, rate, clipped)
+    return _as_update(config, signals, metrics, weights, measured, norm, rate, clipped)
 
 
 class MicroBatches:
@@ -234,26 +237,18 @@ def signals_at(state: TrainingState, config: TrainingConfig) -> list[ActiveSigna
     return active_signals(config.signals, weights, state.listener)
 
 
-class Weights(NamedTuple):
-    """used: every active signal's weight in this update; factors: by which a held dose changed it while under way."""
-
-    used: list[float]
-    factors: Sequence[float] = ()
-    dose: float | None = None
-    doses: list[float] | None = None
-    signal_norm: float | None = None
-    step_change: float | None = None
-    step_share: float | None = None
-
-
 def _weigh(
     state: TrainingState,
     config: TrainingConfig,
     sources: GradientSources,
     metrics: MetricSums,
     replayed: float | None,
-) -> Weights:
-    """Scale placebos, measure doses, and find the factors of signals whose dose is held."""
+) -> tuple[list[float], list[float], dict[str, Any]]:
+    """Scale placebos, measure doses, and find the factors of signals whose dose is held.
+
+    Gives every active signal's weight in this update, the factor by which a held dose changed it while under way, and
+    what was measured, by its name in `Update`.
+    """
     step = AdamStep(sources.parameters, state.optimizer, config.grad_clip)
     sources.scale_placebos(replayed, step if config.signal.placebo_match == "update" else None)
     doses = sources.doses()
@@ -263,8 +258,17 @@ def _weigh(
     if any(signal.config.dose is not None for signal in sources.signals):
         metrics.signal.fill_(sum(w * s for w, s in zip(used, metrics.unweighted(sources.signals), strict=True)))
     scaled = [d * f for d, f in zip(doses, factors, strict=True)]
-    effect = sources.effect(factors, step) if step.is_adam else (None, None)
-    return Weights(used, factors, sources.dose(factors), scaled, sources.norm(factors), *effect)
+    added = sources.sum(factors)
+    norm = global_norm(added)
+    change, share = step.effect(sources.true, added) if step.is_adam else (None, None)
+    measured = {
+        "dose": norm / global_norm(sources.true),
+        "doses": fill_inactive(config, sources.signals, scaled, 0.0),
+        "signal_norm": norm,
+        "step_change": change,
+        "step_share": share,
+    }
+    return used, factors, measured
 
 
 def _hold_doses(
@@ -287,13 +291,6 @@ def _hold_doses(
     return factors
 
 
-class Noise(NamedTuple):
-    """step_share: of Adam's step, what known noise and bias change; batch_noise: the batch's own noise over |g_CE|."""
-
-    step_share: float | None = None
-    batch_noise: float | None = None
-
-
 def _inject_noise(
     gradients: dict[str, Tensor],
     state: TrainingState,
@@ -301,8 +298,10 @@ def _inject_noise(
     sources: GradientSources | None,
     drawn: Sequence[Tensor],
     measure: bool,
-) -> Noise:
+) -> dict[str, float | None]:
     """Add noise and bias whose norms are shares of |g_CE|; without sources that is the gradient's.
+
+    Gives what was measured, by its name in `Update`.
 
     drawn: the difference of two batches' gradients, where noise is to have its shape. Two independent batches differ by
     √2 times what one has of noise.
@@ -317,10 +316,11 @@ def _inject_noise(
     if config.gradient_bias:
         add_drawn(gradients, config.gradient_bias * true, "gradient bias", config.seed)
     if not measure:
-        return Noise()
+        return {}
     added = [after - g for after, g in zip(gradients.values(), before, strict=False)]
     share = step.effect(before, added)[1] if before else None
-    return Noise(share, global_norm(drawn) / 2**0.5 / true if drawn and true else None)
+    batch_noise = global_norm(drawn) / 2**0.5 / true if drawn and true else None
+    return {"noise_step_share": share, "batch_noise": batch_noise}
 
 
 class MetricSums:
@@ -377,8 +377,8 @@ def _as_update(
     config: TrainingConfig,
     signals: Sequence[ActiveSignal],
     metrics: MetricSums,
-    weights: Weights,
-    noise: Noise,
+    weights: Sequence[float],
+    measured: Mapping[str, Any],
     norm: float,
     rate: float,
     clipped: bool,
@@ -395,13 +395,7 @@ def _as_update(
         clipped=clipped,
         stop=bool(metrics.stop),
         by_judge=fill_inactive(config, signals, by_judge, [None] * (config.n_layer - 1)),
-        weights=fill_inactive(config, signals, weights.used, 0.0),
-        dose=weights.dose,
-        doses=None if weights.doses is None else fill_inactive(config, signals, weights.doses, 0.0),
-        signal_norm=weights.signal_norm,
-        step_change=weights.step_change,
-        step_share=weights.step_share,
-        noise_step_share=noise.step_share,
-        batch_noise=noise.batch_noise,
+        weights=fill_inactive(config, signals, weights, 0.0),
         conversation=metrics.conversation(signals),
+        **measured,
     )
