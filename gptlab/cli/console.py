@@ -150,22 +150,6 @@ def console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return shown
 
 
-class Observer:
-    """A display: what fails in a method under `observing` ends the display, once and for good, and nothing else."""
-
-    dropped = False
-
-    def close(self) -> None:
-        """Take away what is drawn live."""
-
-    def drop(self, error: Exception) -> None:
-        """Show nothing from now on, and say so."""
-        self.dropped = True
-        with contextlib.suppress(Exception):
-            self.close()
-        say(f"nothing more is shown here ({type(error).__name__}: {error}); the work continues")
-
-
 def observing(method: Callable[Concatenate[Any, _P], None]) -> Callable[Concatenate[Any, _P], None]:
     """A method of an Observer that does nothing once the display is dropped, and drops it where it raises."""
 
@@ -179,6 +163,34 @@ def observing(method: Callable[Concatenate[Any, _P], None]) -> Callable[Concaten
             self.drop(error)
 
     return observed
+
+
+class Observer:
+    """A display: what fails in a method under `observing` ends the display, once and for good, and nothing else."""
+
+    dropped = False
+    console: Console
+    _line: LiveLine | None = None
+
+    @observing
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        from rich.text import Text
+
+        self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
+
+    def close(self) -> None:
+        """Take away what is drawn live."""
+        if self._line:
+            self._line.close()
+            self._line = None
+
+    def drop(self, error: Exception) -> None:
+        """Show nothing from now on, and say so."""
+        self.dropped = True
+        with contextlib.suppress(Exception):
+            self.close()
+        say(f"nothing more is shown here ({type(error).__name__}: {error}); the work continues")
 
 
 class LiveLine:
@@ -249,15 +261,8 @@ class Counter(Observer):
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = console(stderr=True, quiet=quiet)
-        self._quiet, self._line = quiet, None
+        self._quiet = quiet
         self._name, self._started, self._first, self._last = "", 0.0, 0, 0.0
-
-    @observing
-    def note(self, text: str) -> None:
-        """A line that stays."""
-        from rich.text import Text
-
-        self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     @observing
     def count(self, name: str, done: int, total: int | None, words: str = "") -> None:
@@ -281,9 +286,8 @@ class Counter(Observer):
             self.note("  ".join(part.text for part in (Part(counted), *more)))
 
     def close(self) -> None:
-        if self._line:
-            self._line.close()
-        self._line, self._name = None, ""
+        super().close()
+        self._name = ""
 
     def __enter__(self) -> Counter:
         return self
@@ -326,8 +330,9 @@ def duration(seconds: float | None) -> str:
 
 
 def grid(
-    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, boxed: bool = False, width: int | None = None
-) -> RichTable:
+    columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, boxed: bool = False, width: int | None = None,
+    title: str = "",
+) -> RichTable:  # fmt: skip
     """A table; columns whose names begin with ">" are aligned to the right, and never folded.
 
     width: that it has to keep to without breaking a word, where there is room.
@@ -335,7 +340,9 @@ def grid(
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table() if boxed else Table(box=None, pad_edge=False, header_style="dim")
+    shown = Table() if boxed else Table(box=None, pad_edge=False, header_style=None if title else "dim")
+    if title:
+        shown.title, shown.title_justify = Text(printable(title), "bold"), "left"
     rows, rights = list(rows), [name.startswith(">") for name in columns]
     cells = [[str(cell).replace(" ", "_" if right else " ") for cell in column]
              for right, *column in zip(rights, columns, *rows, strict=True)]  # fmt: skip
@@ -343,7 +350,7 @@ def grid(
     for name, right, wide in zip(columns, rights, widths or [None] * len(columns), strict=True):
         shown.add_column(
             name.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right and not boxed,
-            width=wide,
+            min_width=wide, max_width=wide,
         )  # fmt: skip
     for row in rows:
         shown.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in row))
@@ -393,23 +400,12 @@ def show_table(shown_on: Console, table: Table) -> None:
     Words are broken only where a terminal is too narrow for the longest one of every column; columns without a figure
     are left out there. What is no terminal has no width: rows are as long as they are, and columns all there.
     """
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
     title, header, rows = table
-    shown = RichTable(title=Text(printable(title), "bold"), title_justify="left", box=None, pad_edge=False)
-    columns = list(zip(header, *rows, strict=True))
     if shown_on.is_terminal:
-        columns = [column for column in columns if {*column[1:]} != {"–"}]
-        widths = column_widths(columns, shown_on.width)
-    else:
-        widths = [max(map(len, column)) for column in columns]
-    for name, width in zip((column[0] for column in columns), widths or [None] * len(columns), strict=True):
-        exact = width if shown_on.is_terminal else None  # in a pipe a table is as wide as it has to be
-        shown.add_column(name, overflow="fold", width=exact, min_width=width)
-    for row in zip(*(column[1:] for column in columns), strict=True):
-        shown.add_row(*(Text(printable(cell)) for cell in row))
-    shown_on.print(shown, "", crop=False)
+        columns = [column for column in zip(header, *rows, strict=True) if {*column[1:]} != {"–"}]
+        header, *rows = zip(*columns, strict=True)
+    width = shown_on.width if shown_on.is_terminal else sys.maxsize
+    shown_on.print(grid(header, rows, width=width, title=title), "", crop=False)
 
 
 def column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int] | None:
@@ -420,8 +416,10 @@ def column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int] | N
     >>> column_widths([("arm", "a_long_name"), ("reason", "it is so because it is so")], 28)
     [11, 15]
     """
-    widths = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
-    most = [max(map(len, column)) for column in columns]
+    from rich.cells import cell_len
+
+    widths = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    most = [max(map(cell_len, column)) for column in columns]
     spare = width - sum(widths) - 2 * (len(columns) - 1)
     if spare < 0:
         widths[-1], spare = widths[-1] + spare, 0

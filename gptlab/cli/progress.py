@@ -18,7 +18,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.panel import Panel
@@ -52,13 +52,8 @@ class Display(Observer):
         self.config, self.quiet, self._clock = config, quiet, clock
         self.console = console or terminal(stderr=True, quiet=quiet)
         self._dose: float | None = None
-        self._line: LiveLine | None = None
         self._step, self._figures, self._left, self._stage = 0, [], "", "starting"
         self._started, self._first = self._clock(), 0
-
-    @observing
-    def note(self, text: str) -> None:
-        self.console.print(Text(printable(text), style="dim"), soft_wrap=True)
 
     @observing
     def opening(
@@ -171,11 +166,6 @@ class Display(Observer):
         for command in next_commands(self.config, folder):
             self.console.print(f"  {command}", markup=False, soft_wrap=True)  # never cut, so that it can be copied
 
-    def close(self) -> None:
-        if self._line:
-            self._line.close()
-            self._line = None
-
 
 def _validation(record: Record) -> list[str]:
     """What a validation found, in parts that stay whole."""
@@ -266,12 +256,6 @@ def _shade(p: float) -> str:
     return "green" if p >= 0.9 else "yellow" if p >= 0.5 else "dim"
 
 
-class Tracker(Protocol):
-    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def figures(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a row of metrics.jsonl under its names, entries of lists counted from 1; what is null is left out.
 
@@ -289,72 +273,54 @@ def figures(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
     return {name: number for key, value in values.items() for name, number in numbers(f"{kind}/{key}", value)}
 
 
-class TensorBoard:
+Tracker: TypeAlias = tuple[Callable[..., object], Callable[[], object]]
+"""How a tracker is told `(figures, step=step)`, and how it is closed."""
+
+
+def _tensorboard(config: TrainingConfig, folder: Path, step: int) -> Tracker:
     """Event files in the run's folder. Every step is on disk before its checkpoint is: a resume finds none missing."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, config: TrainingConfig, folder: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(folder), purge_step=step + 1)  # readers forget what came after `step`
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)  # readers forget what came after `step`
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
+    def write(figures: dict[str, float], step: int) -> None:
         for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
+    return write, writer.close
 
 
-class WeightsAndBiases:
+def _wandb(config: TrainingConfig, folder: Path, step: int) -> Tracker:
     """A run of `log_project`, written into the run's folder for `wandb sync`: offline unless the user set a mode."""
-
-    def __init__(self, config: TrainingConfig, folder: Path, step: int) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its own errors to its makers
-        wandb = import_module("wandb")
-        chosen = "mode" in wandb.setup().settings.model_fields_set
-        self._run = wandb.init(
-            project=config.log_project,
-            name=config.log_name or folder.name,
-            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-            resume="allow",
-            dir=str(folder),
-            config=flatten(config),
-            mode=None if chosen else "offline",
-            settings=wandb.Settings(console="off", silent=True, disable_git=True),
-        )
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else it reports its own errors to its makers
+    wandb = import_module("wandb")
+    chosen = "mode" in wandb.setup().settings.model_fields_set
+    run = wandb.init(
+        project=config.log_project,
+        name=config.log_name or folder.name,
+        id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=str(folder),
+        config=flatten(config),
+        mode=None if chosen else "offline",
+        settings=wandb.Settings(console="off", silent=True, disable_git=True),
+    )
+    return run.log, run.finish
 
 
-class Trackio:
+def _trackio(config: TrainingConfig, folder: Path, step: int) -> Tracker:
     """A run of `log_project` in trackio's own folder on this machine, unless the user has set a Space for it."""
-
-    def __init__(self, config: TrainingConfig, folder: Path, step: int) -> None:
-        trackio = import_module("trackio")
-        name = folder.resolve()
-        self._trackio = trackio
-        self._run = trackio.init(
-            project=config.log_project, name=config.log_name or f"{name.parent.name}/{name.name}", resume="allow",
-            config=flatten(config), embed=False, auto_log_gpu=False, auto_log_cpu=False,
-        )  # fmt: skip
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()  # the run's own would be called again when Python ends, and print
+    trackio = import_module("trackio")
+    name = folder.resolve()
+    run = trackio.init(
+        project=config.log_project, name=config.log_name or f"{name.parent.name}/{name.name}", resume="allow",
+        config=flatten(config), embed=False, auto_log_gpu=False, auto_log_cpu=False,
+    )  # fmt: skip
+    return run.log, trackio.finish  # the run's own would be called again when Python ends, and print
 
 
-TRACKERS: dict[str, Callable[[TrainingConfig, Path, int], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "trackio": Trackio,
-}
+TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
 
 
 def check_installed(config: TrainingConfig) -> None:
@@ -374,19 +340,18 @@ def tracking(
     """
     trackers: dict[str, Tracker] = {}
 
-    def each(action: Callable[[Tracker], None]) -> None:
+    def each(action: Callable[..., object]) -> None:
         for name, tracker in list(trackers.items()):
             try:
                 with contextlib.redirect_stdout(sys.stderr):
-                    action(tracker)
+                    action(*tracker)
             except Exception as error:
                 del trackers[name]
                 note(f"{name} logs no more: {type(error).__name__}: {error}".partition("\n")[0])
 
     def write(record: Record) -> None:
         if record.kind in ("train", "val"):
-            named = figures(record.kind, record.values)
-            each(lambda one: one.write(record.step, named))
+            each(lambda write, _: write(figures(record.kind, record.values), step=record.step))
 
     try:
         for name in config.trackers:
@@ -398,4 +363,4 @@ def tracking(
                 raise ConfigError(f"{line}; leave it out, or mend its settings") from error
         yield write
     finally:
-        each(lambda one: one.close())
+        each(lambda _, close: close())
