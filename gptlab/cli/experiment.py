@@ -20,6 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gptlab.analysis.tables import number
 from gptlab.cli.arguments import Parser, count
 from gptlab.cli.console import StopRequest, console, duration, grid, printable, say
 from gptlab.errors import ConfigError, GptlabError, UsageError
@@ -166,23 +167,26 @@ def _prepare_data(experiment: Experiment) -> None:
 
 
 def _summary(runner: Runner | TunedRunner) -> dict[str, Any]:
-    cells = runner.snapshot().cells
     return {
         "experiment": runner.experiment.name,
         "folder": str(runner.folder),
         "results": str(runner.folder / "results.json"),
-        "states": dict(Counter(cell.state for cell in cells)),
         "ran": runner.ran,
-        "cells": [_as_json(cell) for cell in cells],
+        **_as_json(runner.snapshot().cells),
     }
 
 
-def _as_json(one: Progress) -> dict[str, Any]:
-    return {
-        "arm": one.cell.arm.name, "trial_of": one.cell.arm.trial_of, "seed": one.cell.seed, "state": one.state,
-        "step": one.step, "steps": one.cell.steps, "loss": one.loss, "dose": one.dose, "reason": one.reason,
-        "seconds_left": one.seconds_left,
-    }  # fmt: skip
+def _as_json(cells: Sequence[Progress]) -> dict[str, Any]:
+    """How many cells are in which state, and each of them."""
+    each = [
+        {
+            "arm": one.cell.arm.name, "trial_of": one.cell.arm.trial_of, "seed": one.cell.seed, "state": one.state,
+            "step": one.step, "steps": one.cell.steps, "loss": one.loss, "dose": one.dose, "reason": one.reason,
+            "seconds_left": one.seconds_left,
+        }
+        for one in cells
+    ]  # fmt: skip
+    return {"states": dict(Counter(one.state for one in cells)), "cells": each}
 
 
 def _close(runner: Runner | TunedRunner) -> int:
@@ -215,14 +219,15 @@ def _status(options: argparse.Namespace) -> int:
     experiment, folder = _read(options)
     snapshot, kept = standing(experiment, folder), read_kept(folder) if experiment.tune else None
     if options.json:
-        cells = [_as_json(cell) for cell in snapshot.cells]
-        states = dict(Counter(cell.state for cell in snapshot.cells))
         head = {"experiment": experiment.name, "folder": str(folder), "seconds_left": snapshot.seconds_left}
-        print(json.dumps({**head, "states": states, "cells": cells, "tuning": kept}, indent=1))
+        print(json.dumps({**head, **_as_json(snapshot.cells), "tuning": kept}, indent=1))
         return 0
 
     shown_on = console()
-    shown_on.print(cell_table(snapshot.cells), "", reasons(snapshot.cells), summary(snapshot), sep="\n")
+    shown_on.print(cell_table(snapshot.cells), "", sep="\n")
+    if early := [one for one in snapshot.cells if one.reason]:
+        shown_on.print(ended_early(early), "", sep="\n")
+    shown_on.print(summary(snapshot))
     if kept:
         shown_on.print("", choices(kept), sep="\n", end="")
     return 0
@@ -410,8 +415,8 @@ def cell_table(cells: Sequence[Progress]) -> Table:
     rows = [
         (
             one.cell.arm.name, str(one.cell.seed), Text(one.state, STYLE[one.state]), f"{one.step:,}",
-            f"{one.cell.steps:,}", _figure(one.loss, ".4f"), _figure(one.dose, ".3f"),
-            "" if one.seconds_left is None else duration(one.seconds_left),
+            f"{one.cell.steps:,}", number(one.loss, ".4f"), number(one.dose, ".3f"),
+            duration(one.seconds_left),
         )
         for one in cells
     ]  # fmt: skip
@@ -428,11 +433,6 @@ def ended_early(cells: Sequence[Progress]) -> Table:
         for (arm, reason), found in groups.items()
     ]
     return grid(("arm", "seeds", "step", "reason"), rows)
-
-
-def reasons(cells: Sequence[Progress]) -> Text:
-    """Why cells ended early, a line each."""
-    return Text("".join(f"{one.cell.name}: {printable(one.reason)}\n" for one in cells if one.reason), "red")
 
 
 def choices(kept: Mapping[str, Any]) -> Text:
@@ -464,19 +464,15 @@ def smoke_table(trials: Sequence[Trial], cells: Mapping[str, int], longer: Mappi
     """
     rows = [
         (
-            one.arm, f"{one.steps:,}", _figure(one.dose, ".3f"),
+            one.arm, f"{one.steps:,}", number(one.dose, ".3f"),
             Text(one.signal, "yellow" if one.signal == "inactive so far" else ""), str(cells[one.arm]),
-            duration(one.seconds), megabytes(one.bytes), _figure(one.flops, ".2g", "–"),
-            _figure(longer.get(one.arm), ","),
+            duration(one.seconds), megabytes(one.bytes), number(one.flops, ".2g"),
+            number(longer.get(one.arm), ","),
         )
         for one in trials
     ]  # fmt: skip
     columns = ("arm", ">steps", ">dose", "signal", ">cells", ">time", ">disk", ">FLOPs", ">as baseline steps")
     return grid(columns, rows)
-
-
-def _figure(value: float | None, form: str, missing: str = "") -> str:
-    return missing if value is None else format(value, form)
 
 
 def megabytes(count: int | None) -> str:
