@@ -14,24 +14,12 @@ from gptlab.files import MB, read_toml
 from gptlab.options import Option, options_of, table_options, typed
 from gptlab.signals.registry import next_to
 
-MOST_IN_USAGE = 20
-"""Options that a usage names; of more it says [options], and the list below it has them."""
-
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError, names the nearest option, and takes `-` and `_` in names alike."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-
-    def format_help(self) -> str:
-        """As argparse's own, its usage short where there are many options."""
-        if self.usage is None and len(self._actions) > MOST_IN_USAGE:
-            others = [action for action in self._actions if not action.option_strings]
-            words = [f"[{name}]" if action.nargs in ("?", "*") else name
-                     for action in others for name in [str(action.metavar or action.dest)]]  # fmt: skip
-            self.usage = " ".join(["%(prog)s", *words, "[options]"])
-        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="gptlab compare",
+        usage="%(prog)s [RUN|EXPERIMENT|LOG] [options]",
         description="Say of every arm whether it is better or worse than its baseline, no different, inactive or "
         "undecided, and why (docs/verdicts.md). An experiment's folder, or the file of a packed one, "
         "holds what was declared; single runs are sorted into arms by their options, the arm without a signal being "

@@ -80,6 +80,7 @@ def _show(parsed: argparse.Namespace, result: dict[str, Any]) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="gptlab noise",
+        usage="%(prog)s CHECKPOINT [options]",
         description="Measure whether a signal teaches, or is bias or noise, on one model as it stands: noise scale, "
         "alignment with the true loss, progress and variance of group gradients; what each block's verdicts are worth "
         "as labels; whether anything collapses. docs/noise.md says how to read it.",
