@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from gptlab.analysis.tables import number
 from gptlab.cli.arguments import Parser
-from gptlab.cli.console import StopRequest, console, grid, printable
+from gptlab.cli.console import StopRequest, console, grid, printable, say
 from gptlab.errors import CheckpointError, UsageError
 from gptlab.options import as_typed
 
@@ -317,11 +317,9 @@ def _announce(policy: AccessPolicy, options: argparse.Namespace) -> None:
     shown = f"[{name}]" if ":" in name else name
     url = f"http://{shown}:{policy.port}/{policy.token}/"
     print(json.dumps({"url": url}) if options.json else url, flush=True)
-    said = [f"the runs in {options.folder}, until Ctrl-C"]
+    say(f"the runs in {options.folder}, until Ctrl-C")
     if not policy.local:
-        said.append(
+        say(
             f"warning: {policy.host} is open to other machines: whoever has or overhears the link can read these runs "
             f"and their samples, and ask the lens; safer is ssh -L {policy.port}:127.0.0.1:{policy.port}"
         )
-    for line in said:
-        print(printable(line), file=sys.stderr, flush=True)

@@ -37,6 +37,7 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     """Train; `defaults` are a launcher's own, under a config file's values and the command line's."""
     parser = Parser(
         prog="gptlab train",
+        usage="%(prog)s [options]",
         description="Train GPT-2 from scratch. Values come from the preset, over it --config, over that the options.",
         epilog=f"presets: {', '.join(PRESETS)}. Exit codes: 0 done, 2 usage, 3 data, config or checkpoint, "
         "4 diverged, 75 stopped with a checkpoint saved: run the same command again.",
@@ -54,7 +55,6 @@ def main(argv: list[str], defaults: Mapping[str, Any] | None = None) -> int:
     check_values(given, "--preset", allow_code=parsed.allow_code, kind=UsageError)
     check_values(filed, parsed.config, allow_code=parsed.allow_code, kind=ConfigError)
     values = {**(defaults or {}), **filed, **given}
-    check_signals(values, allow_code=parsed.allow_code, kind=ConfigError)
     with StopRequest(raising=True) as stop:
         run(values, stop, as_json=parsed.json, despite=parsed.despite)
     return 0

@@ -16,7 +16,6 @@ from gptlab.signals.registry import (
     SIGNALS,
     GivenFunction,
     Objective,
-    Sampled,
     Signal,
     known_names,
     user_signal,
@@ -93,8 +92,9 @@ class SignalConfig:
             raise ConfigError(f"signal.layers must be all, rotate or a list such as 1,3, found {shown(self.layers)}")
         if len(set(self.layers)) < len(self.layers) and isinstance(self.layers, tuple):
             raise ConfigError(f"signal.layers must list a judge once, found {','.join(map(str, self.layers))}")
-        self._within("positions", self.positions, 0, 1)
-        self._within("threshold", self.threshold, 0, 1)
+        for name in ("positions", "threshold"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise ConfigError(f"signal.{name} must lie above 0 and at most 1, found {value}")
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"signal.flip must be at least 0 and at most 1, found {self.flip}")
         for name in ("start", "anneal", "dose"):
@@ -168,13 +168,8 @@ class SignalConfig:
             raise ConfigError(f"signal.flip_to argmax needs the logits of one block, which {self.name} does not read; "
                               "use uniform")  # fmt: skip
 
-    @staticmethod
-    def _within(name: str, value: float, low: float, high: float) -> None:
-        if not low < value <= high:
-            raise ConfigError(f"signal.{name} must lie above {low} and at most {high}, found {value}")
-
     @cached_property
-    def signal(self) -> Signal | Objective | Sampled:
+    def signal(self) -> Signal | Objective:
         """The signal; a user's own as its file stood at the first look, so that it cannot change within a run."""
         if self.is_code:
             return user_signal(self.name)

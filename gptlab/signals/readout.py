@@ -61,8 +61,7 @@ class ReadoutGradient:
 class Readout:
     """The readout of a model for one micro-batch: its head in the dtype of the matmuls, cast once for all readings.
 
-    chunk: rows of logits that are held at once; piece: rows that the elementwise part takes at once; readings: how
-    many will be made of this model.
+    chunk: rows of logits that are held at once; readings: how many will be made of this model.
     """
 
     def __init__(
@@ -70,7 +69,6 @@ class Readout:
         model: GPT,
         dtype: torch.dtype | None = None,
         chunk: int | None = None,
-        piece: int | None = None,
         readings: int = 1,
     ) -> None:
         self.ln_f = model.ln_f
@@ -82,7 +80,7 @@ class Readout:
         self.head_t = self.working_head.t().contiguous() if transpose else self.working_head.t()  # (C, V)
         V = len(self.head)
         self.chunk = chunk or chunk_rows(V * dtype.itemsize, on_gpu=self.head.is_cuda)
-        self.piece = piece or (self.chunk if self.head.is_cuda else max(1, PIECE_ELEMENTS // V))
+        self.piece = self.chunk if self.head.is_cuda else max(1, PIECE_ELEMENTS // V)
 
     def read(
         self,

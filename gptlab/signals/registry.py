@@ -126,15 +126,6 @@ class Objective:
         return self.function(states, tokens, targets, read)
 
 
-@dataclass(frozen=True)
-class Sampled:
-    """One row of the table of sampled objectives."""
-
-    name: str
-    formula: str
-    source: str
-
-
 def _table(*signals: Signal) -> dict[str, Signal]:
     return {signal.name: signal for signal in signals}
 
@@ -214,7 +205,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 CONVERSATION = "conversation"
-SAMPLED = {CONVERSATION: Sampled(CONVERSATION, "-mean_k A_k·log p(a_k|x)", "N3, between tokens")}
+SAMPLED = {CONVERSATION: Objective(CONVERSATION, "-mean_k A_k·log p(a_k|x)", "N3, between tokens")}
 """The sampled objectives. What one does is in training/conversation.py."""
 
 

@@ -45,8 +45,13 @@ class Batch:
     part: Literal["all", "true loss", "signals", "noise"] = "all"
 
     @property
+    def sequences(self) -> range:
+        """Its rows by their index in the update."""
+        return range(self.first_sequence, self.first_sequence + len(self.tokens))
+
+    @property
     def names(self) -> Sequence[Window]:
-        return self.windows or [(0, self.first_sequence + b) for b in range(len(self.tokens))]
+        return self.windows or [(0, sequence) for sequence in self.sequences]
 
 
 class ActiveSignal(NamedTuple):
@@ -154,8 +159,7 @@ def _run_block(model: GPT, block: Block, x: Tensor, batch: Batch, j: int, dropou
 def _masks(model: GPT, batch: Batch, j: int, dropout: float) -> Tensor:
     """The factors (1 or 2, B, T, C) of dropout in the embeddings (j = 0) or in block j."""
     shape = (1 if j == 0 else 2, batch.tokens.shape[1], model.config.n_embd)
-    sequences = range(batch.first_sequence, batch.first_sequence + len(batch.tokens))
-    return dropout_masks(shape, dropout, batch.seed, batch.step, sequences, j, batch.tokens.device)
+    return dropout_masks(shape, dropout, batch.seed, batch.step, batch.sequences, j, batch.tokens.device)
 
 
 def matmuls_in(dtype: torch.dtype | None, model: GPT, device: torch.device) -> AbstractContextManager[object]:

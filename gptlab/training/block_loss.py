@@ -79,7 +79,7 @@ def _read_signal(
     h, targets = graph.hidden(j).view(-1, C), batch.targets.reshape(-1)  # (N, C), (N,)
     needs = {None: None, "previous": j - 1, "next": j + 1, "final": len(graph.outputs)}[signal.needs]
     other = None if needs is None else graph.hidden(needs).flatten(0, 1)
-    rows = _rows_read(config, B, T, batch, j)
+    rows = _rows_read(config, T, batch, j)
     if rows is not None:
         rows = rows.to(h.device)
         h, targets = h[rows], targets[rows]
@@ -99,13 +99,13 @@ def _read_signal(
     return ReadoutGradient(read.total / n, gradient.view(B, T, C))
 
 
-def _rows_read(config: SignalConfig, B: int, T: int, batch: Batch, j: int) -> Tensor | None:
+def _rows_read(config: SignalConfig, T: int, batch: Batch, j: int) -> Tensor | None:
     """The flat positions that judge j reads: round(f·T) of every sequence, without replacement; None for all."""
     count = max(1, round(config.positions * T))
     if count == T:
         return None
     drawn = partial(permutation, T, "positions", batch.seed, batch.step)
-    chosen = [torch.from_numpy(drawn(batch.first_sequence + b, j)[:count]) for b in range(B)]
+    chosen = [torch.from_numpy(drawn(sequence, j)[:count]) for sequence in batch.sequences]
     return torch.cat([rows.sort().values + b * T for b, rows in enumerate(chosen)])
 
 

@@ -173,13 +173,8 @@ class Branches:
 def _turns(config: SignalConfig, batch: Batch) -> Tensor:
     """Where the contexts of every sequence end (B, turns), each with room for utterance and reply."""
     room = batch.tokens.shape[1] - config.say - config.reply + 1
-    drawn = [permutation(room, "turns", batch.seed, batch.step, s)[: config.turns] for s in _sequences(batch)]
+    drawn = [permutation(room, "turns", batch.seed, batch.step, s)[: config.turns] for s in batch.sequences]
     return torch.from_numpy(np.stack(drawn))
-
-
-def _sequences(batch: Batch) -> range:
-    """The batch's sequences by their index in the update."""
-    return range(batch.first_sequence, batch.first_sequence + len(batch.tokens))
 
 
 def _utterances(
@@ -192,7 +187,7 @@ def _utterances(
         p = readout.values(contexts, index, lambda z, rows, other: z.softmax(1))  # (B·turns, V)
         every = torch.arange(p.shape[1], device=p.device).expand(p.shape)
         return every.reshape(B, 1, N), p.double().view(B, 1, N)
-    drawn = [_uniform(config, batch, sequence) for sequence in _sequences(batch)]  # (turns, K, say) each
+    drawn = [_uniform(config, batch, sequence) for sequence in batch.sequences]  # (turns, K, say) each
     u = torch.from_numpy(np.stack(drawn)).to(contexts.device)
     tokens, chances, draws = [], [], u[..., 0].flatten(0, 1)  # (B·turns, K)
     for i in range(config.say):
@@ -259,7 +254,7 @@ def _rewards(config: SignalConfig, rest: Tensor, batch: Batch) -> tuple[Tensor, 
     reward = (-rest).clamp(max=REWARD_CAP) * passed
     if config.control == "shuffled":
         N, key = rest.shape[1], ("shuffled rewards", batch.seed, batch.step)
-        orders = [torch.from_numpy(permutation(N, *key, sequence)) for sequence in _sequences(batch)]
+        orders = [torch.from_numpy(permutation(N, *key, sequence)) for sequence in batch.sequences]
         reward = reward.gather(1, torch.stack(orders).to(reward.device))
     shape = (len(rest), config.turns, -1)
     return reward.view(shape), passed.view(shape)

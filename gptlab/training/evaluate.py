@@ -106,7 +106,7 @@ def validate(
             for j, h in enumerate(states[1:]):
                 flat, y = h[:rows].flatten(0, 1), targets[:rows].flatten()
                 by_block[0, j] = readout.values(flat, y, true_loss).double().mean()
-                by_block[1, j] = readout.values(flat, y, top_probability).double().mean()
+                by_block[1, j] = readout.values(flat, y, lambda z, y, other: F.softmax(z, 1).amax(1)).double().mean()
     world.sum_([figures, losses_below, by_block])
     stopped = torch.full((1,), float(stop), device=compute.device)
     world.sum_([stopped])
@@ -203,11 +203,6 @@ def _rows(rows: Tensor, first: int) -> Tensor:
     """SHAPE rows from `first` on; what is missing at the end names nothing."""
     found = rows[first : first + SHAPE]
     return torch.cat([found, found.new_full((SHAPE - len(found), *found.shape[1:]), -1)])
-
-
-def top_probability(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
-    """p_m (n,) of logits (n, V)."""
-    return F.softmax(logits, 1).amax(1)
 
 
 @torch.no_grad()

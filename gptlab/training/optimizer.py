@@ -63,23 +63,14 @@ def build_optimizer(model: GPT, config: TrainingConfig) -> Optimizer:
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=1e-8, fused=fused)
     if not matrices:
         return adamw
-    return _muon_with_adamw(matrices, adamw, config.learning_rate, config.weight_decay)
-
-
-def _muon_with_adamw(
-    matrices: Sequence[Tensor], rest: torch.optim.AdamW, learning_rate: float, weight_decay: float
-) -> MuonWithAdamW:
-    """Muon with momentum 0.95, Nesterov's, and AdamW for the rest, under one learning rate and schedule.
-
-    An orthogonal (A, B) matrix is longer the larger it is, so its entries are scaled by 0.2·sqrt(max(A, B)), which
-    makes them as large as AdamW's usual updates: learning rates and decay found for AdamW serve (Liu et al. 2025,
-    2502.16982; PyTorch's `adjust_lr_fn="match_rms_adamw"`).
-    """
+    # An orthogonal (A, B) matrix is longer the larger it is, so its entries are scaled by 0.2·sqrt(max(A, B)), which
+    # makes them as large as AdamW's usual updates: learning rates and decay found for AdamW serve (Liu et al. 2025,
+    # 2502.16982; `match_rms_adamw`).
     muon = torch.optim.Muon(
-        list(matrices), lr=learning_rate, weight_decay=weight_decay, momentum=0.95, nesterov=True,
+        matrices, lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95, nesterov=True,
         adjust_lr_fn="match_rms_adamw",
     )  # fmt: skip
-    return MuonWithAdamW(muon, rest)
+    return MuonWithAdamW(muon, adamw)
 
 
 def adam_metric(parameters: Sequence[Tensor], optimizer: Optimizer) -> list[Tensor] | None:

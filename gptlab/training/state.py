@@ -132,7 +132,7 @@ def _in_which_sequences(seen: Sequence[tuple[Batch, Losses]], world: World, devi
     for batch, losses in seen:
         figures = [losses.loss, losses.signal_loss, *(mean for means in losses.by_judge for mean in means.values())]
         if not torch.stack(figures).isfinite().all():
-            found = torch.tensor([batch.first_sequence, batch.first_sequence + len(batch.tokens) - 1], device=device)
+            found = torch.tensor([batch.sequences[0], batch.sequences[-1]], device=device)
             break
     first, last = min(pair.tolist() for pair in world.gather(found))
     return "" if first == torch.iinfo(torch.int64).max else f", in sequences {first} to {last} of the update"
