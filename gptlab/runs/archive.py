@@ -33,6 +33,7 @@ from gptlab.runs.records import (
     read_config,
     read_environment,
     read_rows,
+    rounded,
 )
 from gptlab.runs.tuning import FILE as CHOICE
 from gptlab.runs.tuning import accepted, read_kept, trial_experiment, trials_folder
@@ -42,11 +43,9 @@ VERSION = 1
 LARGEST = 64 * MB
 """Bytes of a pack when it is unzipped: a few bytes of a hostile one could grow to fill the memory."""
 
-DIGITS = 6
-"""Significant digits of what is only drawn: lists, and a train row's figures but EXACT. The rest makes verdicts."""
-
 MEASURED = ("dose", "signal_norm", "step_change", "batch_noise")
 EXACT = (*MEASURED, "weight", "grad_norm")
+"""What makes verdicts; a train row's other figures, and lists, are only drawn and are rounded."""
 
 _CELL = re.compile(r"([A-Za-z0-9][\w.+=-]*)/seed_(\d{1,18})")
 
@@ -131,16 +130,18 @@ def _pack(experiment: Experiment, folder: Path) -> Pack:
         refuse_links(path, folder, error=ConfigError)
     outcomes = Results(experiment, folder, ended).content()["cells"]
     weights = {(found["arm"], found["seed"]): found["weights_sha256"] for found in outcomes}
-    cells = [_packed(cell, weights[cell.arm.name, cell.seed]) for cell in ended]
+    norms = "placebo" in experiment.text  # in a comment it only makes the pack larger
+    cells = [_packed(cell, weights[cell.arm.name, cell.seed], norms) for cell in ended]
     trials = trials_folder(folder)
     has_trials = (trials / FILE).is_file()  # a choice stands without its trials, whose folder may be removed
     tried = _pack(trial_experiment(experiment), trials) if has_trials else None
     return Pack(experiment.text, cells, read_kept(folder), tried, recorded_declaration(folder))
 
 
-def _packed(cell: Cell, weights_sha256: str | None) -> PackedCell:
+def _packed(cell: Cell, weights_sha256: str | None, norms: bool) -> PackedCell:
     folder = cell.folder
-    run = PackedRun(folder, _config(cell), read_environment(folder), list(_kept(folder)))
+    rows = _kept(folder) if norms else map(_without_norms, _kept(folder))
+    run = PackedRun(folder, _config(cell), read_environment(folder), list(rows))
     return PackedCell(cell.arm.name, cell.seed, run, weights_sha256)
 
 
@@ -166,9 +167,9 @@ def _as_json(packed: Pack) -> dict[str, Any]:
 def _rounded(row: Row, key: str) -> Any:
     value = row[key]
     if isinstance(value, list):
-        return [float(f"{one:.{DIGITS}g}") if isinstance(one, float) else one for one in value]
+        return [rounded(one) if isinstance(one, float) else one for one in value]
     drawn = isinstance(value, float) and row["kind"] == "train" and key not in EXACT
-    return float(f"{value:.{DIGITS}g}") if drawn else value
+    return rounded(value) if drawn else value
 
 
 def _from_json(value: Mapping[str, Any], path: Path) -> Pack:
@@ -233,6 +234,13 @@ def _config(cell: Cell) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{cell.folder / CONFIG} is damaged: expected what data the run had") from None
     return {**config, "data": {**data, "train_tokens": tokens}}
+
+
+def _without_norms(row: Row) -> Row:
+    """A row of an experiment without placebos: norms are compared with the baseline's alone, every EVERY updates."""
+    unread = ("step_change",) if row["step"] % EVERY in (0, 1) else ("step_change", "signal_norm")
+    kept = {key: value for key, value in row.items() if key not in unread}
+    return kept | {"dose": rounded(row["dose"])} if row.get("dose") is not None else kept
 
 
 def _kept(run: Path) -> Iterator[Row]:

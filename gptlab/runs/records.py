@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -240,16 +241,26 @@ def replayed_norms(config: TrainingConfig) -> dict[int, float]:
     return norms
 
 
+DIGITS = 6
+"""Significant digits of figures that are averaged or drawn."""
+
+
+def rounded(figure: float) -> float:
+    """A figure to DIGITS."""
+    return float(f"{figure:.{DIGITS}g}")
+
+
 def mean_over_updates(measured: Sequence[tuple[int, float]]) -> float | None:
     """The mean of a figure that was measured after some updates: each stands for those up to the next, and the last for
-    as many as the one before.
+    as many as the one before. Figures count with the DIGITS that a pack keeps of them, so that its mean is the same.
 
     >>> mean_over_updates([(1, 3.0), (2, 3.0), (3, 1.0), (13, 1.0)])  # 1.0 in 20 of 22 updates
     1.1818181818181819
     """
     lengths = [max(1, later - step) for (step, _), (later, _) in pairwise(measured)]
     lengths += lengths[-1:] or [1] * len(measured)
-    return sum(n * value for n, (_, value) in zip(lengths, measured, strict=True)) / sum(lengths) if measured else None
+    values = [rounded(value) for _, value in measured]
+    return sum(map(operator.mul, lengths, values)) / sum(lengths) if measured else None
 
 
 CLOCK = ("tokens_per_second", "mfu")
