@@ -56,22 +56,14 @@ class NoiseConfig:
     signal: SignalConfig = field(default_factory=SignalConfig)
 
     def __post_init__(self) -> None:
-        least = {"groups": LEAST_GROUPS, "group": 1, "batch_size": 1, "eval_tokens": 1, "block_size": 1, "say": 1}
-        for name in (
-            "say",
-            "narrow",
-            "budget",
-            "groups",
-            "group",
-            "batch_size",
-            "branch_steps",
-            "eval_tokens",
-            "reader_tokens",
-            "block_size",
-        ):
+        least = {
+            "say": 1, "narrow": 0, "budget": 0, "groups": LEAST_GROUPS, "group": 1, "batch_size": 1, "branch_steps": 0,
+            "eval_tokens": 1, "reader_tokens": 0, "block_size": 1,
+        }  # fmt: skip
+        for name, low in least.items():
             found = getattr(self, name)
-            if found is not None and found < least.get(name, 0):
-                raise ConfigError(f"{name} must be at least {least.get(name, 0)}, found {found}")
+            if found is not None and found < low:
+                raise ConfigError(f"{name} must be at least {low}, found {found}")
 
 
 def looks(most: int) -> Iterator[int]:
