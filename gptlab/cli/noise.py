@@ -16,7 +16,6 @@ from gptlab.errors import ConfigError, UsageError
 from gptlab.options import build
 
 if TYPE_CHECKING:
-    from gptlab.analysis.noise.branching import Progress as Branching
     from gptlab.analysis.noise.measure import Progress, Subject
     from gptlab.cli.model import Vocabulary
     from gptlab.signals.config import SignalConfig
@@ -149,11 +148,7 @@ def _branches(
         return {}
     plan = Plan(options.branch_steps, eval_tokens=options.eval_tokens)
     corpus, placement = subject.windows.corpus, subject.placement
-
-    def shown(at: Branching) -> None:
-        progress("branches", at.done, at.total)
-
-    return branch_test(checkpoint, signals, corpus, placement, plan, progress=shown)
+    return branch_test(checkpoint, signals, corpus, placement, plan, progress)
 
 
 def _subject(

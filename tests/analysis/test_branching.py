@@ -22,7 +22,6 @@ from gptlab.analysis.noise.branching import (
     GradientBias,
     GradientNoise,
     Plan,
-    Progress,
     as_json,
     branch,
     judge,
@@ -39,15 +38,14 @@ from gptlab.training.block_graph import Batch
 from gptlab.training.state import TrainingState
 
 AVERAGES = (1, 4, 16)
-SEEDS = (1, 2, 3, 4)
 
 
 def differences(
     bias: list[float], noise: list[float], curve: float = 0.0, averages: tuple[int, ...] = AVERAGES
-) -> dict[int, dict[int, float | None]]:
+) -> dict[int, list[float | None]]:
     """Exact quadratics in 1/M: bias + (noise - curve)/M + curve/M², a bias and a noise for every seed."""
-    parts = dict(zip(SEEDS, zip(bias, noise, strict=True), strict=False))
-    return {M: {s: b + (n - curve) / M + curve / M**2 for s, (b, n) in parts.items()} for M in averages}
+    parts = list(zip(bias, noise, strict=True))
+    return {M: [b + (n - curve) / M + curve / M**2 for b, n in parts] for M in averages}
 
 
 def around(middle: float, half: float) -> list[float]:
@@ -109,7 +107,7 @@ def test_how_much_of_a_noise_that_slows_adam_down_the_fit_takes_for_bias(
     """Adam's steps keep their length, so that noise leaves 1/√(1 + dose²/M) of their progress; docs/noise.md."""
     lost = differences([0.0] * 4, [0.0] * 4, averages=averages)
     for M, row in lost.items():
-        row.update(dict.fromkeys(row, 1 - (1 + dose**2 / M) ** -0.5))
+        row[:] = [1 - (1 + dose**2 / M) ** -0.5] * len(row)
     found = judge(lost)
     assert found.bias is not None
     assert found.noise is not None
@@ -118,7 +116,7 @@ def test_how_much_of_a_noise_that_slows_adam_down_the_fit_takes_for_bias(
 
 def test_what_diverged_is_undecided() -> None:
     lost = differences(around(0.05, 0.01), around(0.0, 0.01))
-    lost[1][2] = None
+    lost[1][1] = None
     found = judge(lost)
     assert found == BranchTest("undecided", "diverged at M = 1: lower the weight")
 
@@ -146,7 +144,7 @@ def test_one_part_alone_is_named_and_the_other_seldom(part: str, other: str) -> 
     for _ in range(500):
         there, error = np.full(4, 0.05), 0.004 * generator.standard_normal((3, 4))
         true = differences(list(there * (part == "bias")), list(there * (part == "noise")))
-        noisy = {M: {s: x + e for (s, x), e in zip(true[M].items(), row, strict=True) if x is not None}
+        noisy = {M: [x + e for x, e in zip(true[M], row, strict=True) if x is not None]
                  for M, row in zip(AVERAGES, error, strict=True)}  # fmt: skip
         said.append(judge(noisy).verdict)
     assert said.count(part) >= 450
@@ -353,14 +351,18 @@ def test_gradient_bias_is_the_same_however_often_it_is_averaged(half_way: Path, 
 def test_the_cost_is_said_before_the_first_gradient_and_kept(
     half_way: Path, corpus: Corpus, updates: dict[tuple[int, int], list[Seen]]
 ) -> None:
-    reported: list[tuple[Progress, int]] = []
+    reported: list[tuple[int, int | None, int]] = []
+
+    def progress(what: str, done: int, of: int | None, words: str = "") -> None:
+        assert (what, words) == ("branches", "")
+        reported.append((done, of, len(updates)))
+
     arms: dict[str, Arm] = {"a": SignalConfig("confidence"), "n": GradientNoise(1.0)}
     plan = Plan(steps=2, averages=(1, 4, 16), seeds=(1, 2))
-    branch(half_way, arms, corpus, PLACEMENT, plan, progress=lambda p: reported.append((p, len(updates))))
-    assert reported[0][0] == Progress(0, plan.cost(list(arms.values())), "held-out loss of the checkpoint")
-    assert reported[0][1] == 0
-    assert reported[-1][0].done == reported[-1][0].total == 2 * (2 * (1 + 24 + 3) + 1)
-    assert [p.done for p, _ in reported] == sorted(p.done for p, _ in reported)
+    branch(half_way, arms, corpus, PLACEMENT, plan, progress)
+    assert reported[0] == (0, plan.cost(list(arms.values())), 0)
+    assert reported[-1][0] == reported[-1][1] == 2 * (2 * (1 + 24 + 3) + 1)
+    assert [done for done, *_ in reported] == sorted(done for done, *_ in reported)
 
 
 @pytest.mark.parametrize(
@@ -380,10 +382,10 @@ def test_a_plan_that_says_nothing_is_refused(options: dict[str, Any], message: s
 
 def test_what_does_not_suit_is_refused_before_anything_is_computed(half_way: Path, corpus: Corpus) -> None:
     def refused(arm: Arm, plan: Plan = PLAN) -> Branched:
-        def never(progress: Progress) -> None:
+        def never(*progress: Any) -> None:
             pytest.fail(f"began: {progress}")
 
-        return branch(half_way, {"a": arm}, corpus, PLACEMENT, plan, progress=never)["a"]
+        return branch(half_way, {"a": arm}, corpus, PLACEMENT, plan, never)["a"]
 
     with pytest.raises(ConfigError, match="lists judges 1 to 1 of this model, found 5"):
         refused(SignalConfig("brier", layers=(5,)))

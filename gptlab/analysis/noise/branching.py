@@ -17,13 +17,14 @@ Positive figures are harm, negative ones help. docs/noise.md: 'The branch test';
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from gptlab.analysis.noise.measure import Progress
 from gptlab.analysis.statistics import Interval, paired_t
 from gptlab.data.batches import RandomWindows, TrainingWindows, ValidationWindows
 from gptlab.data.corpus import Corpus
@@ -73,15 +74,13 @@ class Plan:
     """What every arm goes through.
 
     steps: K, updates of a branch; averages: the M, lowest first; seeds: data seeds; eval_tokens: held-out tokens, None
-    for the run's own; learning_rate: held at this, None for the schedule as the run would have continued. Raises
-    ConfigError.
+    for the run's own. Raises ConfigError.
     """
 
     steps: int = 20
     averages: tuple[int, ...] = (1, 4, 16)
     seeds: tuple[int, ...] = (1, 2, 3, 4)
     eval_tokens: int | None = None
-    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -102,15 +101,6 @@ class Plan:
         averages = len(self.averages)
         per_step = 1 + signals * (averages + sum(self.averages)) + known * averages
         return len(self.seeds) * (self.steps * per_step + signals)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """done of total: gradients of an update's batch; doing: in words."""
-
-    done: int
-    total: int
-    doing: str
 
 
 @dataclass
@@ -143,31 +133,30 @@ def branch(
     corpus: Corpus,
     placement: ComputeConfig,
     plan: Plan | None = None,
-    *,
-    world: World | None = None,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: Progress = lambda what, done, of, words="": None,
 ) -> dict[str, Branched]:
     """The branches of every arm from a run's newest checkpoint, or from the folder of one.
 
-    progress: called before the first gradient, so that the cost can be shown, and after every branch. Raises
+    progress: called before the first gradient, so that the cost can be shown, and after every branch; it counts
+    gradients of an update's batch. Raises
     CheckpointError, ConfigError for an arm that does not suit the model, DataError for a corpus that is too small, and
     DivergedError where the true loss alone diverges.
     """
-    lab = _Lab(run, corpus, placement, plan or Plan(), world or World(), progress, list(arms.values()))
-    lab.say("held-out loss of the checkpoint")
+    lab = _Lab(run, corpus, placement, plan or Plan(), progress, list(arms.values()))
+    lab.say(0)
     lab.rewind()
     start = lab.held_out_loss()
-    true = [lab.loss_after(seed, lab.config, 0, "the true loss") for seed in lab.plan.seeds]
+    true = [lab.loss_after(seed, lab.config, 0) for seed in lab.plan.seeds]
     found: dict[str, Branched] = {}
     for name, arm in arms.items():
-        weight, dose = lab.weigh(name, arm)
+        weight, dose = lab.weigh(arm)
         result = found[name] = Branched(start, true, weight, dose)
         for M in lab.plan.averages:
             config, drawn = _branch_config(lab.config, arm, weight, M)
             result.losses[M] = []
             for seed in lab.plan.seeds:
                 try:
-                    loss = lab.loss_after(seed, config, drawn, f"{name}, M = {M}")
+                    loss = lab.loss_after(seed, config, drawn)
                 except DivergedError as error:
                     loss = None
                     result.diverged.append(f"M = {M}, data seed {seed}: {error}")
@@ -188,8 +177,8 @@ class _Lab:
     """One model that is set back to the checkpoint before every branch."""
 
     def __init__(
-        self, run: str | Path, corpus: Corpus, placement: ComputeConfig, plan: Plan, world: World,
-        progress: Callable[[Progress], None], arms: Sequence[Arm],
+        self, run: str | Path, corpus: Corpus, placement: ComputeConfig, plan: Plan, progress: Progress,
+        arms: Sequence[Arm],
     ) -> None:  # fmt: skip
         self.checkpoint = checkpoint.load(newest(run))
         model, config = model_in(self.checkpoint)
@@ -197,11 +186,9 @@ class _Lab:
             config, signal=SignalConfig(), also=(), gradient_noise=0.0, gradient_noise_shape="isotropic",
             gradient_bias=0.0, deterministic=False,
         )  # fmt: skip
-        if plan.learning_rate is not None:
-            config = replace(config, learning_rate=plan.learning_rate, schedule="constant", warmup_steps=0)
         for arm in arms:  # refused here, before an hour's work
             _branch_config(config, arm, None, 1)
-        self.config, self.placement, self.plan, self.world = config, placement, plan, world
+        self.config, self.placement, self.plan, self.world = config, placement, plan, World()
         self.state = TrainingState(model.to(placement.device), build_optimizer(model, config))
         self.windows = {
             seed: TrainingWindows(corpus, config.block_size, config.vocab_size, seed) for seed in plan.seeds
@@ -215,9 +202,9 @@ class _Lab:
         self.validation = ValidationWindows(corpus, config.block_size, config.vocab_size, tokens)
         self._progress, self._done, self._total = progress, 0, plan.cost(arms)
 
-    def say(self, doing: str, done: int = 0) -> None:
+    def say(self, done: int) -> None:
         self._done += done
-        self._progress(Progress(self._done, self._total, doing))
+        self._progress("branches", self._done, self._total)
 
     def rewind(self) -> None:
         """Be at the checkpoint, weights and moments and all. Weights that a dose had set belong to the run's signal."""
@@ -232,7 +219,7 @@ class _Lab:
             raise DivergedError(f"diverged by step {self.state.step}: the held-out loss is not finite")
         return result.loss
 
-    def loss_after(self, seed: int, config: TrainingConfig, averaged: int, doing: str) -> float:
+    def loss_after(self, seed: int, config: TrainingConfig, averaged: int) -> float:
         """Held-out loss after a branch of the data seed; its signals read `averaged` drawn batches a step."""
         config = replace(config, seed=seed)
         self.rewind()
@@ -241,7 +228,7 @@ class _Lab:
                 update(self.state, config, self._batches(config, averaged), self.world, self.placement)
             return self.held_out_loss()
         finally:
-            self.say(f"{doing}, data seed {seed}", self.plan.steps * (1 + averaged))
+            self.say(self.plan.steps * (1 + averaged))
 
     def _batches(self, config: TrainingConfig, averaged: int) -> Iterator[Batch]:
         step, device = self.state.step, self.placement.device
@@ -258,7 +245,7 @@ class _Lab:
             for batch in MicroBatches(joined, drawn, self.world, device).of(0):
                 yield replace(batch, part="signals", step=own, share=batch.share / alone)
 
-    def weigh(self, name: str, arm: Arm) -> tuple[float | None, float | None]:
+    def weigh(self, arm: Arm) -> tuple[float | None, float | None]:
         """An arm's weight and dose: the weight asked for or 1/L; or the one that has the dose asked for, held fixed.
 
         Held fixed, because a dose held in every update would raise the weight as averaging shortens the gradient. A
@@ -277,7 +264,7 @@ class _Lab:
             except DivergedError:  # the branches will say so, each for itself
                 return weight, None
             doses.append(done.dose or 0.0)
-            self.say(f"{name}, dose", 1)
+            self.say(1)
         dose = sum(doses) / len(doses)
         if arm.dose is None or dose == 0:
             return weight, dose
@@ -288,8 +275,8 @@ DELTA, DEGREE = 0.001, 2
 """Nats below which an effect of a branch counts as none; the degree of the fit in 1/M."""
 MINOR = 0.1
 """A part smaller than this share of the other is not named: the fit is not exact to that."""
-Differences = Mapping[int, Mapping[int, float | None]]
-"""M -> data seed -> held-out loss minus the true loss's branch, nats; None where the branch diverged."""
+Differences = Mapping[int, Sequence[float | None]]
+"""M -> by data seed, held-out loss minus the true loss's branch, nats; None where the branch diverged."""
 
 
 @dataclass(frozen=True)
@@ -324,24 +311,22 @@ class BranchTest:
     fit: tuple[float, ...] | None = None
 
 
-def judge(differences: Differences, delta: float = DELTA) -> BranchTest:
+def judge(differences: Differences) -> BranchTest:
     """The verdict on one signal from its differences, at least two M and two data seeds.
 
     A part is *shown* where its 95% interval over the data seeds excludes 0; docs/noise.md has the rule.
 
-    >>> flat = {seed: 0.05 + 0.001 * seed for seed in range(4)}
+    >>> flat = [0.05 + 0.001 * seed for seed in range(4)]
     >>> judge({1: flat, 4: flat, 16: flat}).verdict
     'bias'
     """
-    seeds = list(next(iter(differences.values())))
-    table = [[differences[M][seed] for M in differences] for seed in seeds]
-    values = np.array(table, dtype=np.float64)  # None becomes NaN
+    values = np.array(list(zip(*differences.values(), strict=True)), dtype=np.float64)  # (seeds, M); None becomes NaN
     if lost := [M for k, M in enumerate(differences) if not np.isfinite(values[:, k]).all()]:
         return BranchTest("undecided", f"diverged at M = {', '.join(map(str, lost))}: lower the weight")
     powers = np.vander(1 / np.array(list(differences)), min(DEGREE + 1, len(differences)), increasing=True)
     coefficients = values @ np.linalg.pinv(powers).T  # (seeds, 1 + degree), of the polynomial in 1/M
     bias, noise = _part(coefficients[:, 0]), _part(coefficients[:, 1:].sum(1))
-    verdict, why = _verdict(bias, noise, delta)
+    verdict, why = _verdict(bias, noise)
     fit = tuple(float(c) for c in coefficients.mean(0))
     return BranchTest(verdict, f"bias {bias}, noise {noise} nats: {why}", bias, noise, fit)
 
@@ -351,12 +336,12 @@ def _part(by_seed: np.ndarray) -> Part:
     return Part(test.mean, test.interval())
 
 
-def _verdict(bias: Part, noise: Part, delta: float) -> tuple[Any, str]:
+def _verdict(bias: Part, noise: Part) -> tuple[Any, str]:
     parts = {"bias": bias, "noise": noise}
     if not (bias.shown or noise.shown):
-        if max(bias.most, noise.most) <= delta:
-            return "neither", f"both lie within {delta:g}"
-        return "undecided", f"neither is shown to differ from 0, nor to lie within {delta:g}: take more seeds or steps"
+        if max(bias.most, noise.most) <= DELTA:
+            return "neither", f"both lie within {DELTA:g}"
+        return "undecided", f"neither is shown to differ from 0, nor to lie within {DELTA:g}: take more seeds or steps"
     large, small = ("bias", "noise") if abs(bias.value) > abs(noise.value) else ("noise", "bias")
     if bias.shown and noise.shown:
         if abs(parts[small].value) < MINOR * abs(parts[large].value):
@@ -373,21 +358,21 @@ def _effect(name: str, part: Part) -> str:
     return effects[name == "noise"][part.value <= 0]
 
 
-def as_json(plan: Plan, branched: Branched, delta: float = DELTA) -> dict[str, Any]:
+def as_json(plan: Plan, branched: Branched) -> dict[str, Any]:
     """One signal's branches and the verdict on them, JSON-ready: nats, seeds as the plan lists them."""
     differences = branched.differences
-    test = judge({M: dict(zip(plan.seeds, row, strict=True)) for M, row in differences.items()}, delta)
+    test = judge(differences)
     return {
         "steps": plan.steps, "averages": list(plan.averages), "seeds": list(plan.seeds),
         "weight": branched.weight, "dose": branched.dose, "start": branched.start, "true_loss": branched.true,
         "differences": {str(M): row for M, row in differences.items()},
-        "delta": delta, **asdict(test), "diverged": branched.diverged,
+        "delta": DELTA, **asdict(test), "diverged": branched.diverged,
     }  # fmt: skip
 
 
 def branch_test(
-    run: str | Path, signals: Mapping[str, Arm], corpus: Corpus, placement: ComputeConfig, plan: Plan | None = None, *,
-    delta: float = DELTA, world: World | None = None, progress: Callable[[Progress], None] = lambda _: None,
+    run: str | Path, signals: Mapping[str, Arm], corpus: Corpus, placement: ComputeConfig, plan: Plan | None = None,
+    progress: Progress = lambda what, done, of, words="": None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Run the branches of every signal from a checkpoint and judge them: name -> the object of `as_json`.
 
@@ -395,5 +380,5 @@ def branch_test(
     and for `progress`, whose first call gives the cost.
     """
     plan = plan or Plan()
-    found = branch(run, signals, corpus, placement, plan, world=world, progress=progress)
-    return {name: as_json(plan, branched, delta) for name, branched in found.items()}
+    found = branch(run, signals, corpus, placement, plan, progress)
+    return {name: as_json(plan, branched) for name, branched in found.items()}
