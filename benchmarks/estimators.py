@@ -1,25 +1,22 @@
 """How often the intervals of the measures of noise miss: synthetic gradients of known mean and covariance.
 
-python benchmarks/estimators.py [--trials 1000]   writes benchmarks/results/estimators.json
+python benchmarks/estimators.py [--trials 1000]   writes benchmarks/results/measured.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import keep
 from scipy.stats import binomtest
 
 from gptlab.analysis.noise import LEAST_GROUPS, estimators, looks
 from gptlab.analysis.statistics import Interval
 from gptlab.training.gradient_noise import InnerProducts
-
-RESULTS = Path(__file__).parent / "results" / "estimators.json"
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def main() -> None:
         for k, scenario in enumerate(few)
     ]
     result = {"trials": trials, "scenarios": rows, "stopped": stops}
-    RESULTS.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    keep("estimators", result)
     for row in rows:
         shown = (f"{name} {one['missed']}/{one['given']}" for name, one in row["figures"].items())
         print(f"{row['name']:<25}" + ", ".join(shown))

@@ -5,7 +5,7 @@ python benchmarks/judge_nanogpt.py --nanogpt PATH [--text FILE] [--lab DIR] [--u
 PATH is a checkout, of which a copy is changed in one place: its seed, fixed at 1337, is taken from GPTLAB_SEED. The
 recipe is the one of its README for a CPU (4 blocks, 128 wide), of fewer updates; what evaluates is in train.py, so that
 an idea may change model.py and the configuration alone. FILE is the text, where the checkout's data/shakespeare_char
-has no input.txt. The same command resumes a lab. Writes benchmarks/results/judge_nanogpt.json.
+has no input.txt. The same command resumes a lab. Writes benchmarks/results/measured.json.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+from figures import keep
 from judge_night import ANSWER, judged
 from time_to_loss import NEEDED, RECIPE
 
-from gptlab.files import read_text, write_json, write_whole
+from gptlab.files import read_text, write_whole
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results/judge_nanogpt.json"
 CONFIG = RECIPE[0]
 SEED = ("torch.manual_seed(1337 + seed_offset)", "torch.manual_seed(int(os.environ['GPTLAB_SEED']) + seed_offset)")
 
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"date": date.today().isoformat(), "cores": os.cpu_count(), "updates": asked.updates, "hits": hits,
               "ideas": len(answers), "seconds": time.monotonic() - began, "answers": answers}  # fmt: skip
     if asked.updates == parser.get_default("updates"):
-        write_json(RESULTS, result)
+        keep("judge_nanogpt", result)
     print(f"{hits} of {len(answers)} as expected, {result['seconds']:,.0f} s")
     return int(hits < len(answers))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,7 +104,7 @@ def test_scaling_a_source_scales_its_gradients_and_drops_those_behind() -> None:
 
 
 def test_a_thousand_trials_of_every_scenario_kept_the_promise() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "estimators.json").read_text(encoding="utf-8"))
+    results = load_script("benchmarks/figures.py").measured("estimators")
     assert results["trials"] >= 1000
     for row in results["scenarios"]:
         for name, figure in row["figures"].items():
@@ -117,7 +116,7 @@ def test_a_thousand_trials_of_every_scenario_kept_the_promise() -> None:
 
 
 def test_the_page_says_how_often_intervals_missed() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "estimators.json").read_text(encoding="utf-8"))
+    results = load_script("benchmarks/figures.py").measured("estimators")
     rows = [row for row in results["scenarios"] if row["name"] != "drowned in noise"]
     shares = [figure["missed"] / results["trials"] for row in rows for figure in row["figures"].values()]
     said = f"In the seven others an interval missed in {min(shares):.1%} to {max(shares):.1%} of trials"
@@ -155,7 +154,7 @@ def test_intervals_of_measurements_that_stop_when_they_are_narrow_cover_the_trut
 
 
 def test_a_thousand_trials_that_stopped_kept_the_promise_and_the_page_says_how() -> None:
-    results = json.loads((ROOT / "benchmarks" / "results" / "estimators.json").read_text(encoding="utf-8"))
+    results = load_script("benchmarks/figures.py").measured("estimators")
     shares = [row["missed"] / results["trials"] for row in results["stopped"] if row["name"] != "drowned in noise"]
     said = f"an interval missed in {min(shares):.1%} to {max(shares):.1%} of trials that stopped"
     assert said in " ".join((ROOT / "docs" / "noise.md").read_text(encoding="utf-8").split())
