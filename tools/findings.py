@@ -534,8 +534,9 @@ def right_against_wrong(axes: Axes, which: int) -> None:
     axes.set_xscale("log")
     axes.set_xticks(DOSES, [f"{dose:g}" for dose in DOSES])
     axes.set_xticks([], minor=True)
-    axes.set_xlabel("dose: the signal's norm in that of the true gradient")
-    axes.set_ylabel("loss minus the baseline's, nats a byte")
+    axes.set_xlabel("dose, in norms of the true gradient")
+    axes.set_ylabel("nats above the baseline")
+    axes.set_ylim(-0.4, 2.1)  # one interval, of two ends that lie far apart, is cut
     axes.set_title(("every token counts", "only where p_max is at least 0.5")[which], fontsize=10)
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
@@ -586,6 +587,7 @@ PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     "known_answers_close": (known, 1),
     AUDIT: (speedrun_audit.forest, 1),
     NIGHT: (ideas, 1),
+    RIGHT_WRONG: (right_against_wrong, 2),
 }
 """name of the SVG -> what draws one panel, and how many."""
 
