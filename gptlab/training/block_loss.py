@@ -1,14 +1,17 @@
 """The loss of a micro-batch: CE(z_L, y) + Σ_signals weight · signal, and its gradient, block by block.
 
-A signal is a source of gradients next to the true loss. `SOURCES` has the three kinds of them. In block readings,
-judge j reads h_j = f_j(h_{j-1}) as logits z_j = head(ln_f(h_j)), and its signal teaches h_{j-1}. A *frozen* judge only
-passes the gradient on through f_j, one vector-Jacobian product through the graph that the forward pass left, without
-weight gradients; a *live* one learns from it too. So a block is never run twice for a judge.
-Sequence objectives are here too: losses of whole sequences at the end of the model, from which it learns as from the
-true loss, head and ln_f included. Conversations are in conversation.py.
+A signal is a second source of gradients, next to the true loss. There are three kinds (`SOURCES`):
 
-Gradients are added to `.grad`. Where that leads is the caller's affair: `into` may redirect it for each source
-(gradient_sources.py), and nothing here loops over steps or knows of optimizers. Read this file from the bottom up.
+- Block readings: judge j, which is block f_j, reads h_j = f_j(h_{j-1}) as logits z_j = head(ln_f(h_j)), and its signal
+  trains the blocks below, through h_{j-1}. A *frozen* judge passes the gradient down by one vector-Jacobian product
+  through the graph of the forward pass and keeps its own weights; a *live* judge learns from it too. No block is run
+  a second time for a judge.
+- Sequence objectives: losses of whole sequences at the end of the model, which learns from them as from the true loss,
+  head and ln_f included.
+- Conversations (conversation.py).
+
+Gradients are added to `.grad`, or to where `into` redirects each source (gradient_sources.py). Nothing here loops over
+steps or knows of optimizers. Read this file from the bottom up: `accumulate` comes last.
 
 Shapes: B batch, T time, C channels, L blocks, V vocabulary, N = B·T tokens.
 """
@@ -49,7 +52,7 @@ from gptlab.training.conversation import run_conversation
 
 
 def run_judges(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveSignal, batch: Batch) -> SourceOutput:
-    """Let one signal's judges read their blocks. What a live judge learns from its own reading goes to `.grad`."""
+    """Let one signal's judges read their blocks. The weight gradients of a live judge are added to `.grad`."""
     config = signal.config
     judges, factor = config.judges_at(batch.step, model.config.n_layer, batch.seed)
     means, gradients = {}, []
@@ -61,10 +64,10 @@ def run_judges(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveSi
 
 
 def _teach(model: GPT, graph: BlockGraph, config: SignalConfig, j: int, gradient: Tensor) -> HiddenGradient:
-    """What judge j's gradient (B, T, C) at h_j becomes for the block below it."""
+    """Turn judge j's gradient (B, T, C) at h_j into the one that enters the backward pass, at h_j or at h_{j-1}."""
     live, full = config.evaluator == "live", config.reach == "full"
     if live and full and config.control in ("none", "flipped"):
-        return HiddenGradient(j, gradient)  # what it learns and what it passes on are one and the same backward pass
+        return HiddenGradient(j, gradient)  # on its way down, this pass makes the judge's weight gradients too
     passed = block_vjp(model, graph, j, gradient, learn=live, keep=True)
     return HiddenGradient(j - 1, passed, stop_here=not full)
 
@@ -85,6 +88,7 @@ def _read_signal(
         h, targets = h[rows], targets[rows]
         other = None if other is None else other[rows]
     n = len(h)
+    # A control: flipped targets become the judge's own argmax, which is only known once the logits are there.
     to_argmax = config.control == "flipped" and config.flip_to == "argmax"
 
     def function(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
@@ -161,7 +165,7 @@ SOURCES: Mapping[str, Callable[[GPT, BlockGraph, Readout, ActiveSignal, Batch], 
 
 
 def _run_source(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveSignal, batch: Batch) -> SourceOutput:
-    """One signal's source, with the controls that work on any: wrong targets, and gradients in the wrong place."""
+    """Run one signal's source under the controls that any source can have: wrong targets, gradients of other tokens."""
     config = signal.config
     if config.control == "flipped":
         V = model.config.vocab_size
@@ -189,10 +193,11 @@ def _descents(
     *,
     by_source: bool,
 ) -> list[_Descent]:
-    """Which gradients go down together: all that may be added up, or each source's alone, and placebos with them."""
+    """Which gradients share a backward pass: as many as can be added up, or by source, each alone, placebos too."""
     if not by_source:
         trained, withheld = list(from_truth), []
         for signal, output in zip(signals, outputs, strict=True):
+            # `withheld` goes down by itself, since it must not reach the embeddings (signal.embeddings = false).
             (trained if signal.config.embeddings else withheld).extend(output.gradients)
         return [_Descent(TRUE_LOSS, trained, True), *([_Descent(TRUE_LOSS, withheld, False)] if withheld else [])]
     descents = [_Descent(TRUE_LOSS, from_truth, True)]
@@ -219,8 +224,8 @@ def accumulate(
 ) -> Losses:
     """Add one micro-batch's gradient, scaled by its share of the update's tokens, to `.grad`.
 
-    What `batch.part` leaves out is not computed, and its losses are 0 or left out. into: with it, every source's
-    gradient is made by itself, inside `into(source)`, and placebos with them; without, all are sent down at once.
+    What `batch.part` excludes is not computed, and its losses are 0 or missing. into: if given, each source's gradient
+    has a backward pass of its own, inside `into(source)`, and so have placebos; otherwise one pass serves all sources.
     """
     signals = () if batch.part in ("true loss", "noise") else signals
     truth = batch.part != "signals"
@@ -241,7 +246,7 @@ def accumulate(
         with enter(Source("judges", k)):
             outputs.append(_run_source(model, graph, readout, signal, batch))
 
-    # Send them down, block by block.
+    # Backward: send these gradients down, block by block.
     descents = _descents(signals, outputs, from_truth, batch.seed, by_source=into is not None)
     for i, (source, gradients, embeddings) in enumerate(descents, 1):
         with enter(source):

@@ -91,10 +91,15 @@ def adam_metric(parameters: Sequence[Tensor], optimizer: Optimizer) -> list[Tens
     return metric
 
 
+def clip_factor(norm: float, limit: float) -> float:
+    """What a gradient of this norm is multiplied by, so that it is no longer than `limit`; 0 = never clipped."""
+    return limit / norm if limit and norm > limit else 1.0
+
+
 class AdamStep:
     """Adam's next step, without its learning rate, from a gradient: what another gradient would change in it.
 
-    Of the moments as they stand, which stay so. clip: the gradient's norm before the step is cut to this; 0 = never.
+    The moments are read as they stand and not changed. clip: the largest norm of a gradient, as in `clip_factor`.
     """
 
     def __init__(self, parameters: Sequence[Tensor], optimizer: Optimizer, clip: float) -> None:
@@ -120,9 +125,8 @@ class AdamStep:
         return global_norm([a - b for a, b in zip(after, before, strict=True)])
 
     def _direction(self, gradient: Sequence[Tensor]) -> list[Tensor]:
-        norm = global_norm(gradient)
-        cut = self._clip / norm if self._clip and norm > self._clip else 1.0
-        return [self._step(p, cut * g) for p, g in zip(self._parameters, gradient, strict=True)]
+        factor = clip_factor(global_norm(gradient), self._clip)
+        return [self._step(p, factor * g) for p, g in zip(self._parameters, gradient, strict=True)]
 
     def _step(self, p: Tensor, g: Tensor) -> Tensor:
         group, state = self._options[id(p)], self._state.get(p, {})

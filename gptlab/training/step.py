@@ -1,7 +1,9 @@
-"""One update: micro-batches become a gradient, and the gradient a step. State goes in and out; nothing is written.
+"""One update: gradients of micro-batches are summed, and the optimizer takes a step. It changes the state it is given
+and writes no file.
 
-`update` is all of it, stage by stage. What most updates do not need is only there where an option asks for it: the
-gradient by source (gradient_sources.py), known noise (controls.py), sums over processes (parallel.py).
+Read `update` first: it is the whole update, stage by stage. Three parts run only where an option asks for them: a
+gradient for each source (gradient_sources.py), known noise (controls.py), sums over processes (parallel.py). Words such
+as signal, judge, dose and placebo are in docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import TargetFlip, add_drawn, add_scaled
 from gptlab.training.conversation import figure_count, named_figures
 from gptlab.training.gradient_sources import Gradients, GradientSources, gradients_into
-from gptlab.training.optimizer import AdamStep
+from gptlab.training.optimizer import AdamStep, clip_factor
 from gptlab.training.parallel import Reducer, global_norm, local_shards
 from gptlab.training.state import TrainingState, describe_divergence
 
@@ -40,17 +42,17 @@ WSD_DECAY = 0.2
 
 @dataclass(frozen=True)
 class Update:
-    """What one update gave, over the total batch: losses in nats, the gradient's norm before clipping.
+    """Results of one update, over the total batch: losses in nats, the gradient norm before clipping.
 
     stop: whether any rank was asked to stop
-    by_judge: for every signal of the config, the mean of each judge, lowest first; None of one that did not read
+    by_judge: for every signal of the config, the mean of each judge, lowest first; None for a judge that did not read
     dose, doses: |weight·g_signal| / |g_CE| of all signals together and of each, where it was measured in this update
     signal_norm, step_change, step_share: |weight·g_signal| of all signals together, the norm of what they change in
     Adam's step before its learning rate, and that over the norm of the step without them, where the dose was measured
     (None with another optimizer)
     noise_step_share: the same share for gradient_noise and gradient_bias; batch_noise: the norm of the batch's own
     noise over |g_CE|, where two more batches show it
-    weights: of every signal of the config, as used; 0 of one that is out of the graph
+    weights: of every signal of the config, as used; 0 for a signal that is not active in this update
     conversation: its figures by name, where there is one
     """
 
@@ -85,18 +87,22 @@ def update(
 ) -> Update:
     """Make update number `state.step` from this rank's micro-batches of it (see `MicroBatches`, and `Batch.part`).
 
-    replayed: what the run named by `signal.placebo_of` recorded for this update, for the placebo to have too.
+    measure_dose: also measure each signal's gradient norm against the true loss's, which costs a second pass.
+    replayed: the gradient norm that the run named by `signal.placebo_of` recorded for this update; a placebo takes it.
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
     model, signals = state.model, signals_at(state, config)
+    # Placebos, doses and noise scale one gradient against another, so that each source's is kept apart, not in `.grad`.
     by_source = any(s.config.control == "placebo" or s.config.dose is not None or config.injects_noise for s in signals)
     sources = GradientSources(model, signals, config.seed) if by_source or (measure_dose and signals) else None
+    # The difference of the gradients of two batches that training never reads: noise of the shape that batches have.
     drawn = [torch.zeros_like(p) for p in model.parameters()] if config.reads_for_noise else []
     metrics = MetricSums(signals, model.config, compute.device, stop)
 
     # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
-    reducer = _reducer(config, world, [] if by_source else list(model.parameters()), sources, [*drawn, metrics.all])
+    trained = [] if by_source else list(model.parameters())  # by source, `.grad` is written after the reduction
+    reducer = _reducer(config, world, trained, sources, [*drawn, metrics.all])
     how, seen = _pass_options(config, compute), list[tuple[Batch, Losses]]()
     for batch in batches:
         losses = accumulate(model, batch, signals, into=_target(batch, model, sources, by_source, drawn), **how)
@@ -107,7 +113,7 @@ def update(
         metrics.add(losses, batch.share)
         seen.append((batch, losses))
         if reducer:
-            reducer.close(batch)
+            reducer.close(batch)  # adds the micro-batch to a fixed tree of sums, for equal bits at any number of ranks
 
     # Reduce: gradients and metrics become those of the total batch, the same on every rank.
     if reducer:
@@ -131,10 +137,10 @@ def update(
         found = float(metrics.loss), metrics.judges.tolist()
         raise DivergedError(describe_divergence(state, signals, *found, seen, world, compute))
 
-    # Clip: over all parameters, so that the direction stays.
-    clipped = bool(config.grad_clip) and norm > config.grad_clip
-    if clipped:
-        torch._foreach_mul_(local_shards(gradients.values()), config.grad_clip / norm)
+    # Clip: by one factor for all parameters, which keeps the gradient's direction.
+    factor = clip_factor(norm, config.grad_clip)
+    if clipped := factor < 1.0:
+        torch._foreach_mul_(local_shards(gradients.values()), factor)
 
     # Step, at the schedule's rate.
     rate = learning_rate_at(state.step, config)
@@ -147,9 +153,9 @@ def update(
 
 
 class MicroBatches:
-    """This rank's micro-batches of any update: consecutive sequences of the same global order for any ranks.
+    """This rank's micro-batches of any update. The global order of sequences does not depend on the number of ranks.
 
-    Raises ConfigError where an update cannot be shared equally.
+    Raises ConfigError if the sequences of an update cannot be divided equally among the ranks.
     """
 
     def __init__(self, config: TrainingConfig, windows: Windows, world: World, device: torch.device) -> None:
@@ -164,7 +170,7 @@ class MicroBatches:
             self._unread = UnreadWindows(windows, read, 2 * read)
 
     def of(self, step: int) -> Iterator[Batch]:
-        """Those of update `step`, counted from 0."""
+        """The micro-batches of update `step`, counted from 0."""
         share = self._size / self._sequences
         for first in self._firsts:
             if unread := self._unread:
@@ -199,7 +205,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def _pass_options(config: TrainingConfig, compute: ComputeConfig) -> dict[str, Any]:
-    """What every pass over a micro-batch needs to know of the run."""
+    """The options of the run that every pass over a micro-batch takes."""
     flip = TargetFlip(config.target_flip, config.target_flip_to)
     recompute = config.activation_checkpointing
     return {"autocast": compute.autocast, "flip": flip, "dropout": config.dropout, "recompute": recompute}
@@ -208,7 +214,7 @@ def _pass_options(config: TrainingConfig, compute: ComputeConfig) -> dict[str, A
 def _target(
     batch: Batch, model: GPT, sources: GradientSources | None, by_source: bool, drawn: Gradients
 ) -> Into | None:
-    """Where a micro-batch's gradient is added: to the noise's, to its source's, or to `.grad` (None)."""
+    """Where to add a micro-batch's gradient: to the sums for known noise, to each source's, or to `.grad` (None)."""
     if batch.part == "noise":
         return lambda source: gradients_into(list(model.parameters()), drawn)
     return sources.into if sources and by_source else None
@@ -221,7 +227,7 @@ def _reducer(
     sources: GradientSources | None,
     others: Sequence[Tensor],
 ) -> Reducer | None:
-    """None where gradients and metrics are those of the total batch once they are added up."""
+    """What sums gradients and metrics over ranks; None if a single process can add them up as they come."""
     if world.size == 1 and not config.deterministic:
         return None
     return Reducer(config, parameters, [*(sources.tensors() if sources else []), *others])
@@ -246,8 +252,8 @@ def _weigh(
 ) -> tuple[list[float], list[float], dict[str, Any]]:
     """Scale placebos, measure doses, and find the factors of signals whose dose is held.
 
-    Gives every active signal's weight in this update, the factor by which a held dose changed it while under way, and
-    what was measured, by its name in `Update`.
+    Returns each active signal's weight in this update, the factor that a held dose multiplied its gradient by, and the
+    fields of `Update` that were measured.
     """
     step = AdamStep(sources.parameters, state.optimizer, config.grad_clip)
     sources.scale_placebos(replayed, step if config.signal.placebo_match == "update" else None)
@@ -274,17 +280,17 @@ def _weigh(
 def _hold_doses(
     state: TrainingState, config: TrainingConfig, signals: Sequence[ActiveSignal], doses: Sequence[float]
 ) -> list[float]:
-    """The factor of each signal that gives this update the dose asked for, to the digit; 1 where none is.
+    """The factor that gives each signal exactly the dose asked for in this update; 1 for a signal without one.
 
-    In every update: gradient norms change severalfold within tens of updates, and a weight that is set every fifty of
-    them lets the dose drift tenfold. The state keeps the weights, for updates in which a gate lets nothing by.
+    It is found in every update: gradient norms change severalfold within tens of updates, and with a weight set every
+    fifty updates the dose drifted tenfold. The state keeps the weights for updates in which a gate passes nothing.
     """
     factors = []
     weights = dict(zip(config.signals, state.weights or [None] * len(config.signals), strict=True))
     for signal, dose in zip(signals, doses, strict=True):
         schedule, wanted = signal.config.schedule_at(state.step), signal.config.dose
         factors.append(1.0 if wanted is None or not 0 < dose < float("inf") else wanted * schedule / dose)
-        if wanted is not None:
+        if wanted is not None:  # kept without the schedule, which `signals_at` multiplies in again
             weights[signal.config] = signal.weight * factors[-1] / schedule
     if any(signal.dose is not None for signal in config.signals):
         state.weights = [weights[signal] for signal in config.signals]
@@ -299,12 +305,12 @@ def _inject_noise(
     drawn: Sequence[Tensor],
     measure: bool,
 ) -> dict[str, float | None]:
-    """Add noise and bias whose norms are shares of |g_CE|; without sources that is the gradient's.
+    """Add noise and bias whose norms are shares of |g_CE|, which is the gradient's norm if there are no sources.
 
-    Gives what was measured, by its name in `Update`.
+    Returns the fields of `Update` that were measured.
 
-    drawn: the difference of two batches' gradients, where noise is to have its shape. Two independent batches differ by
-    √2 times what one has of noise.
+    drawn: the difference of two batches' gradients, if noise is to have its shape. The difference of two independent
+    batches has √2 times the noise of one.
     """
     true = global_norm(sources.true if sources else gradients.values())
     step = AdamStep(list(state.model.parameters()), state.optimizer, config.grad_clip)
@@ -324,9 +330,9 @@ def _inject_noise(
 
 
 class MetricSums:
-    """What is summed over micro-batches and ranks, in one float64 tensor.
+    """Sums over micro-batches and ranks in one float64 tensor, so that one reduction serves them all.
 
-    Two losses, stops, every judge's mean, and the figures of a conversation (`figure_count`).
+    The two losses, requests to stop, every judge's mean, and the figures of a conversation (`figure_count`).
     """
 
     def __init__(self, signals: Sequence[ActiveSignal], model: GPTConfig, device: torch.device, stop: bool) -> None:
@@ -342,7 +348,7 @@ class MetricSums:
         """The judges of each signal that read in this update."""
 
     def add(self, losses: Losses, share: float) -> None:
-        """Add what a micro-batch gave."""
+        """Add a micro-batch's losses and figures, weighted by its share of the update."""
         self.loss += losses.loss * share
         self.signal += losses.signal_loss * share
         if losses.figures and self.talk is not None:
