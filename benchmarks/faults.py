@@ -1,4 +1,4 @@
-"""Twenty faults, many times over: survived/tried, to docs/reliability.md and results/faults.json.
+"""Twenty faults, many times over: survived/tried, to docs/reliability.md and results/measured.json.
 
 python benchmarks/faults.py [--rounds 10] [--seed 1] [--only 11,12]
 
@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "faults"), str(Path(__file__).pa
 
 import torch  # noqa: E402
 from experiment_kills import run as experiment_kills  # noqa: E402  # pyright: ignore[reportMissingImports]
-from figures import rewrite  # noqa: E402
+from figures import MEASURED, keep, measured, rewrite  # noqa: E402
 from harness import (  # noqa: E402  # pyright: ignore[reportMissingImports]
     Running,
     Trainer,
@@ -47,7 +47,7 @@ from stops import table as table_of_stops  # noqa: E402  # pyright: ignore[repor
 
 from gptlab.device import Machine  # noqa: E402
 
-RESULTS, PAGE = ROOT / "benchmarks" / "results" / "faults.json", ROOT / "docs" / "reliability.md"
+PAGE = ROOT / "docs" / "reliability.md"
 STOPS = ROOT / "benchmarks" / "results" / "stops.json"
 
 FAULTS = {
@@ -305,13 +305,13 @@ def main() -> int:
     parser.add_argument("--only", default="", help="numbers of faults, with commas; the others' figures are kept")
     chosen = parser.parse_args()
     numbers = [int(word) for word in chosen.only.split(",") if word] or list(FAULTS)
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))["faults"] if RESULTS.exists() else {}
+    results = measured("faults")
     for number in numbers:
         results[str(number)] = try_fault(number, chosen.rounds, chosen.seed)
         results = {str(n): results[str(n)] for n in FAULTS if str(n) in results}
-        RESULTS.write_text(json.dumps({"faults": results}, indent=1) + "\n", encoding="utf-8")
+        keep("faults", results)
         write_page(results)
-    print(f"written: {RESULTS.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
+    print(f"written: {MEASURED.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
     return int(any(results[str(number)]["failures"] for number in numbers))
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from gptlab.files import write_json
 
 MEASURED = Path(__file__).with_name("results") / "measured.json"
-"""Small results, each under its script's name; large ones have a file of their own next to it."""
+"""What scripts measured, by their names; large results have a file of their own next to it."""
 
 
 def measured(name: str) -> dict[str, Any]:
-    """What a script kept last; raises KeyError where it kept nothing."""
-    return json.loads(MEASURED.read_text(encoding="utf-8"))[name]
+    """What a script kept last; empty where it kept nothing."""
+    return json.loads(MEASURED.read_text(encoding="utf-8")).get(name, {})
 
 
 def keep(name: str, found: dict[str, Any]) -> None:

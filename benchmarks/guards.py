@@ -4,7 +4,7 @@
 
 Each guard is a line of the package. In a copy of the project it is replaced by what stands there when nobody thought of
 it, and the tests that bring the payload are run: they must fail, and they must pass on the copy as it is. Writes
-benchmarks/results/guards.json and the table of docs/hardening.md. The page's rules are not here:
+benchmarks/results/measured.json and the table of docs/hardening.md. The page's rules are not here:
 tests/page/test_server.py takes each of them out itself.
 
 What stands here in place of a guard (weights_only=False, allow_pickle=True) is text for the copy, which is thrown away;
@@ -14,7 +14,6 @@ nothing of it runs but there, on payloads of the tests.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -24,10 +23,9 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from figures import rewrite
+from figures import keep, measured, rewrite
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "guards.json"
 PAGE = ROOT / "docs" / "hardening.md"
 START, END = "<!-- measured by benchmarks/guards.py -->", "<!-- end of what guards.py measured -->"
 COPIED = ("gptlab", "tests", "experiments", "benchmarks", "pyproject.toml", "train_gpt2.py", "train_gpt2_ben.py")
@@ -197,7 +195,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="guards whose words hold this; what the others came to is kept")
     options = parser.parse_args()
     chosen = [guard for guard in GUARDS if options.only in guard.what]
-    found = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    found = measured("guards")
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:
@@ -207,7 +205,7 @@ def main() -> int:
             found[guard.what] = tried(guard, copy)
             print(f"{guard.what}: {found[guard.what]['said']}", file=sys.stderr, flush=True)
             kept = {guard.what: found[guard.what] for guard in GUARDS if guard.what in found}
-            RESULT.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+            keep("guards", kept)
             rewrite(PAGE, START, END, table(kept))
     return int(any(one["said"] != "noticed" for one in found.values()))
 

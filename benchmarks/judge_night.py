@@ -8,7 +8,7 @@ python benchmarks/judge_night.py --collect                             the resul
 IDEAS says what is predicted of each and why, before the night. It writes them as files into the lab, judges them in an
 order drawn from the seed, kills the judge at random moments (SIGKILL, whole process group) and starts it again. What
 the ledger then holds is compared with the predictions: `false_keeps` may be 0 or 1 in a night at 5%. The result is
-night.json in the lab, and its report.html; of a whole night also benchmarks/results/judge_night.json.
+night.json in the lab, and its report.html; of a whole night also benchmarks/results/measured.json.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from figures import keep
+
 from gptlab.files import parse_json, read_text, write_json, write_whole
 from gptlab.judge.lab import read_lab
 from gptlab.judge.procedure import Judge
@@ -38,7 +40,6 @@ from gptlab.judge.trial import Subject
 from gptlab.training.presets import preset_options
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "judge_night.json"
 PRESET = "shakespeare-tiny"
 QUICK: dict[str, Any] = {
     "n_layer": 2, "n_embd": 32, "n_head": 2, "block_size": 32, "batch_size": 4, "total_batch_tokens": 256, "steps": 24,
@@ -312,7 +313,7 @@ def main() -> None:
     else:
         result = night(chosen, asked.lab, asked.seed, 2 if asked.quick else asked.kills)
     if not asked.quick:
-        write_json(RESULTS, result)
+        keep("judge_night", result)
     print(json.dumps({key: value for key, value in result.items() if key != "answers"}, indent=1))
 
 

@@ -1,6 +1,6 @@
 """How often a night of ideas fools `gptlab judge`, and three rules that are in use: nights whose truth is known.
 
-python benchmarks/judge_nights.py [--nights 1000]    seconds; writes benchmarks/results/judge_nights.json and
+python benchmarks/judge_nights.py [--nights 1000]    seconds; writes benchmarks/results/measured.json and
 its table in docs/judge.md
 
 A night is 100 ideas in an order drawn for it; `effects` of them gain so many sigma, the baseline's standard deviation
@@ -12,7 +12,6 @@ that every idea is compared with the same baseline, whose screening runs all ide
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import keep, rewrite
 
 from gptlab.analysis.statistics import critical_t, failure_rate_bound
 from gptlab.judge.evidence import confirmed, next_level, screened
 from gptlab.judge.lab import Plan
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "judge_nights.json"
 PAGE = ROOT / "docs" / "judge.md"
 MARKS = ("<!-- nights: written by benchmarks/judge_nights.py -->", "<!-- nights end -->")
 IDEAS, REAL = 100, 10
@@ -228,10 +227,8 @@ def main() -> None:
         "nights": nights, "ideas": IDEAS, "real": REAL, "looks": list(PLAN.looks),
         "confirm": list(PLAN.confirm_looks), "error_rate": PLAN.error_rate,
     }  # fmt: skip
-    RESULTS.write_text(json.dumps({**about, **found}, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(found)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    keep("judge_nights", {**about, **found})
+    rewrite(PAGE, *MARKS, table(found) + "\n\n")
     print(table(found), f"{time.process_time() - started:.0f} s of CPU")
 
 

@@ -3,13 +3,12 @@
 python benchmarks/rigor.py [--experiments 10000]   simulated ones; about 30 minutes, less with --part NAME
 python benchmarks/rigor.py --real FOLDER           drawn from a real experiment of twins (experiments/aa.toml)
 
-Each keeps the other's part of benchmarks/results/rigor.json, and renews the table in docs/verdicts.md.
+Each keeps the other's part of the results, and renews the table in docs/verdicts.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import keep, measured, rewrite
 from scipy.stats import binomtest
 
 from gptlab.analysis import compare, verdict
@@ -25,7 +25,6 @@ from gptlab.analysis.design import seeds_for_difference
 from gptlab.analysis.statistics import failure_rate_bound, look_level
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "rigor.json"
 PAGE = ROOT / "docs" / "verdicts.md"
 MARKS = ("<!-- rigor: written by benchmarks/rigor.py -->", "<!-- rigor ends -->")
 
@@ -464,18 +463,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--real", type=Path, metavar="FOLDER", help="the folder of experiments/aa.toml, or one like it")
     parser.add_argument("--part", metavar="NAME", help="renew one part of the simulated ones [all]")
     options = parser.parse_args(argv)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results = measured("rigor")
     if options.real:
         results |= real(options.real, options.experiments)
     else:
         results |= simulated(options.experiments, options.part)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    keep("rigor", results)
     print(table(results))
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(results)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    rewrite(PAGE, *MARKS, table(results) + "\n\n")
 
 
 if __name__ == "__main__":

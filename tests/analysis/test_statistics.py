@@ -326,7 +326,7 @@ def test_smoke_says_it_too_where_a_spread_is_known(
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "verdicts.md").read_text(encoding="utf-8")
-RESULTS = json.loads((ROOT / "benchmarks" / "results" / "rigor.json").read_text(encoding="utf-8"))
+RESULTS = load_script("benchmarks/figures.py").measured("rigor")
 
 
 @pytest.fixture(scope="module")

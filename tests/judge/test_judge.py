@@ -396,7 +396,7 @@ def test_a_design_says_what_can_be_found_and_what_it_costs() -> None:
 
 def test_the_committed_nights_keep_the_promise_and_the_naive_rules_do_not() -> None:
     nights = load_script("benchmarks/judge_nights.py")
-    found = json.loads(nights.RESULTS.read_text())
+    found = load_script("benchmarks/figures.py").measured("judge_nights")
     for correlation in ("correlation_0", "correlation_0.5"):
         for effect, rules in found[correlation].items():
             assert rules["judge"]["upper_bound"] <= 0.05, (correlation, effect)
