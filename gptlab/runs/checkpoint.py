@@ -405,14 +405,12 @@ def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: Wo
     from torch.distributed.checkpoint import load as load_rows
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    said = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    stored = {
-        name: torch.zeros((), dtype=entry.properties.dtype).expand(entry.size)  # of its shape, without the memory
-        for name, entry in said.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    for name, whole in stored.items():  # torch reads rows that no file has as whatever the memory holds
-        if sum(chunk.sizes.numel() for chunk in said[name].chunks) != whole.numel():
+    stored: dict[str, Tensor] = {}
+    for name, entry in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            continue
+        stored[name] = torch.zeros((), dtype=entry.properties.dtype).expand(entry.size)  # of its shape, without memory
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != stored[name].numel():  # torch would leave them unset
             raise CheckpointError(f"{folder}: expected every row of {name} once, found some missing or twice")
     weights, moments = apart(stored)
     check_stored(shape, weights, folder)
