@@ -126,12 +126,14 @@ def _result(name: str) -> dict[str, Any]:
         result = _loaded(file)
         return {**result, "against_best_peer": _against_best_peer(result["124m"])} if name == "speed" else result
     packed = FINDINGS / f"{name}{SUFFIX}"
-    if name.startswith(RESPONSE):
-        return dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES))))
     if name.startswith(TUNING):
         return _last_losses(packed)
     outcomes = read([packed])
-    result = {**outcomes.verdicts(), "blocks": {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}}
+    hours = sum(run.seconds for runs in outcomes.runs.values() for run in runs) / 3600  # in updates, a core each
+    if name.startswith(RESPONSE):
+        return {**dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES)))), "hours": hours}
+    blocks = {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}
+    result = {**outcomes.verdicts(), "blocks": blocks, "hours": hours}
     if name == HALF_BATCH:
         result["agreement"] = _agreement(packed)
     if name == RIGHT_WRONG:

@@ -39,6 +39,7 @@ from gptlab.runs.experiment_spec import (
 )
 from gptlab.runs.records import edited_rows
 from gptlab.runs.tuning import read_kept
+from gptlab.runs.variants import read_ladder
 from gptlab.training.presets import PRESETS
 
 LOSS = Metric()
@@ -312,8 +313,12 @@ def _of_experiment(folder: Path, step: int | None, until: float) -> Outcomes:
     tuning = Tuning(experiment.tune is not None, kept or {})
     name = experiment.table.get("name", folder.name)
     outcomes = _outcomes(name, arms, declared, step, arguments, allowed, tuning, notes)
+    ladder = (packed.ladder if packed else read_ladder(folder)) or {"arms": {}}
+    rungs = {arm: {**of, "depths": ladder["depths"]} for arm, of in ladder["arms"].items()}
+    passports = {arm: {**found, "rungs": rungs.get(arm)} for arm, found in outcomes.passports.items()}
     words, changed = declaration(experiment, folder, packed.declared if packed else recorded_declaration(folder))
-    return replace(outcomes, declared=words, undeclared=(*changed, *outcomes.undeclared))
+    undeclared_too = (*changed, *outcomes.undeclared)
+    return replace(outcomes, declared=words, undeclared=undeclared_too, passports=passports)
 
 
 def _outcomes(

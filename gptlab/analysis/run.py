@@ -37,6 +37,7 @@ from gptlab.runs.records import (
     read_config,
     read_environment,
     read_rows,
+    rounded,
 )
 from gptlab.signals.config import SignalConfig
 from gptlab.training.config import TrainingConfig
@@ -163,9 +164,9 @@ def read_run(source: Source, until: float = math.inf, each: Callable[[Row], None
             start = row.get("grad_norm") if step == 1 else start
             doses += [(step, row["dose"])] if row.get("dose") is not None else []
             if row.get(norm) is not None and (norm == "signal_norm" or step % EVERY in (0, 1)):
-                norms[step] = row[norm]
+                norms[step] = rounded(row[norm])  # as a pack has it
             if row.get("step_change") is not None:
-                step_changes[step] = row["step_change"]
+                step_changes[step] = rounded(row["step_change"])
         ended = row if row["kind"] == "event" else {}  # what follows an event is a run that was resumed
     tempered, bits = last.get("tempered_loss"), last.get("bits_per_byte")
     environment = read_environment(source)

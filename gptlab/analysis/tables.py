@@ -203,8 +203,14 @@ def _passport(found: Mapping[str, Any]) -> list[str]:
             f"seed correlation {number(found['seed_correlation'], '.2f')}",
             *([f"correlation with other arms' errors {r:.2f}"] if (r := found["arms_correlation"]) is not None else []),
             f"minimum detectable effect (80% power) {number(found['smallest_difference'], '.4f')}",
+            *([_on_the_ladder(rungs)] if (rungs := found.get("rungs")) else []),
         ),
     ]
+
+
+def _on_the_ladder(rungs: Mapping[str, Any]) -> str:
+    depths = ", ".join(map(str, rungs["depths"]))
+    return f"its sign holds at {rungs['holds']} of {rungs['of']} rungs of the ladder ({depths} blocks)"
 
 
 def remarks(result: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SEEDS = 3
 BUDGET_ENDED = "the budget ended"
-FALSIFIED, LADDER = "falsify.json", "ladder.json"
+FALSIFIED = "falsify.json"
 SHOWN = ("verdict", "difference", "interval", "n")
 
 
@@ -103,7 +103,8 @@ def _hours(text: str) -> float:
 def ladder(options: argparse.Namespace, experiment: Experiment, folder: Path) -> int:
     """Train all arms on rungs of the ladder, and say of each at how many its sign holds."""
     from gptlab.files import write_json
-    from gptlab.runs.variants import rungs, status
+    from gptlab.runs.experiment_spec import FILE
+    from gptlab.runs.variants import LADDER, rungs, status
 
     if experiment.table.get("groups"):
         raise ConfigError(
@@ -121,9 +122,13 @@ def ladder(options: argparse.Namespace, experiment: Experiment, folder: Path) ->
         sign = next((one["difference"] for one in on if status(1.0, one) != "open"), None)
         holds = sum(status(sign, one) == "survived" for one in on) if sign else 0
         signs[arm] = {"sign": sign and ("higher" if sign > 0 else "lower"), "holds": holds, "of": len(on)}
-    result = {"experiment": experiment.name, "metric": experiment.metric.name, "rungs": found, "arms": signs}
+    depths = [rung["depth"] for rung in found if rung["arms"]]
+    result = {"experiment": experiment.name, "metric": experiment.metric.name, "depths": depths, "rungs": found,
+              "arms": signs}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / LADDER, result)
+    if (experiment.folder / FILE).is_file():  # for the passports of its verdicts
+        write_json(experiment.folder / LADDER, result)
     if options.json:
         print(json.dumps(result, indent=1, allow_nan=False))
     else:

@@ -37,6 +37,7 @@ from gptlab.runs.records import (
 )
 from gptlab.runs.tuning import FILE as CHOICE
 from gptlab.runs.tuning import accepted, read_kept, trial_experiment, trials_folder
+from gptlab.runs.variants import LADDER, accepted_ladder, read_ladder
 
 SUFFIX = ".json.gz"
 VERSION = 1
@@ -44,8 +45,8 @@ LARGEST = 64 * MB
 """Bytes of a pack when it is unzipped: a few bytes of a hostile one could grow to fill the memory."""
 
 MEASURED = ("dose", "signal_norm", "step_change", "batch_noise")
-EXACT = (*MEASURED, "weight", "grad_norm")
-"""What makes verdicts; a train row's other figures, and lists, are only drawn and are rounded."""
+REPLAYED = {"gradient": "signal_norm", "update": "step_change"}
+"""What placebos of an experiment take over from their arms, by its `placebo_match`: it keeps all its digits."""
 
 _CELL = re.compile(r"([A-Za-z0-9][\w.+=-]*)/seed_(\d{1,18})")
 
@@ -67,13 +68,14 @@ class PackedCell:
 @dataclass(frozen=True)
 class Pack:
     """text: of the experiment file; tuning: what [tune] chose; trials: what it chose from, an experiment too; declared:
-    declaration.json of its first start, {} where there was none."""
+    declaration.json of its first start, {} where there was none; ladder: at how many rungs each arm's sign holds."""
 
     text: str
     cells: Sequence[PackedCell]
     tuning: Mapping[str, Any] | None = None
     trials: Pack | None = None
     declared: Mapping[str, Any] = field(default_factory=dict)
+    ladder: Mapping[str, Any] | None = None
 
 
 def is_pack(path: Path) -> bool:
@@ -126,22 +128,25 @@ def unpack(path: Path, out: Path) -> list[PackedCell]:
 
 def _pack(experiment: Experiment, folder: Path) -> Pack:
     ended = [cell for cell in cells_of(experiment, folder) if Rows(cell).look().state(running=False) in ENDED]
-    for path in (*(cell.folder for cell in ended), folder / CHOICE):
+    for path in (*(cell.folder for cell in ended), folder / CHOICE, folder / LADDER):
         refuse_links(path, folder, error=ConfigError)
     outcomes = Results(experiment, folder, ended).content()["cells"]
     weights = {(found["arm"], found["seed"]): found["weights_sha256"] for found in outcomes}
     norms = "placebo" in experiment.text  # in a comment it only makes the pack larger
-    cells = [_packed(cell, weights[cell.arm.name, cell.seed], norms) for cell in ended]
+    exact = REPLAYED.get(experiment.placebo_match)
+    cells = [_packed(cell, weights[cell.arm.name, cell.seed], norms, exact) for cell in ended]
     trials = trials_folder(folder)
     has_trials = (trials / FILE).is_file()  # a choice stands without its trials, whose folder may be removed
     tried = _pack(trial_experiment(experiment), trials) if has_trials else None
-    return Pack(experiment.text, cells, read_kept(folder), tried, recorded_declaration(folder))
+    return Pack(experiment.text, cells, read_kept(folder), tried, recorded_declaration(folder), read_ladder(folder))
 
 
-def _packed(cell: Cell, weights_sha256: str | None, norms: bool) -> PackedCell:
+def _packed(cell: Cell, weights_sha256: str | None, norms: bool, exact: str | None) -> PackedCell:
     folder = cell.folder
     rows = _kept(folder) if norms else map(_without_norms, _kept(folder))
-    run = PackedRun(folder, _config(cell), read_environment(folder), list(rows))
+    kept = [{key: _rounded(row, key, exact) for key in row} for row in rows]
+    kept = kept if norms else list(_without_repeats(kept))
+    run = PackedRun(folder, _config(cell), read_environment(folder), kept)
     return PackedCell(cell.arm.name, cell.seed, run, weights_sha256)
 
 
@@ -152,24 +157,23 @@ def _as_json(packed: Pack) -> dict[str, Any]:
             "config": cell.run.config,
             "environment": cell.run.environment,
             "weights_sha256": cell.weights_sha256,
-            "rows": [
-                [columns.setdefault(tuple(row), len(columns)), *(_rounded(row, key) for key in row)]
-                for row in cell.run.rows
-            ],
+            "rows": [[columns.setdefault(tuple(row), len(columns)), *row.values()] for row in cell.run.rows],
         }
         for cell in packed.cells
     }
     trials = packed.trials and _as_json(packed.trials)
     head = {"experiment": packed.text, "tuning": packed.tuning, "trials": trials, "declared": packed.declared}
+    if packed.ladder:
+        head["ladder"] = packed.ladder
     return {**head, "columns": list(columns), "cells": cells}
 
 
-def _rounded(row: Row, key: str) -> Any:
+def _rounded(row: Row, key: str, exact: str | None) -> Any:
+    """A figure of a row: lists and what train rows have are drawn or averaged, for which DIGITS are enough."""
     value = row[key]
     if isinstance(value, list):
         return [rounded(one) if isinstance(one, float) else one for one in value]
-    drawn = isinstance(value, float) and row["kind"] == "train" and key not in EXACT
-    return rounded(value) if drawn else value
+    return rounded(value) if isinstance(value, float) and row["kind"] == "train" and key != exact else value
 
 
 def _from_json(value: Mapping[str, Any], path: Path) -> Pack:
@@ -183,6 +187,7 @@ def _from_json(value: Mapping[str, Any], path: Path) -> Pack:
         None if tuning is None else accepted(tuning),
         None if trials is None else _from_json(trials, path),
         dict(value.get("declared", {})),  # packs of before have none
+        None if (ladder := value.get("ladder")) is None else accepted_ladder(ladder),
     )
 
 
@@ -205,7 +210,8 @@ def _unpack(packed: Pack, out: Path) -> None:
         folder.mkdir(parents=True)
         write_json(folder / CONFIG, cell.run.config)
         write_json(folder / ENVIRONMENT, cell.run.environment)
-        write_whole(folder / METRICS, "".join(f"{json.dumps(row)}\n" for row in cell.run.rows))
+        rows = ({key: row[key] for key in row if key != "rows_sha256"} for row in cell.run.rows)  # of the rows before
+        write_whole(folder / METRICS, "".join(f"{json.dumps(row)}\n" for row in rows))
     results = [
         {
             "arm": cell.arm,
@@ -219,6 +225,8 @@ def _unpack(packed: Pack, out: Path) -> None:
     write_whole(out / FILE, packed.text)
     if packed.tuning:
         write_json(out / CHOICE, packed.tuning, ensure_ascii=False)
+    if packed.ladder:
+        write_json(out / LADDER, packed.ladder, ensure_ascii=False)
     if packed.declared:
         write_json(out / DECLARATION, packed.declared, ensure_ascii=False)
     if packed.trials:
@@ -239,8 +247,18 @@ def _config(cell: Cell) -> dict[str, Any]:
 def _without_norms(row: Row) -> Row:
     """A row of an experiment without placebos: norms are compared with the baseline's alone, every EVERY updates."""
     unread = ("step_change",) if row["step"] % EVERY in (0, 1) else ("step_change", "signal_norm")
-    kept = {key: value for key, value in row.items() if key not in unread}
-    return kept | {"dose": rounded(row["dose"])} if row.get("dose") is not None else kept
+    return {key: value for key, value in row.items() if key not in unread}
+
+
+def _without_repeats(rows: Sequence[Row]) -> Iterator[Row]:
+    """Rows without doses that repeat the one before, which stands for them (`mean_over_updates`), as held ones do."""
+    measured = [k for k, row in enumerate(rows) if "dose" in row]
+    before = None
+    for k, row in enumerate(rows):
+        if row.keys() == {"step", "kind", "dose"} and row["dose"] == before and k not in measured[-2:]:
+            continue
+        before = row.get("dose", before)
+        yield row
 
 
 def _kept(run: Path) -> Iterator[Row]:

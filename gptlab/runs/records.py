@@ -241,7 +241,7 @@ def replayed_norms(config: TrainingConfig) -> dict[int, float]:
     return norms
 
 
-DIGITS = 6
+DIGITS = 7
 """Significant digits of figures that are averaged or drawn."""
 
 
@@ -260,7 +260,7 @@ def mean_over_updates(measured: Sequence[tuple[int, float]]) -> float | None:
     lengths = [max(1, later - step) for (step, _), (later, _) in pairwise(measured)]
     lengths += lengths[-1:] or [1] * len(measured)
     values = [rounded(value) for _, value in measured]
-    return sum(map(operator.mul, lengths, values)) / sum(lengths) if measured else None
+    return math.fsum(map(operator.mul, lengths, values)) / sum(lengths) if measured else None
 
 
 CLOCK = ("tokens_per_second", "mfu")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptlab.errors import ConfigError
-from gptlab.files import is_number
+from gptlab.files import is_count, is_number, parse_json, read_text
 from gptlab.options import build, flatten, options_of
 from gptlab.runs.experiment_spec import Arm, Experiment, as_toml, experiment_from, ready_experiments
 from gptlab.training.config import TrainingConfig, run_flops
@@ -24,6 +24,9 @@ Status = Literal["survived", "reversed", "open"]
 
 IN_UPDATES = ("signal.start", "signal.anneal")
 """Options that count updates and that no preset sets."""
+
+LADDER = "ladder.json"
+"""At how many rungs of the ladder each arm's sign holds, in the folder of the experiment."""
 
 UNTIED_HEAD = "patches/untied_head.diff"
 """Next to the ready experiments."""
@@ -168,6 +171,29 @@ def _flops(variant: Variant, arm: Arm, preset: str) -> float:
         return 0.0
     changed = replace(arm, options=_changed(arm, variant, preset))
     return run_flops(_config(changed, "ladder" if variant.rung else preset))
+
+
+def read_ladder(folder: Path) -> dict[str, Any] | None:
+    """The content of an experiment's ladder.json, None where there is none; raises ConfigError for a damaged one."""
+    path = folder / LADDER
+    try:
+        return accepted_ladder(parse_json(read_text(path, inside=folder, error=ConfigError)))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise ConfigError(
+            f"{path} is damaged: expected at how many rungs signs hold; remove it and climb the ladder again"
+        ) from None
+
+
+def accepted_ladder(content: Any) -> dict[str, Any]:
+    """The depths of `content`, and how many rungs hold each arm's sign; raises ValueError where it has no such."""
+    match content:
+        case {"depths": [*depths], "arms": {**arms}} if all(map(is_count, depths)):
+            of_arms = {name: (one.get("holds"), one.get("of")) for name, one in arms.items() if isinstance(one, dict)}
+            if of_arms.keys() == arms.keys() and all(is_count(n) for counts in of_arms.values() for n in counts):
+                return {"depths": depths, "arms": {name: {"holds": k, "of": n} for name, (k, n) in of_arms.items()}}
+    raise ValueError("depths, or an arm's rungs")
 
 
 def status(sign: float, found: Mapping[str, Any]) -> Status:

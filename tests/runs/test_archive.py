@@ -17,10 +17,11 @@ from gptlab.cli.main import main
 from gptlab.errors import CheckpointError, ConfigError, GptlabError
 from gptlab.runs.archive import pack, read_pack
 from gptlab.runs.experiment_spec import read_experiment
+from gptlab.runs.records import read_rows
 
 Capture = pytest.CaptureFixture[str]
-ARMS = {"plain": {}, "sure": {"signal.name": "confidence"}}
-CELLS = ["plain/seed_1", "plain/seed_2", "sure/seed_1", "sure/seed_2"]
+ARMS = {"plain": {}, "sure": {"signal.name": "confidence"}, "held": {"signal.name": "confidence", "signal.dose": 0.1}}
+CELLS = [f"{arm}/seed_{seed}" for arm in sorted(ARMS) for seed in (1, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,8 @@ def test_a_packed_experiment_compares_alike_and_nothing_is_written_next_to_it(
     times = {key: found[0][key] for key in found[0] if "equal_time/ratio" in key}
     assert {key: found[1][key] for key in times} == pytest.approx(times, rel=1e-5), "speeds are rounded"
     assert {**found[0], **times} == {**found[1], **times}
+    doses = [sum("dose" in row for row in cell.run.rows) for cell in read_pack(alone).cells if cell.arm == "held"]
+    assert max(doses) < sum("dose" in row for row in read_rows(run[1] / "held" / "seed_1")), "a held dose repeats"
     assert os.listdir(tmp_path) == ["packed.json.gz"]
     assert main(["compare", str(alone), "--html", str(tmp_path / "report.html")]) == 0
     assert "confidence" in (tmp_path / "report.html").read_text()
@@ -75,6 +78,24 @@ def test_an_unpacked_experiment_counts_as_finished(
     assert main(["experiment", "run", str(file), "--out", str(back), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ran"] == ["sure/seed_2"]
     assert (back / "results.json").read_bytes() == (out / "results.json").read_bytes()
+
+
+def test_a_verdict_says_at_how_many_rungs_of_the_ladder_its_sign_holds(
+    copy: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """`gptlab experiment ladder` leaves this file in the experiment's folder; a pack takes it along."""
+    ladder = {"experiment": "x", "depths": [2, 3, 4], "arms": {"sure": {"sign": "higher", "holds": 2, "of": 3}}}
+    (copy / "ladder.json").write_text(json.dumps(ladder))
+    pack(read_experiment(copy / "experiment.toml", copy=True), copy, tmp_path / "packed.json.gz")
+    assert main(["experiment", "unpack", str(tmp_path / "packed.json.gz"), "--out", str(tmp_path / "back")]) == 0
+    for source in (copy, tmp_path / "packed.json.gz", tmp_path / "back"):
+        capsys.readouterr()
+        assert main(["compare", str(source), "--json"]) == 0
+        arms = json.loads(capsys.readouterr().out)["arms"]
+        assert arms["sure"]["passport"]["rungs"] == {"holds": 2, "of": 3, "depths": [2, 3, 4]}
+        assert main(["compare", str(source), "--markdown", str(tmp_path / "tables.md")]) == 0
+        said = "its sign holds at 2 of 3 rungs of the ladder (2, 3, 4 blocks)"
+        assert said in (tmp_path / "tables.md").read_text()
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -126,7 +147,7 @@ SECRETS: dict[str, str] = {
     ),
     "a row": json.dumps({"step": 1, "kind": "val", "loss": 2.0, "text": SECRET}) + "\n",
 }
-NAMES = ("results.json", "tuning.json", "plain/seed_1/config.json", "plain/seed_1/environment.json",
+NAMES = ("results.json", "tuning.json", "ladder.json", "plain/seed_1/config.json", "plain/seed_1/environment.json",
          "plain/seed_1/metrics.jsonl", "plain/seed_1", "plain")  # fmt: skip
 
 
@@ -154,16 +175,17 @@ def test_nothing_from_behind_a_link_is_packed(name: str, content: str, copy: Pat
 @pytest.mark.parametrize("content", [*SECRETS, "pipe"])
 def test_what_is_no_result_of_a_run_is_not_packed(content: str, copy: Path, tmp_path: Path) -> None:
     """Files that lie where results and choices do, but hold something else."""
-    for name in ("results.json", "tuning.json"):
+    for name in ("results.json", "tuning.json", "ladder.json"):
         (copy / name).unlink(missing_ok=True)
         if content == "pipe":
             os.mkfifo(copy / name)
         else:
             (copy / name).write_text(SECRETS[content])
     out = tmp_path / "out.json.gz"
-    with pytest.raises(ConfigError, match=r"tuning.json"):
-        pack(read_experiment(copy / "experiment.toml", copy=True), copy, out)
-    (copy / "tuning.json").unlink()
+    for name in ("tuning.json", "ladder.json"):
+        with pytest.raises(ConfigError, match=name):
+            pack(read_experiment(copy / "experiment.toml", copy=True), copy, out)
+        (copy / name).unlink()
     pack(read_experiment(copy / "experiment.toml", copy=True), copy, out)
     assert SECRET.encode() not in gzip.decompress(out.read_bytes())
 
@@ -208,6 +230,8 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
     "a machine that is none": _changed(lambda value: _cell(value).update(environment={"machine": 5})),
     "weights that are none": _changed(lambda value: _cell(value).update(weights_sha256="../x")),
     "a choice that is none": _changed(lambda value: value.update(tuning={"arms": {"plain": {"loss": 1}}})),
+    "a ladder without its arms": _changed(lambda value: value.update(ladder={"depths": [2, 3], "arms": {"sure": 2}})),
+    "a ladder without depths": _changed(lambda value: value.update(ladder={"depths": ["2"], "arms": {}})),
     "trials that are none": _changed(lambda value: value.update(trials=[1])),
 }
 

@@ -79,8 +79,8 @@ def test_results_say_what_every_cell_came_to(whole: Path) -> None:
         assert cell["loss"] == [row["loss"] for row in rows if row["kind"] == "val"][-1]
         doses = [row["dose"] for row in rows if "dose" in row]
         assert len(doses) == (4 if arm == "sure" else 0)
-        six_digits = pytest.approx(sum(doses) / 4, rel=5e-6)
-        assert cell["dose"] == (six_digits if doses else None)
+        seven_digits = pytest.approx(sum(doses) / 4, rel=1e-6)
+        assert cell["dose"] == (seven_digits if doses else None)
         assert cell["clipped_share"] == sum(row.get("clipped", False) for row in rows) / 24
     hashes = [cell["weights_sha256"] for cell in cells.values() if cell["state"] == "finished"]
     assert len(set(hashes)) == 4

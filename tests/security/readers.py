@@ -200,6 +200,7 @@ def _cells(folder: Path) -> None:
     """An experiment's cells, its file and its choice."""
     (folder / "experiment.toml").write_text(EXPERIMENT)
     (folder / "tuning.json").write_text(json.dumps(KEPT))
+    (folder / "ladder.json").write_text(json.dumps(HELD))
     for arm in ("plain", "sure", "penalty"):
         for seed in (1, 2):
             cell = folder / arm / f"seed_{seed}"
@@ -466,6 +467,7 @@ QUESTION = json.dumps({"ctx": "a b", "endings": ["c", "d", "e", "f"], "label": 2
 CHOICE = {"options": {}, "follows": None, "trial": "t", "learning_rate": 1.0, "dose": 0.5, "loss": 1.0, "notes": ["n"],
           "losses": {"t": [1.0, None]}}  # fmt: skip
 KEPT = {"experiment": "tiny", "seeds": [101], "trials": 3, "factors": {"dose": [1]}, "arms": {"sure": CHOICE}}
+HELD = {"experiment": "tiny", "depths": [2, 3], "arms": {"sure": {"sign": "higher", "holds": 1, "of": 2}}}
 
 
 def readers(scratch: Path) -> Iterator[Reader]:
@@ -480,6 +482,7 @@ def readers(scratch: Path) -> Iterator[Reader]:
     yield Reader("metrics.jsonl", (_metrics(),), other_lines, _read_run, _run)
     yield Reader("config.json", (_config(),), other_json, _read_run, _run)
     yield Reader("tuning.json", (json.dumps(KEPT).encode(),), other_json, _compare(""), _cells)
+    yield Reader("ladder.json", (json.dumps(HELD).encode(),), other_json, _compare(""), _cells)
     yield Reader("state.json", (_state(),), other_json, _signed, _checkpoint)
     yield Reader("model.safetensors", (_weights(),), other_bytes, _signed, _checkpoint)
     yield Reader(SHARD, (_rows(),), other_bytes, _signed, _state_alone)

@@ -318,7 +318,14 @@ def test_a_pack_takes_no_link_along(tmp_path: Path, capsys: Capture) -> None:
     shutil.copy(file, out / "experiment.toml")
     whole = tmp_path / "whole.json.gz"
     assert main(["experiment", "pack", str(out), "--out", str(whole)]) == 0
-    for name in ("sure/seed_1/environment.json", "sure/seed_1/config.json", "sure/seed_1", "sure", "tuning.json"):
+    for name in (
+        "sure/seed_1/environment.json",
+        "sure/seed_1/config.json",
+        "sure/seed_1",
+        "sure",
+        "tuning.json",
+        "ladder.json",
+    ):
         path, kept = out / name, tmp_path / "kept"
         if path.exists():
             path.rename(kept)

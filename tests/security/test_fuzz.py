@@ -21,11 +21,13 @@ from gptlab.errors import GptlabError
 from gptlab.files import parse_json, parse_toml
 
 EXAMPLES = 150
-SLOW = {"metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60, "tuning.json": 60}
+SLOW = {"metrics.jsonl": 60, "state.json": 60, "experiment.toml": 60, "config.json": 60, "tuning.json": 60,
+        "ladder.json": 60}  # fmt: skip
 """Examples of readers that take many milliseconds each; a report is drawn of a choice."""
 NAMES = (
     "train_000000.bin", "train.bin", "train.npy", "corpus.json", "options.toml", "experiment.toml", "metrics.jsonl",
-    "config.json", "tuning.json", "state.json", "model.safetensors", SHARD, "MANIFEST.json", "model.bin", "ckpt.pt",
+    "config.json", "tuning.json", "ladder.json", "state.json", "model.safetensors", SHARD, "MANIFEST.json", "model.bin",
+    "ckpt.pt",
     "hf/config.json", "hf/model.safetensors.index.json", "hf/tokenizer.json", "hf/tokenizer_config.json",
     "hf/vocab.json", "hf/merges.txt", "log.csv", "log.jsonl", "rows.jsonl", "text.jsonl", "text.json",
     "text.jsonl.gz", "text.jsonl.zst", "text.parquet", "tuned_reader.safetensors", "tokens", "name",
