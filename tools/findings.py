@@ -3,6 +3,7 @@
     python tools/findings.py                    renews them all: in the README and every page of docs/
     python tools/findings.py --add NAME=FILE    keeps JSON that a command printed in docs/findings/measured.json
     python tools/findings.py --unigram          measures what a model has that only counts bytes, from the corpus
+    python tools/findings.py --likeliest DIR    measures which bytes the models of an experiment would say
 
 What is not a pack is in measured.json, by name: what `gptlab noise --json`, `gptlab falsify --json` and `gptlab
 experiment ladder --json` printed.
@@ -30,8 +31,10 @@ from typing import Any
 
 import numpy as np
 import speedrun_audit
+import torch
 from matplotlib.axes import Axes
 
+import gptlab
 from gptlab.analysis.dose_response import SHARES, Target, dose_response
 from gptlab.analysis.load import read
 from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
@@ -361,8 +364,8 @@ def _ideas(result: Mapping[str, Any]) -> str:
 PREDICTED = {"better": 0, "worse": 1, "null": 2}
 """The order of ideas by what was predicted of them."""
 
-EVALUATED = 131_072
-"""Validation bytes that a run of shakespeare-tiny reads."""
+EVALUATED, LIKELIEST = 131_072, 32_768
+"""Validation bytes that a run of shakespeare-tiny reads, and on which its likeliest bytes are counted."""
 
 STEPS = (25, 50, 100, 400)
 SHOWN = (0.5, 0.9)
@@ -638,9 +641,32 @@ def measure_unigram() -> None:
     keep("shakespeare_unigram", result)
 
 
+def measure_likeliest(experiment: Path) -> None:
+    """Write the entropy, in nats, of how often each byte is the likeliest, of the last model of every cell.
+
+    Over Shakespeare's first validation bytes: it is low where a model has few bytes that it would say.
+    """
+    text = "".join(text for text, _ in Shakespeare().documents("val")).encode()[: LIKELIEST + 1]
+    arms: dict[str, dict[str, list[float]]] = {}
+    for folder in sorted(experiment.glob("*/seed_*")):
+        model = gptlab.load(folder, device="cpu")
+        size = model.config.block_size
+        windows = torch.tensor(list(text[:LIKELIEST])).view(-1, size)
+        with torch.no_grad():
+            logits = torch.cat([model(rows) for rows in windows.split(64)]).flatten(0, 1)
+        shares = torch.bincount(logits.argmax(-1), minlength=256) / LIKELIEST
+        found = arms.setdefault(folder.parent.name, {"entropy": [], "most": []})
+        found["entropy"].append(float(torch.special.entr(shares).sum()))
+        found["most"].append(float(shares.max()))
+    shares = torch.bincount(torch.tensor(list(text[1:])), minlength=256) / LIKELIEST
+    keep("likeliest_bytes", {"arms": arms, "bytes": LIKELIEST, "text": float(torch.special.entr(shares).sum())})
+
+
 def main() -> None:
     if "--unigram" in sys.argv:
         measure_unigram()
+    if "--likeliest" in sys.argv:
+        measure_likeliest(Path(sys.argv[sys.argv.index("--likeliest") + 1]))
     if "--add" in sys.argv:
         name, _, path = sys.argv[sys.argv.index("--add") + 1].partition("=")
         keep(name, json.loads(Path(path).read_text(encoding="utf-8")))
