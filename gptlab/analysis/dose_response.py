@@ -235,7 +235,7 @@ def corruptions(options: Mapping[str, Any]) -> tuple[Clean, list[Corruption]]:
     found: list[Corruption] = []
     if options["target_flip"]:
         to = options["target_flip_to"]
-        figure, theory = ("clean_loss", "uniform") if to == "uniform" else ("accuracy", "parity")
+        figure, theory = "clean_loss" if to == "uniform" else "accuracy", "parity" if to == "argmax" else "uniform"
         found.append(Corruption(f"{to} flips in the true loss", (), options["target_flip"], figure, theory))
     if options["gradient_noise"]:
         kind = "batch noise" if options["gradient_noise_shape"] == "batch" else "gradient noise"
@@ -251,7 +251,7 @@ def corruptions(options: Mapping[str, Any]) -> tuple[Clean, list[Corruption]]:
             flips.setdefault((signal["flip_to"], signal["name"], signal["flip"]), []).extend(judges)
         clean += [_without_flips(signal, judge, options["n_layer"]) for judge in judges]
     for (to, name, dose), judges in flips.items():
-        theory = "uniform" if to == "uniform" else "parity"
+        theory = "parity" if to == "argmax" else "uniform"
         found.append(Corruption(f"{to} flips in {name}", tuple(sorted(judges)), dose, "loss", theory))
     rest = {k: v for k, v in options.items() if k not in _ERRORS and k.partition(".")[0] not in ("signal", "also")}
     return (tuple(sorted((k, repr(v)) for k, v in rest.items())), tuple(sorted(clean))), found

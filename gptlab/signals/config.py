@@ -62,7 +62,9 @@ class SignalConfig:
     )
     rotation: int = option(0, "which of three rotations, drawn for the seed, a placebo has: 0, 1 or 2")
     flip: float = option(1.0, "share of wrong targets that the control flipped shows the signal")
-    flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is: any, or the likeliest")
+    flip_to: Literal["uniform", "shuffled", "argmax"] = option(
+        "uniform", "what a wrong target is: any, another place's, or the likeliest"
+    )
     say: int = option(1, "length of a conversation's utterance", unit="tokens")
     reply: int = option(1, "length of the reply whose confidence is the reward", unit="tokens")
     samples: int = option(4, "utterances sampled at each turn")

@@ -72,7 +72,9 @@ class TrainingConfig:
     )
     gradient_bias: float = option(0.0, "a fixed random direction added to the gradient, as a share of |g_CE|")
     target_flip: float = option(0.0, "share of the true loss's targets that are made wrong")
-    target_flip_to: Literal["uniform", "argmax"] = option("uniform", "what a wrong target is")
+    target_flip_to: Literal["uniform", "shuffled", "argmax"] = option(
+        "uniform", "what a wrong target is: any, another place's, or the likeliest"
+    )
 
     signal: SignalConfig = field(default_factory=SignalConfig)
     also: tuple[SignalConfig, ...] = ()

@@ -76,7 +76,7 @@ class TargetFlip:
     """A known share of wrong targets in the true loss (`--target_flip`)."""
 
     share: float = 0.0
-    to: Literal["uniform", "argmax"] = "uniform"
+    to: Literal["uniform", "shuffled", "argmax"] = "uniform"
 
 
 UNFLIPPED = TargetFlip()
@@ -85,7 +85,7 @@ UNFLIPPED = TargetFlip()
 def flipped(
     targets: Tensor,
     share: float,
-    to: Literal["uniform", "argmax"],
+    to: Literal["uniform", "shuffled", "argmax"],
     vocab_size: int,
     seed: int,
     windows: Sequence[Window],
@@ -93,14 +93,20 @@ def flipped(
 ) -> Tensor:
     """Targets (B, T), each made wrong with probability `share`, the same for a window in every epoch.
 
-    uniform: any of the other V-1 tokens. argmax: marked as -1 - y, for `named` to find the likeliest wrong token when
-    the logits are there.
+    uniform: any of the other V-1 tokens. shuffled: the target of another place of the window, so that wrong ones are
+    as frequent as true ones; some are right by chance. argmax: marked as -1 - y, for `named` to find the likeliest
+    wrong token when the logits are there.
     """
     rows = []
     for window, true in zip(windows, targets.cpu().numpy(), strict=True):
         words = np.random.Philox(key=key_bits(purpose, seed, *window)).random_raw(2 * len(true)).reshape(2, -1)
-        wrong = (words[1] % np.uint64(vocab_size - 1)).astype(np.int64)
-        wrong = -1 - true if to == "argmax" else wrong + (wrong >= true)
+        if to == "uniform":
+            wrong = (words[1] % np.uint64(vocab_size - 1)).astype(np.int64)
+            wrong += wrong >= true
+        elif to == "shuffled":
+            wrong = true[(words[1] % np.uint64(len(true))).astype(np.int64)]
+        else:
+            wrong = -1 - true
         rows.append(np.where(words[0] < share * 2.0**64, wrong, true))
     return torch.from_numpy(np.stack(rows)).to(targets.device)
 

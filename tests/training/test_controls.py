@@ -313,6 +313,19 @@ def test_flips_belong_to_seed_window_position_and_purpose() -> None:
     assert torch.equal(more[once != 4], once[once != 4]), "a higher share only adds flips"
 
 
+def test_shuffled_flips_are_targets_of_other_places_of_the_window() -> None:
+    true = torch.tensor([[3, 3, 3, 7] * 100, [5] * 400])
+    names: Names = [(0, 0), (0, 1)]
+    wrong = flipped(true, 1.0, "shuffled", V, 1, names, "flip")
+    assert set(wrong[0].tolist()) == {3, 7}
+    assert (wrong[1] == 5).all(), "nothing from another window"
+    assert abs(float((wrong[0] == 7).double().mean()) - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+    some = flipped(true, 0.4, "shuffled", V, 1, names, "flip")
+    kept = flipped(torch.full_like(true, 4), 0.4, "uniform", V, 1, names, "flip") == 4
+    assert torch.equal(some, torch.where(kept, true, wrong)), "the places that uniform flips take"
+    assert torch.equal(flipped(true[1:], 0.4, "shuffled", V, 1, names[1:], "flip"), some[1:])
+
+
 def test_argmax_flips_name_the_likeliest_wrong_token() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 1.0, 2.0], [5.0, 5.0, 9.0]], requires_grad=True)
     marked = torch.tensor([-1 - 0, -1 - 1, 1, -1 - 2])
@@ -368,7 +381,7 @@ def test_what_a_flipped_signal_sees_leaves_the_true_loss_alone(watched: list[tup
     assert torch.equal(targets, torch.where(best == true, second, best))
 
 
-@pytest.mark.parametrize("to", ["uniform", "argmax"])
+@pytest.mark.parametrize("to", ["uniform", "shuffled", "argmax"])
 def test_the_true_losss_flips_are_autograds_on_those_targets(to: Any, watched: list[tuple[Tensor, Tensor]]) -> None:
     run = make_run(target_flip=0.3, target_flip_to=to, signal=SignalConfig("watcher", layers=(2,), weight=1e-30))
     (batch,) = run.batches()
