@@ -141,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = asked.lab.parent / f"{idea.name}.diff"
         write_whole(path, "".join(lines))
         found = judged(path, asked.lab, None) or {}
-        answers[idea.name] = {"expected": idea.expected, "why": idea.why, **{key: found[key] for key in ANSWER}}
+        reason = found["reason"].replace(f"{path.parent}/", "")  # no path of this machine
+        answer = {**{key: found[key] for key in ANSWER}, "reason": reason}
+        answers[idea.name] = {"expected": idea.expected, "why": idea.why, **answer}
         print(f"{idea.expected:<9} {found['verdict']:<9} {idea.name}: {found['reason']}", flush=True)
     hits = sum(answer["expected"] == answer["verdict"] for answer in answers.values())
     result = {"date": date.today().isoformat(), "cores": os.cpu_count(), "updates": asked.updates, "hits": hits,

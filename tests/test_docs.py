@@ -164,7 +164,7 @@ def test_documented_json_is_what_compare_prints() -> None:
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (?:`(\w+)`|an arm) .*?\| (`\{.*)\|$", page, flags=re.MULTILINE))
     result = findings._result("1_noise")
-    assert set(re.findall(r'"(\w+)"', rows["compare"])) == result.keys() - {"blocks"}
+    assert set(re.findall(r'"(\w+)"', rows["compare"])) == result.keys() - {"blocks", "hours"}
     assert set(re.findall(r'"(\w+)"', rows[""])) <= result["arms"]["confidence"].keys()
 
 

@@ -146,7 +146,9 @@ def _packed(cell: Cell, weights_sha256: str | None, norms: bool, exact: str | No
     rows = _kept(folder) if norms else map(_without_norms, _kept(folder))
     kept = [{key: _rounded(row, key, exact) for key in row} for row in rows]
     kept = kept if norms else list(_without_repeats(kept))
-    run = PackedRun(folder, _config(cell), read_environment(folder), kept)
+    config, environment = _config(cell), read_environment(folder)
+    names = dict(_absolute(config))
+    run = PackedRun(folder, _renamed(config, names), _renamed(environment, names), kept)
     return PackedCell(cell.arm.name, cell.seed, run, weights_sha256)
 
 
@@ -166,6 +168,28 @@ def _as_json(packed: Pack) -> dict[str, Any]:
     if packed.ladder:
         head["ladder"] = packed.ladder
     return {**head, "columns": list(columns), "cells": cells}
+
+
+def _absolute(value: Any) -> Iterator[tuple[str, str]]:
+    """Every absolute path in a config, or of a function in a file, and its last name, which is what a pack tells."""
+    if isinstance(value, str):
+        if value.startswith("/"):
+            yield value, value.rstrip("/").rpartition("/")[2]
+    elif isinstance(value, dict | list):
+        for one in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _absolute(one)
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """The value with other names in all of its texts, the longest first."""
+    if isinstance(value, str):
+        for name in sorted(names, key=len, reverse=True):
+            value = value.replace(name, names[name])
+    elif isinstance(value, list):
+        value = [_renamed(one, names) for one in value]
+    elif isinstance(value, dict):
+        value = {_renamed(key, names): _renamed(one, names) for key, one in value.items()}
+    return value
 
 
 def _rounded(row: Row, key: str, exact: str | None) -> Any:

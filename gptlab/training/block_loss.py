@@ -4,8 +4,8 @@ A signal is a second source of gradients, next to the true loss. There are three
 
 - Block readings: judge j, which is block f_j, reads h_j = f_j(h_{j-1}) as logits z_j = head(ln_f(h_j)), and its signal
   trains the blocks below, through h_{j-1}. A *frozen* judge passes the gradient down by one vector-Jacobian product
-  through the graph of the forward pass and keeps its own weights; a *live* judge learns from it too. No block is run
-  a second time for a judge.
+  through the graph of the forward pass and learns nothing itself; a *live* judge learns from it too. Without
+  activation checkpointing no block is run again for a judge.
 - Sequence objectives: losses of whole sequences at the end of the model, which learns from them as from the true loss,
   head and ln_f included.
 - Conversations (conversation.py).
@@ -30,7 +30,7 @@ from torch import Tensor
 from gptlab.model.gpt import GPT
 from gptlab.randomness import permutation
 from gptlab.signals.config import SignalConfig
-from gptlab.signals.readout import CLOSED_FORMS, Readout, ReadoutGradient, TokenLoss, at_least_float32, true_loss
+from gptlab.signals.readout import CLOSED_FORMS, Readout, TokenLoss, at_least_float32, true_loss
 from gptlab.signals.registry import Objective, Signal
 from gptlab.training.block_graph import (
     TRUE_LOSS,
@@ -52,14 +52,14 @@ from gptlab.training.conversation import run_conversation
 
 
 def run_judges(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveSignal, batch: Batch) -> SourceOutput:
-    """Let one signal's judges read their blocks. The weight gradients of a live judge are added to `.grad`."""
+    """Let one signal's judges read their own outputs. What live judges learn is added to `.grad`: head and ln_f here,
+    their blocks in `_teach` or on the way down."""
     config = signal.config
     judges, factor = config.judges_at(batch.step, model.config.n_layer, batch.seed)
     means, gradients = {}, []
     for j in judges:
-        reading = _read_signal(graph, readout, config, j, signal.weight * factor, batch)
-        means[j] = reading.total
-        gradients.append(_teach(model, graph, config, j, reading.gradient))
+        means[j], gradient = _read_signal(graph, readout, config, j, signal.weight * factor, batch)
+        gradients.append(_teach(model, graph, config, j, gradient))
     return SourceOutput(means, gradients, factor)
 
 
@@ -67,14 +67,15 @@ def _teach(model: GPT, graph: BlockGraph, config: SignalConfig, j: int, gradient
     """Turn judge j's gradient (B, T, C) at h_j into the one that enters the backward pass, at h_j or at h_{j-1}."""
     live, full = config.evaluator == "live", config.reach == "full"
     if live and full and config.control in ("none", "flipped"):
-        return HiddenGradient(j, gradient)  # on its way down, this pass makes the judge's weight gradients too
+        return HiddenGradient(j, gradient)  # the common backward pass trains the judge on its way down
+    # Placebo and shuffled change the gradient at h_{j-1}, so the judge's own pass must come first.
     passed = block_vjp(model, graph, j, gradient, learn=live, keep=True)
     return HiddenGradient(j - 1, passed, stop_here=not full)
 
 
 def _read_signal(
     graph: BlockGraph, readout: Readout, config: SignalConfig, j: int, weight: float, batch: Batch
-) -> ReadoutGradient:
+) -> tuple[Tensor, Tensor]:
     """The mean signal over the tokens that judge j reads, and its gradient (B, T, C) times weight and share."""
     B, T, C = graph.inputs[0].shape
     signal = config.signal
@@ -88,7 +89,8 @@ def _read_signal(
         h, targets = h[rows], targets[rows]
         other = None if other is None else other[rows]
     n = len(h)
-    # A control: flipped targets become the judge's own argmax, which is only known once the logits are there.
+    # flip_to = argmax: `flipped` only marked these targets. Once there are logits, `named` replaces each marked one
+    # with the judge's likeliest wrong token. A closed form would see the marks, so none is used.
     to_argmax = config.control == "flipped" and config.flip_to == "argmax"
 
     def function(z: Tensor, y: Tensor, other: Tensor | None) -> Tensor:
@@ -100,21 +102,23 @@ def _read_signal(
     gradient = read.gradient
     if rows is not None:
         gradient = torch.zeros(B * T, C, dtype=h.dtype, device=h.device).index_copy_(0, rows, gradient)
-    return ReadoutGradient(read.total / n, gradient.view(B, T, C))
+    return read.total / n, gradient.view(B, T, C)
 
 
 def _rows_read(config: SignalConfig, T: int, batch: Batch, j: int) -> Tensor | None:
-    """The flat positions that judge j reads: round(f·T) of every sequence, without replacement; None for all."""
+    """The flat positions that judge j reads: max(1, round(positions·T)) of every sequence; None for all."""
     count = max(1, round(config.positions * T))
     if count == T:
         return None
-    drawn = partial(permutation, T, "positions", batch.seed, batch.step)
-    chosen = [torch.from_numpy(drawn(sequence, j)[:count]) for sequence in batch.sequences]
+    shuffled_positions = partial(permutation, T, "positions", batch.seed, batch.step)
+    chosen = [torch.from_numpy(shuffled_positions(sequence, j)[:count]) for sequence in batch.sequences]
     return torch.cat([rows.sort().values + b * T for b, rows in enumerate(chosen)])
 
 
-def _read_true_loss(model: GPT, graph: BlockGraph, readout: Readout, batch: Batch, flip: TargetFlip) -> ReadoutGradient:
-    """The final block's cross-entropy, learning: mean over tokens, and its gradient (B, T, C) at h_L by the share."""
+def _read_true_loss(
+    model: GPT, graph: BlockGraph, readout: Readout, batch: Batch, flip: TargetFlip
+) -> tuple[Tensor, Tensor]:
+    """The final block's mean cross-entropy, and its gradient (B, T, C) at h_L times the share; head and ln_f learn."""
     h, targets, token_loss = graph.hidden(len(graph.outputs)), batch.targets, true_loss
     if flip.share:
         V = model.config.vocab_size
@@ -123,7 +127,7 @@ def _read_true_loss(model: GPT, graph: BlockGraph, readout: Readout, batch: Batc
     B, T, C = h.shape
     N = B * T
     read = readout.read(h.view(N, C), targets.reshape(-1), token_loss, batch.share / N, learn=True)
-    return ReadoutGradient(read.total / N, read.gradient.view(B, T, C))
+    return read.total / N, read.gradient.view(B, T, C)
 
 
 def _argmax_flipped_loss(logits: Tensor, targets: Tensor, other: Tensor | None = None) -> Tensor:
@@ -133,7 +137,7 @@ def _argmax_flipped_loss(logits: Tensor, targets: Tensor, other: Tensor | None =
 def run_objective(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveSignal, batch: Batch) -> SourceOutput:
     """The objective's mean over the batch's tokens, its gradient at the hidden states, and the head's in `.grad`.
 
-    Sequences go through it a few at a time, so that no micro-batch's logits are there at once.
+    It takes a few sequences at a time, so that a micro-batch's logits never exist all at once.
     """
     objective, (B, T), L = signal.config.signal, batch.tokens.shape, model.config.n_layer
     assert isinstance(objective, Objective)
@@ -174,41 +178,45 @@ def _run_source(model: GPT, graph: BlockGraph, readout: Readout, signal: ActiveS
     output = SOURCES[config.kind](model, graph, readout, signal, batch)
     if not config.shuffles_gradients:
         return output
-    key = (batch.seed, batch.step, batch.first_sequence)
+    key = (batch.seed, batch.step, batch.first_sequence)  # and judge j: a gradient at h_{j-1} comes from block + 1
     moved = [g._replace(gradient=shuffled(g.gradient, *key, g.block + 1)) for g in output.gradients]
     return replace(output, gradients=moved)
 
 
-class _Descent(NamedTuple):
+class _BackwardPass(NamedTuple):
     source: Source
     gradients: list[HiddenGradient]
     embeddings: bool
 
 
-def _descents(
+def _backward_passes(
     signals: Sequence[ActiveSignal],
     outputs: Sequence[SourceOutput],
     from_truth: list[HiddenGradient],
     seed: int,
     *,
     by_source: bool,
-) -> list[_Descent]:
-    """Which gradients share a backward pass: as many as can be added up, or by source, each alone, placebos too."""
+) -> list[_BackwardPass]:
+    """The backward passes to make: as few as possible, or with `by_source` one for each source and each placebo."""
     if not by_source:
-        trained, withheld = list(from_truth), []
+        to_embeddings, withheld = list(from_truth), []
         for signal, output in zip(signals, outputs, strict=True):
             # `withheld` goes down by itself, since it must not reach the embeddings (signal.embeddings = false).
-            (trained if signal.config.embeddings else withheld).extend(output.gradients)
-        return [_Descent(TRUE_LOSS, trained, True), *([_Descent(TRUE_LOSS, withheld, False)] if withheld else [])]
-    descents = [_Descent(TRUE_LOSS, from_truth, True)]
+            (to_embeddings if signal.config.embeddings else withheld).extend(output.gradients)
+        # Without `into` the label is unused: both passes add to `.grad`.
+        return [
+            _BackwardPass(TRUE_LOSS, to_embeddings, True),
+            *([_BackwardPass(TRUE_LOSS, withheld, False)] if withheld else []),
+        ]
+    passes = [_BackwardPass(TRUE_LOSS, from_truth, True)]
     for k, (signal, output) in enumerate(zip(signals, outputs, strict=True)):
         embeddings = signal.config.embeddings
-        descents.append(_Descent(Source("signal", k), output.gradients, embeddings))
+        passes.append(_BackwardPass(Source("signal", k), output.gradients, embeddings))
         if signal.config.control == "placebo":
             which = signal.config.rotation
             turned = [g._replace(gradient=rotated(g.gradient, seed, g.block + 1, which)) for g in output.gradients]
-            descents.append(_Descent(Source("placebo", k), turned, embeddings))
-    return descents
+            passes.append(_BackwardPass(Source("placebo", k), turned, embeddings))
+    return passes
 
 
 def accumulate(
@@ -232,25 +240,25 @@ def accumulate(
     L = model.config.n_layer
     enter: Into = into or (lambda source: nullcontext())
     graph = build_graph(model, batch, autocast, recompute=recompute, dropout=dropout)
-    judges = sum(len(signal.config.judges_at(batch.step, L, batch.seed)[0]) for signal in signals)
-    readout = Readout(model, autocast, readings=truth + judges)
+    n_judges = sum(len(signal.config.judges_at(batch.step, L, batch.seed)[0]) for signal in signals)
+    readout = Readout(model, autocast, readings=int(truth) + n_judges)
 
     # Read: every reading leaves a gradient at a hidden state.
     loss = torch.zeros((), dtype=torch.float64, device=batch.tokens.device)
     from_truth, outputs = [], []
     if truth:
         with enter(TRUE_LOSS):
-            read = _read_true_loss(model, graph, readout, batch, flip)
-        loss, from_truth = read.total, [HiddenGradient(L, read.gradient)]
-    for k, signal in enumerate(signals):
+            loss, gradient = _read_true_loss(model, graph, readout, batch, flip)
+        from_truth = [HiddenGradient(L, gradient)]
+    for k, signal in enumerate(signals):  # "judges" is what any source itself learns while it reads: head and ln_f too
         with enter(Source("judges", k)):
             outputs.append(_run_source(model, graph, readout, signal, batch))
 
     # Backward: send these gradients down, block by block.
-    descents = _descents(signals, outputs, from_truth, batch.seed, by_source=into is not None)
-    for i, (source, gradients, embeddings) in enumerate(descents, 1):
+    passes = _backward_passes(signals, outputs, from_truth, batch.seed, by_source=into is not None)
+    for i, (source, gradients, embeddings) in enumerate(passes, 1):
         with enter(source):
-            backprop_blocks(model, graph, gradients, embeddings=embeddings, keep=i < len(descents))
+            backprop_blocks(model, graph, gradients, embeddings=embeddings, keep=i < len(passes))
 
     signal_loss = torch.zeros_like(loss)
     for signal, output in zip(signals, outputs, strict=True):

@@ -74,11 +74,11 @@ def _counts_on_device(group: dict[str, Any]) -> bool:
     return bool(group.get("fused") or group.get("capturable"))
 
 
-def describe_divergence(
+def divergence(
     state: TrainingState,
     signals: Sequence[ActiveSignal],
-    loss: float,
-    judges: Sequence[Sequence[float]],
+    loss: torch.Tensor,
+    judges: torch.Tensor,
     seen: Sequence[tuple[Batch, Losses]],
     world: World,
     compute: ComputeConfig,
@@ -87,15 +87,15 @@ def describe_divergence(
 
     Called only when an update stopped being finite, so it may look at everything again.
 
-    loss, judges: of the update over all ranks, a row of judges 0..L for each signal. seen: this rank's micro-batches.
+    loss, judges: of the update over all ranks, (1 + L) judges for each signal. seen: this rank's micro-batches.
     Every rank must call it, and all get the same answer.
     """
-    bad = [(k, judge) for k, row in enumerate(judges) for judge, value in enumerate(row) if not isfinite(value)]
+    bad = (~judges.isfinite()).nonzero().tolist()  # pairs of a signal and a judge
     if bad:
         k, judge = bad[0]
         what = f"the signal {signals[k].config.name} of judge {judge} (block {judge})"
     else:
-        what = "the gradient" if isfinite(loss) else "the true loss"
+        what = "the gradient" if loss.isfinite() else "the true loss"
     where = _in_which_block(state.model, [batch for batch, _ in seen], world, compute)
     where += _in_which_sequences(seen, world, compute.device)
     return (

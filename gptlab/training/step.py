@@ -32,7 +32,7 @@ from gptlab.training.conversation import figure_count, named_figures
 from gptlab.training.gradient_sources import Gradients, GradientSources, gradients_into
 from gptlab.training.optimizer import AdamStep, clip_factor
 from gptlab.training.parallel import Reducer, global_norm, local_shards
-from gptlab.training.state import TrainingState, describe_divergence
+from gptlab.training.state import TrainingState, divergence
 
 _T = TypeVar("_T")
 
@@ -45,11 +45,11 @@ class Update:
     """Results of one update, over the total batch: losses in nats, the gradient norm before clipping.
 
     stop: whether any rank was asked to stop
-    by_judge: for every signal of the config, the mean of each judge, lowest first; None for a judge that did not read
+    by_judge: for every signal of the config, the means of judges 1 to L-1 in order; None for one that did not read
     dose, doses: |weight·g_signal| / |g_CE| of all signals together and of each, where it was measured in this update
-    signal_norm, step_change, step_share: |weight·g_signal| of all signals together, the norm of what they change in
-    Adam's step before its learning rate, and that over the norm of the step without them, where the dose was measured
-    (None with another optimizer)
+    signal_norm: |weight·g_signal| of all signals together, where the dose was measured
+    step_change: the norm of what they change in Adam's step before its learning rate; None with another optimizer
+    step_share: step_change over the norm of the step without them; None with another optimizer
     noise_step_share: the same share for gradient_noise and gradient_bias; batch_noise: the norm of the batch's own
     noise over |g_CE|, where two more batches show it
     weights: of every signal of the config, as used; 0 for a signal that is not active in this update
@@ -75,45 +75,40 @@ class Update:
 
 
 def update(
-    state: TrainingState,
-    config: TrainingConfig,
-    batches: Iterable[Batch],
-    world: World,
-    compute: ComputeConfig,
-    *,
-    measure_dose: bool = False,
-    replayed: float | None = None,
-    stop: bool = False,
-) -> Update:
+    state: TrainingState, config: TrainingConfig, batches: Iterable[Batch], world: World, compute: ComputeConfig,
+    *, measure_dose: bool = False, replayed: float | None = None, stop: bool = False,
+) -> Update:  # fmt: skip
     """Make update number `state.step` from this rank's micro-batches of it (see `MicroBatches`, and `Batch.part`).
 
-    measure_dose: also measure each signal's gradient norm against the true loss's, which costs a second pass.
-    replayed: the gradient norm that the run named by `signal.placebo_of` recorded for this update; a placebo takes it.
+    measure_dose: measure signals' gradient norms too, in a second pass. stop: whether this rank was asked to stop.
+    replayed: the norm that run `signal.placebo_of` recorded for this update, for a placebo to take (`replayed_norms`).
     Raises DivergedError on every rank, before the weights change, if the loss or the gradient is not finite on any.
     """
     model, signals = state.model, signals_at(state, config)
-    # Placebos, doses and noise scale one gradient against another, so that each source's is kept apart, not in `.grad`.
+    # Placebos, doses and noise scale one gradient against another, so each source's is kept out of `.grad`.
     by_source = any(s.config.control == "placebo" or s.config.dose is not None or config.injects_noise for s in signals)
     sources = GradientSources(model, signals, config.seed) if by_source or (measure_dose and signals) else None
-    # The difference of the gradients of two batches that training never reads: noise of the shape that batches have.
-    drawn = [torch.zeros_like(p) for p in model.parameters()] if config.reads_for_noise else []
+    # The gradient difference of two batches that training never reads: noise shaped like a batch's own.
+    difference = [torch.zeros_like(p) for p in model.parameters()] if config.reads_for_noise else []
     metrics = MetricSums(signals, model.config, compute.device, stop)
 
     # Accumulate: every micro-batch adds its share of the gradient, to `.grad` or to its source's.
     model.zero_grad(set_to_none=True)
-    trained = [] if by_source else list(model.parameters())  # by source, `.grad` is written after the reduction
-    reducer = _reducer(config, world, trained, sources, [*drawn, metrics.all])
-    how, seen = _pass_options(config, compute), list[tuple[Batch, Losses]]()
+    direct = [] if by_source else list(model.parameters())  # by source, `.grad` is written after the reduction
+    reducer = _reducer(config, world, direct, sources, [*difference, metrics.all])
+    options = _pass_options(config, compute)
+    seen: list[tuple[Batch, Losses]] = []
     for batch in batches:
-        losses = accumulate(model, batch, signals, into=_target(batch, model, sources, by_source, drawn), **how)
+        into = _target(batch, model, sources, by_source, difference)
+        losses = accumulate(model, batch, signals, into=into, **options)
         if batch.part == "noise":
-            continue
+            continue  # its training micro-batch follows (see `MicroBatches.of`) and closes the unit for both
         if sources and not by_source:  # a second pass, so that measuring a dose changes nothing of what is learnt
-            accumulate(model, batch, signals, into=sources.into, **how)
+            accumulate(model, batch, signals, into=sources.into, **options)
         metrics.add(losses, batch.share)
         seen.append((batch, losses))
         if reducer:
-            reducer.close(batch)  # adds the micro-batch to a fixed tree of sums, for equal bits at any number of ranks
+            reducer.close(batch)  # deterministic: into a fixed tree of sums, for equal bits at any number of ranks
 
     # Reduce: gradients and metrics become those of the total batch, the same on every rank.
     if reducer:
@@ -129,13 +124,12 @@ def update(
     # Perturb: known noise, measured against the true loss's gradient.
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if config.injects_noise:
-        measured |= _inject_noise(gradients, state, config, sources, drawn, measure_dose)
+        measured |= _inject_noise(gradients, state, config, sources, difference, measure_dose)
 
-    # Check: every rank has the same sums and so the same answer, and nothing of the state has changed yet.
+    # Check: every rank has the same sums, so all agree. No parameter or moment has changed yet; held weights have.
     norm = global_norm(gradients.values())
     if not (isfinite(norm) and metrics.all.isfinite().all()):
-        found = float(metrics.loss), metrics.judges.tolist()
-        raise DivergedError(describe_divergence(state, signals, *found, seen, world, compute))
+        raise DivergedError(divergence(state, signals, metrics.loss, metrics.judges, seen, world, compute))
 
     # Clip: by one factor for all parameters, which keeps the gradient's direction.
     factor = clip_factor(norm, config.grad_clip)
@@ -147,7 +141,7 @@ def update(
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
-    torch.autograd.graph.increment_version(model.parameters())  # a fused step leaves it out, and fast_cpu.py looks
+    torch.autograd.graph.increment_version(model.parameters())  # fused steps skip this; fast_cpu.py relies on it
     state.step, state.clipped = state.step + 1, state.clipped + clipped
     return _as_update(config, signals, metrics, weights, measured, norm, rate, clipped)
 
@@ -212,11 +206,11 @@ def _pass_options(config: TrainingConfig, compute: ComputeConfig) -> dict[str, A
 
 
 def _target(
-    batch: Batch, model: GPT, sources: GradientSources | None, by_source: bool, drawn: Gradients
+    batch: Batch, model: GPT, sources: GradientSources | None, by_source: bool, difference: Gradients
 ) -> Into | None:
     """Where to add a micro-batch's gradient: to the sums for known noise, to each source's, or to `.grad` (None)."""
     if batch.part == "noise":
-        return lambda source: gradients_into(list(model.parameters()), drawn)
+        return lambda source: gradients_into(list(model.parameters()), difference)
     return sources.into if sources and by_source else None
 
 
@@ -258,9 +252,10 @@ def _weigh(
     step = AdamStep(sources.parameters, state.optimizer, config.grad_clip)
     sources.scale_placebos(replayed, step if config.signal.placebo_match == "update" else None)
     doses = sources.doses()
-    held = replayed is None  # another run's norm holds the dose that it had there
-    factors = _hold_doses(state, config, sources.signals, doses) if held else [1.0] * len(doses)
+    holds_doses = replayed is None  # a replayed norm already fixes the dose
+    factors = _hold_doses(state, config, sources.signals, doses) if holds_doses else [1.0] * len(doses)
     used = [signal.weight * factor for signal, factor in zip(sources.signals, factors, strict=True)]
+    # The signal loss was summed with the weights from before the dose was held: restate it with those used.
     if any(signal.config.dose is not None for signal in sources.signals):
         metrics.signal.fill_(sum(w * s for w, s in zip(used, metrics.unweighted(sources.signals), strict=True)))
     scaled = [d * f for d, f in zip(doses, factors, strict=True)]
@@ -282,8 +277,9 @@ def _hold_doses(
 ) -> list[float]:
     """The factor that gives each signal exactly the dose asked for in this update; 1 for a signal without one.
 
-    It is found in every update: gradient norms change severalfold within tens of updates, and with a weight set every
-    fifty updates the dose drifted tenfold. The state keeps the weights for updates in which a gate passes nothing.
+    The factor is found in every update: gradient norms change severalfold within tens of updates, and with a weight set
+    every fifty the dose drifted tenfold. The state keeps the weights for updates in which no token passes a signal's
+    threshold, so that there is no gradient to measure.
     """
     factors = []
     weights = dict(zip(config.signals, state.weights or [None] * len(config.signals), strict=True))
@@ -302,30 +298,30 @@ def _inject_noise(
     state: TrainingState,
     config: TrainingConfig,
     sources: GradientSources | None,
-    drawn: Sequence[Tensor],
+    difference: Sequence[Tensor],
     measure: bool,
 ) -> dict[str, float | None]:
     """Add noise and bias whose norms are shares of |g_CE|, which is the gradient's norm if there are no sources.
 
     Returns the fields of `Update` that were measured.
 
-    drawn: the difference of two batches' gradients, if noise is to have its shape. The difference of two independent
+    difference: of two batches' gradients, if noise is to have its shape. The difference of two independent
     batches has √2 times the noise of one.
     """
-    true = global_norm(sources.true if sources else gradients.values())
+    true_norm = global_norm(sources.true if sources else gradients.values())
     step = AdamStep(list(state.model.parameters()), state.optimizer, config.grad_clip)
     before = [g.clone() for g in gradients.values()] if measure and step.is_adam else []
-    if drawn:
-        add_scaled(gradients, drawn, config.gradient_noise * true)
+    if difference:
+        add_scaled(gradients, difference, config.gradient_noise * true_norm)
     elif config.gradient_noise:
-        add_drawn(gradients, config.gradient_noise * true, "gradient noise", config.seed, state.step)
+        add_drawn(gradients, config.gradient_noise * true_norm, "gradient noise", config.seed, state.step)
     if config.gradient_bias:
-        add_drawn(gradients, config.gradient_bias * true, "gradient bias", config.seed)
+        add_drawn(gradients, config.gradient_bias * true_norm, "gradient bias", config.seed)
     if not measure:
         return {}
-    added = [after - g for after, g in zip(gradients.values(), before, strict=False)]
+    added = [after - g for after, g in zip(gradients.values(), before, strict=False)]  # none if not Adam
     share = step.effect(before, added)[1] if before else None
-    batch_noise = global_norm(drawn) / 2**0.5 / true if drawn and true else None
+    batch_noise = global_norm(difference) / 2**0.5 / true_norm if difference and true_norm else None
     return {"noise_step_share": share, "batch_noise": batch_noise}
 
 
@@ -336,14 +332,15 @@ class MetricSums:
     """
 
     def __init__(self, signals: Sequence[ActiveSignal], model: GPTConfig, device: torch.device, stop: bool) -> None:
-        judges = len(signals) * (model.n_layer + 1)
+        cells = len(signals) * (model.n_layer + 1)
         self.talk = next((k for k, signal in enumerate(signals) if signal.config.name == CONVERSATION), None)
         figures = 0 if self.talk is None else figure_count(model.vocab_size)
-        self.all = torch.zeros(3 + judges + figures, dtype=torch.float64, device=device)
+        self.all = torch.zeros(3 + cells + figures, dtype=torch.float64, device=device)
         self.loss, self.signal, self.stop = self.all[0], self.all[1], self.all[2]
         self.stop += stop
-        self.judges = self.all[3 : 3 + judges].view(len(signals), model.n_layer + 1)  # a signal's judge j in column j
-        self.figures = self.all[3 + judges :]
+        # A row for each signal. Column j: its judge j; column L: a sequence objective.
+        self.judges = self.all[3 : 3 + cells].view(len(signals), model.n_layer + 1)
+        self.figures = self.all[3 + cells :]
         self.read: list[set[int]] = [set() for _ in signals]
         """The judges of each signal that read in this update."""
 
@@ -366,8 +363,8 @@ class MetricSums:
 
     def unweighted(self, signals: Sequence[ActiveSignal]) -> list[float]:
         """Each signal's sum over its judges as it stands in the loss, before its weight."""
-        judges = self.judges.shape[1] - 2
-        factors = [judges if signal.config.layers == "rotate" else 1 for signal in signals]
+        n_judges = self.judges.shape[1] - 2  # judges are blocks 1 to L-1
+        factors = [n_judges if signal.config.layers == "rotate" else 1 for signal in signals]
         return [float(row.sum()) * factor for row, factor in zip(self.judges, factors, strict=True)]
 
 
