@@ -48,7 +48,6 @@ from stops import table as table_of_stops  # noqa: E402  # pyright: ignore[repor
 from gptlab.device import Machine  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
-STOPS = ROOT / "benchmarks" / "results" / "stops.json"
 
 FAULTS = {
     1: "Stopped and resumed: identical at every later step",
@@ -293,7 +292,7 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
         *(["What was not survived:", "", *failures] if failures else ["Everything that was tried was survived."]),
     ]
     machines = {f"- {r['machine']}; Python {r['python']}, torch {r['torch']}" for r in results.values()}
-    stopped = table_of_stops(json.loads(STOPS.read_text(encoding="utf-8")))
+    stopped = table_of_stops(measured("stops").get("cells", []))
     for name, content in (("faults", lines), ("machines", sorted(machines)), ("stops", [stopped])):
         rewrite(PAGE, f"<!-- {name} -->", f"<!-- end of {name} -->", "\n".join(content) + "\n\n")
 

@@ -1,6 +1,6 @@
 """What becomes of a run that is stopped, or whose display goes, at each moment and under each way of watching it.
 
-    python benchmarks/stops.py [--only WORDS] [--json FILE]
+    python benchmarks/stops.py [--only WORDS]      keeps every cell when it is made, in place of the one before
 
 Every cell of the table is a real run over the tiny corpus of the fault tests. Moments are not simulated: the run is
 made slow by its options where they need it, and the event comes when its files or its process say that it is there.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import json
 import os
 import pty
 import signal
@@ -29,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "faults"))
 
+from figures import keep, measured  # noqa: E402
 from harness import children, make_corpus, options, row_count, rows, wait_until  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 from gptlab.runs import checkpoint  # noqa: E402
@@ -308,24 +308,20 @@ def table(cells: list[dict[str, object]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cells whose words hold this, as in 'tee Ctrl-C'")
-    parser.add_argument("--json", metavar="FILE", help="where the cells go, each when it is made; those in it are kept")
     asked = parser.parse_args()
-    kept = Path(asked.json) if asked.json else None
-    cells = json.loads(kept.read_text()) if kept and kept.exists() else []
-    known = {(c["view"], c["event"], c["moment"]) for c in cells}
+    cells = {(one["view"], one["event"], one["moment"]): one for one in measured("stops").get("cells", [])}
     with tempfile.TemporaryDirectory(prefix="stops") as scratch:
         corpus = make_corpus(Path(scratch) / "corpus", val=100_000)
         for number, (moment, event, view) in enumerate(product(MOMENTS, EVENTS, VIEWS)):
             chosen = all(word in f"{view} {event} {moment}" for word in asked.only.split())
-            if not chosen or (view, event, moment) in known or (view, event) == ("screen", "display closed"):
+            if not chosen or (view, event) == ("screen", "display closed"):
                 continue  # closing a screen is a SIGHUP
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            cells.append(cell(moment, event, view, corpus, folder))
-            print(f"{view}, {event}, {moment}: {as_text(cells[-1])}", file=sys.stderr, flush=True)
-            if kept:
-                kept.write_text(json.dumps(cells, indent=1) + "\n")
-    print(table(cells))
+            made = cells[view, event, moment] = cell(moment, event, view, corpus, folder)
+            print(f"{view}, {event}, {moment}: {as_text(made)}", file=sys.stderr, flush=True)
+            keep("stops", {"cells": list(cells.values())})
+    print(table(list(cells.values())))
     return 0
 
 

@@ -1,7 +1,7 @@
 """The life of an idea: it is applied, smoked, screened on shared seeds, confirmed on fresh ones, and written down.
 
 What is decided follows from the results of runs, which are kept, and from the ledger: a judge that was killed comes to
-where it was by starting again, and several judges share a lab. error_control.py has the statistics and their promise.
+where it was by starting again, and several judges share a lab. evidence.py has the statistics and their promise.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser
-from pages import HOSTILE, IMAGE, Served
+from pages import HOSTILE, IMAGE, Browser, Served
 
 from gptlab.data.huggingface_tokenizer import files_of
 from gptlab.model.huggingface import write_folder

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import wait
-from pages import TOKEN, Page, Served
+from pages import TOKEN, Page, Served, wait
 
 from gptlab.page import app, guard, run_index, views
 from gptlab.page.guard import HEADERS, LARGEST_BODY, LONGEST_QUERY, RULES, AccessPolicy, Asked, Refused

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import wait
-from pages import ARM, HOSTILE, IMAGE, Page, Served
+from pages import ARM, HOSTILE, IMAGE, Page, Served, wait
 
 import gptlab
 from gptlab.data.huggingface_tokenizer import files_of
