@@ -284,7 +284,8 @@ def test_what_a_pack_was_made_with_is_what_its_preset_says_now(pack: Path) -> No
         arm = experiment.arms[cell.arm].options
         match = experiment.placebo_match
         replay = {"signal.placebo_of": "RUN", "signal.placebo_match": match} if cell.arm in experiment.replayed else {}
-        usual = flatten(build(TrainingConfig, {**preset_options(experiment.preset, arm), **arm, **replay}))
+        tuned = packed.tuning["arms"][cell.arm]["options"] if packed.tuning else {}
+        usual = flatten(build(TrainingConfig, {**preset_options(experiment.preset, arm), **arm, **tuned, **replay}))
         made = cell.run.config["options"]
         differ = {key for key in usual.keys() & made.keys() if json.loads(json.dumps(usual[key])) != made[key]}
         assert differ <= FREE_ON_RESUME | {"preset", "seed", "also"}, f"{cell.name}: {differ}"

@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +137,26 @@ def _pack(experiment: Experiment, folder: Path) -> Pack:
     cells = [_packed(cell, weights[cell.arm.name, cell.seed], norms, exact) for cell in ended]
     trials = trials_folder(folder)
     has_trials = (trials / FILE).is_file()  # a choice stands without its trials, whose folder may be removed
-    tried = _pack(trial_experiment(experiment), trials) if has_trials else None
+    tried = _of_trials(_pack(trial_experiment(experiment), trials)) if has_trials else None
     return Pack(experiment.text, cells, read_kept(folder), tried, recorded_declaration(folder), read_ladder(folder))
+
+
+def _of_trials(packed: Pack) -> Pack:
+    """Trials without what no choice is made by: what was measured in updates that are not logged."""
+    cells = []
+    for cell in packed.cells:
+        rows = [row for row in cell.run.rows if row.keys() - {"step", "kind", *MEASURED}]
+        cells.append(replace(cell, run=replace(cell.run, rows=rows)))
+    return replace(packed, cells=cells)
 
 
 def _packed(cell: Cell, weights_sha256: str | None, norms: bool, exact: str | None) -> PackedCell:
     folder = cell.folder
-    rows = _kept(folder) if norms else map(_without_norms, _kept(folder))
-    kept = [{key: _rounded(row, key, exact) for key in row} for row in rows]
-    kept = kept if norms else list(_without_repeats(kept))
     config, environment = _config(cell), read_environment(folder)
+    rows = _kept(folder) if norms else map(_without_norms, _kept(folder))
+    replayed = exact if config["options"].get("signal.control") == "none" else None  # nothing replays a control
+    kept = [{key: _rounded(row, key, replayed) for key in row} for row in rows]
+    kept = kept if norms else list(_without_repeats(kept))
     names = dict(_absolute(config))
     run = PackedRun(folder, _renamed(config, names), _renamed(environment, names), kept)
     return PackedCell(cell.arm.name, cell.seed, run, weights_sha256)
