@@ -274,7 +274,7 @@ def figures(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 Tracker: TypeAlias = tuple[Callable[..., object], Callable[[], object]]
-"""How a tracker is told `(figures, step=step)`, and how it is closed."""
+"""How a tracker takes `(figures, step=step)`, and how it is closed."""
 
 
 def _tensorboard(config: TrainingConfig, folder: Path, step: int) -> Tracker:

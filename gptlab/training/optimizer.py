@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainingConfig
-from gptlab.training.parallel import global_norm, is_sharded
+from gptlab.training.parallel import clip_factor, global_norm, is_sharded
 
 
 class Optimizer(Protocol):
@@ -89,11 +89,6 @@ def adam_metric(parameters: Sequence[Tensor], optimizer: Optimizer) -> list[Tens
         corrected = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
         metric.append(1 / (corrected.sqrt() + group["eps"]))
     return metric
-
-
-def clip_factor(norm: float, limit: float) -> float:
-    """What a gradient of this norm is multiplied by, so that it is no longer than `limit`; 0 = never clipped."""
-    return limit / norm if limit and norm > limit else 1.0
 
 
 class AdamStep:

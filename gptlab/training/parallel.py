@@ -126,6 +126,11 @@ def global_norm(gradients: Iterable[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
+def clip_factor(norm: float, limit: float) -> float:
+    """What a gradient of this norm is multiplied by, so that it is no longer than `limit`; 0 = never clipped."""
+    return limit / norm if limit and norm > limit else 1.0
+
+
 class Reducer:
     """An update's sums: the parameters' `.grad`, and other tensors, which are summed in place."""
 

@@ -30,8 +30,8 @@ from gptlab.training.config import TrainingConfig
 from gptlab.training.controls import TargetFlip, add_drawn, add_scaled
 from gptlab.training.conversation import figure_count, named_figures
 from gptlab.training.gradient_sources import Gradients, GradientSources, gradients_into
-from gptlab.training.optimizer import AdamStep, clip_factor
-from gptlab.training.parallel import Reducer, global_norm, local_shards
+from gptlab.training.optimizer import AdamStep
+from gptlab.training.parallel import Reducer, clip_factor, global_norm, local_shards
 from gptlab.training.state import TrainingState, divergence
 
 _T = TypeVar("_T")
