@@ -150,7 +150,7 @@ GUARDS = (
           ("tests/model/test_formats.py::test_a_damaged_llmc_file_is_one_line",)),
     Guard("a hidden file is no input", "data/text_files.py",
           'if path.name.startswith("."):\n                left_out.add', "if False:\n                left_out.add",
-          ("tests/data/test_input_files.py::test_names_that_begin_with_a_dot_are_no_input",)),
+          ("tests/data/test_text_files.py::test_names_that_begin_with_a_dot_are_no_input",)),
     Guard("what unpacks to too much is not read on", "data/text_files.py", "if self.left < 0:", "if False:",
           ("tests/data/test_text_files.py::test_a_file_may_come_to_so_much_of_its_size",)),
     Guard("raw tokens are 16 bits wide", "data/shards.py",

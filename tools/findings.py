@@ -36,7 +36,7 @@ from matplotlib.axes import Axes
 
 import gptlab
 from gptlab.analysis.dose_response import SHARES, Target, dose_response
-from gptlab.analysis.load import read
+from gptlab.analysis.load import Outcomes, read
 from gptlab.analysis.noise import ALTERNATIVES, THRESHOLDS
 from gptlab.analysis.report.comparison import write_figures
 from gptlab.analysis.report.standalone import PANEL, draw
@@ -56,6 +56,7 @@ from gptlab.analysis.report.theme import (
 from gptlab.analysis.run import Run, read_run
 from gptlab.analysis.statistics import paired_t
 from gptlab.analysis.tables import markdown, table_in_markdown
+from gptlab.analysis.verdict import compare
 from gptlab.cli.compare import response_tables
 from gptlab.cli.falsify import changes_table, rungs_table
 from gptlab.data.corpora import Shakespeare
@@ -65,7 +66,7 @@ from gptlab.runs.records import read_rows
 ROOT = Path(__file__).parents[1]
 FINDINGS = ROOT / "docs" / "findings"
 MEASURED = FINDINGS / "measured.json"
-RESPONSE, TUNING, AUDIT = "dose_response", "tune_", "speedrun_audit"
+RESPONSES, TUNING, AUDIT = ("dose_response", "likely_errors"), "tune_", "speedrun_audit"
 LEVELS = {"dose_response_parity": (Target(level=0.594), Target(level=0.62))}
 """What is to be reached where that is no share of the clean arm's tokens: `gptlab dose_response --levels`."""
 
@@ -133,7 +134,7 @@ def _result(name: str) -> dict[str, Any]:
         return _last_losses(packed)
     outcomes = read([packed])
     hours = sum(run.seconds for runs in outcomes.runs.values() for run in runs) / 3600  # in updates, a core each
-    if name.startswith(RESPONSE):
+    if name.startswith(RESPONSES):
         return {**dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES)))), "hours": hours}
     blocks = {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}
     result = {**outcomes.verdicts(), "blocks": blocks, "hours": hours}
@@ -144,6 +145,9 @@ def _result(name: str) -> dict[str, Any]:
     if name.startswith(KNOWN):
         result["expected"] = _signs(read_pack(packed).text, result["arms"])
         result["counts"] = _counts(result)
+    if name == TRUTHS:
+        result["groups"] = _by_fives(outcomes)
+        result["predicted"] = _guesses(read_pack(packed).text, result["arms"])
     if name == f"{CONVERSATION}_seeds":
         result["pairs"] = _pairs(result["arms"])
     return result | _worlds(packed) if name == CONVERSATION else result
@@ -218,6 +222,39 @@ def _expected(result: Mapping[str, Any]) -> str:
         outcome = "" if sign == "open" else words.get((sign, found["verdict"]), "miss")
         row = (arm, sign, found["verdict"], difference, f"{low} to {high}", str(found["n"]), outcome)
         lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+TRUTHS = "known_truths"
+
+
+def _by_fives(outcomes: Outcomes) -> list[dict[str, Any]]:
+    """The verdicts on every arm of each five seeds that follow each other, as if there were no others."""
+    seeds = sorted(outcomes.losses["baseline"])
+    fives = [seeds[k : k + 5] for k in range(0, len(seeds) - 4, 5)]
+    given = {key: outcomes.arguments[key] for key in ("baseline", "delta")}
+    return [
+        compare({arm: {seed: row[seed] for seed in five} for arm, row in outcomes.losses.items()}, **given)["arms"]
+        for five in fives
+    ]
+
+
+def _guesses(text: str, arms: Mapping[str, Any]) -> dict[str, str]:
+    """arm -> what the head of experiments/known_truths.toml predicts: its difference, and of how many groups."""
+    cells = [cell for line in re.findall(r"^#   (.*)$", text, re.MULTILINE) for cell in re.split(r" {2,}", line)]
+    return {arm: guess for arm, guess in zip(cells[::2], cells[1::2], strict=True) if arm in arms}
+
+
+def _truths(result: Mapping[str, Any]) -> str:
+    """What all seeds say of every arm, and of how many groups of five seeds each verdict is."""
+    said = ("better", "no difference", "undecided", "worse")
+    head = ["arm", "predicted", "verdict of all", "difference, nats", "95% interval", *(f"fives: {w}" for w in said)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for arm, found in result["arms"].items():
+        low, high = found["interval"]
+        counts = [sum(group[arm]["verdict"] == word for group in result["groups"]) for word in said]
+        row = [arm, result["predicted"][arm], found["verdict"], f"{found['difference']:+.4f}"]
+        lines.append(f"| {' | '.join([*row, f'{low:+.4f} to {high:+.4f}', *map(str, counts)])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -608,6 +645,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "losses": _losses,  # the last validation losses, by arm
     "predicted": _predicted,  # what experiments/conversation.toml predicts next to what was found
     "premise": _premise,  # what `gptlab noise --conversation` printed, by step
+    "truths": _truths,  # all seeds of known_truths, and each five of them
 }
 """WHAT is shown of a result -> its Markdown."""
 MARK = re.compile(
@@ -676,7 +714,7 @@ def main() -> None:
     for name in (path.name.removesuffix(SUFFIX) for path in FINDINGS.glob(f"*{SUFFIX}")):
         if f"{name}.svg)" not in shown or name in PICTURES:
             continue
-        if name.startswith(RESPONSE):
+        if name.startswith(RESPONSES):
             draw(_result(name), FINDINGS / f"{name}.svg")
         else:
             write_figures(None, _result(name), FINDINGS / f"{name}.svg")

@@ -178,7 +178,7 @@ def test_the_unigram_loss_is_that_of_the_best_model_that_only_counts(tmp_path: P
     )
 
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "corpora.json"
+GOLDEN = Path(__file__).parents[1] / "golden.json"
 T_READ = 32
 
 
@@ -242,7 +242,7 @@ def found(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", PREPARED)
 def test_a_corpus_and_its_batches_are_what_they_were(name: str, tmp_path: Path) -> None:
-    assert found(name, tmp_path) == json.loads(GOLDEN.read_text())[name]
+    assert found(name, tmp_path) == json.loads(GOLDEN.read_text())["corpora"][name]
 
 
 def test_the_settings_of_a_users_files_are_what_they_were(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Twenty losses of shakespeare-tiny-v1 with the block loss, kept: a change of any number in training shows here.
 
-python tests/training/test_golden.py    writes tests/golden/shakespeare_tiny.json anew, after a change that is meant
+python tests/training/test_golden.py    writes them to tests/golden.json, after a change that is meant
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gptlab.training.presets import PRESETS
 from gptlab.training.state import TrainingState
 from gptlab.training.step import update
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "shakespeare_tiny.json"
+GOLDEN = Path(__file__).parents[1] / "golden.json"
 STEPS = 20
 TOLERANCE = 1e-4
 """In nats: other processors and thread counts round otherwise, and twenty updates make more of it."""
@@ -65,7 +65,7 @@ def losses() -> dict[str, Any]:
 
 
 def test_twenty_losses_are_the_ones_that_were_kept() -> None:
-    kept, found = json.loads(GOLDEN.read_text(encoding="utf-8")), losses()
+    kept, found = json.loads(GOLDEN.read_text(encoding="utf-8"))["training"], losses()
     assert kept["loss"][0] - kept["loss"][-1] > 1.0, "the kept run learns"
     for name in ("loss", "signal_loss"):
         assert found[name] == pytest.approx(kept[name], abs=TOLERANCE), name
@@ -75,4 +75,5 @@ def test_twenty_losses_are_the_ones_that_were_kept() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    GOLDEN.write_text(json.dumps(losses(), indent=1) + "\n", encoding="utf-8")
+    kept = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    GOLDEN.write_text(json.dumps({**kept, "training": losses()}, indent=1) + "\n", encoding="utf-8")
