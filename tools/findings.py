@@ -135,7 +135,8 @@ def _result(name: str) -> dict[str, Any]:
     outcomes = read([packed])
     hours = sum(run.seconds for runs in outcomes.runs.values() for run in runs) / 3600  # in updates, a core each
     if name.startswith(RESPONSES):
-        return {**dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES)))), "hours": hours}
+        response = dose_response(packed, LEVELS.get(name, tuple(map(Target, SHARES))))
+        return {**response, "arms": outcomes.verdicts()["arms"], "hours": hours}
     blocks = {arm: _blocks(runs) for arm, runs in outcomes.runs.items()}
     result = {**outcomes.verdicts(), "blocks": blocks, "hours": hours}
     if name == HALF_BATCH:
@@ -557,6 +558,34 @@ def known(axes: Axes, _: int) -> None:
     axes.set_xlabel("loss minus the baseline's, nats a byte")
 
 
+LIKELY = "likely_errors"
+JUDGES = (
+    ("frozen", LIKELY, "true targets", DARK),
+    ("frozen_10", LIKELY, "1 in 10 from another place", GREEN),
+    ("uniform-10", "dose_response_auxiliary", "1 in 10 any of 256 characters", RED),
+)
+"""Arms of judges with wrong targets: name, experiment, label and colour."""
+NOISES = (
+    ("baseline", LIKELY, "no noise", DARK),
+    ("isotropic_noise", LIKELY, "isotropic noise", AMBER),
+    ("batch_noise", LIKELY, "noise shaped like a batch's", RED),
+)
+
+
+def likely_errors(axes: Axes, which: int) -> None:
+    """Validation loss over tokens, a line a seed: judges with wrong targets of two kinds, and noise of two shapes."""
+    for arm, experiment, label, colour in (JUDGES, NOISES)[which]:
+        for k, curve in enumerate(read([FINDINGS / f"{experiment}{SUFFIX}"]).curves[arm].values()):
+            tokens = [step * 2048 / 1e6 for step in curve]
+            axes.plot(tokens, list(curve.values()), color=colour, linewidth=0.9, label=None if k else label)
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("validation loss, nats a character")
+    axes.set_ylim(1.4, 3.0)
+    axes.set_title(("Wrong targets for frozen judges", "Gradient noise as large as the gradient")[which],
+                   fontsize=10)  # fmt: skip
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+
+
 RIGHT_WRONG, DOSES = "right_wrong", (0.03, 0.1, 0.2, 0.4, 0.8)
 """The experiment of right against wrong, and its doses."""
 KINDS = {"both": DARK, "wrong": RED, "right": GREEN}
@@ -630,6 +659,7 @@ PICTURES: dict[str, tuple[Callable[[Axes, int], None], int]] = {
     AUDIT: (speedrun_audit.forest, 1),
     NIGHT: (ideas, 1),
     RIGHT_WRONG: (right_against_wrong, 2),
+    LIKELY: (likely_errors, 2),
 }
 """name of the SVG -> what draws one panel, and how many."""
 

@@ -249,11 +249,9 @@ def _pack(options: argparse.Namespace) -> int:
 def _unpack(options: argparse.Namespace) -> int:
     from gptlab.runs.archive import unpack
 
-    if not options.out:
-        raise UsageError("experiment unpack: expected --out DIR, the folder to make")
-    cells = unpack(Path(options.file), Path(options.out))
-    found = {"folder": options.out, "cells": [cell.name for cell in cells]}
-    print(json.dumps(found) if options.json else f"{len(cells)} cells in {options.out}")
+    folder, cells = unpack(Path(options.file), Path(options.out) if options.out else None)
+    found = {"folder": str(folder), "cells": [cell.name for cell in cells]}
+    print(json.dumps(found) if options.json else f"{len(cells)} cells in {folder}")
     return 0
 
 

@@ -21,7 +21,7 @@ from gptlab.data.prepare import known_tokens
 from gptlab.errors import CheckpointError, ConfigError, shown
 from gptlab.files import MB, parse_json, parse_toml, read_bytes, refuse_links, write_json, write_whole
 from gptlab.runs.cells import ENDED, RESULTS, Cell, Results, Rows, cells_of, is_sha256
-from gptlab.runs.experiment_spec import DECLARATION, FILE, Experiment, recorded_declaration
+from gptlab.runs.experiment_spec import DECLARATION, FILE, Experiment, experiment_from, recorded_declaration
 from gptlab.runs.records import (
     CONFIG,
     ENVIRONMENT,
@@ -117,13 +117,17 @@ def read_pack(path: str | Path) -> Pack:
         raise ConfigError(f"{path} is no packed experiment, or a damaged one: {shown(error)}; pack it again") from None
 
 
-def unpack(path: Path, out: Path) -> list[PackedCell]:
-    """Lay a packed experiment out as a new folder `out`, in which `gptlab experiment run` makes what is missing."""
+def unpack(path: Path, out: Path | None = None) -> tuple[Path, list[PackedCell]]:
+    """Lay a packed experiment out as a new folder, in which `gptlab experiment run` makes what is missing.
+
+    out: by default where the experiment runs, log/<name>. Gives the folder and its cells; raises ConfigError.
+    """
     packed = read_pack(path)
+    out = out or experiment_from(packed.text, path).folder
     if out.exists():
         raise ConfigError(f"--out: expected a new folder, found {out}; give another")
     _unpack(packed, out)
-    return list(packed.cells)
+    return out, list(packed.cells)
 
 
 def _pack(experiment: Experiment, folder: Path) -> Pack:

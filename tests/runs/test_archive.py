@@ -67,13 +67,17 @@ def test_a_packed_experiment_compares_alike_and_nothing_is_written_next_to_it(
 
 
 def test_an_unpacked_experiment_counts_as_finished(
-    run: tuple[Path, Path], packed: Path, tmp_path: Path, capsys: Capture
+    run: tuple[Path, Path], packed: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By default it is laid out where the experiment itself would run."""
     file, out = run
-    back = tmp_path / "back"
+    monkeypatch.chdir(tmp_path)
+    back = read_experiment(file).folder
     capsys.readouterr()
-    assert main(["experiment", "unpack", str(packed), "--out", str(back), "--json"]) == 0
-    assert sorted(json.loads(capsys.readouterr().out)["cells"]) == CELLS
+    assert main(["experiment", "unpack", str(packed), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["folder"] == str(back) and sorted(said["cells"]) == CELLS
+    assert main(["experiment", "unpack", str(packed)]) == 3, "never over what is there"
     shutil.rmtree(back / "sure" / "seed_2")
     assert main(["experiment", "run", str(file), "--out", str(back), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ran"] == ["sure/seed_2"]
@@ -115,7 +119,6 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         (["pack", "{out}", "--out", "{other}"], 3, "holds another experiment"),
         (["pack", "{out}", "--out", "{text}"], 3, "text.json.gz is no packed experiment, or a damaged one"),
         (["pack", "{file}", "--out", "{new}.json.gz"], 3, "expected finished cells"),
-        (["unpack", "{packed}"], 2, "expected --out DIR"),
         (["unpack", "{packed}", "--out", "{out}"], 3, "expected a new folder"),
         (["unpack", "{out}", "--out", "{new}"], 3, "expected a regular file, found a folder"),
         (["unpack", "{new}", "--out", "{new}"], 3, "found nothing; check the path"),
