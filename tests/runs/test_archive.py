@@ -76,7 +76,8 @@ def test_an_unpacked_experiment_counts_as_finished(
     capsys.readouterr()
     assert main(["experiment", "unpack", str(packed), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["folder"] == str(back) and sorted(said["cells"]) == CELLS
+    assert said["folder"] == str(back)
+    assert sorted(said["cells"]) == CELLS
     assert main(["experiment", "unpack", str(packed)]) == 3, "never over what is there"
     shutil.rmtree(back / "sure" / "seed_2")
     assert main(["experiment", "run", str(file), "--out", str(back), "--json"]) == 0
