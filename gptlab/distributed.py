@@ -204,9 +204,9 @@ class World:
 
 def _what_is_lost(silent: list[int] | None, size: int, error: RuntimeError) -> str:
     if silent == []:
-        said = str(error).partition("\n")[0][:200]
+        reason = str(error).partition("\n")[0][:200]
         return (
-            f"the {size} processes of this run are all there but cannot talk to each other: {said}; check the network"
+            f"the {size} processes of this run are all there but cannot talk to each other: {reason}; check the network"
         )
     who = f": rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))} of {size}" if silent else ""
     return (

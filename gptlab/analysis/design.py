@@ -64,8 +64,8 @@ class Design:
     def pair(self, losses: Losses, arm: str, other: str) -> Pairing:
         """The two arms under this design; unpaired too where nobody declared seeds and they have none in common."""
         further = self.further if other == self.baselines.get(arm) else ()
-        apart = not (self.looks or self.planned) and losses[arm].keys().isdisjoint(losses[other])
-        return pair(losses, arm, other, self.looks, self.seeds, further, paired=not (self.unpaired or apart))
+        disjoint = not (self.looks or self.planned) and losses[arm].keys().isdisjoint(losses[other])
+        return pair(losses, arm, other, self.looks, self.seeds, further, paired=not (self.unpaired or disjoint))
 
     def level(self, alpha: float, look: int | None) -> float:
         """a_k(alpha) at a look; at the first one where none is reached yet."""

@@ -248,10 +248,10 @@ def outlier(values: Sequence[float]) -> int | None:
     n, deviation = len(x), float(x.std(ddof=1)) if len(x) >= 5 else 0.0
     if not deviation:
         return None
-    apart = np.abs(x - x.mean()) / deviation
+    distances = np.abs(x - x.mean()) / deviation
     t = critical_t(0.01 / n, n - 2)
     critical = (n - 1) / math.sqrt(n) * math.sqrt(t * t / (n - 2 + t * t))
-    return int(apart.argmax()) if apart.max() > critical else None
+    return int(distances.argmax()) if distances.max() > critical else None
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -107,13 +107,13 @@ def _arm(
 ) -> dict[str, Any]:
     pairing = pairings[arm]
     test, differences = pairing.test, pairing.differences
-    decision, apart = decide(losses, design, arm, pairing, in_family), pairing.outlier
+    decision, outlier = decide(losses, design, arm, pairing, in_family), pairing.outlier
     equivalence = test.interval(1 - design.level(EQUIVALENCE, pairing.look)) if test else (None, None)
     return {
         "verdict": decision.verdict,
         "reason": pairing.how
         + decision.reason
-        + (f"; seed {apart} stands apart from the others" if apart is not None else ""),
+        + (f"; seed {outlier} stands apart from the others" if outlier is not None else ""),
         **pairing.effect,
         "n_baseline": len(pairing.other) + len(pairing.extra),
         "paired": not pairing.how,
@@ -140,7 +140,7 @@ def _arm(
         "arms_correlation": _shared(pairings, arm),
         "failures": list(pairing.failures),
         "failure_rate_bound": failure_rate_bound(pairing.failures[0], len(pairing.seeds)) if pairing.seeds else None,
-        "outlier": apart,
+        "outlier": outlier,
         "smallest_difference": power.smallest_difference(test.deviation, test.n, in_family.strictest) if test else None,
     }
 

@@ -268,8 +268,8 @@ def _smoke(options: argparse.Namespace) -> int:
     cells, trials = cells_an_arm(experiment, seeds), []
     with StopRequest() as stop:
         for trial in smoke(experiment, packing, options.seconds, allow_code=options.allow_code, stop=stop):
-            said = trial.reason or f"{trial.signal}, a cell takes {duration(trial.seconds)}"
-            say(f"{trial.arm}: {said}")
+            message = trial.reason or f"{trial.signal}, a cell takes {duration(trial.seconds)}"
+            say(f"{trial.arm}: {message}")
             trials.append(trial)
     total, longer = _total(experiment, trials, cells, packing), equal_steps(experiment, trials)
     tuning = f", {total['cells'] - seeds * len(cells)} of them trials that choose options" if experiment.tune else ""
@@ -353,7 +353,7 @@ def _out_of_reach(experiment: Experiment, found: Mapping[str, Any]) -> str | Non
     """In words, why the declared seeds will hardly say 'no difference'; None where they may."""
     proposed, needed = found["delta_in_reach"], found["seeds_for_no_difference"]
     if experiment.delta is None:
-        return f"no delta is declared, so that it is only said of exact equality: delta = {proposed:.2g} would do"
+        return f"no delta is declared, so that 'no difference' means exact equality: delta = {proposed:.2g} would do"
     if experiment.delta < proposed:
         return f"out of reach for the declared {experiment.delta:g}, which takes {needed or 'over 10,000'} seeds"
     return None

@@ -266,12 +266,12 @@ class Copy(SyntheticSource):
     def text(self, length: int, stream: str, index: int) -> str:
         lines, n = -(-length // self.period), self.length
         words = self.words(lines * (self.symbols + 1), "line", n, self.symbols, stream, index).reshape(lines, -1)
-        said = np.argsort(words[:, 1:], axis=1, kind="stable")[:, :n]
+        first = np.argsort(words[:, 1:], axis=1, kind="stable")[:, :n]
         start = (words[:, :1] % np.uint64(n)).astype(np.int64)
-        again = np.take_along_axis(said, (start + np.arange(n)) % n, axis=1)
+        again = np.take_along_axis(first, (start + np.arange(n)) % n, axis=1)
         letters = np.frombuffer(ALPHABET.encode(), dtype=np.uint8)
         signs = [np.full((lines, 1), ord(sign), dtype=np.uint8) for sign in ":\n"]
-        return np.hstack([letters[said], signs[0], letters[again], signs[1]]).tobytes()[:length].decode()
+        return np.hstack([letters[first], signs[0], letters[again], signs[1]]).tobytes()[:length].decode()
 
 
 @dataclass(frozen=True)

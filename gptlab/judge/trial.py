@@ -359,13 +359,13 @@ class Trials:
         if value is not None and not math.isfinite(value):
             return Outcome("diverged", reason=f"its metric is {value}", **cost)
         last = next((line for line in reversed(output.splitlines()) if line.strip()), "")
-        said = f"; its last line: {shown(last, 160)}" if last else "; it printed nothing"
+        ending = f"; its last line: {shown(last, 160)}" if last else "; it printed nothing"
         code = ended["code"]
         if ended["ended"] or code:
             code = 128 - code if 128 < code <= 192 else code  # sh says so that a signal ended what it ran
-            return Outcome("broken", reason=(ended["ended"] or how_it_ended(code)) + said, **cost)
+            return Outcome("broken", reason=(ended["ended"] or how_it_ended(code)) + ending, **cost)
         if value is None:
-            return Outcome("broken", reason=f"it printed no metric that [metric] of lab.toml finds{said}", **cost)
+            return Outcome("broken", reason=f"it printed no metric that [metric] of lab.toml finds{ending}", **cost)
         return Outcome("ok", value, second if second is not None and math.isfinite(second) else None, **cost)
 
 
@@ -381,5 +381,7 @@ def read_preset(folder: Path, ended: Mapping[str, Any]) -> Outcome:
     if ended["code"] == 0 and row and row.get("event") == "finished":
         return Outcome("ok", float(row["loss"]), **cost)
     lines = read_text(folder / "output.txt").strip().splitlines() or [how_it_ended(ended["code"])]
-    said = next((line.removeprefix("gptlab: ") for line in reversed(lines) if line.startswith("gptlab: ")), lines[-1])
-    return Outcome("diverged" if ended["code"] == 4 else "broken", reason=ended["ended"] or said, **cost)
+    message = next(
+        (line.removeprefix("gptlab: ") for line in reversed(lines) if line.startswith("gptlab: ")), lines[-1]
+    )
+    return Outcome("diverged" if ended["code"] == 4 else "broken", reason=ended["ended"] or message, **cost)

@@ -196,7 +196,7 @@ def load(folder: Path) -> Checkpoint:
     """Read a checkpoint after verifying it, whole even where it was saved in rows; raises CheckpointError."""
     state = verified(folder).state
     if files := shards(folder):
-        weights, moments = apart(rows_together(files))
+        weights, moments = weights_and_moments(rows_together(files))
     else:
         weights, moments = tensors_in(folder / WEIGHTS), tensors_in(folder / MOMENTS)
     return Checkpoint(folder, state, weights, moments)
@@ -335,9 +335,9 @@ def _offsets(header: Mapping[str, str]) -> Mapping[str, object]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _first_row(said: object, piece: Tensor) -> int | None:
+def _first_row(entry: object, piece: Tensor) -> int | None:
     """The row of the whole tensor at which a piece begins; None where the header says nothing that can be so."""
-    offsets = said.get(OFFSETS) if isinstance(said, dict) else None
+    offsets = entry.get(OFFSETS) if isinstance(entry, dict) else None
     if not isinstance(offsets, list) or len(offsets) != piece.dim() or not all(map(is_count, offsets)):
         return None
     return None if any(offsets[1:]) else sum(offsets[:1])
@@ -356,7 +356,7 @@ def _together(name: str, pieces: list[tuple[int, Tensor]], folder: Path) -> Tens
     return torch.cat([piece for _, piece in pieces])
 
 
-def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def weights_and_moments(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(weights, moments) of tensors that stand together: a moment's name is its kind, a dot and its weight's name."""
     moments = {name for name in tensors if name.partition(".")[2] in tensors}
     weights = {name: tensor for name, tensor in tensors.items() if name not in moments}
@@ -412,7 +412,7 @@ def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: Wo
         stored[name] = torch.zeros((), dtype=entry.properties.dtype).expand(entry.size)  # of its shape, without memory
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != stored[name].numel():  # torch would leave them unset
             raise CheckpointError(f"{folder}: expected every row of {name} once, found some missing or twice")
-    weights, moments = apart(stored)
+    weights, moments = weights_and_moments(stored)
     check_stored(shape, weights, folder)
     check_moments(weights, moments, folder)
     parameters = dict(state.model.named_parameters())
@@ -423,6 +423,6 @@ def load_sharded(folder: Path, shape: GPTConfig, state: TrainingState, world: Wo
         into[name] = torch.empty_like(found, device="cpu") if key == "step" else torch.empty_like(like)
     with world.collective():
         load_rows(into, storage_reader=HuggingFaceStorageReader(str(folder)))
-    check_moments(*apart(into), folder)
+    check_moments(*weights_and_moments(into), folder)
     rest = read_state(folder / STATE)
-    state.restore(*apart(into), rest["scalars"])
+    state.restore(*weights_and_moments(into), rest["scalars"])

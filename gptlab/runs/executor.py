@@ -85,16 +85,16 @@ class Packing:
         if self.gpus:
             some = f"{self.jobs} of " if self.jobs and self.jobs < self.gpus else ""
             return f"one run on each of {some}{self.gpus} GPU{'s' * (self.gpus > 1)}"
-        said = []
+        reasons = []
         if min(widths) <= SIDE_BY_SIDE:
             many = min(self.jobs or self.cores, self.cores)
-            said.append(
+            reasons.append(
                 f"{many} run{'s' * (many > 1)} at a time of one thread: models up to {SIDE_BY_SIDE} wide gain more "
                 "from cores of their own than from threads"
             )
         if max(widths) > SIDE_BY_SIDE:
-            said.append(f"one run over all {self.cores} cores for models wider than {SIDE_BY_SIDE}")
-        return "; ".join(said)
+            reasons.append(f"one run over all {self.cores} cores for models wider than {SIDE_BY_SIDE}")
+        return "; ".join(reasons)
 
 
 @dataclass(frozen=True)

@@ -239,11 +239,11 @@ def repeated_by(config: TrainingConfig) -> dict[str, str]:
     if (clone := package().parent / ".git").exists():
         command = ["git", "-C", str(clone.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # nothing hangs on it
-            said = subprocess.run(
+            head = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10, check=True, text=True,
                 env=child_environment(without="GIT_", GIT_OPTIONAL_LOCKS="0"),
             )  # fmt: skip
-            found["commit"] = said.stdout.strip()
+            found["commit"] = head.stdout.strip()
     return {key: value for key, value in found.items() if value}
 
 

@@ -309,8 +309,8 @@ def _arguments(function: Callable[..., Any]) -> list[str]:
 
 
 def _formula(function: Callable[..., Any], name: str) -> str:
-    said = (function.__doc__ or "").strip() or name
-    return getattr(function, "formula", said.splitlines()[0])
+    text = (function.__doc__ or "").strip() or name
+    return getattr(function, "formula", text.splitlines()[0])
 
 
 def _source(name: str, content: bytes) -> str:

@@ -194,9 +194,9 @@ def _utterances(
         if i:
             contexts, draws = speaker.run(tokens[-1][:, None]).flatten(0, 2), u[..., i].reshape(B * N, 1)
             index = torch.arange(B * N, device=contexts.device)
-        said = readout.values(contexts, index, _sampler(draws)).view(B, N, 2)
-        tokens.append(said[..., 0].long())
-        chances.append(said[..., 1])
+        sampled = readout.values(contexts, index, _sampler(draws)).view(B, N, 2)
+        tokens.append(sampled[..., 0].long())
+        chances.append(sampled[..., 1])
     return torch.stack(tokens, 1), torch.stack(chances, 1)
 
 
@@ -291,7 +291,7 @@ def _figures(
     size, V = min(2, config.say), len(readout.head)
     shares = []
     for sequence in tokens.transpose(1, 2).tolist():  # N utterances of `say` tokens
-        grams = [tuple(said[i : i + size]) for said in sequence for i in range(len(said) - size + 1)]
+        grams = [tuple(utterance[i : i + size]) for utterance in sequence for i in range(len(utterance) - size + 1)]
         shares.append(len(set(grams)) / len(grams))
     index = torch.arange(len(contexts), device=contexts.device)
     best = readout.values(contexts, index, lambda z, rows, other: likeliest(z))

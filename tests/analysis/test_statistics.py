@@ -274,7 +274,7 @@ def test_more_arms_and_looks_take_more_seeds() -> None:
 PLANS = {
     "out of reach": ("delta = 0.01", "out of reach for the declared 0.01, which takes 2"),
     "within reach": ("delta = 0.05", "'no difference' is within reach for a delta of 0.0"),
-    "undeclared": ("", "no delta is declared, so that it is only said of exact equality: delta = 0.0"),
+    "undeclared": ("", "no delta is declared, so that 'no difference' means exact equality: delta = 0.0"),
 }
 
 

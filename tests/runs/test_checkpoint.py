@@ -27,7 +27,7 @@ from gptlab.distributed import World
 from gptlab.errors import CheckpointError
 from gptlab.model import GPT, GPTConfig
 from gptlab.runs import checkpoint
-from gptlab.runs.checkpoint import OFFSETS, WHERE, apart, rows_together
+from gptlab.runs.checkpoint import OFFSETS, WHERE, rows_together, weights_and_moments
 from gptlab.runs.folder import RunFolder, newest
 from gptlab.training import TrainingConfig
 from gptlab.training.optimizer import build_optimizer
@@ -389,7 +389,7 @@ def test_rows_that_make_no_whole_are_refused(pieces: tuple, words: str, tmp_path
 
 def test_moments_are_told_from_weights_by_their_names() -> None:
     names = ["transformer.wte.weight", "exp_avg.transformer.wte.weight", "step.transformer.wte.weight", "h.weight"]
-    weights, moments = apart({name: torch.zeros(()) for name in names})
+    weights, moments = weights_and_moments({name: torch.zeros(()) for name in names})
     assert list(weights) == [names[0], names[3]]
     assert list(moments) == names[1:3]
 
